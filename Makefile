@@ -1,0 +1,46 @@
+# Every target makes its own set-up in .venv (Python 3.11 or newer; about 5 GB with torch).
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+CONFIGS := fashion_ldm_w8a8 fashion_ldm_w4a8 fashion_ldm_w4a6
+NUM ?= 500
+
+.PHONY: setup demo test check fmt docs
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# Quantize the packaged model at three widths and show what came of it.
+demo: $(READY)
+	@set -e; for config in $(CONFIGS); do \
+	    echo "== $$config"; \
+	    $(BIN)/qncd run --config $$config --num $(NUM); \
+	done
+	@echo "== full precision and the three widths"
+	@$(BIN)/qncd compare $(addprefix runs/,$(CONFIGS))
+	@echo "report:        runs/fashion_ldm_w4a8/report.html"
+	@echo "contact sheet: runs/fashion_ldm_w4a8/samples/quantized_sheet.png"
+
+# Everything that is tested.
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# What a commit must pass: format, lint, types, import rules, fast tests.
+check: $(READY)
+	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+fmt: $(READY)
+	$(BIN)/ruff format src tests scripts
+	$(BIN)/ruff check --fix src tests scripts
+
+# The command reference in the README, from the commands' own help.
+docs: $(READY)
+	$(BIN)/python scripts/readme_help.py

@@ -1,0 +1,404 @@
+"""The files of a run: what they hold, how they are written, how they are checked.
+
+This module is the only reader and writer of the run directory. Tensor files are safetensors with
+one metadata key, `qncd`, of canonical JSON: kind, schema version, digest of the configuration,
+digest of the model, digests of the parent artifacts, versions, a `body` that depends on the kind
+(BODY below), and `content`, a SHA-256 over all of that and every tensor. Same inputs, same bytes.
+
+A file is written beside its place, synced and renamed, so that it is either the old one or the
+new one. Reading is strict: the first missing, extra or mis-shaped tensor is named together with
+the command that makes a good file; a file changed by one byte does not pass its content digest.
+
+Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
+
+| kind | tensors | body |
+|---|---|---|
+| calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in] | rows, latent_shape, groups, layers {name: in_channels}, timesteps |
+| smoothing | per layer .smoothing [C_in] | layers {name: {in_channels, chosen, clamped}} |
+| quantized | per layer .weight (codes; two 4-bit codes to a byte along the flattened input dimension, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing [C_in], .bias [O] | layers {name: entry}, groups, group_bounds |
+| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance [T] | channels, steps, sampling, target |
+| latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from . import __version__
+from .config import canonical_json
+from .errors import ArtifactError
+
+HISTOGRAM_BINS = 2048
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One tensor file: its tensors by name, its body, and where it comes from."""
+
+    kind: str
+    tensors: dict[str, Tensor]
+    body: dict[str, Any]
+    config: str
+    model: str
+    parents: dict[str, str] = field(default_factory=dict)
+    digest: str = ""
+    path: Path | None = None
+
+
+# ------------------------------------------------------------------ grammar
+
+
+def packed_width(in_features: int, bits: int) -> int:
+    """Bytes of one output channel's codes: two 4-bit codes to a byte, else one byte a code."""
+    return (in_features + 1) // 2 if bits <= 4 else in_features
+
+
+def _calibration_layout(body: dict) -> Layout:
+    rows, latent, groups = body["rows"], tuple(body["latent_shape"]), body["groups"]
+    layout: Layout = {
+        "inputs.x": (torch.float32, (rows, *latent)),
+        "inputs.prediction": (torch.float32, (rows, *latent)),
+        "inputs.timestep": (torch.float32, (rows,)),
+        "inputs.class": (torch.int64, (rows,)),
+        "inputs.seed": (torch.int64, (rows,)),
+    }
+    for name, in_channels in body["layers"].items():
+        for part in ("min", "max", "moving_min", "moving_max"):
+            layout[f"{name}.input_{part}"] = (torch.float32, (groups,))
+        layout[f"{name}.input_histogram"] = (torch.int64, (groups, HISTOGRAM_BINS))
+        layout[f"{name}.input_histogram_exponent"] = (torch.int64, (groups,))
+        layout[f"{name}.input_channel_absmax"] = (torch.float32, (in_channels,))
+    return layout
+
+
+def _smoothing_layout(body: dict) -> Layout:
+    return {
+        f"{name}.smoothing": (torch.float32, (entry["in_channels"],))
+        for name, entry in body["layers"].items()
+    }
+
+
+def _quantized_layout(body: dict) -> Layout:
+    groups = body["groups"]
+    layout: Layout = {}
+    for name, entry in body["layers"].items():
+        out, *rest = entry["weight_shape"]
+        in_features = 1
+        for size in rest:
+            in_features *= size
+        bits = entry["weight_bits"]
+        if bits == 32:
+            layout[f"{name}.weight"] = (torch.float32, (out, *rest))
+        else:
+            code_type = torch.int8 if bits == 8 else torch.uint8
+            layout[f"{name}.weight"] = (code_type, (out, packed_width(in_features, bits)))
+            layout[f"{name}.weight_scale"] = (torch.float32, (out,))
+            if bits < 8:
+                layout[f"{name}.weight_zero_point"] = (torch.uint8, (out,))
+        if entry["activation_bits"] != 32:
+            layout[f"{name}.input_scale"] = (torch.float32, (groups,))
+            layout[f"{name}.input_zero_point"] = (torch.int32, (groups,))
+        if entry["smoothed"]:
+            layout[f"{name}.smoothing"] = (torch.float32, (entry["in_channels"],))
+        if entry["bias"]:
+            layout[f"{name}.bias"] = (torch.float32, (out,))
+    return layout
+
+
+def _noise_stats_layout(body: dict) -> Layout:
+    steps, channels = body["steps"], body["channels"]
+    per_channel = ("mean", "variance", "residual_mean", "affine_a", "affine_b", "runtime_mean")
+    per_step = ("correlation_k", "residual_variance", "runtime_variance")
+    layout: Layout = {"timesteps": (torch.int64, (steps,))}
+    layout |= dict.fromkeys(per_channel, (torch.float32, (steps, channels)))
+    layout |= dict.fromkeys(per_step, (torch.float32, (steps,)))
+    return layout
+
+
+def _latents_layout(body: dict) -> Layout:
+    count, latent = body["count"], tuple(body["latent_shape"])
+    return {
+        "latents": (torch.float32, (count, *latent)),
+        "seeds": (torch.int64, (count,)),
+        "classes": (torch.int64, (count,)),
+        "predictions": (torch.float32, (body["traced"], body["steps"], *latent)),
+        "prediction_seeds": (torch.int64, (body["traced"],)),
+    }
+
+
+@dataclass(frozen=True)
+class _Kind:
+    version: int
+    layout: Callable[[dict], Layout]
+    command: str  # what makes a good file
+
+
+KINDS: dict[str, _Kind] = {
+    "calibration": _Kind(1, _calibration_layout, "qncd calibrate"),
+    "smoothing": _Kind(1, _smoothing_layout, "qncd calibrate"),
+    "quantized": _Kind(1, _quantized_layout, "qncd quantize"),
+    "noise_stats": _Kind(1, _noise_stats_layout, "qncd quantize"),
+    "latents": _Kind(1, _latents_layout, "qncd sample"),
+}
+
+
+# ------------------------------------------------------------------ writing
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A binary file that takes the place of `path` when the block ends well, and not before."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"{path}: no room on disk", "free some space and repeat the command"
+            ) from error
+        raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Atomically. Raises ArtifactError when the disk is full or the place cannot be written."""
+    with _replacing(path) as file:
+        file.write(data)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a killed process left behind of files that it was writing."""
+    for path in folder.glob(".*.*.????????"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def _content_digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(canonical_json({**meta, "content": ""}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _meta(artifact: Artifact, content: str) -> dict[str, Any]:
+    return {
+        "kind": artifact.kind,
+        "schema": KINDS[artifact.kind].version,
+        "config": artifact.config,
+        "model": artifact.model,
+        "parents": artifact.parents,
+        "versions": {"qncd": __version__, "torch": torch.__version__},
+        "body": artifact.body,
+        "content": content,
+    }
+
+
+def seal(artifact: Artifact) -> Artifact:
+    """Check against the grammar and give the artifact its digest, before it is written."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in artifact.tensors.items()}
+    problem = _compare(tensors, KINDS[artifact.kind].layout(artifact.body))
+    assert problem is None, f"{artifact.kind}: {problem}"
+    digest = _content_digest(_meta(artifact, ""), tensors)
+    return replace(artifact, tensors=tensors, digest=digest)
+
+
+def write(path: Path, artifact: Artifact) -> Artifact:
+    """Seal, write atomically, return the artifact with its digest and path."""
+    sealed = seal(artifact)
+    metadata = {"qncd": canonical_json(_meta(sealed, sealed.digest))}
+    write_bytes(path, save(sealed.tensors, metadata=metadata))
+    return replace(sealed, path=path)
+
+
+# ------------------------------------------------------------------ reading
+
+
+def _compare(tensors: dict[str, Tensor], layout: Layout) -> str | None:
+    """The first difference between tensors and grammar in words, or None."""
+    for name, (dtype, shape) in layout.items():
+        if name not in tensors:
+            missing = sum(n not in tensors for n in layout)
+            return f"{missing} of {len(layout)} tensors missing (first: {name})"
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype != dtype:
+            return f"{name} is {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)}"
+    extra = next((name for name in tensors if name not in layout), None)
+    return f"unexpected tensor {extra}" if extra else None
+
+
+def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        meta = json.loads(metadata["qncd"])
+        if len(metadata) != 1 or canonical_json(meta) != metadata["qncd"]:
+            raise KeyError("metadata")  # a float may be spelled in two ways, canonically in one
+        return meta, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read(path: Path, kind: str | None = None) -> Artifact:
+    """Read and check one artifact. kind: what it must be (any, when None).
+
+    Raises ArtifactError: missing, not an artifact, truncated, changed, of another kind or
+    version, or with tensors that its own description does not announce.
+    """
+    command = KINDS[kind].command if kind else "the stage that writes it"
+    again = f'make it with "{command}"' if kind else f"repeat {command}"
+    if not path.is_file():
+        raise ArtifactError(f"{path}: missing", again)
+    try:
+        meta, tensors = _load(path)
+        found = KINDS[meta["kind"]]
+        good_digest = _content_digest(meta, tensors) == meta["content"]
+        version = meta["schema"]
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise ArtifactError(f"{path}: truncated or not a qncd artifact", again) from error
+    if kind and meta["kind"] != kind:
+        raise ArtifactError(f"{path}: holds {meta['kind']}, expected {kind}", again)
+    if version != found.version:
+        raise ArtifactError(f"{path}: schema {version}, this version reads {found.version}", again)
+    if not good_digest:
+        raise ArtifactError(f"{path}: damaged, its content does not match its digest", again)
+    problem = _compare(tensors, found.layout(meta["body"]))
+    if problem:
+        raise ArtifactError(f"{path}: {problem}", again)
+    return Artifact(
+        meta["kind"],
+        tensors,
+        meta["body"],
+        meta["config"],
+        meta["model"],
+        meta["parents"],
+        meta["content"],
+        path,
+    )
+
+
+def check_lineage(
+    artifact: Artifact,
+    *,
+    config: str | None = None,
+    model: str | None = None,
+    parents: dict[str, str] | None = None,
+) -> None:
+    """Raise ArtifactError unless the artifact was made from just these."""
+    command = KINDS[artifact.kind].command
+    where = artifact.path or artifact.kind
+    if model is not None and artifact.model != model:
+        raise ArtifactError(
+            f"{where}: made from another model ({artifact.model}, now {model})",
+            f'repeat "{command}"',
+        )
+    if config is not None and artifact.config != config:
+        raise ArtifactError(
+            f"{where}: made with another configuration ({artifact.config}, now {config})",
+            f'repeat "{command}"',
+        )
+    for name, digest in (parents or {}).items():
+        if artifact.parents.get(name) != digest:
+            raise ArtifactError(
+                f"{where}: made from another {name} artifact than the one in this run",
+                f'repeat "{command}"',
+            )
+
+
+def read_json(path: Path, command: str) -> Any:
+    """Raises ArtifactError when missing or damaged; command: what makes a good one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing", f'make it with "{command}"') from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path}: damaged: {error}", f'repeat "{command}"') from error
+
+
+# ------------------------------------------------------------------ the run directory
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Where the files of one run are."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def coverage(self) -> Path:
+        return self.path / "coverage.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def tensors(self, kind: str) -> Path:
+        return self.path / f"{kind}.safetensors"
+
+    def samples(self, name: str) -> Path:
+        return self.path / "samples" / name
+
+
+def _pointer() -> Path:
+    return Path("runs") / ".current"
+
+
+def set_current(run: RunDir) -> None:
+    """Later commands in this folder find the run without being told."""
+    write_bytes(_pointer(), (str(run.path) + "\n").encode())
+
+
+def find_run(run_dir: str | None) -> RunDir:
+    """The run named on the command line, else the current one. Raises ArtifactError."""
+    if run_dir is not None:
+        run = RunDir(Path(run_dir))
+        hint = f'make it with "qncd calibrate --config CONFIG --run-dir {run_dir}"'
+    else:
+        pointer = _pointer()
+        if not pointer.is_file():
+            raise ArtifactError(
+                f"no current run in {Path.cwd()}",
+                'start with "qncd calibrate --config CONFIG", or name one with --run-dir',
+            )
+        run = RunDir(Path(pointer.read_text(encoding="utf-8").strip()))
+        hint = 'repeat "qncd calibrate", or name a run with --run-dir'
+    if not run.config.is_file():
+        raise ArtifactError(f"{run.config}: missing", hint)
+    return run

@@ -1,0 +1,130 @@
+"""What the user sees: results on stdout, progress on stderr, errors as one line and a code."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import EXIT_INTERRUPTED, EXIT_USAGE, QncdError
+
+T = TypeVar("T")
+
+
+class ErrorReportingGroup(click.Group):
+    """A command group whose commands fail with one line on stderr and a fixed exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            result = super().main(*args, **kwargs)
+            sys.exit(result if isinstance(result, int) else 0)
+        except QncdError as error:
+            _fail(f"Error: {error}", error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("Interrupted: the same command goes on from here.", EXIT_INTERRUPTED)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(EXIT_USAGE)
+        except click.UsageError as error:
+            usage = error.ctx.command_path if error.ctx else "qncd"
+            _fail(f'Error: {error.format_message()} (see "{usage} --help")', EXIT_USAGE)
+        except click.ClickException as error:
+            _fail(f"Error: {error.format_message()}", EXIT_USAGE)
+        except BrokenPipeError:
+            sys.exit(0)
+
+
+def _fail(line: str, code: int) -> None:
+    context = click.get_current_context(silent=True)
+    if "--debug" in sys.argv or (context and context.params.get("debug")):
+        traceback.print_exc()
+    click.echo(line, err=True)
+    sys.exit(code)
+
+
+class Console:
+    """One command's output. as_json: one JSON object on stdout and nothing else there."""
+
+    def __init__(self, as_json: bool = False):
+        self.as_json = as_json
+
+    def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
+        """Progress on stderr; silent when that is no terminal."""
+        if not sys.stderr.isatty():
+            yield from items
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=RichConsole(stderr=True)) as progress:
+            yield from progress.track(items, total=total, description=description)
+
+    def note(self, text: str) -> None:
+        """A remark for the person at the terminal, on stderr."""
+        click.echo(text, err=True)
+
+    def result(self, payload: dict[str, Any], render: Callable[[], None]) -> None:
+        """payload as JSON, or whatever render prints for people."""
+        if self.as_json:
+            click.echo(json.dumps(finite(payload), sort_keys=True, allow_nan=False))
+        else:
+            render()
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+        """A table on stdout; numbers to the right."""
+        from rich.console import Console as RichConsole
+        from rich.table import Table
+
+        rows = [list(row) for row in rows]
+        table = Table(title=title or None, title_justify="left")
+        for i, column in enumerate(columns):
+            numeric = any(isinstance(row[i], int | float) for row in rows)
+            table.add_column(column, justify="right" if numeric else "left")
+        for row in rows:
+            table.add_row(*(show(value) for value in row))
+        width = None if sys.stdout.isatty() else 120
+        RichConsole(file=sys.stdout, width=width).print(table)
+
+
+def show(value: Any) -> str:
+    """A value in a table: floats to four digits, nothing as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if math.isinf(value):
+            return "identical"
+        return f"{value:.4g}" if abs(value) < 100 else f"{value:,.1f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def finite(value: Any) -> Any:
+    """The same tree with NaN and infinities as null, for JSON."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

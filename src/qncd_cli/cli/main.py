@@ -1,0 +1,259 @@
+"""The qncd command: options and help. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .. import __version__
+from .console import Console, ErrorReportingGroup
+
+EPILOG = """\b
+The pipeline, one stage after the other:
+  qncd calibrate --config fashion_ldm_w4a8.yaml
+  qncd quantize
+  qncd sample --steps 20 --num 64
+  qncd eval --fid
+
+\b
+Or all four:
+  qncd run --config fashion_ldm_w4a8.yaml --num 64
+
+\b
+Exit codes: 0 done, 2 usage, 3 configuration, 4 artifact, 5 model, 6 backend or hardware,
+130 interrupted (the same command goes on).
+"""
+
+
+@click.group(
+    cls=ErrorReportingGroup,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="qncd")
+def cli() -> None:
+    """Make diffusion models small by post-training quantization, and prove that nothing was lost.
+
+    Each stage reads the artifacts of the one before from a run directory (runs/<config name>) and
+    is skipped when its outputs are there and its inputs are unchanged.
+    """
+
+
+Command = Callable[..., Any]
+
+
+def _json(command: Command) -> Command:
+    help_text = "Print one JSON object on stdout, nothing else."
+    command = click.option("--json", "as_json", is_flag=True, help=help_text)(command)
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+
+
+def _run_dir(command: Command) -> Command:
+    return click.option(
+        "--run-dir",
+        metavar="DIR",
+        help="Run directory (default: runs/<config name>; later stages: the current run).",
+    )(command)
+
+
+def _config(command: Command) -> Command:
+    return click.option(
+        "--config",
+        "config_name",
+        metavar="FILE|NAME",
+        required=True,
+        help='A YAML file, or a shipped configuration (see "qncd models").',
+    )(command)
+
+
+def _set(command: Command) -> Command:
+    return click.option(
+        "--set",
+        "overrides",
+        metavar="KEY.PATH=VALUE",
+        multiple=True,
+        help="Override a key of the configuration; may be repeated.",
+    )(command)
+
+
+def _force(what: str) -> Callable[[Command], Command]:
+    return click.option("--force", is_flag=True, help=what)
+
+
+def _sampling(command: Command) -> Command:
+    options = [
+        click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps."),
+        click.option("--num", type=click.IntRange(1), metavar="N", help="How many samples."),
+        click.option("--seed", type=click.IntRange(0), help="Seed of the first sample."),
+        click.option("--classes", metavar="C,C,...|all", help="Class labels, in turn by seed."),
+        click.option(
+            "--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N"
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _metrics(command: Command) -> Command:
+    options = [
+        click.option("--fid", is_flag=True, help="Frechet distance (default when none is named)."),
+        click.option("--isc", is_flag=True, help="Inception score."),
+        click.option("--kid", is_flag=True, help="Kernel distance."),
+        click.option("--prc", is_flag=True, help="Precision and recall."),
+        click.option(
+            "--reference",
+            metavar="DIR|NPZ|zoo",
+            help="What to compare with: images, statistics, or the packaged ones.",
+        ),
+        click.option(
+            "--network",
+            type=click.Choice(["auto", "fashion", "inception"]),
+            default="auto",
+            show_default=True,
+            help="Feature network; auto: the packaged one for packaged models, else Inception.",
+        ),
+        click.option(
+            "--inception-weights",
+            type=click.Path(dir_okay=False),
+            metavar="FILE",
+            help="Inception weights on disk instead of torch-fidelity's download.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command(
+    epilog="\b\nExamples:\n  qncd calibrate --config fashion_ldm_w4a8.yaml\n"
+    "  qncd calibrate --config my.yaml --set calibration.trajectories=256\n"
+    "  qncd calibrate --config my.yaml --dry-run"
+)
+@_config
+@_set
+@_run_dir
+@_force("Calibrate again although nothing has changed.")
+@click.option("--dry-run", is_flag=True, help="Check and print the configuration, run nothing.")
+@_json
+def calibrate(config_name, overrides, run_dir, force, dry_run, as_json, debug):
+    """Collect calibration inputs, activation statistics and smoothing factors."""
+    from . import commands
+
+    commands.calibrate(Console(as_json), config_name, overrides, run_dir, force, dry_run)
+
+
+@cli.command(
+    epilog="\b\nExamples:\n  qncd quantize\n"
+    "  qncd quantize --set quantization.weights.rounding=nearest"
+)
+@_set
+@_run_dir
+@_force("Quantize again although nothing has changed.")
+@_json
+def quantize(overrides, run_dir, force, as_json, debug):
+    """Round the weights to integers, set activation ranges, measure the quantization noise."""
+    from . import commands
+
+    commands.quantize(Console(as_json), overrides, run_dir, force)
+
+
+@cli.command(
+    epilog="\b\nExamples:\n  qncd sample --steps 20 --num 64\n"
+    "  qncd sample --classes 3,7 --num 16 --name dresses_and_sneakers\n"
+    "  qncd sample --full-precision --num 64\n"
+    "  qncd sample --steps 50 --inter none --name steps50"
+)
+@_sampling
+@click.option("--scheduler", metavar="NAME", help="ddim, ddpm, pndm, plms, dpmsolver++, euler, ...")
+@click.option("--eta", type=click.FloatRange(0, 1), help="Stochasticity of DDIM.")
+@click.option("--guidance", type=click.FloatRange(0), help="Classifier-free guidance scale.")
+@click.option(
+    "--inter",
+    type=click.Choice(["none", "runtime", "ptqd", "affine"]),
+    help="Correction of the noise that accumulates over the steps.",
+)
+@click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
+@click.option("--name", metavar="NAME", help="Name of the sample set (default: quantized, full).")
+@_set
+@_run_dir
+@_force("Replace samples made with other settings.")
+@_json
+def sample(**options):
+    """Draw images from the quantized model; a repeated command resumes."""
+    from . import commands
+
+    console = Console(options.pop("as_json"))
+    options.pop("debug")
+    commands.sample(console, commands.SampleOptions(**options))
+
+
+@cli.command(
+    name="eval",
+    epilog="\b\nExamples:\n  qncd eval --fid\n  qncd eval --fid --isc --kid --prc\n"
+    "  qncd eval --images my_images --reference val_images --network inception --fid",
+)
+@_metrics
+@click.option("--images", metavar="DIR", help="Measure these images instead of the run's samples.")
+@click.option("--name", default="quantized", show_default=True, help="Which sample set.")
+@_run_dir
+@_json
+def evaluate(**options):
+    """Measure the samples against a reference and against full precision on the same seeds.
+
+    Draws the full-precision images that are missing. Writes metrics.json and report.html.
+    """
+    from . import commands
+
+    console = Console(options.pop("as_json"))
+    options.pop("debug")
+    commands.evaluate(console, commands.EvalOptions(**options))
+
+
+@cli.command(
+    epilog="\b\nExamples:\n  qncd run --config fashion_ldm_w4a8.yaml --num 64\n"
+    "  qncd run --config fashion_ldm_w8a8.yaml --num 1000 --fid --kid"
+)
+@_config
+@_set
+@_sampling
+@_metrics
+@_run_dir
+@_force("Redo every stage.")
+@_json
+def run(config_name, overrides, run_dir, force, as_json, debug, **options):
+    """All four stages; each is skipped when its inputs are unchanged."""
+    from . import commands
+
+    commands.run_all(Console(as_json), config_name, overrides, run_dir, force, options)
+
+
+@cli.command(epilog="\b\nExample:\n  qncd compare runs/fashion_ldm_w8a8 runs/fashion_ldm_w4a8")
+@click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...")
+@_json
+def compare(run_dirs, as_json, debug):
+    """One table over several evaluated runs; refuses runs measured in different protocols."""
+    from . import commands
+
+    commands.compare(Console(as_json), run_dirs)
+
+
+@cli.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
+@click.argument("file", type=click.Path())
+@_json
+def inspect(file, as_json, debug):
+    """What an artifact holds and where it comes from; checks it completely."""
+    from . import commands
+
+    commands.inspect(Console(as_json), file)
+
+
+@cli.command(epilog="\b\nExamples:\n  qncd models\n  qncd models --json")
+@_json
+def models(as_json, debug):
+    """Packaged models and shipped configurations."""
+    from . import commands
+
+    commands.models(Console(as_json))

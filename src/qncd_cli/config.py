@@ -1,0 +1,334 @@
+"""The configuration: a frozen tree of options, read strictly from YAML and `--set` overrides.
+
+Reading is inert: no model is opened, nothing seeded, no device asked. Validation is pydantic's;
+ours are the file lookup, the overrides, the suggestions and the digests.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import ConfigError
+from .spec import FLOAT_BITS
+
+_PACKAGE = Path(__file__).resolve().parent
+MAX_STEPS = 1000
+_ALTERNATIVES = ("literal[", "tuple[")
+
+Bits = Annotated[int, Field(ge=2, le=FLOAT_BITS)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _check_bits(bits: int, what: str) -> None:
+    if 8 < bits < FLOAT_BITS:
+        raise ValueError(f"{what} takes 2 to 8 bits, or {FLOAT_BITS} for floating point")
+
+
+class ModelConfig(_Section):
+    source: str = Field(description="zoo:NAME, a diffusers folder or hub id, a CompVis checkpoint")
+    compvis_config: str | None = Field(None, description="YAML beside a CompVis checkpoint")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of what stays unquantized"
+    )
+
+
+class SamplingConfig(_Section):
+    scheduler: Literal["ddim", "ddpm", "pndm", "plms", "dpmsolver++", "euler", "unipc"] = "ddim"
+    steps: int = Field(20, ge=1, le=MAX_STEPS, description="denoising steps")
+    eta: float = Field(0.0, ge=0, le=1, description="stochasticity of DDIM (1: DDPM's variance)")
+    guidance_scale: float = Field(3.0, ge=0, description="1 turns classifier-free guidance off")
+    seed: int = Field(0, ge=0, description="seed of the first sample; the next ones count up")
+    classes: Literal["all"] | tuple[int, ...] = Field(
+        "all", description="class labels, taken in turn by seed"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_a_tuple(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("classes"), list):
+            data = {**data, "classes": tuple(data["classes"])}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        if self.classes == ():
+            raise ValueError("classes must not be empty; 'all' takes every class in turn")
+        if self.eta > 0 and self.scheduler != "ddim":
+            raise ValueError(f"eta applies to the ddim scheduler, not to {self.scheduler}")
+        return self
+
+
+class CalibrationConfig(_Section):
+    trajectories: int = Field(128, ge=1, description="full-precision sampling trajectories")
+    batch_size: int = Field(32, ge=1)
+    seed: int = Field(
+        1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
+    )
+    noise_trajectories: int = Field(
+        64, ge=1, description="how many of them also measure the quantization noise"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrationConfig:
+        if self.noise_trajectories > self.trajectories:
+            raise ValueError("noise_trajectories cannot exceed trajectories")
+        return self
+
+
+class WeightsConfig(_Section):
+    bits: Bits = 4
+    rounding: Literal["nearest", "gptq"] = "gptq"
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsConfig:
+        _check_bits(self.bits, "weights")
+        return self
+
+
+class ActivationsConfig(_Section):
+    bits: Bits = 8
+    observer: Literal["minmax", "moving_average", "percentile", "mse"] = "mse"
+    percentile: float = Field(99.99, gt=50, le=100, description="of the percentile observer")
+    timestep_groups: int = Field(1, ge=1, le=MAX_STEPS, description="sets of ranges over the steps")
+
+    @model_validator(mode="after")
+    def _check(self) -> ActivationsConfig:
+        _check_bits(self.bits, "activations")
+        return self
+
+
+class WeightsOverride(_Section):
+    bits: Bits | None = None
+
+
+class ActivationsOverride(_Section):
+    bits: Bits | None = None
+    observer: Literal["minmax", "moving_average", "percentile", "mse"] | None = None
+
+
+class LayerOverride(_Section):
+    """What to change for the layers whose name matches a pattern (shell wildcards)."""
+
+    weights: WeightsOverride = WeightsOverride()
+    activations: ActivationsOverride = ActivationsOverride()
+
+    @model_validator(mode="after")
+    def _check(self) -> LayerOverride:
+        for what, part in (("weights", self.weights), ("activations", self.activations)):
+            if part.bits is not None:
+                _check_bits(part.bits, what)
+        return self
+
+
+class QuantizationConfig(_Section):
+    weights: WeightsConfig = WeightsConfig()
+    activations: ActivationsConfig = ActivationsConfig()
+    first_last_bits: Bits = Field(8, description="weights and activations of the outer layers")
+    first_last_observer: Literal["minmax", "moving_average", "percentile", "mse"] = Field(
+        "minmax", description="clipping the outer layers' tails costs the most"
+    )
+    cache_time_embeddings: bool = Field(
+        True, description="evaluate time-embedding layers once per step, in full precision"
+    )
+    overrides: dict[str, LayerOverride] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantizationConfig:
+        _check_bits(self.first_last_bits, "first_last_bits")
+        return self
+
+
+class InterConfig(_Section):
+    """Correction of the noise that accumulates over the steps (method.md section 3)."""
+
+    method: Literal["none", "runtime", "ptqd", "affine"] = "ptqd"
+    target: Literal["injected", "total"] = "total"
+    granularity: Literal["tensor", "channel"] = "channel"
+    interval: int = Field(5, ge=1, description="steps between two run-time estimates")
+    baseline: Literal["none", "full_precision"] = "full_precision"
+
+
+class CorrectionConfig(_Section):
+    intra: Literal["none", "embedding"] = "embedding"
+    inter: InterConfig = InterConfig()
+
+
+class EvaluationConfig(_Section):
+    num_samples: int = Field(10000, ge=2)
+    reference: str = Field("zoo", description="zoo, a folder of images, an .npz or statistics file")
+
+
+class Config(_Section):
+    model: ModelConfig
+    sampling: SamplingConfig = SamplingConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    correction: CorrectionConfig = CorrectionConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        groups = self.quantization.activations.timestep_groups
+        if groups > self.sampling.steps:
+            raise ValueError(
+                f"quantization.activations.timestep_groups ({groups}) exceeds "
+                f"sampling.steps ({self.sampling.steps})"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def stage_inputs(self, stage: Literal["calibrate", "quantize"]) -> dict[str, Any]:
+        """The part of the configuration that decides what a stage writes."""
+        tree = self.to_dict()
+        inputs = {k: tree[k] for k in ("model", "sampling", "calibration")}
+        inputs["sampling"].pop("seed")
+        inputs["intra"] = tree["correction"]["intra"]
+        inputs["timestep_groups"] = tree["quantization"]["activations"]["timestep_groups"]
+        if stage == "quantize":
+            inputs["quantization"] = tree["quantization"]
+            inter = tree["correction"]["inter"]
+            inputs["estimator"] = {k: inter[k] for k in ("target",)}
+        return inputs
+
+    def stage_digest(self, stage: Literal["calibrate", "quantize"]) -> str:
+        return digest_of(self.stage_inputs(stage))
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with one spelling: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+# ------------------------------------------------------------------ reading
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configurations that the package ships, by name without the ending."""
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent.parent / "configs"):
+        if folder.is_dir():
+            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_config(name: str) -> Path:
+    """A path, or the name of a shipped configuration with or without .yaml. Raises ConfigError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    stem = path.name.removesuffix(".yaml").removesuffix(".yml")
+    if path.name == name and stem in shipped:
+        return shipped[stem]
+    close = difflib.get_close_matches(stem, shipped, n=1)
+    hint = f"did you mean {close[0]}.yaml?" if close else f"shipped: {', '.join(shipped)}"
+    raise ConfigError(f"no configuration {name}", hint)
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration and apply `key.path=value` overrides (values are YAML).
+
+    Raises ConfigError naming the file, the dotted key and the nearest known key.
+    """
+    path = find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Validate a tree of plain values. Raises ConfigError that lists every offender."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"--set {override}: expected key.path=value", "e.g. --set sampling.steps=50"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    node: Any = tree
+    *parents, last = key.split(".")
+    for i, part in enumerate(parents):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(parents[: i + 1])} has no keys below")
+    node[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as 'dotted.key: what is wrong'."""
+    # pydantic names the alternatives of a union as parts of the path; nobody can write those
+    location = [p for p in map(str, error["loc"]) if not p.startswith(_ALTERNATIVES)]
+    key = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        if close:
+            return f"unknown key {key}, did you mean {'.'.join([*location[:-1], close[0]])}?"
+        return f"unknown key {key} (known: {', '.join(known)})"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    text = error["msg"].removeprefix("Value error, ")
+    text = text[0].lower() + text[1:]
+    if error["type"] == "value_error":
+        return text if key == "configuration" else f"{key}: {text}"
+    return f"{key}: {text}, got {error['input']!r}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Keys of the section at a dotted path; [] where the path leads nowhere."""
+    section: Any = Config
+    for part in path:
+        if section is None:
+            return []
+        field = section.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if part == "overrides" and annotation is not None:
+            section = LayerOverride  # the next part is a free pattern
+            continue
+        if field is None and section is LayerOverride:
+            continue
+        candidates = [annotation, *get_args(annotation)]
+        section = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, _Section)), None
+        )
+    return list(section.model_fields) if section is not None else []

@@ -1,0 +1,1 @@
+"""Quality: image metrics through torch-fidelity, tensor metrics, the report."""

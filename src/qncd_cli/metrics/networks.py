@@ -1,0 +1,147 @@
+"""Which network supplies the features of an image metric, and what its distance may be called.
+
+A Frechet distance is FID only in the features of one network with one set of weights: the
+Inception-v3 of 2015. Its file is recognized by SHA-256; every other network, and Inception with
+other weights, measures under its own name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qncd_cli.errors import ArtifactError, BackendUnavailable
+from qncd_cli.metrics.features import FEATURE_SIZE
+
+CLASSIFIER = Path(__file__).resolve().parents[1] / "zoo" / "features" / "classifier.safetensors"
+# torch-fidelity's file, the same bytes as pytorch-fid's: TensorFlow's Inception-v3 of 2015-12-05
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_FILE = Path(INCEPTION_URL).name
+INCEPTION_FEATURES = 2048
+INCEPTION_HEAD_SHAPE = (1008, INCEPTION_FEATURES)  # fc.weight, 1008 classes in the 2015 network
+DOWNLOAD_TIMEOUT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """A feature network with its weights; made by packaged() or inception().
+
+    name: as reported; extractor: torch-fidelity's name of the architecture; distance_name: what a
+    Frechet distance in its features is called; weights and sha256: the file and its digest;
+    layers: torch-fidelity's names of the features [N, feature_size] and of the logits.
+    """
+
+    name: str
+    extractor: str
+    distance_name: str
+    weights: Path
+    sha256: str
+    feature_size: int
+    layers: tuple[str, str]
+
+    @property
+    def is_fid(self) -> bool:
+        """Whether a Frechet distance in these features is FID."""
+        return self.distance_name == "fid"
+
+
+def packaged(weights: Path = CLASSIFIER) -> FeatureNetwork:
+    """The Fashion-MNIST classifier that ships with qncd; its Frechet distance is `fd_fashion`.
+
+    weights: safetensors of features.FashionClassifier. Raises ArtifactError if it is not there.
+    """
+    hint = "reinstall qncd, or train the packaged models with scripts/train_zoo.py"
+    return FeatureNetwork(
+        name="fashion-classifier",
+        extractor="fashion-classifier",
+        distance_name="fd_fashion",
+        weights=weights,
+        sha256=_sha256(weights, hint),
+        feature_size=FEATURE_SIZE,
+        layers=("features", "logits"),
+    )
+
+
+def inception(weights: Path | None = None) -> FeatureNetwork:
+    """Inception-v3 with the weights in a file, or (None) with torch-fidelity's, downloaded once.
+
+    Weights with another SHA-256 than INCEPTION_SHA256 can be used, but the network is then named
+    inception-v3-compat@<digest> and its distance is not FID.
+    Raises ArtifactError if the file is missing or holds something else, BackendUnavailable if it
+    has to be downloaded and cannot be. Nothing in the file is executed (weights_only).
+    """
+    path = _download_inception() if weights is None else weights
+    hint = f"pass torch-fidelity's {INCEPTION_FILE}"
+    digest = _sha256(path, hint)
+    _check_inception(path, hint)
+    real = digest == INCEPTION_SHA256
+    name = "inception-v3-compat" if real else f"inception-v3-compat@{digest[:8]}"
+    return FeatureNetwork(
+        name=name,
+        extractor="inception-v3-compat",
+        distance_name="fid" if real else f"fd_{name}",
+        weights=path,
+        sha256=digest,
+        feature_size=INCEPTION_FEATURES,
+        layers=(str(INCEPTION_FEATURES), "logits_unbiased"),
+    )
+
+
+def _check_inception(path: Path, hint: str) -> None:
+    """Read the file without executing anything in it; torch-fidelity itself would unpickle it."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"{path}: not a PyTorch state dict: {first_line(error)}", hint
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ArtifactError(f"{path}: refused, it holds more than tensors", hint) from error
+    head = state.get("fc.weight") if isinstance(state, dict) else None
+    if not isinstance(head, torch.Tensor) or tuple(head.shape) != INCEPTION_HEAD_SHAPE:
+        raise ArtifactError(f"{path}: fc.weight {list(INCEPTION_HEAD_SHAPE)} is missing", hint)
+
+
+def _download_inception() -> Path:
+    """torch.hub's copy of torch-fidelity's Inception weights, downloaded if it is not there."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path.is_file():
+        return path
+    timeout = socket.getdefaulttimeout()  # torch.hub sets none and would wait for ever
+    try:
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(
+            INCEPTION_URL, str(path), hash_prefix=INCEPTION_SHA256, progress=False
+        )
+    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
+        raise BackendUnavailable(
+            f"the Inception weights cannot be downloaded: {first_line(error)}",
+            f"fetch {INCEPTION_URL} elsewhere and pass the file, or use the packaged features",
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return path
+
+
+def _sha256(path: Path, hint: str) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ArtifactError(f"{path}: {error.strerror or error}", hint) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, cut to one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip()[:200] if lines else type(error).__name__

@@ -1,0 +1,267 @@
+"""Metrics as something to read: an HTML file that needs nothing beside it, a table, a picture.
+
+Everything that comes from outside (titles, names, metadata) is escaped here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qncd_cli.metrics.curve import line_chart
+from qncd_cli.metrics.tensor import psnr_db
+
+Pair = tuple[str, Tensor, Tensor]  # title, full precision, quantized; uint8 [C, H, W]
+Row = tuple[str, str, str, str]  # metric, full precision, quantized, quantized against full
+
+MISSING = "–"
+SMALL_PIXELS = 160  # images narrower than this are enlarged, pixel by pixel, to about this width
+SHEET_GAP = 2  # pixels between the images of a contact sheet
+SET_NAMES = {"images": "Images", "full": "Full precision", "quantized": "Quantized"}
+# key of metrics.json -> what a row says, with the direction of better
+METRIC_NAMES = {
+    "feature_distance": "Feature distance ↓",
+    "kernel_distance": "Kernel distance ↓",
+    "class_score": "Class score ↑",
+    "fid": "FID ↓",
+    "sfid": "sFID ↓",
+    "inception_score": "Inception score ↑",
+    "kid": "KID ↓",
+    "precision": "Precision ↑",
+    "recall": "Recall ↑",
+    "class_agreement": "Class agreement ↑",
+    "psnr_db": "PSNR, dB ↑",
+    "sqnr_latents_db": "SQNR of final latents, dB ↑",
+    "num_samples": "Samples",
+}
+# Inception's numbers stand in metrics.json twice: as an entry and under the field's name
+FIELD_NAMES = {
+    "feature_distance": "fid",
+    "kernel_distance": "kid",
+    "class_score": "inception_score",
+}
+INCEPTION = "inception-v3-compat"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff;
+       max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p, figcaption, dt { color: #57606a; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid #d8dee4; text-align: right; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #8c959f; }
+.range { color: #57606a; font-size: .85em; white-space: nowrap; }
+svg { width: 100%; height: auto; }
+.pairs { display: grid; gap: 1.2rem;
+         grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--pair)), 1fr)); }
+figure { margin: 0; } .pair { display: flex; gap: .5rem; }
+.pair div { flex: 1; font-size: .8rem; color: #57606a; }
+img { display: block; width: 100%; border: 1px solid #d8dee4; }
+img.small { image-rendering: pixelated; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+"""
+
+
+def html_report(
+    metrics: Mapping[str, Any],
+    curves: Mapping[str, Sequence[float | None]],
+    pairs: Sequence[Pair],
+    title: str,
+    meta: Mapping[str, Any],
+) -> str:
+    """One self-contained HTML page: table of metrics, SQNR over the sampling steps, image pairs.
+
+    metrics: the object of metrics.json (values may be None or inf); curves: name -> SQNR in dB of
+    every sampling step; pairs: uint8 [C, H, W] images of the same seed, C 1 or 3; meta: what was
+    measured, shown as it is. Empty parts are left out.
+    Raises ValueError if a pair is not uint8 or of two shapes.
+    """
+    parts = [f"<h1>{escape(title)}</h1>", _table(metrics)]
+    if any(len(values) for values in curves.values()):
+        parts.append("<h2>SQNR of the noise prediction over the sampling steps</h2>")
+        parts.append(line_chart(curves, "sampling step", "SQNR, dB"))
+    if pairs:
+        parts.append("<h2>The same seeds in full precision and quantized</h2>")
+        width = max(SMALL_PIXELS, *(full.shape[-1] for _, full, _ in pairs))
+        figures = "".join(map(_figure, pairs))
+        parts.append(f'<div class="pairs" style="--pair: {2 * width + 16}px">{figures}</div>')
+    protocol = {**meta, **_mapping(metrics.get("protocol"))}
+    if protocol:
+        parts.append("<h2>What was measured</h2>")
+        parts.append(_definitions(protocol))
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    )
+    body = "\n".join(part for part in parts if part)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """A Markdown table of the named columns; a column of numbers is aligned right.
+
+    A key that a row lacks reads as None. Ends with a newline.
+    """
+    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in columns]
+    lines = [list(columns), ["---:" if numeric else "---" for numeric in right]]
+    lines += [[_plain(row.get(name)) for name in columns] for row in rows]
+    return "".join("| " + " | ".join(map(_markdown_cell, line)) + " |\n" for line in lines)
+
+
+def contact_sheet(images: Tensor, columns: int | None = None, scale: int = 1) -> Image.Image:
+    """uint8 [N, 1 or 3, H, W] -> one RGB picture, row by row, on white.
+
+    columns: as many as rows unless given; scale: every pixel becomes scale x scale.
+    Raises ValueError if the images are of another dtype or shape, none, or columns or scale < 1.
+    """
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+        found = f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"expected images uint8 [N, 1 or 3, H, W], got {found}")
+    count = len(images)
+    columns = math.ceil(math.sqrt(count)) if columns is None else columns
+    if count == 0 or columns < 1 or scale < 1:
+        raise ValueError(f"cannot lay out {count} images in {columns} columns at scale {scale}")
+    columns = min(columns, count)
+    height, width = (side * scale for side in images.shape[-2:])
+    step_x, step_y = width + SHEET_GAP, height + SHEET_GAP
+    size = (columns * step_x - SHEET_GAP, math.ceil(count / columns) * step_y - SHEET_GAP)
+    sheet = Image.new("RGB", size, "white")
+    for index, image in enumerate(images):
+        picture = _to_picture(image).resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(picture, (index % columns * step_x, index // columns * step_y))
+    return sheet
+
+
+def format_number(value: float | None) -> str:
+    """A number at the precision that a reader can use: 4 digits or so, thousands separated."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "∞ (identical)" if value > 0 else "−∞"
+    size = abs(value)
+    if size >= 1000:
+        return f"{value:,.0f}"
+    if size >= 1:
+        return f"{value:.{2 if size >= 10 else 3}f}"
+    return f"{value:.3g}"
+
+
+def _table(metrics: Mapping[str, Any]) -> str:
+    sets = {key: _mapping(metrics[key]) for key in SET_NAMES if _mapping(metrics.get(key))}
+    fidelity = _mapping(metrics.get("fidelity"))
+    size = _mapping(metrics.get("bytes"))
+    rows = []
+    shown: set[str] = set()
+    for key in METRIC_NAMES:
+        values = [found.get(key) for found in (*sets.values(), fidelity)]
+        label = _label(key, values)
+        if label not in shown and any(value is not None for value in values):
+            shown.add(label)
+            cells = [_cell(found.get(key)) for found in sets.values()]
+            cells += [_cell(fidelity.get(key))] if fidelity else []
+            rows.append([escape(label), *cells])
+    if size:
+        cells = [escape(_bytes(size.get(key))) for key in sets]
+        rows.append(["Size ↓", *cells, *([_smaller(size)] if fidelity else [])])
+    if not rows:
+        return ""
+    names = ["Metric", *(SET_NAMES[key] for key in sets)]
+    names += ["Quantized against full precision"] if fidelity else []
+    head = "".join(f'<th scope="col">{name}</th>' for name in names)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    note = "<p>↓ lower is better, ↑ higher is better; in brackets the 95% bootstrap interval.</p>"
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+
+
+def _label(key: str, values: Sequence[Any]) -> str:
+    """The row's name; an entry's says which network made it, Inception's is the field's own."""
+    entry = next((value for value in values if isinstance(value, Mapping)), {})
+    if entry.get("network") == INCEPTION:
+        return METRIC_NAMES[FIELD_NAMES.get(key, key)]
+    source = entry.get("name") or entry.get("network")
+    name = METRIC_NAMES[key]
+    return f"{name[:-2]} ({source}) {name[-1]}" if source else name
+
+
+def _cell(value: Any) -> str:
+    """A number, or an entry {value, low, high}, as HTML."""
+    if not isinstance(value, Mapping):
+        return escape(_plain(value))
+    text = escape(_plain(value.get("value")))
+    low, high = value.get("low"), value.get("high")
+    if low is None or high is None:
+        return text
+    interval = f"[{format_number(low)}, {format_number(high)}]"
+    return f'{text} <span class="range">{escape(interval)}</span>'
+
+
+def _bytes(value: Any) -> str:
+    if not isinstance(value, int | float):
+        return MISSING
+    return f"{value / 2**20:,.2f} MiB" if value >= 2**20 else f"{value / 2**10:,.1f} KiB"
+
+
+def _smaller(size: Mapping[str, Any]) -> str:
+    full, quantized = size.get("full"), size.get("quantized")
+    return f"{full / quantized:.2f}x smaller" if full and quantized else MISSING
+
+
+def _figure(pair: Pair) -> str:
+    title, full, quantized = pair
+    psnr = format_number(psnr_db(full[None], quantized[None]))
+    small = ' class="small"' if full.shape[-1] < SMALL_PIXELS else ""
+    sides = "".join(
+        f'<div><img{small} src="{_data_uri(image)}" alt="{escape(title)}, {name}">{name}</div>'
+        for name, image in (("full precision", full), ("quantized", quantized))
+    )
+    caption = f"<figcaption>{escape(title)}: PSNR {psnr} dB</figcaption>"
+    return f'<figure><div class="pair">{sides}</div>{caption}</figure>'
+
+
+def _data_uri(image: Tensor) -> str:
+    buffer = io.BytesIO()
+    _to_picture(image).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _to_picture(image: Tensor) -> Image.Image:
+    """uint8 [1 or 3, H, W] -> RGB picture."""
+    return Image.fromarray(image.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def _definitions(values: Mapping[str, Any]) -> str:
+    items = (
+        f"<dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd>"
+        for key, value in values.items()
+    )
+    return f"<dl>{''.join(items)}</dl>"
+
+
+def _plain(value: Any) -> str:
+    """Any JSON value as text."""
+    if value is None or isinstance(value, int | float):
+        return format_number(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _markdown_cell(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}

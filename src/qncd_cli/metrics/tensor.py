@@ -1,0 +1,87 @@
+"""How far a tensor or an image is from its full-precision counterpart, in decibels.
+
+All sums are taken in float64 (images: in exact integers), so the numbers do not depend on the
+dtype of the arguments. Identical arguments score math.inf.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+PEAK = 255  # largest value of a uint8 image
+IMAGES_PER_CHUNK = 64  # bounds the integer copies that psnr_each_db makes
+
+
+def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
+    """Signal-to-quantization-noise ratio, 10 log10(||reference||^2 / ||reference - noisy||^2), dB.
+
+    reference, noisy: the same shape, any real dtype. Identical tensors: math.inf; a reference of
+    zeros with a noisy tensor that is not: -math.inf; a NaN anywhere: NaN.
+    Source: method.md, section 6. Raises ValueError if the shapes differ or are empty.
+    """
+    _check_same_shape(reference, noisy)
+    signal = reference.detach().to(torch.float64)
+    noise = signal - noisy.detach().to(torch.float64).to(signal.device)
+    return _ratio_db(signal.square().sum().item(), noise.square().sum().item())
+
+
+def sqnr_steps_db(reference: Tensor, noisy: Tensor) -> list[float]:
+    """sqnr_db of every sampling step over all samples.
+
+    reference, noisy: [K, S, ...], K samples (trajectories), S sampling steps.
+    Returns S numbers in dB. Raises ValueError if the shapes differ or have fewer than 2 dimensions.
+    """
+    _check_same_shape(reference, noisy)
+    if reference.dim() < 2:
+        raise ValueError(f"expected [samples, steps, ...], got shape {list(reference.shape)}")
+    steps = range(reference.shape[1])
+    return [sqnr_db(reference[:, step], noisy[:, step]) for step in steps]
+
+
+def psnr_db(reference: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio over all pixels of all images, 10 log10(255^2 / MSE), dB.
+
+    reference, other: uint8 [N, C, H, W]. One mean squared error over the whole set, not the mean
+    of the images' PSNR (which is infinite as soon as one pair is identical).
+    Raises ValueError if a dtype is not uint8, the shapes differ or there are no images.
+    """
+    return _ratio_db(PEAK**2, _mean_squared_errors(reference, other).mean().item())
+
+
+def psnr_each_db(reference: Tensor, other: Tensor) -> list[float]:
+    """PSNR of every pair of images, dB; arguments and errors as psnr_db. Returns N numbers."""
+    errors = _mean_squared_errors(reference, other).tolist()
+    return [_ratio_db(PEAK**2, error) for error in errors]
+
+
+def _mean_squared_errors(reference: Tensor, other: Tensor) -> Tensor:
+    """uint8 [N, C, H, W] twice -> mean squared error of each image, float64 [N], on the CPU."""
+    _check_same_shape(reference, other)
+    if reference.dtype != torch.uint8 or other.dtype != torch.uint8:
+        raise ValueError(f"expected uint8 images, got {reference.dtype} and {other.dtype}")
+    if reference.dim() != 4:
+        raise ValueError(f"expected images [N, C, H, W], got shape {list(reference.shape)}")
+    sums = []
+    for a, b in zip(reference.split(IMAGES_PER_CHUNK), other.split(IMAGES_PER_CHUNK), strict=True):
+        difference = a.to(torch.int32) - b.to(a.device, torch.int32)
+        sums.append(difference.square().sum(dim=(1, 2, 3), dtype=torch.int64).cpu())
+    return torch.cat(sums).to(torch.float64) / reference[0].numel()
+
+
+def _ratio_db(signal: float, noise: float) -> float:
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * (math.log10(signal) - math.log10(noise)) if signal > 0 else -math.inf
+
+
+def _check_same_shape(reference: Tensor, other: Tensor) -> None:
+    if reference.shape != other.shape:
+        shapes = f"{list(reference.shape)} against {list(other.shape)}"
+        raise ValueError(f"the two tensors must have the same shape, got {shapes}")
+    if reference.numel() == 0:
+        raise ValueError(f"nothing to compare: shape {list(reference.shape)}")

@@ -1,0 +1,1 @@
+"""Models as qncd sees them: loading, topology, pipelines, the packaged zoo."""

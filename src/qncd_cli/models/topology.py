@@ -1,0 +1,176 @@
+"""What is inside a denoiser: layers to quantize, time-embedding layers, smoothing sites, MACs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+_TIME_LAYERS = re.compile(r"(^|\.)(time_embedding\.linear_[12]|time_emb_proj)$")
+_FIRST = ("conv_in",)
+_LAST = ("conv_out",)
+
+
+@dataclass(frozen=True)
+class SmoothingSite:
+    """Where a timestep embedding widens the features in front of a convolution.
+
+    layer: name of the convolution; projection: of the embedding, [.., C] or [.., 2C];
+    norm: the GroupNorm between them; scale_shift: the embedding modulates instead of adding.
+    """
+
+    layer: str
+    projection: str
+    norm: str
+    scale_shift: bool
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """macs: multiply-accumulates of one sample; kind: conv, linear or matmul."""
+
+    name: str
+    kind: str
+    macs: int
+
+
+def weight_layers(denoiser: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+    """Every convolution and linear layer by name, in the order of the modules."""
+    return {
+        name: module
+        for name, module in denoiser.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+def is_time_layer(name: str) -> bool:
+    """Whether a layer computes on the timestep embedding alone."""
+    return _TIME_LAYERS.search(name) is not None
+
+
+def is_outer_layer(name: str) -> bool:
+    """Whether a layer is the first or the last of the denoiser."""
+    return name in _FIRST + _LAST
+
+
+def time_layers_are_cacheable(denoiser: nn.Module) -> bool:
+    """False where a class or other embedding is added to the timestep's."""
+    return all(
+        getattr(denoiser, part, None) is None for part in ("class_embedding", "add_embedding")
+    )
+
+
+def smoothing_sites(denoiser: nn.Module) -> list[SmoothingSite]:
+    """The second convolution of every residual block that takes a timestep embedding."""
+    return [
+        SmoothingSite(
+            f"{name}.conv2",
+            f"{name}.time_emb_proj",
+            f"{name}.norm2",
+            module.time_embedding_norm == "scale_shift",
+        )
+        for name, module in denoiser.named_modules()
+        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None
+    ]
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put module at a dotted name below root."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, module)
+
+
+@contextmanager
+def capture_inputs(
+    denoiser: nn.Module, names: list[str], receive: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Within the block, receive(name, input) runs before each named layer does."""
+    handles = []
+    try:
+        for name in names:
+
+            def hook(module, args, name=name):
+                receive(name, args[0])
+
+            handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def step_embeddings(
+    denoiser: nn.Module, projections: list[str], call: Callable[[float], Tensor], timesteps: list
+) -> dict[str, Tensor]:
+    """Outputs of the time projections at each timestep, [S, C] by name.
+
+    call: runs the denoiser once on any one-row input at a timestep. Rows of one call are averaged
+    (they differ only where a class embedding is added).
+    """
+    rows: dict[str, list[Tensor]] = {name: [] for name in projections}
+    handles = []
+    try:
+        for name in projections:
+
+            def hook(module, args, output, name=name):
+                rows[name].append(output.detach().float().mean(0))
+
+            handles.append(denoiser.get_submodule(name).register_forward_hook(hook))
+        for t in timesteps:
+            call(t)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCost]:
+    """MACs of every convolution, linear layer and attention product in one call on one sample."""
+    costs: list[LayerCost] = []
+    handles = []
+
+    def on_layer(name: str):
+        def hook(module, args, output):
+            macs = output[0].numel() * module.weight[0].numel()
+            kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
+            costs.append(LayerCost(name, kind, macs))
+
+        return hook
+
+    def on_attention(name: str):
+        def hook(module, args, kwargs, output):
+            x = args[0]
+            context = kwargs.get("encoder_hidden_states")
+            if context is None:
+                context = args[1] if len(args) > 1 and args[1] is not None else x
+            queries = x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])
+            keys = context[0].numel() // (
+                context.shape[1] if context.ndim == 4 else context.shape[-1]
+            )
+            macs = queries * keys * module.inner_dim
+            costs.append(LayerCost(f"{name}.query_key", "matmul", macs))
+            costs.append(LayerCost(f"{name}.probabilities_value", "matmul", macs))
+
+        return hook
+
+    try:
+        for name, module in denoiser.named_modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                handles.append(module.register_forward_hook(on_layer(name)))
+            elif isinstance(module, Attention):
+                handles.append(module.register_forward_hook(on_attention(name), with_kwargs=True))
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not costs:
+        raise ModelError("the denoiser has no convolution, linear or attention layer")
+    return costs

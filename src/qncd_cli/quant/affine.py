@@ -1,0 +1,80 @@
+"""The arithmetic of quantization. Nothing else in qncd rounds or clamps codes.
+
+Notation: x ~ (q - zero_point) * scale with q integer in [qmin, qmax] (Jacob et al. 2018, eq. 1).
+Every function returns new tensors; nothing is changed in place.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import QSpec
+
+MIN_SCALE = 1e-8
+"""Floor of a scale, for tensors that are constant zero."""
+
+
+class QParams(NamedTuple):
+    """scale: float32, real units per code, > 0; zero_point: int32, in the quantized domain."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+
+def choose_qparams(x_min: Tensor, x_max: Tensor, spec: QSpec) -> QParams:
+    """Affine parameters so that [x_min, x_max] maps onto [qmin, qmax].
+
+    x_min, x_max: [C] or [] float, real units; widened to include 0 together, so that scale and
+    zero_point come from one range and an all-positive channel keeps its top.
+    Returns scale float32 and zero_point int32 of the same shape; symmetric: zero_point is 0.
+    Source: Jacob et al. 2018, sec. 3. Raises ValueError if x_min > x_max or not finite.
+    """
+    if not (torch.isfinite(x_min).all() and torch.isfinite(x_max).all()):
+        raise ValueError("range is not finite")
+    if (x_min > x_max).any():
+        raise ValueError("x_min exceeds x_max")
+    low = x_min.to(torch.float32).clamp(max=0)
+    high = x_max.to(torch.float32).clamp(min=0)
+    if spec.symmetric:
+        scale = (torch.maximum(-low, high) / spec.qmax).clamp(min=MIN_SCALE)
+        return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
+    scale = ((high - low) / (spec.qmax - spec.qmin)).clamp(min=MIN_SCALE)
+    zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
+    return QParams(scale, zero_point.to(torch.int32))
+
+
+def _aligned(parameter: Tensor, x: Tensor, spec: QSpec) -> Tensor:
+    """A per-channel parameter [C] shaped to broadcast along spec.axis of x."""
+    if spec.axis is None:
+        return parameter
+    shape = [1] * x.ndim
+    shape[spec.axis] = -1
+    return parameter.reshape(shape)
+
+
+def round_to_codes(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
+    """As quantize, but the codes stay in a float tensor (exact integers)."""
+    scale = _aligned(qparams.scale, x, spec)
+    zero_point = _aligned(qparams.zero_point, x, spec)
+    return (torch.round(x / scale) + zero_point).clamp(spec.qmin, spec.qmax)
+
+
+def quantize(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
+    """x: any shape, float -> codes of the same shape, int32, in [qmin, qmax]."""
+    return round_to_codes(x, qparams, spec).to(torch.int32)
+
+
+def dequantize(codes: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
+    """Codes of any integer type -> float32 real values (q - zero_point) * scale."""
+    zero_point = _aligned(qparams.zero_point, codes, spec)
+    scale = _aligned(qparams.scale, codes, spec)
+    return (codes.to(torch.float32) - zero_point) * scale
+
+
+def fake_quantize(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
+    """dequantize(quantize(x)) in float: what an integer kernel sees of x."""
+    zero_point = _aligned(qparams.zero_point, x, spec)
+    return (round_to_codes(x, qparams, spec) - zero_point) * _aligned(qparams.scale, x, spec)

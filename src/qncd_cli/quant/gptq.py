@@ -1,0 +1,121 @@
+"""GPTQ: second-order rounding of a weight matrix (Frantar et al. 2022, arXiv 2210.17323).
+
+| here | paper |
+|---|---|
+| hessian [I, I] = 2 X X^T / n over n input vectors | H |
+| inverse_factor, upper triangular, inverse_factor^T inverse_factor = H^-1 | Cholesky(H^-1)^T |
+| dampening | lambda, 1% of the mean diagonal |
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..spec import QSpec
+from .affine import QParams, dequantize, quantize
+
+DAMPENING = 0.01
+BLOCK = 128
+MAX_DAMPENING_TRIES = 4
+
+
+class HessianAccumulator:
+    """H = 2 X X^T / n of a layer's input vectors, as they stand before the weight.
+
+    Convolutions are unfolded: an input vector is one receptive field, C * kh * kw long, in the
+    order of the flattened weight. Accumulators of one layer merge by their sums.
+    """
+
+    def __init__(self, in_features: int):
+        self.total = torch.zeros(in_features, in_features)
+        self.count = 0
+
+    def update(self, x: Tensor, layer: nn.Conv2d | nn.Linear, max_rows: int | None = None) -> None:
+        """x: input of the layer, smoothed and quantized as at run time.
+
+        max_rows: use at most so many input vectors, evenly strided.
+        """
+        rows = input_vectors(x, layer)
+        if max_rows is not None and len(rows) > max_rows:
+            rows = rows[:: -(-len(rows) // max_rows)]
+        self.total.addmm_(rows.T, rows)
+        self.count += len(rows)
+
+    def merge(self, other: HessianAccumulator) -> None:
+        self.total += other.total
+        self.count += other.count
+
+    def hessian(self) -> Tensor:
+        return self.total * (2 / max(1, self.count))
+
+
+def input_vectors(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
+    """[N, C, H, W] or [..., I] -> [rows, I], I in the order of weight.reshape(O, -1)."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, x.shape[-1]).to(torch.float32)
+    if layer.groups != 1:
+        raise ValueError("grouped convolutions have one Hessian per group")
+    if isinstance(layer.padding, str):
+        raise ValueError(f"padding {layer.padding!r} is not supported, only numbers")
+    columns = F.unfold(
+        x.to(torch.float32), layer.kernel_size, layer.dilation, layer.padding, layer.stride
+    )
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+
+def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, float]:
+    """Upper triangular U with U^T U = (H + lambda I)^-1, and lambda / mean(diag H).
+
+    Dampening starts at 1% and is raised tenfold until the Cholesky factorisation exists;
+    (None, lambda) when it never does.
+    """
+    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    dampening = DAMPENING
+    eye = torch.eye(len(hessian), dtype=hessian.dtype)
+    for _ in range(MAX_DAMPENING_TRIES):
+        lower, bad = torch.linalg.cholesky_ex(hessian + dampening * mean * eye)
+        if not bad:
+            factor, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bad:
+                return factor, dampening
+        dampening *= 10
+    return None, dampening
+
+
+def gptq_codes(
+    weight: Tensor, hessian: Tensor, qparams: QParams, spec: QSpec
+) -> tuple[Tensor | None, str]:
+    """Round weight [O, I] column by column, pushing each column's error onto the later ones.
+
+    hessian: [I, I]; qparams: per output channel, fixed beforehand. Columns go in the order of
+    falling diagonal ("activation order"); inputs that are always zero keep nearest rounding.
+    Returns codes int32 [O, I] and a note (empty, or what had to be done); codes None when the
+    Hessian could not be factored.
+    """
+    hessian = hessian.clone()
+    dead = hessian.diagonal() <= 0
+    hessian.diagonal()[dead] = 1.0
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor, dampening = inverse_factor(hessian[order][:, order])
+    if factor is None:
+        return None, "Hessian not positive definite: nearest rounding"
+    note = "" if dampening == DAMPENING else f"dampening {dampening:g}"
+    work = weight[:, order].clone()
+    codes = torch.empty_like(work, dtype=torch.int32)
+    size = work.shape[1]
+    for start in range(0, size, BLOCK):
+        stop = min(start + BLOCK, size)
+        errors = torch.empty_like(work[:, start:stop])
+        for i in range(start, stop):
+            column = work[:, i : i + 1]
+            code = quantize(column, qparams, spec)
+            codes[:, i : i + 1] = code
+            error = (column - dequantize(code, qparams, spec)) / factor[i, i]
+            work[:, i:stop] -= error * factor[i, i:stop]
+            errors[:, i - start : i - start + 1] = error
+        work[:, stop:] -= errors @ factor[start:stop, stop:]
+    result = torch.empty_like(codes)
+    result[:, order] = codes
+    return result, note

@@ -1,0 +1,136 @@
+"""Quantized convolution and linear layers: buffers, and a function that computes with them.
+
+A layer decides nothing: codes, scales and ranges come from an artifact; the arithmetic comes from
+a backend, a function (layer, x) -> output; the timestep group comes from a StepState that the
+denoising call sets. forward never calibrates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import FLOAT_BITS, QSpec, activation_spec, weight_spec
+from .affine import QParams, dequantize
+from .packing import unpack
+
+Compute = Callable[["QuantizedLayer", Tensor], Tensor]
+
+
+@dataclass
+class StepState:
+    """Which timestep the running call of the denoiser is at.
+
+    timestep: of the noise schedule; group: index of the activation ranges that hold there.
+    """
+
+    timestep: float = 0.0
+    group: int = 0
+
+
+class QuantizedLayer(nn.Module):
+    """One Conv2d or Linear layer with integer weights and quantized input.
+
+    Buffers: weight (packed codes), weight_scale [O], weight_zero_point [O] or None,
+    input_scale, input_zero_point [G] or None (input stays float), smoothing [C_in] or None,
+    bias [O] or None. weight_bits 32: weight is float32 with the smoothing folded in.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
+    smoothing: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        original: nn.Conv2d | nn.Linear,
+        tensors: dict[str, Tensor],
+        weight_bits: int,
+        activation_bits: int,
+        step: StepState,
+        compute: Compute,
+    ):
+        super().__init__()
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+        self.weight_shape = tuple(original.weight.shape)
+        self.is_conv = isinstance(original, nn.Conv2d)
+        if isinstance(original, nn.Conv2d):
+            self.stride: tuple[int, ...] = original.stride
+            self.padding = original.padding
+            self.dilation, self.groups = original.dilation, original.groups
+        self.step = step
+        self.compute = compute
+        for name in ("weight", "weight_scale", "weight_zero_point", "input_scale"):
+            self.register_buffer(name, tensors.get(name))
+        for name in ("input_zero_point", "smoothing", "bias"):
+            self.register_buffer(name, tensors.get(name))
+
+    @property
+    def in_channels(self) -> int:
+        return self.weight_shape[1]
+
+    @property
+    def input_spec(self) -> QSpec | None:
+        return None if self.activation_bits == FLOAT_BITS else activation_spec(self.activation_bits)
+
+    def input_qparams(self) -> QParams:
+        """Of the current timestep group."""
+        group = self.step.group
+        return QParams(self.input_scale[group], self.input_zero_point[group])
+
+    def smoothed(self, x: Tensor) -> Tensor:
+        """x / S, S along the channels ([N, C, H, W] or [..., C])."""
+        if self.smoothing is None:
+            return x
+        shape = (1, -1, 1, 1) if self.is_conv else (-1,)
+        return x / self.smoothing.reshape(shape)
+
+    def integer_weight(self) -> Tensor:
+        """q - zero_point, int8 [O, ...]: what an integer kernel multiplies with."""
+        codes = unpack(self.weight, self.weight_bits, self.weight_shape)
+        if self.weight_zero_point is not None:
+            zero_point = self.weight_zero_point.to(torch.int32)
+            codes = codes - zero_point.reshape(-1, *[1] * (codes.ndim - 1))
+        return codes.to(torch.int8)
+
+    def float_weight(self) -> Tensor:
+        """The weight that the codes stand for, float32, smoothing folded in."""
+        if self.weight_bits == FLOAT_BITS:
+            return self.weight
+        centred = QParams(self.weight_scale, torch.zeros_like(self.weight_scale))
+        return dequantize(self.integer_weight(), centred, weight_spec(self.weight_bits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(self, x)
+
+    def extra_repr(self) -> str:
+        return f"W{self.weight_bits}A{self.activation_bits}, weight {list(self.weight_shape)}"
+
+
+class CachedTimestepLayer(nn.Module):
+    """A layer whose output depends on the timestep alone, evaluated once per timestep.
+
+    The embedding of a timestep is the same for every sample of a batch, so one row is computed in
+    full precision on first use and repeated from then on (TFMQ-DM treats these layers apart for
+    the same reason). Only valid where nothing else (a class embedding) enters the input.
+    """
+
+    def __init__(self, original: nn.Module, step: StepState):
+        super().__init__()
+        self.original = original
+        self.step = step
+        self._rows: dict[float, Tensor] = {}
+
+    def forward(self, x: Tensor, *args) -> Tensor:
+        row = self._rows.get(self.step.timestep)
+        if row is None:
+            row = self.original(x[:1], *args).detach()
+            self._rows[self.step.timestep] = row
+        return row.expand(x.shape[0], *row.shape[1:])

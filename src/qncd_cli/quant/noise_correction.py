@@ -1,0 +1,378 @@
+"""Inter noise: estimate the quantization noise in a noise prediction and filter it out.
+
+Notation as in method.md section 3:
+    eps, eps~    prediction of the full-precision and of the quantized denoiser, q = eps~ - eps
+    t, s         the step just made went from t to s (less noisy); abar_t, abar_s its levels
+    x~_s         latent after the step, VP scale; x0~ the clean latent that the step implied
+    z            fresh noise that diffuses x~_s back up to x^_t;  e^ = eps~(x^_t, t)
+    n            the whole noise in x^_t, of which z is only the newest part
+
+Three corrections share one protocol (`sampling.samplers.Correction`, met by duck typing):
+`RuntimeCorrection` estimates while sampling, `PtqdCorrection` and `AffineCorrection` apply the
+statistics that `NoiseStatistics` prepared. Each object serves one batch's trajectory.
+
+What one estimate can see (data N(mu, v / abar_t), exact linear denoiser, a shift D of the
+prediction, whatever caused it, nothing subtracted yet; w = (1 - abar_t) / (v + 1 - abar_t), and
+rho < 1 the ratio of sqrt((1 - abar) / abar) at s to that at t):
+    injected     E[q] = (1 - w (1 - rho)) D    nearly all of it, but also the chance mean of the
+                                               sample's own noise, about 1 / sqrt(elements)
+    total        E[q] = (1 - w) (1 - rho) D    little chance mean, but nearly blind when steps are
+                                               short (rho near 1) or noisy (w near 1), because
+                                               x0~ and eps_s, hence n, already contain D
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from qncd_cli.errors import ConfigError
+
+TARGETS = ("injected", "total")
+GRANULARITIES = ("tensor", "channel")
+ROUNDING = 1e-12  # relative error to allow for in float64 sums
+AFFINE_RIDGE = 1e-3  # relative to E[eps~^2] for the slope, to 1 for the intercept
+
+
+class Step(Protocol):
+    """The part of `sampling.samplers.StepInfo` that corrections read."""
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def t(self) -> float: ...
+
+    @property
+    def abar_t(self) -> float: ...
+
+    @property
+    def abar_next(self) -> float: ...
+
+    @property
+    def x0(self) -> Tensor | None: ...
+
+
+def renoise(x_s: Tensor, abar_t: float, abar_s: float, z: Tensor) -> Tensor:
+    """x^_t = sqrt(abar_t / abar_s) x~_s + sqrt(1 - abar_t / abar_s) z; section 3, estimate 1.
+
+    x_s, z: [N, C, ...]. Raises ValueError if abar_t > abar_s (t must be the noisier level).
+    """
+    if abar_t > abar_s:
+        raise ValueError(f"abar_t = {abar_t} is above abar_s = {abar_s}: t must be noisier than s")
+    ratio = abar_t / abar_s
+    return math.sqrt(ratio) * x_s + math.sqrt(1 - ratio) * z
+
+
+def contained_noise(x_s: Tensor, x0: Tensor, abar_s: float) -> Tensor:
+    """eps_s with x~_s = sqrt(abar_s) x0~ + sqrt(1 - abar_s) eps_s; in DDIM (eta 0) it is eps~."""
+    return (x_s - math.sqrt(abar_s) * x0) / math.sqrt(1 - abar_s)
+
+
+def total_noise(eps_s: Tensor, z: Tensor, abar_t: float, abar_s: float) -> Tensor:
+    """n = (sqrt(abar_t/abar_s) sqrt(1-abar_s) eps_s + sqrt(1-abar_t/abar_s) z) / sqrt(1-abar_t).
+
+    eps_s: noise contained in x~_s (`contained_noise`); z: what `renoise` added; both [N, C, ...].
+    """
+    ratio = abar_t / abar_s
+    old = math.sqrt(ratio * (1 - abar_s))
+    return (old * eps_s + math.sqrt(1 - ratio) * z) / math.sqrt(1 - abar_t)
+
+
+def reduce_mean(q: Tensor, granularity: str) -> Tensor:
+    """Mean of q [N, C, ...] per sample: "tensor" -> [N, 1, 1, ...], "channel" -> [N, C, 1, ...].
+
+    Samples are reduced one at a time: the order of summation, and with it every bit of the
+    result, is then the same in a batch of any size. Raises ConfigError: unknown granularity.
+    """
+    if granularity not in GRANULARITIES:
+        raise ConfigError(
+            f"unknown granularity {granularity!r} of the run-time correction",
+            f"use {' or '.join(GRANULARITIES)}",
+        )
+    groups = q.shape[1] if granularity == "channel" else 1
+    means = torch.stack([sample.reshape(groups, -1).float().mean(-1) for sample in q])
+    return means.to(q.dtype).reshape(len(q), -1, *[1] * (q.ndim - 2))
+
+
+def slope(e: Tensor, n: Tensor) -> Tensor:
+    """k = <e, n> / <n, n> per sample: [N, C, ...] twice -> [N]."""
+    pairs = zip(e.flatten(1), n.flatten(1), strict=True)
+    return torch.stack([torch.dot(a, b) / torch.dot(b, b) for a, b in pairs])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One run-time estimate before any baseline: mean of q [N, C] and its variance [N] at t."""
+
+    t: int
+    mean: Tensor
+    variance: Tensor
+
+
+def baseline_of(estimates: Iterable[Estimate]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """What a model's own estimator scores per timestep: means t -> [C], variances t -> [].
+
+    Feed it the estimates of the full-precision model (`apply=False, interval=1`).
+    """
+    by_time: dict[int, list[Estimate]] = {}
+    for estimate in estimates:
+        by_time.setdefault(estimate.t, []).append(estimate)
+    means = {t: torch.cat([e.mean for e in group]).mean(0) for t, group in by_time.items()}
+    variances = {t: torch.cat([e.variance for e in group]).mean() for t, group in by_time.items()}
+    return means, variances
+
+
+class RuntimeCorrection:
+    """Estimate q with an extra denoiser call every `interval` steps, subtract its mean (QNCD).
+
+    generators: one per sample for z (their own stream, so that the sample's draws stay put).
+    target: "injected" compares e^ with z as published, "total" with n.
+    granularity: of the mean, `reduce_mean`.
+    interval: estimates follow steps 0, interval, 2 * interval, ... and act from the next step on,
+        until replaced. A step that does not lower the noise level (PNDM repeats timesteps) cannot
+        be estimated; its turn passes to the next one.
+    baseline, baseline_variance: full-precision scores per timestep, t -> [C] or [], t -> []
+        (`baseline_of`); without them, as published, the model's own error counts as
+        quantization noise. With them an unquantized model is left unchanged only
+        approximately: a baseline is the mean over other samples and other draws of z.
+    apply: False only records `estimates`. deduct_variance: see `deductible_variance`.
+    """
+
+    def __init__(
+        self,
+        generators: Sequence[torch.Generator],
+        *,
+        target: str = "total",
+        granularity: str = "tensor",
+        interval: int = 10,
+        baseline: Mapping[int, Tensor] | None = None,
+        baseline_variance: Mapping[int, Tensor] | None = None,
+        apply: bool = True,
+        deduct_variance: bool = True,
+    ):
+        _check_choice("target", target, TARGETS)
+        _check_choice("granularity", granularity, GRANULARITIES)
+        if interval < 1:
+            raise ConfigError(f"correction interval {interval} is not positive", "use 1 or more")
+        self.generators = list(generators)
+        self.target, self.granularity, self.interval = target, granularity, interval
+        self.baseline, self.baseline_variance = baseline, baseline_variance
+        self.apply, self.deduct_variance = apply, deduct_variance
+        self.extra_calls = 0
+        self.estimates: list[Estimate] = []
+        self.q_mean: Tensor | None = None  # [N, 1 or C, 1, ...], baseline taken off
+        self.q_variance: Tensor | None = None  # [N]
+        self._due = False
+
+    def correct(self, step: Step, prediction: Tensor) -> Tensor:
+        """eps~ - mean(q), with the latest estimate."""
+        if self.q_mean is None or not self.apply:
+            return prediction
+        return prediction - self.q_mean
+
+    def observe(
+        self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Estimate q at the level of the step just made, if it is time to."""
+        self._due = self._due or step.index % self.interval == 0
+        if not self._due or step.abar_next <= step.abar_t:
+            return
+        self._due = False
+        self.extra_calls += 1
+        z = self._draw(x_next)
+        x_t = renoise(x_next, step.abar_t, step.abar_next, z)
+        e = predict(x_t, torch.as_tensor(step.t, device=x_t.device))
+        noise = z
+        if self.target == "total":
+            assert step.x0 is not None
+            eps_s = contained_noise(x_next, step.x0, step.abar_next)
+            noise = total_noise(eps_s, z, step.abar_t, step.abar_next)
+        self._store(timestep_key(step.t), e - noise)
+
+    def deductible_variance(self, step: Step) -> Tensor | None:
+        """var_q [N]: what the latest estimate leaves after its mean, less the baseline's."""
+        return self.q_variance if self.apply and self.deduct_variance else None
+
+    def _draw(self, like: Tensor) -> Tensor:
+        """z ~ N(0, I), every sample from its own generator, on the CPU in float32."""
+        if len(self.generators) != len(like):
+            raise ConfigError(
+                f"{len(self.generators)} generators for {len(like)} samples",
+                "make a new correction for every batch",
+            )
+        draws = [torch.randn((1, *like.shape[1:]), generator=g) for g in self.generators]
+        return torch.cat(draws).to(like)
+
+    def _store(self, t: int, q: Tensor) -> None:
+        mean = reduce_mean(q, self.granularity)
+        variance = reduce_mean((q - mean).square(), "tensor").flatten()
+        self.estimates.append(Estimate(t, reduce_mean(q, "channel").flatten(1), variance))
+        if self.baseline is not None:
+            own = _at(self.baseline, t).to(q)
+            own = own.mean() if self.granularity == "tensor" else own
+            mean = mean - own.reshape(1, -1, *[1] * (q.ndim - 2))
+        if self.baseline_variance is not None:
+            variance = (variance - _at(self.baseline_variance, t).to(variance)).clamp(min=0)
+        self.q_mean, self.q_variance = mean, variance
+
+
+class PtqdCorrection:
+    """eps <- (eps~ - mean(r)) / (1 + k), with eps~ = (1 + k) eps + r; PTQD (2305.10657).
+
+    statistics: `NoiseStatistics.finish()`. k = 0 and mean(r) = 0 change no bit.
+    """
+
+    extra_calls = 0
+
+    def __init__(self, statistics: Mapping[str, Tensor], *, deduct_variance: bool = True):
+        self.k = _by_time(statistics, "correlation_k")
+        self.residual_mean = _by_time(statistics, "residual_mean")
+        self.residual_variance = _by_time(statistics, "residual_variance")
+        self.deduct_variance = deduct_variance
+
+    def correct(self, step: Step, prediction: Tensor) -> Tensor:
+        """Remove the correlated and the mean of the uncorrelated part of the noise."""
+        t = timestep_key(step.t)
+        mean = _channels(_at(self.residual_mean, t), prediction)
+        return (prediction - mean) / (1 + _at(self.k, t).to(prediction))
+
+    def observe(
+        self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Nothing to see at run time."""
+
+    def deductible_variance(self, step: Step) -> Tensor | None:
+        """var(r) / (1 + k)^2 as [1]: what `correct` leaves in the prediction."""
+        if not self.deduct_variance:
+            return None
+        t = timestep_key(step.t)
+        return (_at(self.residual_variance, t) / (1 + _at(self.k, t)).square()).reshape(1)
+
+
+class AffineCorrection:
+    """eps <- a[t, c] eps~ + b[t, c], fitted by `NoiseStatistics.finish()`."""
+
+    extra_calls = 0
+
+    def __init__(self, statistics: Mapping[str, Tensor]):
+        self.a = _by_time(statistics, "affine_a")
+        self.b = _by_time(statistics, "affine_b")
+
+    def correct(self, step: Step, prediction: Tensor) -> Tensor:
+        """The least-squares estimate of eps from eps~, per channel."""
+        t = timestep_key(step.t)
+        a, b = (_channels(_at(table, t), prediction) for table in (self.a, self.b))
+        return a * prediction + b
+
+    def observe(
+        self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """Nothing to see at run time."""
+
+    def deductible_variance(self, step: Step) -> Tensor | None:
+        """None: the fit minimizes the error of eps, it does not model what remains."""
+        return None
+
+
+@dataclass
+class NoiseStatistics:
+    """Sums over pairs (eps, eps~) per timestep; merges across ranks by addition.
+
+    sums: t -> [6, C] float64, rows (count, sum q, sum q^2, sum eps, sum eps^2, sum q eps), where
+    count is elements per channel. Feed guided predictions, where they are what is corrected.
+    """
+
+    sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def update(self, t: float | Tensor, eps_fp: Tensor, eps_q: Tensor) -> None:
+        """Add a batch at timestep t; eps_fp, eps_q: [N, C, ...] for the same inputs."""
+        if eps_fp.shape != eps_q.shape:
+            raise ValueError(f"shapes differ: {tuple(eps_fp.shape)} and {tuple(eps_q.shape)}")
+        f, g = (
+            e.detach().transpose(0, 1).flatten(1).to("cpu", torch.float64) for e in (eps_fp, eps_q)
+        )  # [C, N * ...]
+        q = g - f
+        rows = (torch.ones_like(q), q, q * q, f, f * f, q * f)
+        self._add(timestep_key(t), torch.stack([row.sum(1) for row in rows]))
+
+    def merge(self, other: NoiseStatistics) -> None:
+        """Add the sums of `other`."""
+        for t, sums in other.sums.items():
+            self._add(t, sums)
+
+    def finish(self, ridge: float = AFFINE_RIDGE) -> dict[str, Tensor]:
+        """Statistics per timestep, ascending: `timesteps` [T] int64, the rest float32.
+
+        mean, variance [T, C] of q; correlation_k [T], residual_mean [T, C], residual_variance [T]
+        of q = k eps + r (least squares with one intercept per channel; the variance is what
+        remains around the intercepts); affine_a, affine_b [T, C] of eps ~ a eps~ + b, ridge
+        regression toward a = 1, b = 0. Raises ValueError if nothing was added.
+        """
+        if not self.sums:
+            raise ValueError("no noise statistics: update was never called")
+        times = sorted(self.sums)
+        n, *totals = torch.stack([self.sums[t] for t in times]).unbind(1)  # each [T, C]
+        q, qq, f, ff, qf = (total / n for total in totals)
+        cov_qq, cov_ff, cov_qf = qq - q * q, ff - f * f, qf - q * f
+        varies = cov_ff.sum(1) > ff.sum(1) * ROUNDING  # else eps is constant and has no slope
+        k = torch.where(varies, cov_qf.sum(1) / cov_ff.sum(1), 0.0)
+        kc = k[:, None]
+        residual = (cov_qq - 2 * kc * cov_qf + kc**2 * cov_ff).clamp(min=0)
+        # Affine: -q = alpha eps~ + b with a = 1 + alpha; normal equations of (alpha, b).
+        g, gg, gq = f + q, ff + 2 * qf + qq, qf + qq
+        slope_weight = (gg * (1 + ridge)).clamp(min=ROUNDING**2)
+        det = slope_weight * (1 + ridge) - g * g
+        alpha = (g * q - (1 + ridge) * gq) / det
+        b = (g * gq - slope_weight * q) / det
+        result = {
+            "mean": q,
+            "variance": cov_qq.clamp(min=0),
+            "correlation_k": k,
+            "residual_mean": q - kc * f,
+            "residual_variance": residual.mean(1),
+            "affine_a": 1 + alpha,
+            "affine_b": b,
+        }
+        tensors = {name: value.to(torch.float32) for name, value in result.items()}
+        return {"timesteps": torch.tensor(times, dtype=torch.int64), **tensors}
+
+    def _add(self, t: int, sums: Tensor) -> None:
+        self.sums[t] = self.sums[t] + sums if t in self.sums else sums.clone()
+
+
+def timestep_key(t: float | Tensor) -> int:
+    """Integer under which statistics of t are kept; sigma schedulers have fractional timesteps."""
+    return round(float(t))
+
+
+def _by_time(statistics: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    return dict(zip(statistics["timesteps"].tolist(), statistics[name], strict=True))
+
+
+def _at(table: Mapping[int, Tensor], t: int) -> Tensor:
+    if t not in table:
+        raise ConfigError(
+            f"no noise statistics for timestep {t}: they were prepared for other steps"
+            f" ({len(table)} timesteps from {min(table, default=0)} to {max(table, default=0)})",
+            "run quantize again with the same sampling.steps and scheduler, or use --inter none"
+            " or --inter runtime",
+        )
+    return table[t]
+
+
+def _channels(values: Tensor, like: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, ...] on the device and in the dtype of `like`."""
+    return values.to(like).reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ConfigError(
+            f"unknown {name} {value!r} of the run-time correction", f"use {' or '.join(known)}"
+        )

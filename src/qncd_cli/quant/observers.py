@@ -1,0 +1,200 @@
+"""Observers collect the statistics from which activation ranges are chosen.
+
+One observer sees the input of one layer during calibration, split into G groups of timesteps.
+Its state is plain tensors, independent of bit width, so that every range method at every width
+can be read from one calibration. States merge: minima, maxima and histograms exactly and in any
+order; moving averages as the mean of the parts.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import QncdError
+from ..spec import QSpec
+from .affine import choose_qparams, fake_quantize
+
+HISTOGRAM_BINS = 2048
+MAX_SAMPLES = 65536
+"""Elements of one tensor that enter the histogram (an even stride through all of them)."""
+MOMENTUM = 0.9
+"""Of the moving averages of minimum and maximum (Q-Diffusion's running statistics use 0.95)."""
+SEARCH_POINTS = 64
+MIN_EXPONENT = -20
+
+
+class RangeObserver:
+    """Minimum, maximum, their moving averages and a histogram per timestep group.
+
+    The histogram has 2048 bins over [-2^k, 2^k), k per group; k grows by merging pairs of bins,
+    which is exact, so the order of updates and merges does not matter.
+    """
+
+    def __init__(self, in_channels: int, channel_axis: int, groups: int = 1):
+        self.channel_axis = channel_axis
+        self.min = torch.full((groups,), math.inf)
+        self.max = torch.full((groups,), -math.inf)
+        self.moving_min = torch.full((groups,), math.nan)
+        self.moving_max = torch.full((groups,), math.nan)
+        self.histogram = torch.zeros((groups, HISTOGRAM_BINS), dtype=torch.int64)
+        self.exponent = torch.full((groups,), MIN_EXPONENT, dtype=torch.int64)
+        self.channel_absmax = torch.zeros(in_channels)
+
+    def update(self, x: Tensor, group: int) -> None:
+        """x: input of the layer, channels along channel_axis; group: index of the timestep group.
+
+        Raises QncdError if x holds a NaN or an infinity.
+        """
+        x = x.detach().to(torch.float32)
+        channels = x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
+        low, high = channels.amin(1), channels.amax(1)
+        x_min, x_max = low.min().cpu(), high.max().cpu()
+        if not (torch.isfinite(x_min) and torch.isfinite(x_max)):
+            raise QncdError("activations are not finite", "does the model run in this dtype?")
+        absmax = torch.maximum(-low, high).clamp(min=0).cpu()
+        self.channel_absmax = torch.maximum(self.channel_absmax, absmax)
+        self.min[group] = torch.minimum(self.min[group], x_min)
+        self.max[group] = torch.maximum(self.max[group], x_max)
+        for moving, value in ((self.moving_min, x_min), (self.moving_max, x_max)):
+            old = moving[group]
+            moving[group] = value if old.isnan() else MOMENTUM * old + (1 - MOMENTUM) * value
+        self._count(x, max(-x_min.item(), x_max.item()), group)
+
+    def _count(self, x: Tensor, absmax: float, group: int) -> None:
+        needed = MIN_EXPONENT
+        if absmax > 0:
+            needed = max(MIN_EXPONENT, math.frexp(absmax)[1])  # absmax < 2^needed
+        self._grow(group, needed)
+        flat = x.reshape(-1)
+        stride = max(1, math.ceil(flat.numel() / MAX_SAMPLES))
+        half = HISTOGRAM_BINS // 2
+        width = 2.0 ** int(self.exponent[group]) / half
+        index = torch.floor(flat[::stride] / width).to(torch.int64) + half
+        counts = torch.bincount(index.clamp(0, HISTOGRAM_BINS - 1), minlength=HISTOGRAM_BINS)
+        self.histogram[group] += counts.cpu()
+
+    def _grow(self, group: int, exponent: int) -> None:
+        quarter = HISTOGRAM_BINS // 4
+        while int(self.exponent[group]) < exponent:
+            pairs = self.histogram[group].reshape(-1, 2).sum(1)
+            grown = torch.zeros(HISTOGRAM_BINS, dtype=torch.int64)
+            grown[quarter : 3 * quarter] = pairs
+            self.histogram[group] = grown
+            self.exponent[group] += 1
+
+    def merge(self, other: RangeObserver) -> None:
+        """Take in what another observer of the same layer saw (another process, say)."""
+        self.min = torch.minimum(self.min, other.min)
+        self.max = torch.maximum(self.max, other.max)
+        self.channel_absmax = torch.maximum(self.channel_absmax, other.channel_absmax)
+        for name in ("moving_min", "moving_max"):
+            both = torch.stack([getattr(self, name), getattr(other, name)])
+            setattr(self, name, both.nanmean(0))
+        for group in range(len(self.min)):
+            exponent = max(int(self.exponent[group]), int(other.exponent[group]))
+            self._grow(group, exponent)
+            lifted = RangeObserver(1, 0)
+            lifted.histogram[0] = other.histogram[group]
+            lifted.exponent[0] = other.exponent[group]
+            lifted._grow(0, exponent)
+            self.histogram[group] += lifted.histogram[0]
+
+    def state(self) -> dict[str, Tensor]:
+        """The artifact's tensors by the name behind `<layer>.input_`."""
+        return {
+            "min": self.min,
+            "max": self.max,
+            "moving_min": self.moving_min,
+            "moving_max": self.moving_max,
+            "histogram": self.histogram,
+            "histogram_exponent": self.exponent,
+            "channel_absmax": self.channel_absmax,
+        }
+
+
+# ------------------------------------------------------------------ state -> range
+
+
+def _bin_centres(exponent: int) -> Tensor:
+    half = HISTOGRAM_BINS // 2
+    return (torch.arange(HISTOGRAM_BINS) - half + 0.5) * (2.0**exponent / half)
+
+
+def minmax_range(state: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
+    return state["min"][group], state["max"][group]
+
+
+def moving_average_range(state: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
+    return state["moving_min"][group], state["moving_max"][group]
+
+
+def percentile_range(
+    state: dict[str, Tensor], group: int, percentile: float
+) -> tuple[Tensor, Tensor]:
+    """The range that leaves (100 - percentile) / 2 percent of the values out at either end."""
+    counts = state["histogram"][group]
+    centres = _bin_centres(int(state["histogram_exponent"][group]))
+    cumulative = counts.cumsum(0).to(torch.float64) / counts.sum()
+    tail = (1 - percentile / 100) / 2
+    low = centres[torch.searchsorted(cumulative, torch.tensor(tail, dtype=torch.float64))]
+    top = torch.searchsorted(cumulative, torch.tensor(1 - tail, dtype=torch.float64))
+    high = centres[top.clamp(max=HISTOGRAM_BINS - 1)]
+    x_min, x_max = minmax_range(state, group)
+    return low.clamp(x_min, x_max), high.clamp(x_min, x_max)
+
+
+def mse_range(state: dict[str, Tensor], group: int, spec: QSpec) -> tuple[Tensor, Tensor]:
+    """The range with the least squared quantization error over the histogram.
+
+    Searched from min-max inwards, one end at a time, twice round: an end is tried at 64 evenly
+    spaced fractions of its extreme value, so that a short end (SiLU's) is kept while a long
+    tail at the other is clipped.
+    """
+    counts = state["histogram"][group]
+    occupied = counts.nonzero().flatten()
+    x_min, x_max = minmax_range(state, group)
+    low, high = x_min.clamp(max=0), x_max.clamp(min=0)
+    if len(occupied) < 2 or not high > low:
+        return x_min, x_max
+    values = _bin_centres(int(state["histogram_exponent"][group]))[occupied]
+    values = values.clamp(x_min, x_max)
+    weights = counts[occupied].to(torch.float64)
+    fractions = torch.linspace(1, 1 / SEARCH_POINTS, SEARCH_POINTS)
+    row_spec = QSpec(spec.bits, spec.symmetric, axis=0)
+
+    def best(lows: Tensor, highs: Tensor) -> int:
+        qparams = choose_qparams(lows, highs, row_spec)
+        rows = values.expand(len(lows), -1)
+        error = (fake_quantize(rows, qparams, row_spec) - rows).to(torch.float64).square()
+        return int((error @ weights).argmin())
+
+    full_low, full_high = low, high
+    for _ in range(2):
+        high = (full_high * fractions)[best(low.expand(SEARCH_POINTS), full_high * fractions)]
+        low = (full_low * fractions)[best(full_low * fractions, high.expand(SEARCH_POINTS))]
+    return low, high
+
+
+def choose_range(
+    state: dict[str, Tensor], observer: str, spec: QSpec, percentile: float = 99.99
+) -> tuple[Tensor, Tensor]:
+    """(x_min, x_max), both [G], by the named method. A group that saw nothing takes the union."""
+    seen = state["histogram"].sum(1) > 0
+    lows, highs = [], []
+    for group in range(len(seen)):
+        if not seen[group]:
+            lows.append(state["min"][seen].min())
+            highs.append(state["max"][seen].max())
+            continue
+        low, high = {
+            "minmax": lambda g: minmax_range(state, g),
+            "moving_average": lambda g: moving_average_range(state, g),
+            "percentile": lambda g: percentile_range(state, g, percentile),
+            "mse": lambda g: mse_range(state, g, spec),
+        }[observer](group)
+        lows.append(low)
+        highs.append(high)
+    return torch.stack(lows), torch.stack(highs)

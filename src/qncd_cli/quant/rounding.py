@@ -1,0 +1,78 @@
+"""From a weight to integer codes: choice of scales, and the table of rounding methods."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spec import QSpec
+from .affine import QParams, choose_qparams, dequantize, fake_quantize, quantize
+from .gptq import gptq_codes
+
+CLIP_FRACTIONS = 40
+MIN_FRACTION = 0.5
+
+
+class RoundedWeight(NamedTuple):
+    """codes: int32 [O, ...]; qparams: per output channel; note: what fell back, or empty."""
+
+    codes: Tensor
+    qparams: QParams
+    note: str = ""
+
+
+def minmax_weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
+    """weight [O, ...] -> scale, zero_point [O] that cover every value of the channel."""
+    flat = weight.reshape(weight.shape[0], -1)
+    return choose_qparams(flat.amin(1), flat.amax(1), spec)
+
+
+def mse_weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
+    """Per output channel, the clipped range with the least squared error of nearest rounding.
+
+    Both ends shrink together through 40 fractions from 1 to 0.5.
+    """
+    flat = weight.reshape(weight.shape[0], -1).to(torch.float32)
+    low, high = flat.amin(1), flat.amax(1)
+    best = choose_qparams(low, high, spec)
+    best_error = torch.full_like(low, torch.inf)
+    for fraction in torch.linspace(1, MIN_FRACTION, CLIP_FRACTIONS):
+        qparams = choose_qparams(low * fraction, high * fraction, spec)
+        error = (fake_quantize(flat, qparams, spec) - flat).square().sum(1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best = QParams(
+            torch.where(better, qparams.scale, best.scale),
+            torch.where(better, qparams.zero_point, best.zero_point),
+        )
+    return best
+
+
+def round_nearest(weight: Tensor, spec: QSpec, clip: str) -> RoundedWeight:
+    """clip: 'minmax' or 'mse' (the range of each channel)."""
+    choose = mse_weight_qparams if clip == "mse" else minmax_weight_qparams
+    qparams = choose(weight, spec)
+    return RoundedWeight(quantize(weight, qparams, spec), qparams)
+
+
+def round_gptq(weight: Tensor, spec: QSpec, clip: str, hessian: Tensor) -> RoundedWeight:
+    """Frantar et al. 2022; nearest where its result is worse on the Hessian's own objective."""
+    nearest = round_nearest(weight, spec, clip)
+    flat = weight.reshape(weight.shape[0], -1).to(torch.float32)
+    codes, note = gptq_codes(flat, hessian, nearest.qparams, spec)
+    if codes is None:
+        return nearest._replace(note=note)
+    nearest_error = hessian_error(flat, nearest.codes.reshape(flat.shape), nearest.qparams, hessian)
+    error = hessian_error(flat, codes, nearest.qparams, hessian)
+    keep = (error <= nearest_error)[:, None]
+    codes = torch.where(keep, codes, nearest.codes.reshape(flat.shape))
+    return RoundedWeight(codes.reshape(weight.shape), nearest.qparams, note)
+
+
+def hessian_error(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tensor) -> Tensor:
+    """Per output channel, (w - w^) H (w - w^)^T: the squared error of the layer's output. [O]"""
+    spec = QSpec(8, axis=0)  # dequantize reads the axis only
+    difference = weight - dequantize(codes, qparams, spec)
+    return ((difference @ hessian.to(difference)) * difference).sum(1)

@@ -1,0 +1,52 @@
+"""The vocabulary of quantization, without torch: what a quantizer is, not what it does.
+
+Notation (used everywhere): x ~ (q - zero_point) * scale, q integer in [qmin, qmax].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOAT_BITS = 32
+"""`bits: 32` leaves a tensor in floating point."""
+
+
+@dataclass(frozen=True)
+class QSpec:
+    """A uniform affine quantizer.
+
+    bits: width of the codes. symmetric: zero_point is 0 and codes are signed, in
+    [-(2^(b-1) - 1), 2^(b-1) - 1]; else codes are unsigned, in [0, 2^b - 1], with a zero_point.
+    axis: None for one scale per tensor, 0 for one scale per output channel.
+
+    Weights of more than 7 bits must be symmetric: (q - zero_point) has to fit int8, so that
+    8-bit integer kernels compute the configuration exactly. Raises ValueError otherwise.
+    """
+
+    bits: int
+    symmetric: bool = False
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"bits must be in 2..16, got {self.bits}")
+
+    @property
+    def qmin(self) -> int:
+        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+
+def weight_spec(bits: int) -> QSpec:
+    """Per output channel; asymmetric below 8 bits, where q - zero_point still fits int8."""
+    if bits > 8:
+        raise ValueError(f"weights have at most 8 bits in integer kernels, got {bits}")
+    return QSpec(bits=bits, symmetric=bits == 8, axis=0)
+
+
+def activation_spec(bits: int) -> QSpec:
+    """Per tensor (and per timestep group), unsigned codes with a zero-point."""
+    return QSpec(bits=bits, symmetric=False, axis=None)

@@ -1,0 +1,1 @@
+"""One pure run(...) per stage of the pipeline."""

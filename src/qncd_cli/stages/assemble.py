@@ -1,0 +1,130 @@
+"""What several stages put together from the rooms below: predictors and the quantized denoiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import Artifact
+from ..backends.base import get_backend
+from ..errors import ArtifactError, ModelError
+from ..models.loading import DiffusionModel
+from ..models.topology import (
+    is_time_layer,
+    replace_module,
+    time_layers_are_cacheable,
+    weight_layers,
+)
+from ..quant.layers import CachedTimestepLayer, QuantizedLayer, StepState
+from ..sampling.guidance import guided
+
+T = TypeVar("T")
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+class Track(Protocol):
+    """Wraps an iterable to show progress: track(items, description, total)."""
+
+    def __call__(self, items: Iterable[T], description: str, total: int) -> Iterator[T]: ...
+
+
+def no_progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
+    """The silent Track."""
+    return iter(items)
+
+
+class Denoiser:
+    """A denoiser that knows which timestep it is called at.
+
+    module: full precision or quantized; step: shared with its quantized layers; group_bounds:
+    descending timesteps, group g holds from bound g - 1 (excluded) down to bound g.
+    """
+
+    def __init__(self, module: nn.Module, step: StepState, group_bounds: tuple[float, ...] = ()):
+        self.module = module
+        self.step = step
+        self.group_bounds = group_bounds
+        self.calls = 0
+        self._dtype = next(module.parameters()).dtype
+
+    def __call__(self, x: Tensor, t: Tensor | float, condition: Mapping[str, Tensor]) -> Tensor:
+        """Noise prediction [N, ...] float32 for model input x at timestep t."""
+        self.step.timestep = float(t)
+        self.step.group = timestep_group(self.step.timestep, self.group_bounds)
+        self.calls += 1
+        with torch.no_grad():
+            condition = {name: value.to(self._dtype) for name, value in condition.items()}
+            return self.module(x.to(self._dtype), t, **condition).sample.float()
+
+
+def group_bounds(timesteps: list[float], groups: int) -> tuple[float, ...]:
+    """Descending bounds that cut the sampler's timesteps into equal runs of steps."""
+    times = sorted(set(timesteps), reverse=True)
+    bounds = []
+    for group in range(1, groups):
+        cut = round(group * len(times) / groups)
+        bounds.append((times[cut - 1] + times[cut]) / 2)
+    return tuple(bounds)
+
+
+def timestep_group(t: float, bounds: tuple[float, ...]) -> int:
+    """Index of the group that a timestep, of the sampler or not, falls into."""
+    return sum(t < bound for bound in bounds)
+
+
+def guided_predict(
+    model: DiffusionModel, denoiser: Denoiser, labels: Tensor, guidance_scale: float
+) -> Predict:
+    """(x, t) -> guided prediction for one batch of labels. Raises ModelError."""
+    with torch.no_grad():
+        condition = model.condition(labels)
+        null = model.null_condition(len(labels)) if model.null_condition else None
+    if null is None and guidance_scale != 1.0:
+        raise ModelError(
+            f"{model.source} has no null class to guide away from",
+            "set sampling.guidance_scale: 1",
+        )
+    return guided(denoiser, condition, null, guidance_scale)
+
+
+def full_denoiser(model: DiffusionModel) -> Denoiser:
+    return Denoiser(model.denoiser, StepState())
+
+
+def quantized_denoiser(
+    model: DiffusionModel, artifact: Artifact, backend: str, cache_time_embeddings: bool
+) -> Denoiser:
+    """The denoiser of the artifact: quantized layers from it, everything else from the model.
+
+    The model's own denoiser stays as it is. Raises ArtifactError naming the first layer that the
+    model and the artifact do not share.
+    """
+    step = StepState()
+    compute = get_backend(backend).compute
+    module = copy.deepcopy(model.denoiser)
+    layers = weight_layers(module)
+    for name, entry in artifact.body["layers"].items():
+        layer = layers.get(name)
+        if layer is None or list(layer.weight.shape) != entry["weight_shape"]:
+            raise ArtifactError(
+                f"{artifact.path}: layer {name} does not fit {model.source}",
+                'repeat "qncd quantize"',
+            )
+        prefix = f"{name}."
+        tensors = {
+            key.removeprefix(prefix): value
+            for key, value in artifact.tensors.items()
+            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+        }
+        quantized = QuantizedLayer(
+            layer, tensors, entry["weight_bits"], entry["activation_bits"], step, compute
+        )
+        replace_module(module, name, quantized)
+    if cache_time_embeddings and time_layers_are_cacheable(module):
+        for name in [n for n in layers if is_time_layer(n)]:
+            replace_module(module, name, CachedTimestepLayer(layers[name], step))
+    return Denoiser(module, step, tuple(artifact.body["group_bounds"]))

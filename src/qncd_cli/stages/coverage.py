@@ -1,0 +1,71 @@
+"""Part of stage 2: what runs at which precision, and what it costs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..artifacts import Artifact, packed_width
+from ..config import Config
+from ..models.loading import DiffusionModel
+from ..models.topology import LayerCost, count_macs, is_time_layer
+from ..spec import FLOAT_BITS
+from .assemble import full_denoiser
+
+
+def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict[str, Any]:
+    """What runs at which precision, and why the rest does not run in integers."""
+    denoiser = full_denoiser(model)
+    labels = model.labels([0], config.sampling.classes)
+    condition = model.condition(labels)
+    x = torch.zeros(1, *model.latent_shape)
+    costs = count_macs(model.denoiser, lambda: denoiser(x, torch.tensor(0), condition))
+    entries = quantized.body["layers"]
+    cached = config.quantization.cache_time_embeddings
+    rows = [_coverage_row(cost, entries.get(cost.name), cached) for cost in costs]
+    total = sum(cost.macs for cost in costs)
+    integer = sum(r["macs"] for r in rows if r["integer"])
+    per_precision: dict[str, float] = {}
+    for row in rows:
+        key = f"W{row['weight_bits']}A{row['activation_bits']}"
+        per_precision[key] = per_precision.get(key, 0.0) + row["macs"] / total
+    shapes = {name: entry["weight_shape"] for name, entry in entries.items()}
+    code_bytes = 0
+    for name, (out, *rest) in shapes.items():
+        width = torch.Size(rest).numel()
+        bits = entries[name]["weight_bits"]
+        code_bytes += out * (4 * width if bits == FLOAT_BITS else packed_width(width, bits))
+    return {
+        "layers": rows,
+        "integer_macs_share": integer / total,
+        "macs_share_by_precision": per_precision,
+        "macs": total,
+        "bit_operations": sum(r["macs"] * r["weight_bits"] * r["activation_bits"] for r in rows),
+        "weight_code_bytes": code_bytes,
+        "float_denoiser_bytes": model.denoiser_bytes(),
+    }
+
+
+def _coverage_row(cost: LayerCost, entry: dict[str, Any] | None, cached: bool) -> dict[str, Any]:
+    weight_bits = entry["weight_bits"] if entry else FLOAT_BITS
+    activation_bits = entry["activation_bits"] if entry else FLOAT_BITS
+    integer = weight_bits <= 8 and activation_bits <= 8
+    why = ""
+    if cost.kind == "matmul":
+        why = "attention product: not quantized by this version"
+    elif is_time_layer(cost.name):
+        why = "depends on the timestep alone: full precision"
+        why += ", evaluated once per sampler step" if cached else ""
+    elif not integer:
+        why = "configured"
+    return {
+        "name": cost.name,
+        "kind": cost.kind,
+        "macs": cost.macs,
+        "weight_bits": weight_bits,
+        "activation_bits": activation_bits,
+        "integer": integer,
+        "kernel": "simulate" if integer else "float",
+        "why_not_integer": why,
+    }

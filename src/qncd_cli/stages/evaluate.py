@@ -1,0 +1,220 @@
+"""Stage 4: sample sets against a reference and against full precision.
+
+A set is a folder that stage 3 wrote. Full precision and quantized images of the same seeds are
+measured in one protocol; distribution metrics may fall under quantization (method.md section 5),
+so fidelity to the full-precision images stands beside them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import artifacts
+from ..artifacts import Artifact
+from ..errors import ArtifactError
+from ..metrics.fidelity import extract_features
+from ..metrics.image import (
+    FeatureNetwork,
+    Reference,
+    class_agreement,
+    feature_distance,
+    load_images,
+    measure,
+    prepare_reference,
+)
+from ..metrics.report import html_report
+from ..metrics.tensor import psnr_db, sqnr_db, sqnr_steps_db
+
+PAIRS = 16
+"""Images shown side by side in the report."""
+SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "batch_size")
+"""Of a manifest, without which a set cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How to measure: which numbers, in which features, against what."""
+
+    metrics: tuple[str, ...]  # of fid, isc, kid, prc
+    network: FeatureNetwork
+    reference: Reference | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """images uint8 [N, 3, H, W], by seed; latents: the set's artifact."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    images: Tensor
+    latents: Artifact
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.manifest["seeds"]
+
+
+def read_set(folder: Path) -> SampleSet:
+    """Raises ArtifactError when the set is missing, incomplete or does not fit its manifest."""
+    manifest = artifacts.read_json(folder / "manifest.json", "qncd sample")
+    if not manifest.get("complete"):
+        raise ArtifactError(f"{folder}: the sample set is incomplete", 'repeat "qncd sample"')
+    missing = [key for key in SET_KEYS if key not in manifest]
+    if missing:
+        raise ArtifactError(
+            f"{folder / 'manifest.json'}: damaged, without {', '.join(missing)}",
+            'repeat "qncd sample --force"',
+        )
+    images = load_images(folder)
+    latents = artifacts.read(folder / "latents.safetensors", "latents")
+    found = sorted(int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal())
+    if found != manifest["seeds"] or len(images) != len(found):
+        raise ArtifactError(
+            f"{folder}: {len(images)} images, the manifest names {len(manifest['seeds'])}",
+            'repeat "qncd sample --force", or take other images out of the folder',
+        )
+    return SampleSet(folder, manifest, images, latents)
+
+
+def images_only(images: Tensor, source: str, protocol: Protocol) -> dict[str, Any]:
+    """metrics.json of one set of images that qncd did not make."""
+    entry = measure(
+        images, protocol.reference, protocol.network, protocol.metrics, seed=protocol.seed
+    )
+    return {"protocol": _describe(protocol, len(images), {"images": source}), "images": entry}
+
+
+def run(
+    full: SampleSet,
+    quantized: SampleSet,
+    quantized_bytes: dict[str, int],
+    protocol: Protocol,
+) -> tuple[dict[str, Any], str]:
+    """metrics.json and report.html of two sets that share their seeds and sampling settings.
+
+    quantized_bytes: {full, quantized}, of the denoiser. Raises ArtifactError if the sets do not
+    share settings or seeds.
+    """
+    full, quantized = _matched(full, quantized)
+    network = protocol.network
+    reference = protocol.reference
+    if reference is not None:
+        reference = prepare_reference(reference, network, protocol.metrics)
+    entries, features = {}, {}
+    for name, samples in (("full", full), ("quantized", quantized)):
+        features[name] = extract_features(samples.images, network)
+        entries[name] = measure(
+            features[name], reference, network, protocol.metrics, seed=protocol.seed
+        )
+        if network.name == "fashion-classifier" and "classes" in samples.manifest:
+            entries[name]["classified_as_asked"] = class_agreement(
+                features[name], samples.manifest["classes"], network
+            )
+    steps = _sqnr_steps(full.latents, quantized.latents)
+    fidelity = {
+        "psnr_db": psnr_db(full.images, quantized.images),
+        "sqnr_latents_db": sqnr_db(
+            full.latents.tensors["latents"], quantized.latents.tensors["latents"]
+        ),
+        "sqnr_steps_db": steps,
+        "feature_distance": feature_distance(
+            features["full"], features["quantized"], network, paired=True, seed=protocol.seed
+        ),
+    }
+    sampling = {
+        "sampling": full.manifest["sampling"],
+        "first_seed": full.seeds[0],
+        "full": str(full.folder),
+        "quantized": str(quantized.folder),
+        "correction": quantized.manifest["correction"],
+    }
+    metrics = {
+        "protocol": _describe(protocol, len(full.seeds), sampling),
+        **entries,
+        "fidelity": fidelity,
+        "bytes": quantized_bytes,
+    }
+    report = html_report(
+        metrics,
+        {"SQNR of the prediction": steps},
+        _pairs(full, quantized),
+        "Quantized against full precision",
+        {"model": full.manifest["source"], **_flat(full.manifest["sampling"])},
+    )
+    return metrics, report
+
+
+def _describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str, Any]:
+    reference = protocol.reference
+    return {
+        "metrics": list(protocol.metrics),
+        "network": protocol.network.name,
+        "network_sha256": protocol.network.sha256,
+        "reference": reference.source if reference else None,
+        "num_samples": count,
+        "bootstrap_seed": protocol.seed,
+        **more,
+    }
+
+
+def _matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSet]:
+    """Both sets cut down to the seeds they share. Raises ArtifactError."""
+    if full.manifest["sampling"] != quantized.manifest["sampling"]:
+        raise ArtifactError(
+            f"{full.folder} and {quantized.folder} were sampled with different settings",
+            "sample both with the same options",
+        )
+    if full.manifest["digests"]["model"] != quantized.manifest["digests"]["model"]:
+        raise ArtifactError(f"{full.folder} and {quantized.folder} are of different models")
+    shared = sorted(set(full.seeds) & set(quantized.seeds))
+    if len(shared) < 2:
+        raise ArtifactError(
+            f"{full.folder} and {quantized.folder} share {len(shared)} seeds", "sample at least 2"
+        )
+    return _cut(full, shared), _cut(quantized, shared)
+
+
+def _cut(samples: SampleSet, seeds: list[int]) -> SampleSet:
+    if samples.seeds == seeds:
+        return samples
+    wanted = set(seeds)
+    rows = [i for i, seed in enumerate(samples.seeds) if seed in wanted]
+    tensors = dict(samples.latents.tensors)
+    for name in ("latents", "seeds", "classes"):
+        tensors[name] = tensors[name][rows]
+    manifest = {**samples.manifest, "seeds": seeds}
+    manifest["classes"] = [samples.manifest["classes"][i] for i in rows]
+    body = {**samples.latents.body, "count": len(rows)}
+    latents = Artifact("latents", tensors, body, "", samples.latents.model)
+    return SampleSet(samples.folder, manifest, samples.images[rows], latents)
+
+
+def _sqnr_steps(full: Artifact, quantized: Artifact) -> list[float]:
+    """SQNR in dB of the prediction at every step, over the traced seeds that both sets share."""
+    seeds = [a.tensors["prediction_seeds"].tolist() for a in (full, quantized)]
+    shared = sorted(set(seeds[0]) & set(seeds[1]))
+    if not shared:
+        return []
+    predictions = [
+        a.tensors["predictions"][[s.index(seed) for seed in shared]]
+        for a, s in zip((full, quantized), seeds, strict=True)
+    ]
+    return sqnr_steps_db(*predictions)
+
+
+def _pairs(full: SampleSet, quantized: SampleSet) -> list[tuple[str, Tensor, Tensor]]:
+    return [
+        (f"seed {seed}, class {label}", full.images[i], quantized.images[i])
+        for i, (seed, label) in enumerate(
+            zip(full.seeds[:PAIRS], full.manifest["classes"][:PAIRS], strict=True)
+        )
+    ]
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in tree.items()}

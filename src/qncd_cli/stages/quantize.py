@@ -1,0 +1,281 @@
+"""Stage 2: integer weights, activation ranges, noise statistics, coverage."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifacts import Artifact, seal
+from ..config import Config, LayerOverride
+from ..models.loading import DiffusionModel
+from ..models.topology import (
+    capture_inputs,
+    is_outer_layer,
+    is_time_layer,
+    weight_layers,
+)
+from ..quant.affine import QParams, choose_qparams, fake_quantize
+from ..quant.gptq import HessianAccumulator
+from ..quant.observers import choose_range
+from ..quant.packing import pack
+from ..quant.rounding import hessian_error, round_gptq, round_nearest
+from ..quant.smoothing import fold
+from ..spec import FLOAT_BITS, activation_spec, weight_spec
+from .assemble import Track, full_denoiser, guided_predict, no_progress, timestep_group
+from .coverage import coverage
+from .noise_statistics import measure_noise
+
+HESSIAN_MEMORY = 2 << 30
+"""Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
+HESSIAN_ROWS_PER_CALL = 512
+"""Input vectors that one denoiser call adds to a layer's Hessian."""
+HESSIAN_CALLS = 40
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is to become of one layer."""
+
+    name: str
+    layer: nn.Conv2d | nn.Linear
+    weight_bits: int
+    activation_bits: int
+    observer: str
+    factor: Tensor | None  # smoothing factor [C_in]
+
+    @property
+    def untouched(self) -> bool:
+        return self.weight_bits == self.activation_bits == FLOAT_BITS and self.factor is None
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """The stage's outputs; coverage is the content of coverage.json."""
+
+    quantized: Artifact
+    noise_stats: Artifact
+    coverage: dict[str, Any]
+
+
+def run(
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact,
+    smoothing: Artifact,
+    track: Track = no_progress,
+) -> QuantizeResult:
+    """calibration and smoothing: of this model and configuration (the caller checks that)."""
+    plans = plan_layers(config, model.denoiser, smoothing)
+    qparams = {p.name: input_qparams(p, calibration, config) for p in plans}
+    hessians: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    gptq = config.quantization.weights.rounding == "gptq"
+    groups = _hessian_groups([p for p in plans if p.weight_bits != FLOAT_BITS]) if gptq else []
+    rest = [p for p in plans if not any(p in group for group in groups)]
+    work = [*groups, rest] if rest else groups
+    for group in track(work, "rounding weights", len(work)):
+        if group is not rest:
+            hessians = collect_hessians(model, config, calibration, group, qparams)
+        for plan in group:
+            layer_tensors, entry = quantize_layer(
+                plan, qparams[plan.name], hessians.get(plan.name), gptq
+            )
+            tensors |= {f"{plan.name}.{key}": value for key, value in layer_tensors.items()}
+            entries[plan.name] = entry
+        hessians = {}
+    unsealed = Artifact(
+        "quantized",
+        tensors,
+        {
+            "layers": entries,
+            "groups": calibration.body["groups"],
+            "group_bounds": calibration.body["group_bounds"],
+            "cache_time_embeddings": config.quantization.cache_time_embeddings,
+            "source": model.source,
+        },
+        config.stage_digest("quantize"),
+        model.digest,
+        {"calibration": calibration.digest, "smoothing": smoothing.digest},
+    )
+    quantized = seal(unsealed)
+    noise_stats = measure_noise(config, model, quantized, track)
+    return QuantizeResult(quantized, noise_stats, coverage(config, model, quantized))
+
+
+# ------------------------------------------------------------------ plan
+
+
+def plan_layers(config: Config, denoiser: nn.Module, smoothing: Artifact) -> list[LayerPlan]:
+    """Bits, observer and smoothing factor of every layer that is not time-only."""
+    q = config.quantization
+    plans = []
+    for name, layer in weight_layers(denoiser).items():
+        if is_time_layer(name):
+            continue
+        weight_bits, activation_bits = q.weights.bits, q.activations.bits
+        observer: str = q.activations.observer
+        if is_outer_layer(name):
+            observer = q.first_last_observer
+            weight_bits, activation_bits = (
+                bits if bits == FLOAT_BITS else q.first_last_bits
+                for bits in (weight_bits, activation_bits)
+            )
+        override = _override(name, q.overrides)
+        if override is not None:
+            weight_bits = override.weights.bits or weight_bits
+            activation_bits = override.activations.bits or activation_bits
+            observer = override.activations.observer or observer
+        factor = smoothing.tensors.get(f"{name}.smoothing")
+        plan = LayerPlan(name, layer, weight_bits, activation_bits, observer, factor)
+        if not plan.untouched:
+            plans.append(plan)
+    return plans
+
+
+def _override(name: str, overrides: dict[str, LayerOverride]) -> LayerOverride | None:
+    """The last pattern that matches wins."""
+    found = None
+    for pattern, override in overrides.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            found = override
+    return found
+
+
+def input_qparams(plan: LayerPlan, calibration: Artifact, config: Config) -> QParams | None:
+    """scale, zero_point [G] of the layer's input, None where it stays float."""
+    if plan.activation_bits == FLOAT_BITS:
+        return None
+    prefix = f"{plan.name}.input_"
+    state = {
+        key.removeprefix(prefix): value
+        for key, value in calibration.tensors.items()
+        if key.startswith(prefix)
+    }
+    spec = activation_spec(plan.activation_bits)
+    percentile = config.quantization.activations.percentile
+    low, high = choose_range(state, plan.observer, spec, percentile)
+    return choose_qparams(low, high, spec)
+
+
+# ------------------------------------------------------------------ weights
+
+
+def _hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
+    """Consecutive layers whose Hessians fit into HESSIAN_MEMORY together (at least one)."""
+    groups: list[list[LayerPlan]] = []
+    used = HESSIAN_MEMORY + 1
+    for plan in plans:
+        size = 4 * plan.layer.weight[0].numel() ** 2
+        if used + size > HESSIAN_MEMORY:
+            groups.append([])
+            used = 0
+        groups[-1].append(plan)
+        used += size
+    return groups
+
+
+def collect_hessians(
+    model: DiffusionModel,
+    config: Config,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    qparams: dict[str, QParams | None],
+) -> dict[str, Tensor]:
+    """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
+    by_name = {plan.name: plan for plan in plans}
+    accumulators = {p.name: HessianAccumulator(p.layer.weight[0].numel()) for p in plans}
+    denoiser = full_denoiser(model)
+    bounds = tuple(calibration.body["group_bounds"])
+
+    def receive(name: str, x: Tensor) -> None:
+        plan, parameters = by_name[name], qparams[name]
+        x = x.float()
+        if plan.factor is not None:
+            x = x / plan.factor.reshape(1, -1, 1, 1)
+        if parameters is not None:
+            group = timestep_group(denoiser.step.timestep, bounds)
+            at_group = QParams(parameters.scale[group], parameters.zero_point[group])
+            x = fake_quantize(x, at_group, activation_spec(plan.activation_bits))
+        accumulators[name].update(x, plan.layer, HESSIAN_ROWS_PER_CALL)
+
+    with capture_inputs(model.denoiser, list(by_name), receive):
+        for t, rows in hessian_batches(calibration, config.calibration.batch_size):
+            labels = calibration.tensors["inputs.class"][rows]
+            predict = guided_predict(model, denoiser, labels, config.sampling.guidance_scale)
+            predict(calibration.tensors["inputs.x"][rows], torch.tensor(t))
+    return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
+
+
+def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float, Tensor]]:
+    """At most HESSIAN_CALLS batches of row indices, each at one timestep, all timesteps alike."""
+    timestep = calibration.tensors["inputs.timestep"]
+    batches = []
+    for t in sorted(set(timestep.tolist()), reverse=True):
+        rows = (timestep == t).nonzero().flatten()
+        batches += [(t, part) for part in rows.split(batch_size)]
+    stride = max(1, -(-len(batches) // HESSIAN_CALLS))
+    if stride > 1 and len(batches) % stride == 0:
+        stride += 1  # an even stride would always meet the same part of a timestep's rows
+    return batches[::stride]
+
+
+def quantize_layer(
+    plan: LayerPlan, qparams: QParams | None, hessian: Tensor | None, gptq: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The artifact's tensors of one layer (without its name) and its entry in the body."""
+    layer = plan.layer
+    weight = layer.weight.detach().float()
+    if plan.factor is not None:
+        weight = fold(weight, plan.factor)
+    entry: dict[str, Any] = {
+        "kind": "conv" if isinstance(layer, nn.Conv2d) else "linear",
+        "weight_shape": list(weight.shape),
+        "in_channels": layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features,
+        "weight_bits": plan.weight_bits,
+        "activation_bits": plan.activation_bits,
+        "observer": plan.observer,
+        "smoothed": plan.factor is not None,
+        "bias": layer.bias is not None,
+        "rounding": "none",
+        "note": "",
+    }
+    tensors: dict[str, Tensor] = {}
+    if plan.weight_bits == FLOAT_BITS:
+        tensors["weight"] = weight
+    else:
+        tensors |= _round_weight(plan, weight, hessian, gptq, entry)
+    if qparams is not None:
+        tensors["input_scale"], tensors["input_zero_point"] = qparams
+    if plan.factor is not None:
+        tensors["smoothing"] = plan.factor
+    if layer.bias is not None:
+        tensors["bias"] = layer.bias.detach().float()
+    return tensors, entry
+
+
+def _round_weight(
+    plan: LayerPlan, weight: Tensor, hessian: Tensor | None, gptq: bool, entry: dict[str, Any]
+) -> dict[str, Tensor]:
+    spec = weight_spec(plan.weight_bits)
+    clip = "minmax" if plan.weight_bits == 8 else "mse"
+    if gptq and hessian is not None:
+        rounded = round_gptq(weight, spec, clip, hessian)
+        flat = weight.reshape(len(weight), -1)
+        error = hessian_error(flat, rounded.codes.reshape(flat.shape), rounded.qparams, hessian)
+        power = ((flat @ hessian) * flat).sum(1)
+        entry["relative_output_error"] = float(error.sum() / power.sum().clamp(min=1e-30))
+    else:
+        rounded = round_nearest(weight, spec, clip)
+    entry["rounding"], entry["note"] = ("gptq" if gptq else "nearest"), rounded.note
+    tensors = {
+        "weight": pack(rounded.codes, plan.weight_bits),
+        "weight_scale": rounded.qparams.scale,
+    }
+    if plan.weight_bits < 8:
+        tensors["weight_zero_point"] = rounded.qparams.zero_point.to(torch.uint8)
+    return tensors

@@ -1,0 +1,439 @@
+"""Estimates and corrections against analytic denoisers and planted noise.
+
+Data N(mu, s^2) per element have the exact denoiser
+eps*(x, t) = sqrt(1 - abar) (x - sqrt(abar) mu) / (abar s^2 + 1 - abar).
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qncd_cli.errors import ConfigError
+from qncd_cli.quant.noise_correction import (
+    AffineCorrection,
+    NoiseStatistics,
+    PtqdCorrection,
+    RuntimeCorrection,
+    baseline_of,
+    contained_noise,
+    reduce_mean,
+    renoise,
+    slope,
+    total_noise,
+)
+from qncd_cli.sampling.noise import generator_for, generators_for
+from qncd_cli.sampling.samplers import denoise, make_scheduler
+
+SHAPE = (3, 24, 24)
+STEPS = 20
+SEEDS = [0, 1, 2]
+MU = 0.3
+LDM = {
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
+BIAS = torch.tensor([0.02, -0.05, 0.08]).view(1, 3, 1, 1)
+DDIM = make_scheduler("ddim", LDM)
+
+
+def gaussian(s, bias=0.0, k=0.0):
+    """Exact denoiser of N(MU, s^2), with planted quantization noise eps~ = (1 + k) eps + bias."""
+
+    def predict(x, t):
+        a = DDIM.alphas_cumprod[round(float(t))]
+        eps = torch.sqrt(1 - a) * (x - torch.sqrt(a) * MU) / (a * s * s + 1 - a)
+        return (1 + k) * eps + bias
+
+    return predict
+
+
+def sample(predict, correction=None, seeds=SEEDS, eta=0.0, on_step=None, scheduler=DDIM):
+    options = {"eta": eta, "correction": correction, "on_step": on_step}
+    return denoise(predict, scheduler, STEPS, generators_for(seeds), SHAPE, **options)
+
+
+def runtime(seeds=SEEDS, **options):
+    return RuntimeCorrection(generators_for(seeds, "correction"), **options)
+
+
+def full_precision_baseline(predict, seeds=range(100, 116), **options):
+    recorder = runtime(seeds, interval=1, apply=False, **options)
+    sample(predict, recorder, seeds)
+    return baseline_of(recorder.estimates)
+
+
+def distance(x, y):
+    return (x - y).square().mean().sqrt().item()
+
+
+# ---- pure functions ----------------------------------------------------------------------
+
+
+def test_renoise_and_total_noise_agree():
+    """x^_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) n, for any x0, eps_s and z."""
+    x0, eps_s, z = torch.randn(3, 2, 3, 4, 4, generator=generator_for(1), dtype=torch.float64)
+    abar_t, abar_s = 0.3, 0.45
+    x_s = math.sqrt(abar_s) * x0 + math.sqrt(1 - abar_s) * eps_s
+    assert torch.allclose(contained_noise(x_s, x0, abar_s), eps_s)
+    n = total_noise(eps_s, z, abar_t, abar_s)
+    x_t = renoise(x_s, abar_t, abar_s, z)
+    assert torch.allclose(x_t, math.sqrt(abar_t) * x0 + math.sqrt(1 - abar_t) * n)
+    assert torch.equal(renoise(x_s, abar_s, abar_s, z), x_s)
+
+
+def test_total_noise_of_independent_parts_has_unit_variance():
+    eps_s, z = torch.randn(2, 1, 200_000, generator=generator_for(2))
+    assert total_noise(eps_s, z, 0.2, 0.7).var().item() == pytest.approx(1, abs=0.02)
+
+
+def test_renoise_refuses_to_denoise():
+    with pytest.raises(ValueError, match="noisier"):
+        renoise(torch.zeros(1, 1), 0.5, 0.4, torch.zeros(1, 1))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 3, 5), (2, 3, 4, 5), (2, 3, 2, 4, 5)])
+def test_reduce_mean_is_per_sample(shape):
+    q = torch.randn(shape, generator=generator_for(3))
+    channel, tensor = reduce_mean(q, "channel"), reduce_mean(q, "tensor")
+    assert channel.shape == (2, 3, *[1] * (len(shape) - 2))
+    assert tensor.shape == (2, *[1] * (len(shape) - 1))
+    assert torch.allclose(channel.flatten(1), q.reshape(2, 3, -1).mean(-1), atol=1e-6)
+    assert torch.allclose(tensor.flatten(), q.flatten(1).mean(1), atol=1e-6)
+    assert torch.equal(reduce_mean(q[1:], "channel"), channel[1:])
+    with pytest.raises(ConfigError, match="granularity"):
+        reduce_mean(q, "pixel")
+
+
+def test_slope_recovers_a_factor_per_sample():
+    n = torch.randn(2, 3, 4, 4, generator=generator_for(4))
+    e = n * torch.tensor([0.9, 1.2]).view(2, 1, 1, 1)
+    assert torch.allclose(slope(e, n), torch.tensor([0.9, 1.2]))
+
+
+# ---- run-time correction -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler", "plms", "dpmsolver++", "unipc"])
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_point_mass_scores_zero_for_the_total_target(name):
+    """s = 0: e^ equals n exactly, so there is no quantization noise to see; z alone misses."""
+    scheduler = make_scheduler(name, {**LDM, "timestep_spacing": "leading"})
+    total, injected = runtime(interval=1), runtime(interval=1, target="injected")
+    plain = sample(gaussian(0.0), scheduler=scheduler)
+    corrected = sample(gaussian(0.0), total, scheduler=scheduler)
+    sample(gaussian(0.0), injected, scheduler=scheduler)
+    assert max(e.mean.abs().max() for e in total.estimates) < 2e-3
+    assert max(e.variance.max() for e in total.estimates) < 1e-4
+    assert min(e.variance.min() for e in injected.estimates) > 0.01
+    assert distance(corrected, plain) < 1e-3
+
+
+def test_exact_model_is_disturbed_less_by_total_than_by_injected():
+    exact = gaussian(1.0)
+    plain = sample(exact)
+    total, injected = (
+        distance(sample(exact, runtime(target=target)), plain) for target in ("total", "injected")
+    )
+    assert 0 < 2 * total < injected
+
+
+@pytest.mark.parametrize(("target", "left"), [("total", 0.5), ("injected", 0.7)])
+def test_baseline_takes_the_models_own_error_off(target, left):
+    """Approximately: the baseline is an average over other seeds, the chance mean of z remains."""
+    full_precision = gaussian(1.0, bias=5 * BIAS)  # a systematic error that is nobody's fault
+    options = {"interval": 1, "granularity": "channel", "target": target}
+    means, variances = full_precision_baseline(full_precision, target=target, granularity="channel")
+    plain = sample(full_precision)
+    without = sample(full_precision, runtime(**options))
+    correction = runtime(**options, baseline=means, baseline_variance=variances)
+    with_baseline = sample(full_precision, correction)
+    assert 0 < distance(with_baseline, plain) < left * distance(without, plain)
+    first = max(means)
+    assert means[first].shape == (3,) and variances[first].shape == ()
+    scalar = runtime(baseline=means)  # per-channel baseline, scalar correction
+    assert sample(full_precision, scalar).shape == plain.shape
+    with pytest.raises(ConfigError, match="other steps"):
+        sample(full_precision, runtime(baseline={1: means[first]}))
+
+
+@pytest.mark.parametrize("target", ["total", "injected"])
+def test_one_estimate_sees_the_documented_share_of_a_shift(target):
+    """The denoiser is linear, the draws are the same: the shares hold to float rounding."""
+    s, runs = 0.8, []
+    for bias in (0.0, 0.1):
+        recorder, used = runtime(interval=1, apply=False, target=target), []
+        sample(gaussian(s, bias), recorder, on_step=lambda i, t, x, e, u=used: u.append(e))
+        runs.append((recorder.estimates, used))
+    (exact, exact_used), (biased, biased_used) = runs
+    for i, (without, with_bias) in enumerate(zip(exact, biased, strict=True)):
+        t_next = exact[i + 1].t if i + 1 < len(exact) else LDM["steps_offset"]
+        a_t, a_s = (DDIM.alphas_cumprod[t].item() for t in (without.t, t_next))
+        w = (1 - a_t) / (a_t * s * s + 1 - a_t)
+        rho = math.sqrt((1 - a_s) / a_s * a_t / (1 - a_t))
+        share = (1 - w) * (1 - rho) if target == "total" else 1 - w * (1 - rho)
+        shift = (biased_used[i] - exact_used[i]).mean().item()
+        seen = (with_bias.mean - without.mean).mean().item()
+        assert seen == pytest.approx(share * shift, abs=1e-5)
+
+
+def test_constant_bias_is_recovered_and_filtered():
+    """Total target where theory says it sees: few steps (rho small), wide data (w small).
+
+    Most of the distance comes from step 0, which no estimate can precede.
+    """
+    bias, seeds, steps, s = 6 * BIAS, range(12), 5, 10.0
+    left = []
+
+    def draw(predict, correction=None):
+        def on_step(i, t, x, prediction):
+            left.append((prediction - gaussian(s)(x, t)).mean((0, 2, 3)))
+
+        options = {"correction": correction, "on_step": on_step}
+        return denoise(predict, DDIM, steps, generators_for(seeds), SHAPE, **options)
+
+    correction = runtime(seeds, granularity="channel", interval=1)
+    exact, biased = draw(gaussian(s)), draw(gaussian(s, bias))
+    left.clear()
+    corrected = draw(gaussian(s, bias), correction)
+    found = correction.q_mean.mean(0, keepdim=True)
+    assert torch.allclose(found / bias, torch.ones_like(bias), atol=0.2)
+    assert left[-1].norm() < 0.2 * left[0].norm()
+    assert distance(corrected, exact) < 0.95 * distance(biased, exact)
+
+
+def test_scalar_granularity_keeps_one_number_per_sample():
+    correction = runtime(interval=1)
+    sample(gaussian(1.0, bias=0.05), correction)
+    assert correction.q_mean.shape == (3, 1, 1, 1)
+    assert len(set(correction.q_mean.flatten().tolist())) == 3
+
+
+def test_estimate_acts_from_the_next_step_on_until_replaced():
+    correction = runtime(interval=2)
+    calls, used = [], []
+
+    def predict(x, t):
+        calls.append(float(t))
+        return gaussian(1.0, bias=0.1)(x, t)
+
+    def on_step(i, t, x, prediction):
+        used.append((prediction - gaussian(1.0, bias=0.1)(x, t)).flatten(1).mean(1))
+
+    sample(predict, correction, on_step=on_step)
+    assert used[0].abs().max() == 0
+    expected = [e.mean.mean(1) for e in correction.estimates]
+    for i in range(1, STEPS):
+        assert torch.allclose(-used[i], expected[(i - 1) // 2], atol=1e-5)
+    assert len(calls) == STEPS + correction.extra_calls
+
+
+@pytest.mark.parametrize(("interval", "calls"), [(1, 19), (5, 4), (10, 2), (19, 1), (100, 1)])
+def test_interval_counts_extra_calls(interval, calls):
+    correction = runtime(interval=interval)
+    sample(gaussian(1.0), correction)
+    assert correction.extra_calls == calls == len(correction.estimates)
+
+
+def test_repeated_timestep_is_not_estimated():
+    correction = runtime(interval=1)
+    sample(gaussian(1.0), correction, scheduler=make_scheduler("plms", LDM))
+    times = [e.t for e in correction.estimates]
+    assert len(times) == len(set(times)) == STEPS - 1  # STEPS + 1 steps, one repeats, one is last
+
+
+def test_z_and_result_do_not_depend_on_the_batch():
+    inputs = {}
+
+    def draw(seeds):
+        seen = inputs.setdefault(tuple(seeds), [])
+
+        def predict(x, t):
+            seen.append(x)
+            return gaussian(1.0, bias=BIAS)(x, t)
+
+        return sample(predict, runtime(seeds, interval=3), seeds)
+
+    batch, alone = draw([0, 1, 2, 3, 4]), draw([3])
+    assert torch.equal(batch[3:4], alone)
+    for together, single in zip(inputs[0, 1, 2, 3, 4], inputs[(3,)], strict=True):
+        assert torch.equal(together[3:4], single)
+
+
+def test_fresh_corrections_carry_nothing_over():
+    def draw(seeds):
+        return sample(gaussian(1.0, bias=BIAS), runtime(seeds, interval=3), seeds)
+
+    first, second = draw([0, 1]), draw([2, 3])
+    assert torch.equal(draw([2, 3]), second) and torch.equal(draw([0, 1]), first)
+
+
+def test_reusing_a_correction_for_a_batch_of_another_size_is_an_error():
+    with pytest.raises(ConfigError, match="2 generators for 3 samples"):
+        sample(gaussian(1.0), runtime([0, 1]))
+
+
+@pytest.mark.parametrize("option", [{"target": "z"}, {"granularity": "row"}, {"interval": 0}])
+def test_runtime_options_are_checked(option):
+    with pytest.raises(ConfigError, match=next(iter(option))):
+        runtime(**option)
+
+
+def test_variance_for_stochastic_sampling_excludes_the_models_own():
+    noisy, seeds, sigma = generator_for(0, "quantization"), range(8), 0.5
+
+    def quantized(x, t):
+        return gaussian(1.0)(x, t) + sigma * torch.randn(x.shape, generator=noisy)
+
+    _, variances = full_precision_baseline(gaussian(1.0))
+    correction = runtime(seeds, interval=1, baseline_variance=variances)
+    sample(quantized, correction, seeds, eta=1.0)
+    last = correction.deductible_variance(None)
+    assert last.shape == (8,)
+    assert last.mean().item() == pytest.approx(sigma**2, abs=0.05)
+    assert runtime(deduct_variance=False).deductible_variance(None) is None
+
+
+# ---- offline statistics ------------------------------------------------------------------
+
+K, SIGMA_R = -0.06, 0.1
+
+
+def planted(eps, generator):
+    """eps~ = (1 + K) eps + r, r ~ N(BIAS, SIGMA_R^2)."""
+    return (1 + K) * eps + BIAS + SIGMA_R * torch.randn(eps.shape, generator=generator)
+
+
+def collect(seeds, quantize, times=None):
+    """Statistics along the full-precision trajectories of `seeds`, as a stage collects them."""
+    statistics = NoiseStatistics()
+    noise = generator_for(0, "quantization")
+
+    def on_step(i, t, x, prediction):
+        if times is None or i in times:
+            statistics.update(t, prediction, quantize(prediction, noise))
+
+    sample(gaussian(1.0), seeds=seeds, on_step=on_step)
+    return statistics
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return collect(range(16), planted).finish()
+
+
+def test_statistics_recover_planted_noise(statistics):
+    assert statistics["timesteps"].dtype == torch.int64
+    assert len(statistics["timesteps"]) == STEPS
+    assert all(v.dtype == torch.float32 for n, v in statistics.items() if n != "timesteps")
+    bias = BIAS.view(1, 3).expand(STEPS, 3)
+    assert torch.allclose(statistics["correlation_k"], torch.tensor(K), atol=0.01)
+    assert torch.allclose(statistics["residual_mean"], bias, atol=0.01)
+    assert torch.allclose(statistics["residual_variance"], torch.tensor(SIGMA_R**2), rtol=0.05)
+    assert statistics["mean"].shape == statistics["variance"].shape == (STEPS, 3)
+
+
+def test_mean_and_variance_match_torch():
+    f, g = torch.randn(2, 5, 3, 4, 4, generator=generator_for(6))
+    statistics = NoiseStatistics()
+    statistics.update(7, f, g)
+    result, q = statistics.finish(), (g - f).transpose(0, 1).flatten(1)
+    assert torch.allclose(result["mean"][0], q.mean(1), atol=1e-6)
+    assert torch.allclose(result["variance"][0], q.var(1, correction=0), rtol=1e-5)
+
+
+def test_affine_is_the_least_squares_fit():
+    f, g = torch.randn(2, 5, 3, 4, 4, generator=generator_for(6))
+    g = 0.8 * f + 0.3 * g + 0.1
+    statistics = NoiseStatistics()
+    statistics.update(7, f, g)
+    result = statistics.finish(ridge=0.0)
+    for c in range(3):
+        design = torch.stack([g[:, c].flatten(), torch.ones(80)], 1)
+        fit = torch.linalg.lstsq(design, f[:, c].flatten()).solution
+        assert result["affine_a"][0, c].item() == pytest.approx(fit[0].item(), abs=1e-5)
+        assert result["affine_b"][0, c].item() == pytest.approx(fit[1].item(), abs=1e-5)
+    strong = statistics.finish(ridge=1e6)
+    assert torch.allclose(strong["affine_a"], torch.ones(1, 3), atol=1e-3)
+    assert torch.allclose(strong["affine_b"], torch.zeros(1, 3), atol=1e-3)
+
+
+def test_affine_recovers_planted_a_and_b():
+    """eps = a eps~ + b exactly: a = 1 / (1 + K), b = -BIAS / (1 + K)."""
+    result = collect(range(4), lambda eps, _: (1 + K) * eps + BIAS).finish()
+    expected = (-BIAS / (1 + K)).view(1, 3).expand(STEPS, 3)
+    assert torch.allclose(result["affine_a"], torch.tensor(1 / (1 + K)), atol=5e-3)
+    assert torch.allclose(result["affine_b"], expected, atol=5e-3)
+
+
+def test_merge_equals_one_pass():
+    parts = [collect(range(4), planted, times=t) for t in ({0, 1}, {1, 5})]
+    whole, merged = NoiseStatistics(), NoiseStatistics()
+    for part in parts:
+        merged.merge(part)
+        for t, sums in part.sums.items():
+            whole.sums[t] = whole.sums.get(t, 0) + sums
+    assert len(merged.sums) == 3
+    for name, value in merged.finish().items():
+        assert torch.equal(value, whole.finish()[name])
+    before = parts[0].sums[max(parts[0].sums)].clone()
+    merged.merge(parts[0])
+    assert torch.equal(parts[0].sums[max(parts[0].sums)], before)  # merge copies
+
+
+def test_statistics_of_an_exact_model_change_no_bit():
+    statistics = collect(range(2), lambda eps, _: eps).finish()
+    plain = sample(gaussian(1.0))
+    for correction in (PtqdCorrection(statistics), AffineCorrection(statistics)):
+        assert torch.equal(sample(gaussian(1.0), correction), plain)
+        assert torch.equal(
+            sample(gaussian(1.0), correction, eta=1.0), sample(gaussian(1.0), eta=1.0)
+        )
+
+
+@pytest.mark.parametrize("kind", [PtqdCorrection, AffineCorrection])
+def test_offline_corrections_restore_the_trajectory(kind):
+    quantized, exact = gaussian(1.0, bias=BIAS, k=K), sample(gaussian(1.0))
+    statistics = collect(range(8), lambda eps, _: (1 + K) * eps + BIAS).finish()
+    correction = kind(statistics)
+    assert distance(sample(quantized, correction), exact) < 0.02 * distance(
+        sample(quantized), exact
+    )
+    assert correction.extra_calls == 0
+
+
+def test_ptqd_variance_restores_the_spread_of_stochastic_samples(statistics):
+    """Residual noise adds to sigma^2 what the deduction takes off: x keeps its variance."""
+    noisy = generator_for(1, "quantization")
+
+    def quantized(x, t):
+        return planted(gaussian(1.0)(x, t), noisy)
+
+    ptqd = PtqdCorrection(statistics)
+    step = SimpleNamespace(t=float(statistics["timesteps"][0]))
+    assert ptqd.deductible_variance(step).item() == pytest.approx((SIGMA_R / (1 + K)) ** 2, 0.05)
+    exact = sample(gaussian(1.0), eta=1.0).var().item()
+    without = sample(quantized, PtqdCorrection(statistics, deduct_variance=False), eta=1.0)
+    assert abs(sample(quantized, ptqd, eta=1.0).var().item() - exact) < abs(
+        without.var().item() - exact
+    )
+
+
+@pytest.mark.parametrize("kind", [PtqdCorrection, AffineCorrection])
+def test_unknown_timestep_says_what_to_do(kind):
+    statistics = collect(range(1), planted, times={0}).finish()
+    with pytest.raises(ConfigError, match=r"other steps.*run quantize again.*--inter none"):
+        sample(gaussian(1.0), kind(statistics))
+
+
+def test_statistics_refuse_nonsense():
+    with pytest.raises(ValueError, match="shapes differ"):
+        NoiseStatistics().update(1, torch.zeros(1, 2), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="never called"):
+        NoiseStatistics().finish()
