@@ -76,7 +76,7 @@ class CalibrationConfig(_Section):
         1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
     )
     noise_trajectories: int = Field(
-        64, ge=1, description="how many of them also measure the quantization noise"
+        32, ge=1, description="how many of them also measure the quantization noise"
     )
 
     @model_validator(mode="after")
@@ -160,7 +160,10 @@ class InterConfig(_Section):
 
 
 class CorrectionConfig(_Section):
-    intra: Literal["none", "embedding"] = "embedding"
+    intra: Literal["none", "embedding", "smoothquant", "auto"] = Field(
+        "auto", description="auto: per layer the one with the least output error"
+    )
+    smoothing_strength: float = Field(0.5, ge=0, le=1, description="of smoothquant")
     inter: InterConfig = InterConfig()
 
 
@@ -198,12 +201,18 @@ class Config(_Section):
         tree = self.to_dict()
         inputs = {k: tree[k] for k in ("model", "sampling", "calibration")}
         inputs["sampling"].pop("seed")
-        inputs["intra"] = tree["correction"]["intra"]
+        inputs["intra"] = intra = tree["correction"]["intra"]
         inputs["timestep_groups"] = tree["quantization"]["activations"]["timestep_groups"]
+        if intra == "smoothquant":
+            inputs["smoothing_strength"] = tree["correction"]["smoothing_strength"]
+        if intra == "auto":  # chosen by the error at the configured widths
+            widths = self.to_dict()["quantization"]
+            del widths["cache_time_embeddings"], widths["weights"]["rounding"]
+            del widths["activations"]["timestep_groups"]
+            inputs["widths"] = widths
         if stage == "quantize":
             inputs["quantization"] = tree["quantization"]
-            inter = tree["correction"]["inter"]
-            inputs["estimator"] = {k: inter[k] for k in ("target",)}
+            inputs["estimator_target"] = tree["correction"]["inter"]["target"]
         return inputs
 
     def stage_digest(self, stage: Literal["calibrate", "quantize"]) -> str:

@@ -15,7 +15,6 @@ import torch
 from qncd_cli.errors import ConfigError
 from qncd_cli.quant.noise_correction import (
     AffineCorrection,
-    NoiseStatistics,
     PtqdCorrection,
     RuntimeCorrection,
     baseline_of,
@@ -25,6 +24,7 @@ from qncd_cli.quant.noise_correction import (
     slope,
     total_noise,
 )
+from qncd_cli.quant.noise_statistics import NoiseStatistics
 from qncd_cli.sampling.noise import generator_for, generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 

@@ -58,6 +58,16 @@ def _run_dir(command: Command) -> Command:
     )(command)
 
 
+def _device(command: Command) -> Command:
+    return click.option(
+        "--device",
+        metavar="auto|cpu|cuda",
+        default="auto",
+        show_default=True,
+        help="Where the model runs; auto takes a CUDA device if there is one.",
+    )(command)
+
+
 def _config(command: Command) -> Command:
     return click.option(
         "--config",
@@ -135,14 +145,17 @@ def _metrics(command: Command) -> Command:
 @_config
 @_set
 @_run_dir
+@_device
 @_force("Calibrate again although nothing has changed.")
 @click.option("--dry-run", is_flag=True, help="Check and print the configuration, run nothing.")
 @_json
-def calibrate(config_name, overrides, run_dir, force, dry_run, as_json, debug):
+def calibrate(config_name, overrides, run_dir, device, force, dry_run, as_json, debug):
     """Collect calibration inputs, activation statistics and smoothing factors."""
     from . import commands
 
-    commands.calibrate(Console(as_json), config_name, overrides, run_dir, force, dry_run)
+    commands.calibrate(
+        Console(as_json), config_name, overrides, run_dir, device, force=force, dry_run=dry_run
+    )
 
 
 @cli.command(
@@ -151,13 +164,14 @@ def calibrate(config_name, overrides, run_dir, force, dry_run, as_json, debug):
 )
 @_set
 @_run_dir
+@_device
 @_force("Quantize again although nothing has changed.")
 @_json
-def quantize(overrides, run_dir, force, as_json, debug):
+def quantize(overrides, run_dir, device, force, as_json, debug):
     """Round the weights to integers, set activation ranges, measure the quantization noise."""
     from . import commands
 
-    commands.quantize(Console(as_json), overrides, run_dir, force)
+    commands.quantize(Console(as_json), overrides, run_dir, device, force=force)
 
 
 @cli.command(
@@ -179,6 +193,7 @@ def quantize(overrides, run_dir, force, as_json, debug):
 @click.option("--name", metavar="NAME", help="Name of the sample set (default: quantized, full).")
 @_set
 @_run_dir
+@_device
 @_force("Replace samples made with other settings.")
 @_json
 def sample(**options):
@@ -199,17 +214,18 @@ def sample(**options):
 @click.option("--images", metavar="DIR", help="Measure these images instead of the run's samples.")
 @click.option("--name", default="quantized", show_default=True, help="Which sample set.")
 @_run_dir
+@_device
 @_json
 def evaluate(**options):
     """Measure the samples against a reference and against full precision on the same seeds.
 
     Draws the full-precision images that are missing. Writes metrics.json and report.html.
     """
-    from . import commands
+    from . import evaluation
 
     console = Console(options.pop("as_json"))
     options.pop("debug")
-    commands.evaluate(console, commands.EvalOptions(**options))
+    evaluation.evaluate(console, evaluation.EvalOptions(**options))
 
 
 @cli.command(
@@ -221,13 +237,16 @@ def evaluate(**options):
 @_sampling
 @_metrics
 @_run_dir
+@_device
 @_force("Redo every stage.")
 @_json
-def run(config_name, overrides, run_dir, force, as_json, debug, **options):
+def run(config_name, overrides, run_dir, device, force, as_json, debug, **options):
     """All four stages; each is skipped when its inputs are unchanged."""
     from . import commands
 
-    commands.run_all(Console(as_json), config_name, overrides, run_dir, force, options)
+    commands.run_all(
+        Console(as_json), config_name, overrides, run_dir, device, force=force, options=options
+    )
 
 
 @cli.command(epilog="\b\nExample:\n  qncd compare runs/fashion_ldm_w8a8 runs/fashion_ldm_w4a8")
@@ -235,9 +254,9 @@ def run(config_name, overrides, run_dir, force, as_json, debug, **options):
 @_json
 def compare(run_dirs, as_json, debug):
     """One table over several evaluated runs; refuses runs measured in different protocols."""
-    from . import commands
+    from . import evaluation
 
-    commands.compare(Console(as_json), run_dirs)
+    evaluation.compare(Console(as_json), run_dirs)
 
 
 @cli.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
@@ -245,15 +264,15 @@ def compare(run_dirs, as_json, debug):
 @_json
 def inspect(file, as_json, debug):
     """What an artifact holds and where it comes from; checks it completely."""
-    from . import commands
+    from . import listing
 
-    commands.inspect(Console(as_json), file)
+    listing.inspect(Console(as_json), file)
 
 
 @cli.command(epilog="\b\nExamples:\n  qncd models\n  qncd models --json")
 @_json
 def models(as_json, debug):
     """Packaged models and shipped configurations."""
-    from . import commands
+    from . import listing
 
-    commands.models(Console(as_json))
+    listing.models(Console(as_json))

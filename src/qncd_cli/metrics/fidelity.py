@@ -26,10 +26,10 @@ from torch_fidelity import (
     utils,
 )
 
-from qncd_cli.errors import ArtifactError, BackendUnavailable
-from qncd_cli.metrics.features import IMAGE_SIZE, FashionClassifier, to_classifier_input
-from qncd_cli.metrics.networks import FeatureNetwork, first_line
-from qncd_cli.metrics.reference import Statistics
+from ..errors import ArtifactError, BackendUnavailable
+from .features import IMAGE_SIZE, FashionClassifier, to_classifier_input
+from .networks import FeatureNetwork, first_line
+from .reference import Statistics
 
 BATCHES_PER_REPORT = 8  # how often extract_features reports progress
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qncd_cli.errors import ArtifactError
-from qncd_cli.metrics.features import NUM_CLASSES
-from qncd_cli.metrics.fidelity import (
+from ..errors import ArtifactError
+from .features import NUM_CLASSES
+from .fidelity import (
     MINIMUM_IMAGES,
     Features,
     Progress,
@@ -28,11 +28,11 @@ from qncd_cli.metrics.fidelity import (
     kernel_distance,
     precision_recall,
 )
-from qncd_cli.metrics.networks import FeatureNetwork, packaged
-from qncd_cli.metrics.networks import inception as inception
-from qncd_cli.metrics.reference import Reference, Statistics
-from qncd_cli.metrics.reference import load_images as load_images
-from qncd_cli.metrics.reference import load_reference as load_reference
+from .networks import FeatureNetwork, packaged
+from .networks import inception as inception
+from .reference import Reference, Statistics
+from .reference import load_images as load_images
+from .reference import load_reference as load_reference
 
 METRICS = ("fid", "isc", "kid", "prc")  # as torch-fidelity abbreviates them
 BOOTSTRAP_ROUNDS = 50

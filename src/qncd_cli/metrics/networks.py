@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from qncd_cli.errors import ArtifactError, BackendUnavailable
-from qncd_cli.metrics.features import FEATURE_SIZE
+from ..errors import ArtifactError, BackendUnavailable
+from .features import FEATURE_SIZE
 
 CLASSIFIER = Path(__file__).resolve().parents[1] / "zoo" / "features" / "classifier.safetensors"
 # torch-fidelity's file, the same bytes as pytorch-fid's: TensorFlow's Inception-v3 of 2015-12-05

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qncd_cli.errors import ArtifactError
-from qncd_cli.metrics.networks import CLASSIFIER, FeatureNetwork, first_line
+from ..errors import ArtifactError
+from .networks import CLASSIFIER, FeatureNetwork, first_line
 
 ZOO = "zoo"
 ZOO_REFERENCE = CLASSIFIER.with_name("reference.safetensors")

@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qncd_cli.metrics.curve import line_chart
-from qncd_cli.metrics.tensor import psnr_db
+from .curve import line_chart
+from .tensor import psnr_db
 
 Pair = tuple[str, Tensor, Tensor]  # title, full precision, quantized; uint8 [C, H, W]
 Row = tuple[str, str, str, str]  # metric, full precision, quantized, quantized against full

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import BackendUnavailable, ModelError
 from .pipelines import ClassConditionalLDMPipeline
 from .zoo import zoo_path
 
@@ -26,6 +26,8 @@ DECODE_BATCH = 64
 @dataclass(frozen=True)
 class DiffusionModel:
     """A diffusion model as the stages see it; no gradients, in eval mode.
+
+    Its modules live on `device`; latents, labels and images that go in and out live on the CPU.
 
     denoiser: called as denoiser(x [N, *latent_shape], t, **condition).sample.
     condition: class labels [N] -> keyword arguments of the denoiser, batch first.
@@ -45,6 +47,7 @@ class DiffusionModel:
     null_condition: Callable[[int], Condition] | None
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype
+    device: torch.device
 
     def labels(self, seeds: list[int], classes: str | tuple[int, ...]) -> Tensor:
         """One label per seed: classes in turn. Raises ModelError for a class out of range."""
@@ -68,13 +71,18 @@ class DiffusionModel:
         return 4 * sum(p.numel() for p in self.denoiser.parameters())
 
 
-def load_model(source: str, dtype: str = "float32") -> DiffusionModel:
-    """zoo:NAME, a diffusers folder, or a hub id. Raises ModelError."""
+def load_model(source: str, dtype: str = "float32", device: str = "cpu") -> DiffusionModel:
+    """zoo:NAME, a diffusers folder, or a hub id.
+
+    device: auto takes a CUDA device if there is one. Raises ModelError, or BackendUnavailable for
+    a device that is not there.
+    """
     if source.startswith("zoo:"):
         folder = zoo_path(source.removeprefix("zoo:"))
     else:
         folder = _find_folder(source)
-    pipeline = _load_pipeline(folder, source, DTYPES[dtype])
+    place = find_device(device)
+    pipeline = _load_pipeline(folder, source, DTYPES[dtype], place)
     kind = type(pipeline).__name__
     if kind not in _ADAPTERS:
         raise ModelError(
@@ -86,8 +94,25 @@ def load_model(source: str, dtype: str = "float32") -> DiffusionModel:
         digest=_digest(folder),
         scheduler_config=dict(pipeline.scheduler.config),
         dtype=DTYPES[dtype],
+        device=place,
         **parts,
     )
+
+
+def find_device(name: str) -> torch.device:
+    """auto, cpu, cuda, cuda:N. Raises BackendUnavailable."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BackendUnavailable(f"unknown device {name}", "use auto, cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise BackendUnavailable(f"device {name} is not supported", "use auto, cpu or cuda")
+    known = range(torch.cuda.device_count())  # torch reads cuda:999 as index -25
+    if device.type == "cuda" and (device.index or 0) not in known:
+        raise BackendUnavailable(f"no CUDA device for {name}", "use --device cpu")
+    return device
 
 
 def _find_folder(source: str) -> Path:
@@ -113,7 +138,9 @@ def _find_folder(source: str) -> Path:
         ) from error
 
 
-def _load_pipeline(folder: Path, source: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _load_pipeline(
+    folder: Path, source: str, dtype: torch.dtype, device: torch.device
+) -> DiffusionPipeline:
     try:
         name = json.loads((folder / "model_index.json").read_text())["_class_name"]
         known = {"ClassConditionalLDMPipeline": ClassConditionalLDMPipeline}
@@ -127,7 +154,7 @@ def _load_pipeline(folder: Path, source: str, dtype: torch.dtype) -> DiffusionPi
         ) from error
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
-            component.to(dtype).eval().requires_grad_(False)
+            component.to(device, dtype).eval().requires_grad_(False)
     return pipeline
 
 
@@ -145,8 +172,8 @@ def _digest(folder: Path) -> str:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] float -> [0, 255] uint8."""
-    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    """[-1, 1] float -> [0, 255] uint8, on the CPU."""
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
 # ------------------------------------------------------------------ pipeline classes
@@ -158,11 +185,12 @@ def _class_conditional_ldm(pipeline: Any) -> dict[str, Any]:
     vqvae.to(torch.float32)
 
     def decode(latents: Tensor) -> Tensor:
-        parts = (latents.float() / vqvae.config.scaling_factor).split(DECODE_BATCH)
+        latents = latents.to(vqvae.device, torch.float32)
+        parts = (latents / vqvae.config.scaling_factor).split(DECODE_BATCH)
         return torch.cat([to_uint8(vqvae.decode(part).sample) for part in parts])
 
     def condition(labels: Tensor) -> Condition:
-        return {"encoder_hidden_states": embedder(labels)}
+        return {"encoder_hidden_states": embedder(labels.to(embedder.device))}
 
     return {
         "denoiser": unet,

@@ -121,7 +121,7 @@ def step_embeddings(
         for name in projections:
 
             def hook(module, args, output, name=name):
-                rows[name].append(output.detach().float().mean(0))
+                rows[name].append(output.detach().float().mean(0).cpu())
 
             handles.append(denoiser.get_submodule(name).register_forward_hook(hook))
         for t in timesteps:

@@ -37,10 +37,8 @@ class HessianAccumulator:
 
         max_rows: use at most so many input vectors, evenly strided.
         """
-        rows = input_vectors(x, layer)
-        if max_rows is not None and len(rows) > max_rows:
-            rows = rows[:: -(-len(rows) // max_rows)]
-        self.total.addmm_(rows.T, rows)
+        rows = input_vectors(x, layer, max_rows)
+        self.total = self.total.to(rows.device).addmm_(rows.T, rows)
         self.count += len(rows)
 
     def merge(self, other: HessianAccumulator) -> None:
@@ -48,21 +46,33 @@ class HessianAccumulator:
         self.count += other.count
 
     def hessian(self) -> Tensor:
-        return self.total * (2 / max(1, self.count))
+        """[I, I] float32 on the CPU."""
+        return self.total.cpu() * (2 / max(1, self.count))
 
 
-def input_vectors(x: Tensor, layer: nn.Conv2d | nn.Linear) -> Tensor:
-    """[N, C, H, W] or [..., I] -> [rows, I], I in the order of weight.reshape(O, -1)."""
+def input_vectors(x: Tensor, layer: nn.Conv2d | nn.Linear, max_rows: int | None = None) -> Tensor:
+    """[N, C, H, W] or [..., I] -> [rows, I], I in the order of weight.reshape(O, -1).
+
+    max_rows: take at most so many, evenly strided over samples and positions; only these are
+    copied. Raises ValueError for grouped or dilated convolutions and padding given by name.
+    """
+    x = x.to(torch.float32)
     if isinstance(layer, nn.Linear):
-        return x.reshape(-1, x.shape[-1]).to(torch.float32)
-    if layer.groups != 1:
-        raise ValueError("grouped convolutions have one Hessian per group")
-    if isinstance(layer.padding, str):
-        raise ValueError(f"padding {layer.padding!r} is not supported, only numbers")
-    columns = F.unfold(
-        x.to(torch.float32), layer.kernel_size, layer.dilation, layer.padding, layer.stride
-    )
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+        rows = x.reshape(-1, x.shape[-1])
+        return rows[:: _stride(len(rows), max_rows)]
+    if layer.groups != 1 or layer.dilation != (1, 1) or isinstance(layer.padding, str):
+        raise ValueError("no input vectors for grouped, dilated or name-padded convolutions")
+    (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
+    fields = F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)  # a view
+    samples, _, height, width = fields.shape[:4]
+    count = samples * height * width
+    index = torch.arange(0, count, _stride(count, max_rows), device=x.device)
+    n, h, w = index // (height * width), index // width % height, index % width
+    return fields[n, :, h, w].reshape(len(index), -1)
+
+
+def _stride(count: int, most: int | None) -> int:
+    return 1 if most is None else max(1, -(-count // most))
 
 
 def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, float]:

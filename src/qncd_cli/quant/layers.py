@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..spec import FLOAT_BITS, QSpec, activation_spec, weight_spec
 from .affine import QParams, dequantize
 from .packing import unpack
+from .smoothing import smooth
 
 Compute = Callable[["QuantizedLayer", Tensor], Tensor]
 
@@ -89,8 +90,7 @@ class QuantizedLayer(nn.Module):
         """x / S, S along the channels ([N, C, H, W] or [..., C])."""
         if self.smoothing is None:
             return x
-        shape = (1, -1, 1, 1) if self.is_conv else (-1,)
-        return x / self.smoothing.reshape(shape)
+        return smooth(x, self.smoothing, 1 if self.is_conv else -1)
 
     def integer_weight(self) -> Tensor:
         """q - zero_point, int8 [O, ...]: what an integer kernel multiplies with."""

@@ -9,6 +9,7 @@ order; moving averages as the mean of the parts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from ..spec import QSpec
 from .affine import choose_qparams, fake_quantize
 
 HISTOGRAM_BINS = 2048
-MAX_SAMPLES = 65536
+MAX_SAMPLES = 16384
 """Elements of one tensor that enter the histogram (an even stride through all of them)."""
 MOMENTUM = 0.9
 """Of the moving averages of minimum and maximum (Q-Diffusion's running statistics use 0.95)."""
@@ -44,13 +45,14 @@ class RangeObserver:
         self.channel_absmax = torch.zeros(in_channels)
 
     def update(self, x: Tensor, group: int) -> None:
-        """x: input of the layer, channels along channel_axis; group: index of the timestep group.
+        """x: input of the layer, batch first, channels along channel_axis (1 or -1).
+        group: index of the timestep group.
 
         Raises QncdError if x holds a NaN or an infinity.
         """
         x = x.detach().to(torch.float32)
-        channels = x.movedim(self.channel_axis, 0).reshape(x.shape[self.channel_axis], -1)
-        low, high = channels.amin(1), channels.amax(1)
+        low = self._per_channel(x.amin(0), torch.amin)
+        high = self._per_channel(x.amax(0), torch.amax)
         x_min, x_max = low.min().cpu(), high.max().cpu()
         if not (torch.isfinite(x_min) and torch.isfinite(x_max)):
             raise QncdError("activations are not finite", "does the model run in this dtype?")
@@ -62,6 +64,12 @@ class RangeObserver:
             old = moving[group]
             moving[group] = value if old.isnan() else MOMENTUM * old + (1 - MOMENTUM) * value
         self._count(x, max(-x_min.item(), x_max.item()), group)
+
+    def _per_channel(self, x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
+        """x without its batch (reduced first: many times faster) -> [C]."""
+        axis = self.channel_axis - 1 if self.channel_axis > 0 else x.ndim - 1
+        others = [i for i in range(x.ndim) if i != axis]
+        return reduce(x, others) if others else x
 
     def _count(self, x: Tensor, absmax: float, group: int) -> None:
         needed = MIN_EXPONENT

@@ -52,6 +52,24 @@ def embedding_factor(
     return clamp_factor(factor)
 
 
+def smoothquant_factor(channel_absmax: Tensor, weight: Tensor, strength: float) -> SmoothingFactor:
+    """S_c = max|h_c|^a / max|W_c|^(1 - a); SmoothQuant, arXiv 2211.10438, eq. 4.
+
+    channel_absmax: [C] of the layer's input on calibration data; weight: [O, C, ...];
+    strength: a in [0, 1], how much of the difficulty moves from activations to weights.
+    """
+    weight_absmax = weight.detach().abs().to(torch.float32).movedim(1, 0).flatten(1).amax(1)
+    h = channel_absmax.to(torch.float32).clamp(min=TINY) ** strength
+    return clamp_factor(h / weight_absmax.clamp(min=TINY) ** (1 - strength))
+
+
+def smooth(x: Tensor, factor: Tensor, channel_axis: int) -> Tensor:
+    """x / S along the channels."""
+    shape = [1] * x.ndim
+    shape[channel_axis] = -1
+    return x / factor.to(x).reshape(shape)
+
+
 def fold(weight: Tensor, factor: Tensor) -> Tensor:
     """W * S along the input channels; weight [O, C, ...], factor [C]. Returns a new tensor."""
     return weight * factor.reshape(1, -1, *[1] * (weight.ndim - 2))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qncd_cli.errors import ConfigError
+from ..errors import ConfigError
 
 SAMPLE_STREAM = "sample"
 _DERIVED_SEED_BYTES = 8  # manual_seed takes 64 bits

@@ -26,8 +26,8 @@ import diffusers
 import torch
 from torch import Tensor
 
-from qncd_cli.errors import ConfigError
-from qncd_cli.sampling.noise import initial_noise
+from ..errors import ConfigError
+from .noise import initial_noise
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor, Tensor], None]

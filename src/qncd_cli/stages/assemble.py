@@ -49,16 +49,19 @@ class Denoiser:
         self.step = step
         self.group_bounds = group_bounds
         self.calls = 0
-        self._dtype = next(module.parameters()).dtype
+        parameter = next(module.parameters())
+        self._dtype, self._device = parameter.dtype, parameter.device
 
     def __call__(self, x: Tensor, t: Tensor | float, condition: Mapping[str, Tensor]) -> Tensor:
-        """Noise prediction [N, ...] float32 for model input x at timestep t."""
+        """Noise prediction [N, ...] float32 on the CPU for model input x at timestep t."""
         self.step.timestep = float(t)
         self.step.group = timestep_group(self.step.timestep, self.group_bounds)
         self.calls += 1
         with torch.no_grad():
             condition = {name: value.to(self._dtype) for name, value in condition.items()}
-            return self.module(x.to(self._dtype), t, **condition).sample.float()
+            x = x.to(self._device, self._dtype)
+            t = torch.as_tensor(t, device=self._device)
+            return self.module(x, t, **condition).sample.float().cpu()
 
 
 def group_bounds(timesteps: list[float], groups: int) -> tuple[float, ...]:
@@ -127,4 +130,4 @@ def quantized_denoiser(
     if cache_time_embeddings and time_layers_are_cacheable(module):
         for name in [n for n in layers if is_time_layer(n)]:
             replace_module(module, name, CachedTimestepLayer(layers[name], step))
-    return Denoiser(module, step, tuple(artifact.body["group_bounds"]))
+    return Denoiser(module.to(model.device), step, tuple(artifact.body["group_bounds"]))

@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..artifacts import Artifact, seal
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import (
-    capture_inputs,
-    is_time_layer,
-    smoothing_sites,
-    step_embeddings,
-    weight_layers,
-)
+from ..models.topology import capture_inputs
 from ..quant.observers import RangeObserver
-from ..quant.smoothing import embedding_factor
+from ..quant.smoothing import smooth
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import denoise, make_scheduler
 from .assemble import (
@@ -30,6 +24,8 @@ from .assemble import (
     no_progress,
     timestep_group,
 )
+from .choose_smoothing import choose_factors
+from .plan import plan_layers
 
 
 def run(
@@ -43,7 +39,7 @@ def run(
     digest = config.stage_digest("calibrate")
     denoiser = full_denoiser(model)
     timesteps = sampler_timesteps(config, model)
-    factors, described = smoothing_factors(config, model, denoiser, timesteps)
+    factors, described = choose_factors(config, model, denoiser, timesteps, track)
     smoothing = seal(
         Artifact(
             "smoothing",
@@ -54,11 +50,14 @@ def run(
         )
     )
     bounds = group_bounds(timesteps, config.quantization.activations.timestep_groups)
-    observers = _make_observers(model.denoiser, len(bounds) + 1)
+    observers = {
+        plan.name: RangeObserver(plan.in_channels, plan.channel_axis, len(bounds) + 1)
+        for plan in plan_layers(config, model.denoiser)
+    }
 
     def observe(name: str, x: Tensor) -> None:
         if name in factors:
-            x = x / factors[name].to(x).reshape(1, -1, 1, 1)
+            x = smooth(x, factors[name], observers[name].channel_axis)
         observers[name].update(x, timestep_group(denoiser.step.timestep, bounds))
 
     with capture_inputs(model.denoiser, list(observers), observe):
@@ -83,55 +82,6 @@ def sampler_timesteps(config: Config, model: DiffusionModel) -> list[float]:
     scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
     scheduler.set_timesteps(config.sampling.steps)
     return [float(t) for t in scheduler.timesteps]
-
-
-def smoothing_factors(
-    config: Config, model: DiffusionModel, denoiser: Denoiser, timesteps: list[float]
-) -> tuple[dict[str, Tensor], dict[str, dict]]:
-    """Factor [C_in] and a description of what chose it, per layer that has one.
-
-    Derived from the timestep embeddings of the sampler's steps alone (method.md section 2).
-    """
-    sites = smoothing_sites(model.denoiser) if config.correction.intra == "embedding" else []
-    if not sites:
-        return {}, {}
-    x = torch.zeros(1, *model.latent_shape)
-    labels = model.labels([0], config.sampling.classes)
-    condition = model.condition(labels)
-    names = [site.projection for site in sites]
-    embeddings = step_embeddings(
-        model.denoiser,
-        names,
-        lambda t: denoiser(x, torch.tensor(t), condition),
-        sorted(set(timesteps), reverse=True),
-    )
-    factors, described = {}, {}
-    for site in sites:
-        norm = model.denoiser.get_submodule(site.norm)
-        assert isinstance(norm, nn.GroupNorm)
-        embedding = embeddings[site.projection]
-        if site.scale_shift:
-            embedding = embedding.chunk(2, dim=1)[0]
-        factor, clamped = embedding_factor(embedding, norm.weight, norm.num_groups, norm.eps)
-        factors[site.layer] = factor
-        described[site.layer] = {
-            "in_channels": len(factor),
-            "chosen": "embedding",
-            "clamped": clamped,
-        }
-    return factors, described
-
-
-def _make_observers(denoiser: nn.Module, groups: int) -> dict[str, RangeObserver]:
-    observers = {}
-    for name, layer in weight_layers(denoiser).items():
-        if is_time_layer(name):
-            continue
-        if isinstance(layer, nn.Conv2d):
-            observers[name] = RangeObserver(layer.in_channels, 1, groups)
-        else:
-            observers[name] = RangeObserver(layer.in_features, -1, groups)
-    return observers
 
 
 def _collect_rows(

@@ -112,7 +112,7 @@ def run(
             features[name], reference, network, protocol.metrics, seed=protocol.seed
         )
         if network.name == "fashion-classifier" and "classes" in samples.manifest:
-            entries[name]["classified_as_asked"] = class_agreement(
+            entries[name]["class_agreement"] = class_agreement(
                 features[name], samples.manifest["classes"], network
             )
     steps = _sqnr_steps(full.latents, quantized.latents)

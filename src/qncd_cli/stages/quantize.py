@@ -2,54 +2,34 @@
 
 from __future__ import annotations
 
-import fnmatch
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..artifacts import Artifact, seal
-from ..config import Config, LayerOverride
+from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import (
-    capture_inputs,
-    is_outer_layer,
-    is_time_layer,
-    weight_layers,
-)
+from ..models.topology import capture_inputs
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.gptq import HessianAccumulator
 from ..quant.observers import choose_range
 from ..quant.packing import pack
 from ..quant.rounding import hessian_error, round_gptq, round_nearest
-from ..quant.smoothing import fold
+from ..quant.smoothing import fold, smooth
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .assemble import Track, full_denoiser, guided_predict, no_progress, timestep_group
 from .coverage import coverage
-from .noise_statistics import measure_noise
+from .measure_noise import measure_noise
+from .plan import LayerPlan, plan_layers
 
 HESSIAN_MEMORY = 2 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
-HESSIAN_ROWS_PER_CALL = 512
+HESSIAN_ROWS_PER_CALL = 256
 """Input vectors that one denoiser call adds to a layer's Hessian."""
-HESSIAN_CALLS = 40
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What is to become of one layer."""
-
-    name: str
-    layer: nn.Conv2d | nn.Linear
-    weight_bits: int
-    activation_bits: int
-    observer: str
-    factor: Tensor | None  # smoothing factor [C_in]
-
-    @property
-    def untouched(self) -> bool:
-        return self.weight_bits == self.activation_bits == FLOAT_BITS and self.factor is None
+HESSIAN_CALLS = 16
 
 
 @dataclass(frozen=True)
@@ -69,25 +49,22 @@ def run(
     track: Track = no_progress,
 ) -> QuantizeResult:
     """calibration and smoothing: of this model and configuration (the caller checks that)."""
-    plans = plan_layers(config, model.denoiser, smoothing)
+    factors = {k.removesuffix(".smoothing"): v for k, v in smoothing.tensors.items()}
+    plans = [
+        plan
+        for plan in plan_layers(config, model.denoiser)
+        if not plan.stays_float or plan.name in factors
+    ]
     qparams = {p.name: input_qparams(p, calibration, config) for p in plans}
-    hessians: dict[str, Tensor] = {}
+    gptq = config.quantization.weights.rounding == "gptq"
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
-    gptq = config.quantization.weights.rounding == "gptq"
-    groups = _hessian_groups([p for p in plans if p.weight_bits != FLOAT_BITS]) if gptq else []
-    rest = [p for p in plans if not any(p in group for group in groups)]
-    work = [*groups, rest] if rest else groups
-    for group in track(work, "rounding weights", len(work)):
-        if group is not rest:
-            hessians = collect_hessians(model, config, calibration, group, qparams)
-        for plan in group:
-            layer_tensors, entry = quantize_layer(
-                plan, qparams[plan.name], hessians.get(plan.name), gptq
-            )
-            tensors |= {f"{plan.name}.{key}": value for key, value in layer_tensors.items()}
-            entries[plan.name] = entry
-        hessians = {}
+    work = with_hessians(model, config, calibration, plans, qparams, factors, gptq)
+    for plan, hessian in track(work, "rounding weights", len(plans)):
+        factor = factors.get(plan.name)
+        layer_tensors, entry = quantize_layer(plan, qparams[plan.name], factor, hessian)
+        tensors |= {f"{plan.name}.{key}": value for key, value in layer_tensors.items()}
+        entries[plan.name] = entry
     unsealed = Artifact(
         "quantized",
         tensors,
@@ -107,43 +84,7 @@ def run(
     return QuantizeResult(quantized, noise_stats, coverage(config, model, quantized))
 
 
-# ------------------------------------------------------------------ plan
-
-
-def plan_layers(config: Config, denoiser: nn.Module, smoothing: Artifact) -> list[LayerPlan]:
-    """Bits, observer and smoothing factor of every layer that is not time-only."""
-    q = config.quantization
-    plans = []
-    for name, layer in weight_layers(denoiser).items():
-        if is_time_layer(name):
-            continue
-        weight_bits, activation_bits = q.weights.bits, q.activations.bits
-        observer: str = q.activations.observer
-        if is_outer_layer(name):
-            observer = q.first_last_observer
-            weight_bits, activation_bits = (
-                bits if bits == FLOAT_BITS else q.first_last_bits
-                for bits in (weight_bits, activation_bits)
-            )
-        override = _override(name, q.overrides)
-        if override is not None:
-            weight_bits = override.weights.bits or weight_bits
-            activation_bits = override.activations.bits or activation_bits
-            observer = override.activations.observer or observer
-        factor = smoothing.tensors.get(f"{name}.smoothing")
-        plan = LayerPlan(name, layer, weight_bits, activation_bits, observer, factor)
-        if not plan.untouched:
-            plans.append(plan)
-    return plans
-
-
-def _override(name: str, overrides: dict[str, LayerOverride]) -> LayerOverride | None:
-    """The last pattern that matches wins."""
-    found = None
-    for pattern, override in overrides.items():
-        if fnmatch.fnmatchcase(name, pattern):
-            found = override
-    return found
+# ------------------------------------------------------------------ activations
 
 
 def input_qparams(plan: LayerPlan, calibration: Artifact, config: Config) -> QParams | None:
@@ -165,12 +106,30 @@ def input_qparams(plan: LayerPlan, calibration: Artifact, config: Config) -> QPa
 # ------------------------------------------------------------------ weights
 
 
+def with_hessians(
+    model: DiffusionModel,
+    config: Config,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    qparams: dict[str, QParams | None],
+    factors: dict[str, Tensor],
+    gptq: bool,
+) -> Iterator[tuple[LayerPlan, Tensor | None]]:
+    """Every layer with its Hessian, or with None where rounding is to be nearest."""
+    rounded = [p for p in plans if gptq and p.weight_bits != FLOAT_BITS]
+    for group in _hessian_groups(rounded):
+        hessians = collect_hessians(model, config, calibration, group, qparams, factors)
+        for plan in group:
+            yield plan, hessians.pop(plan.name)
+    yield from ((plan, None) for plan in plans if plan not in rounded)
+
+
 def _hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
     """Consecutive layers whose Hessians fit into HESSIAN_MEMORY together (at least one)."""
     groups: list[list[LayerPlan]] = []
     used = HESSIAN_MEMORY + 1
     for plan in plans:
-        size = 4 * plan.layer.weight[0].numel() ** 2
+        size = 4 * plan.in_features**2
         if used + size > HESSIAN_MEMORY:
             groups.append([])
             used = 0
@@ -185,18 +144,19 @@ def collect_hessians(
     calibration: Artifact,
     plans: list[LayerPlan],
     qparams: dict[str, QParams | None],
+    factors: dict[str, Tensor],
 ) -> dict[str, Tensor]:
     """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
     by_name = {plan.name: plan for plan in plans}
-    accumulators = {p.name: HessianAccumulator(p.layer.weight[0].numel()) for p in plans}
+    accumulators = {p.name: HessianAccumulator(p.in_features) for p in plans}
     denoiser = full_denoiser(model)
     bounds = tuple(calibration.body["group_bounds"])
 
     def receive(name: str, x: Tensor) -> None:
         plan, parameters = by_name[name], qparams[name]
-        x = x.float()
-        if plan.factor is not None:
-            x = x / plan.factor.reshape(1, -1, 1, 1)
+        x = thinned(x, plan).float()
+        if name in factors:
+            x = smooth(x, factors[name], plan.channel_axis)
         if parameters is not None:
             group = timestep_group(denoiser.step.timestep, bounds)
             at_group = QParams(parameters.scale[group], parameters.zero_point[group])
@@ -209,6 +169,14 @@ def collect_hessians(
             predict = guided_predict(model, denoiser, labels, config.sampling.guidance_scale)
             predict(calibration.tensors["inputs.x"][rows], torch.tensor(t))
     return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
+
+
+def thinned(x: Tensor, plan: LayerPlan) -> Tensor:
+    """Enough samples of a batch for HESSIAN_ROWS_PER_CALL input vectors, and twice as many to
+    pick them from: neighbouring vectors of one image are much alike."""
+    vectors_per_sample = max(1, x[0].numel() // plan.in_channels)
+    samples = -(-2 * HESSIAN_ROWS_PER_CALL // vectors_per_sample)
+    return x[:: max(1, len(x) // samples)]
 
 
 def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float, Tensor]]:
@@ -225,21 +193,21 @@ def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float,
 
 
 def quantize_layer(
-    plan: LayerPlan, qparams: QParams | None, hessian: Tensor | None, gptq: bool
+    plan: LayerPlan, qparams: QParams | None, factor: Tensor | None, hessian: Tensor | None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The artifact's tensors of one layer (without its name) and its entry in the body."""
     layer = plan.layer
-    weight = layer.weight.detach().float()
-    if plan.factor is not None:
-        weight = fold(weight, plan.factor)
+    weight = layer.weight.detach().float().cpu()
+    if factor is not None:
+        weight = fold(weight, factor)
     entry: dict[str, Any] = {
-        "kind": "conv" if isinstance(layer, nn.Conv2d) else "linear",
+        "kind": "conv" if plan.is_conv else "linear",
         "weight_shape": list(weight.shape),
-        "in_channels": layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features,
+        "in_channels": plan.in_channels,
         "weight_bits": plan.weight_bits,
         "activation_bits": plan.activation_bits,
         "observer": plan.observer,
-        "smoothed": plan.factor is not None,
+        "smoothed": factor is not None,
         "bias": layer.bias is not None,
         "rounding": "none",
         "note": "",
@@ -248,22 +216,22 @@ def quantize_layer(
     if plan.weight_bits == FLOAT_BITS:
         tensors["weight"] = weight
     else:
-        tensors |= _round_weight(plan, weight, hessian, gptq, entry)
+        tensors |= _round_weight(plan, weight, hessian, entry)
     if qparams is not None:
         tensors["input_scale"], tensors["input_zero_point"] = qparams
-    if plan.factor is not None:
-        tensors["smoothing"] = plan.factor
+    if factor is not None:
+        tensors["smoothing"] = factor
     if layer.bias is not None:
-        tensors["bias"] = layer.bias.detach().float()
+        tensors["bias"] = layer.bias.detach().float().cpu()
     return tensors, entry
 
 
 def _round_weight(
-    plan: LayerPlan, weight: Tensor, hessian: Tensor | None, gptq: bool, entry: dict[str, Any]
+    plan: LayerPlan, weight: Tensor, hessian: Tensor | None, entry: dict[str, Any]
 ) -> dict[str, Tensor]:
     spec = weight_spec(plan.weight_bits)
     clip = "minmax" if plan.weight_bits == 8 else "mse"
-    if gptq and hessian is not None:
+    if hessian is not None:
         rounded = round_gptq(weight, spec, clip, hessian)
         flat = weight.reshape(len(weight), -1)
         error = hessian_error(flat, rounded.codes.reshape(flat.shape), rounded.qparams, hessian)
@@ -271,7 +239,8 @@ def _round_weight(
         entry["relative_output_error"] = float(error.sum() / power.sum().clamp(min=1e-30))
     else:
         rounded = round_nearest(weight, spec, clip)
-    entry["rounding"], entry["note"] = ("gptq" if gptq else "nearest"), rounded.note
+    entry["rounding"] = "nearest" if hessian is None else "gptq"
+    entry["note"] = rounded.note
     tensors = {
         "weight": pack(rounded.codes, plan.weight_bits),
         "weight_scale": rounded.qparams.scale,

@@ -27,7 +27,12 @@ from ..metrics.report import contact_sheet
 from ..models.loading import DiffusionModel
 from ..quant.noise_correction import AffineCorrection, PtqdCorrection, RuntimeCorrection
 from ..sampling.noise import chunks, generators_for
-from ..sampling.samplers import Correction, denoise, make_scheduler
+from ..sampling.samplers import (
+    Correction,
+    denoise,
+    make_scheduler,
+    supports_variance_deduction,
+)
 from .assemble import (
     Denoiser,
     Track,
@@ -100,8 +105,7 @@ def run(
     when the correction was prepared for other sampling settings.
     """
     identity = identify(config, model, subject)
-    model.labels(request.seeds, config.sampling.classes)
-    _check_correction(config, subject)
+    check(config, model, subject, request)
     finished = _finished(request.folder, identity)
     done = set(finished.tensors["seeds"].tolist()) if finished else set()
     scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
@@ -116,6 +120,12 @@ def run(
         if not part.is_file():
             draw_batch(config, model, subject, scheduler, seeds, part)
     return _assemble(request, identity, finished)
+
+
+def check(config: Config, model: DiffusionModel, subject: Subject, request: SampleRequest) -> None:
+    """Before anything is drawn or replaced. Raises ModelError, ConfigError."""
+    model.labels(request.seeds, config.sampling.classes)
+    _check_correction(config, subject)
 
 
 def identify(config: Config, model: DiffusionModel, subject: Subject) -> dict[str, Any]:
@@ -205,14 +215,20 @@ def _check_correction(config: Config, subject: Subject) -> None:
         )
 
 
-def make_correction(config: Config, subject: Subject, seeds: list[int]) -> Correction | None:
-    """A fresh correction for one batch."""
+def make_correction(
+    config: Config, subject: Subject, scheduler: Any, seeds: list[int]
+) -> Correction | None:
+    """A fresh correction for one batch, None where nothing is to be corrected.
+
+    The variance of the noise is deducted where the scheduler's own noise is of known size.
+    """
     inter = config.correction.inter
     if subject.kind == "full" or inter.method == "none":
         return None
     statistics = subject.noise_stats.tensors if subject.noise_stats else {}
+    deduct = supports_variance_deduction(scheduler, config.sampling.eta)
     if inter.method == "ptqd":
-        return PtqdCorrection(statistics)
+        return PtqdCorrection(statistics, deduct_variance=deduct)
     if inter.method == "affine":
         return AffineCorrection(statistics)
     baseline = baseline_variance = None
@@ -227,6 +243,7 @@ def make_correction(config: Config, subject: Subject, seeds: list[int]) -> Corre
         interval=inter.interval,
         baseline=baseline,
         baseline_variance=baseline_variance,
+        deduct_variance=deduct,
     )
 
 
@@ -244,7 +261,7 @@ def draw_batch(
     """Sample one batch; write its images, then its part file, which says that it is done."""
     sampling = config.sampling
     labels = model.labels(seeds, sampling.classes)
-    correction = make_correction(config, subject, seeds)
+    correction = make_correction(config, subject, scheduler, seeds)
     traced: list[Tensor] = []
     keep = [i for i, seed in enumerate(seeds) if seed - sampling.seed < TRACED]
 

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..quant.noise_correction import NoiseStatistics, RuntimeCorrection, baseline_of
+from ..quant.noise_correction import RuntimeCorrection, baseline_of
+from ..quant.noise_statistics import NoiseStatistics
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import denoise, make_scheduler
 from .assemble import Track, full_denoiser, guided_predict, quantized_denoiser

@@ -1,0 +1,234 @@
+"""The commands eval and compare: measure sample sets, put runs side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import artifacts
+from ..artifacts import RunDir
+from ..config import Config, load_config, parse_config
+from ..errors import ArtifactError
+from .console import Console, finite
+from .shared import open_model
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    fid: bool
+    isc: bool
+    kid: bool
+    prc: bool
+    reference: str | None
+    network: str
+    inception_weights: str | None
+    images: str | None = None
+    name: str = "quantized"
+    run_dir: str | None = None
+    device: str = "auto"
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        named = tuple(m for m in ("fid", "isc", "kid", "prc") if getattr(self, m))
+        return named or ("fid",)
+
+
+def evaluate(console: Console, options: EvalOptions) -> None:
+    from ..stages import evaluate as stage
+
+    start = time.perf_counter()
+    if options.images is not None:
+        from ..metrics.image import load_images
+
+        images = load_images(Path(options.images))
+        source = options.reference or "zoo"
+        protocol = _protocol(options, source, packaged_model=source == "zoo")
+        metrics = stage.images_only(images, options.images, protocol)
+        console.result(metrics, lambda: _render_images(console, metrics))
+        return
+    run = artifacts.find_run(options.run_dir)
+    config = load_config(str(run.config))
+    quantized_set = stage.read_set(run.samples(options.name))
+    made_from = quantized_set.manifest["digests"].get("quantized")
+    if made_from not in (None, artifacts.read(run.tensors("quantized"), "quantized").digest):
+        raise ArtifactError(
+            f"{quantized_set.folder}: sampled from another quantized model than this run's",
+            'repeat "qncd sample" with --force',
+        )
+    model = open_model(config, options.device)
+    if quantized_set.manifest["digests"]["model"] != model.digest:
+        raise ArtifactError(
+            f"{quantized_set.folder}: sampled from another model than {model.source} is now",
+            'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
+        )
+    source = options.reference or config.evaluation.reference
+    protocol = _protocol(options, source, config.model.source.startswith("zoo:"))
+    full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
+    sizes = {
+        "full": model.denoiser_bytes(),
+        "quantized": run.tensors("quantized").stat().st_size,
+    }
+    metrics, report = stage.run(full_set, quantized_set, sizes, protocol)
+    suffix = "" if options.name == "quantized" else f"_{options.name}"
+    report_path = run.report.with_name(f"report{suffix}.html")
+    artifacts.write_json(run.metrics.with_name(f"metrics{suffix}.json"), finite(metrics))
+    artifacts.write_bytes(report_path, report.encode())
+
+    def render() -> None:
+        _render_metrics(console, metrics)
+        print(f"eval: done in {time.perf_counter() - start:.1f} s, {report_path}")
+
+    console.result({**metrics, "run_dir": str(run.path)}, render)
+
+
+def _protocol(options: EvalOptions, source: str, packaged_model: bool) -> Any:
+    from ..metrics.image import inception, load_reference, packaged
+    from ..stages.evaluate import Protocol
+
+    name = options.network
+    if name == "auto":
+        fashion = packaged_model and options.inception_weights is None
+        name = "fashion" if fashion else "inception"
+    weights = Path(options.inception_weights) if options.inception_weights else None
+    network = packaged() if name == "fashion" else inception(weights)
+    needed = set(options.metrics) - {"isc"}
+    return Protocol(options.metrics, network, load_reference(source) if needed else None)
+
+
+def _full_folder(
+    console: Console, run: RunDir, config: Config, model: Any, quantized_set: Any
+) -> Path:
+    """Full-precision samples for the seeds and settings of a quantized set; drawn if missing.
+
+    They belong to the model and the sampler, not to one run, so that runs beside each other
+    share them: <runs>/full-precision/<digest>.
+    """
+    from ..stages import sample as stage
+
+    tree = config.to_dict()
+    seeds = quantized_set.seeds
+    tree["sampling"] = {**quantized_set.manifest["sampling"], "seed": seeds[0]}
+    config = parse_config(tree, str(quantized_set.folder))
+    subject = stage.full_precision(model)
+    digest = stage.identify(config, model, subject)["digest"]
+    own = run.samples("full")
+    if own.is_dir():
+        manifest = artifacts.read_json(own / "manifest.json", "qncd sample --full-precision")
+        if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
+            return own
+    folder = run.path.parent / "full-precision" / digest
+    count = seeds[-1] - seeds[0] + 1
+    request = stage.SampleRequest(folder, seeds[0], count, quantized_set.manifest["batch_size"])
+    stage.run(config, model, subject, request, console.track)
+    return folder
+
+
+_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("FID", lambda e: e["fid"]),
+    ("Frechet distance, packaged features", lambda e: _own(e, "feature_distance")),
+    ("inception score", lambda e: e["inception_score"]),
+    ("class score, packaged classifier", lambda e: _own(e, "class_score")),
+    ("KID", lambda e: e["kid"]),
+    ("kernel distance, packaged features", lambda e: _own(e, "kernel_distance")),
+    ("precision", lambda e: e["precision"]),
+    ("recall", lambda e: e["recall"]),
+    ("classified as asked", lambda e: e.get("class_agreement")),
+)
+
+
+def _own(entry: dict[str, Any], key: str) -> Any:
+    """A number of the packaged network, None where Inception's name holds it already."""
+    found = entry.get(key)
+    return None if not found or entry["fid"] is not None else found["value"]
+
+
+def _render_metrics(console: Console, metrics: dict[str, Any]) -> None:
+    full, quantized = metrics["full"], metrics["quantized"]
+    rows = [[name, get(full), get(quantized)] for name, get in _ROWS]
+    rows = [row for row in rows if row[1] is not None or row[2] is not None]
+    fidelity, size = metrics["fidelity"], metrics["bytes"]
+    rows += [
+        ["distance to full precision", 0.0, fidelity["feature_distance"]["value"]],
+        ["SQNR of latents, dB", None, fidelity["sqnr_latents_db"]],
+        ["PSNR of images, dB", None, fidelity["psnr_db"]],
+        ["bytes of the denoiser", size["full"], size["quantized"]],
+    ]
+    title = f"{metrics['protocol']['num_samples']} samples, same seeds"
+    console.table(["", "full precision", "quantized"], rows, title)
+
+
+def _render_images(console: Console, metrics: dict[str, Any]) -> None:
+    entry = metrics["images"]
+    rows = [[name, get(entry)] for name, get in _ROWS]
+    rows = [row for row in rows if row[1] is not None]
+    console.table(["", "images"], rows, f"{metrics['protocol']['num_samples']} images")
+
+
+# ------------------------------------------------------------------ compare
+
+
+def compare(console: Console, run_dirs: Sequence[str]) -> None:
+    """Rows of several runs. Raises ArtifactError when they were measured differently."""
+    evaluated = {
+        d: artifacts.read_json(RunDir(Path(d)).metrics, f"qncd eval --run-dir {d}")
+        for d in run_dirs
+    }
+    keys = ("network_sha256", "reference", "num_samples", "sampling", "first_seed", "metrics")
+    for d, metrics in evaluated.items():
+        if not {"protocol", "full", "quantized", "fidelity", "bytes"} <= metrics.keys():
+            raise ArtifactError(
+                f"{RunDir(Path(d)).metrics}: damaged", f'repeat "qncd eval --run-dir {d}"'
+            )
+    first, *others = evaluated.items()
+    for name, metrics in others:
+        differing = [k for k in keys if metrics["protocol"][k] != first[1]["protocol"][k]]
+        if differing:
+            raise ArtifactError(
+                f"{first[0]} and {name} were measured in different protocols"
+                f" ({', '.join(differing)})",
+                "evaluate both with the same options",
+            )
+    full = first[1]
+    rows = [_compared("full precision", full["full"], None, full["bytes"]["full"])]
+    for d, metrics in evaluated.items():
+        size = metrics["bytes"]["quantized"]
+        rows.append(_compared(Path(d).name, metrics["quantized"], metrics["fidelity"], size))
+
+    def render() -> None:
+        columns = ["", "distance to data", "distance to full", "as asked"]
+        columns += ["SQNR latents, dB", "PSNR, dB", "bytes", "of float32"]
+        cells = [
+            [
+                r["name"],
+                r["feature_distance_to_reference"],
+                r["feature_distance_to_full"],
+                r["class_agreement"],
+                r["sqnr_latents_db"],
+                r["psnr_db"],
+                r["bytes"],
+                r["bytes"] / rows[0]["bytes"],
+            ]
+            for r in rows
+        ]
+        title = f"{full['protocol']['num_samples']} samples, same seeds; "
+        console.table(columns, cells, title + f"features: {full['protocol']['network']}")
+
+    console.result({"rows": rows, "protocol": full["protocol"]}, render)
+
+
+def _compared(
+    name: str, entry: dict[str, Any], fidelity: dict[str, Any] | None, size: int
+) -> dict[str, Any]:
+    distance = entry.get("feature_distance") or {}
+    return {
+        "name": name,
+        "feature_distance_to_reference": distance.get("value"),
+        "feature_distance_to_full": fidelity["feature_distance"]["value"] if fidelity else None,
+        "class_agreement": entry.get("class_agreement"),
+        "sqnr_latents_db": fidelity["sqnr_latents_db"] if fidelity else None,
+        "psnr_db": fidelity["psnr_db"] if fidelity else None,
+        "bytes": size,
+    }

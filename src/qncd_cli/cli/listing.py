@@ -1,0 +1,73 @@
+"""The commands inspect and models: what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .. import artifacts
+from ..config import load_config, shipped_configs
+from .console import Console
+
+
+def inspect(console: Console, file: str) -> None:
+    artifact = artifacts.read(Path(file))
+    tensors = {
+        name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+        for name, t in artifact.tensors.items()
+    }
+    payload = {
+        "kind": artifact.kind,
+        "digest": artifact.digest,
+        "config": artifact.config,
+        "model": artifact.model,
+        "parents": artifact.parents,
+        "body": artifact.body,
+        "tensors": tensors,
+    }
+
+    def render() -> None:
+        print(
+            f"{file}: {artifact.kind}, {_size(Path(file).stat().st_size)}, "
+            f"content {artifact.digest[:16]}"
+        )
+        print(f"model {artifact.model}, configuration {artifact.config or '-'}")
+        for name, digest in artifact.parents.items():
+            print(f"made from {name} {digest[:16]}")
+        rows = [[n, t["dtype"], str(t["shape"])] for n, t in tensors.items()]
+        console.table(["tensor", "dtype", "shape"], rows)
+
+    console.result(payload, render)
+
+
+def models(console: Console) -> None:
+    from ..models.zoo import training_record, zoo_models
+
+    configs = {}
+    for name, path in shipped_configs().items():
+        config = load_config(str(path))
+        q = config.quantization
+        configs[name] = {
+            "model": config.model.source,
+            "bits": f"W{q.weights.bits}A{q.activations.bits}",
+            "sampler": f"{config.sampling.scheduler}, {config.sampling.steps} steps",
+        }
+    packaged = {name: training_record(name) for name in zoo_models()}
+
+    def render() -> None:
+        rows = []
+        for name, record in packaged.items():
+            date = record.get("unet", {}).get("date", "")
+            rows.append([f"zoo:{name}", date, _size(_bytes_below(zoo_models()[name]))])
+        console.table(["packaged model", "trained", "size"], rows)
+        cells = [[n, c["bits"], c["model"], c["sampler"]] for n, c in configs.items()]
+        console.table(["configuration", "bits", "model", "sampler"], cells)
+
+    console.result({"models": packaged, "configs": configs}, render)
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,82 @@
+"""Part of several stages: what the configuration wants of each layer."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config import Config, LayerOverride
+from ..models.topology import is_outer_layer, is_time_layer, weight_layers
+from ..spec import FLOAT_BITS
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What is to become of one convolution or linear layer."""
+
+    name: str
+    layer: nn.Conv2d | nn.Linear
+    weight_bits: int
+    activation_bits: int
+    observer: str
+
+    @property
+    def is_conv(self) -> bool:
+        return isinstance(self.layer, nn.Conv2d)
+
+    @property
+    def channel_axis(self) -> int:
+        """Of the layer's input."""
+        return 1 if self.is_conv else -1
+
+    @property
+    def in_channels(self) -> int:
+        layer = self.layer
+        return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of one output value: C_in * kh * kw of a convolution."""
+        return self.layer.weight[0].numel()
+
+    @property
+    def stays_float(self) -> bool:
+        return self.weight_bits == self.activation_bits == FLOAT_BITS
+
+
+def plan_layers(config: Config, denoiser: nn.Module) -> list[LayerPlan]:
+    """Bits and observer of every layer that does not depend on the timestep alone.
+
+    The first and the last layer have bits of their own; overrides come last.
+    """
+    q = config.quantization
+    plans = []
+    for name, layer in weight_layers(denoiser).items():
+        if is_time_layer(name):
+            continue
+        weight_bits, activation_bits = q.weights.bits, q.activations.bits
+        observer: str = q.activations.observer
+        if is_outer_layer(name):
+            observer = q.first_last_observer
+            weight_bits, activation_bits = (
+                bits if bits == FLOAT_BITS else q.first_last_bits
+                for bits in (weight_bits, activation_bits)
+            )
+        override = _override(name, q.overrides)
+        if override is not None:
+            weight_bits = override.weights.bits or weight_bits
+            activation_bits = override.activations.bits or activation_bits
+            observer = override.activations.observer or observer
+        plans.append(LayerPlan(name, layer, weight_bits, activation_bits, observer))
+    return plans
+
+
+def _override(name: str, overrides: dict[str, LayerOverride]) -> LayerOverride | None:
+    """The last pattern that matches wins."""
+    found = None
+    for pattern, override in overrides.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            found = override
+    return found

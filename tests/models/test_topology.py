@@ -1,0 +1,95 @@
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from qncd_cli.models.loading import load_model
+from qncd_cli.models.topology import (
+    capture_inputs,
+    count_macs,
+    is_outer_layer,
+    is_time_layer,
+    smoothing_sites,
+    step_embeddings,
+    time_layers_are_cacheable,
+    weight_layers,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_model(str(tiny_model))
+
+
+def call(model, t=500):
+    x = torch.zeros(1, *model.latent_shape)
+    with torch.no_grad():
+        return model.denoiser(x, t, **model.condition(torch.tensor([1]))).sample
+
+
+def test_every_layer_has_one_role(model):
+    names = list(weight_layers(model.denoiser))
+    assert [n for n in names if is_outer_layer(n)] == ["conv_in", "conv_out"]
+    time = [n for n in names if is_time_layer(n)]
+    assert {n.rpartition(".")[2] for n in time} == {"linear_1", "linear_2", "time_emb_proj"}
+    blocks = [n for n in time if n.endswith("time_emb_proj")]
+    assert len(blocks) == len(smoothing_sites(model.denoiser))
+    assert not any(is_time_layer(n) for n in names if "attentions" in n)
+
+
+def test_a_smoothing_site_names_modules_that_belong_together(model):
+    for site in smoothing_sites(model.denoiser):
+        conv = model.denoiser.get_submodule(site.layer)
+        norm = model.denoiser.get_submodule(site.norm)
+        projection = model.denoiser.get_submodule(site.projection)
+        assert norm.num_channels == conv.in_channels == projection.out_features
+        assert not site.scale_shift
+
+
+def test_scale_shift_blocks_are_recognised():
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=3,
+    )
+    assert all(site.scale_shift for site in smoothing_sites(unet))
+    assert not time_layers_are_cacheable(unet)  # its class is added to the timestep's embedding
+
+
+def test_step_embeddings_are_what_the_blocks_add(model):
+    site = smoothing_sites(model.denoiser)[0]
+    found = step_embeddings(
+        model.denoiser, [site.projection], lambda t: call(model, t), [981, 481, 1]
+    )[site.projection]
+    unet = model.denoiser
+    with torch.no_grad():
+        temb = unet.time_embedding(unet.time_proj(torch.tensor([481])))
+        expected = unet.get_submodule(site.projection)(torch.nn.functional.silu(temb))
+    assert found.shape == (3, expected.shape[1])
+    assert torch.allclose(found[1], expected[0], atol=1e-6)
+
+
+def test_hooks_are_gone_after_an_error(model):
+    names = list(weight_layers(model.denoiser))[:3]
+
+    def fail(name, x):
+        raise RuntimeError(name)
+
+    with pytest.raises(RuntimeError, match="conv_in"), capture_inputs(model.denoiser, names, fail):
+        call(model)
+    call(model)
+
+
+def test_macs_of_convolution_linear_and_attention(model):
+    costs = {cost.name: cost for cost in count_macs(model.denoiser, lambda: call(model))}
+    assert costs["conv_in"].macs == 8 * 8 * 16 * 3 * 9
+    attention = "down_blocks.1.attentions.0.transformer_blocks.0.attn"
+    # 32 channels at 4x4: 16 queries; 16 keys in self-attention, 1 (the class) in cross-attention
+    assert costs[f"{attention}1.query_key"].macs == 16 * 16 * 32
+    assert costs[f"{attention}2.query_key"].macs == 16 * 1 * 32
+    assert costs[f"{attention}1.to_q"].macs == 16 * 32 * 32
+    assert set(weight_layers(model.denoiser)) <= set(costs)

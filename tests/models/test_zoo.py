@@ -1,0 +1,39 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qncd_cli.errors import ModelError
+from qncd_cli.models.loading import load_model
+from qncd_cli.models.zoo import ZOO, training_record, zoo_models, zoo_path
+
+
+def test_packaged_models_are_small_and_in_half_precision():
+    files = [p for p in ZOO.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 40e6
+    for name, folder in zoo_models().items():
+        for path in folder.rglob("*.safetensors"):
+            dtypes = {t.dtype for t in load_file(path).values()}
+            assert dtypes == {torch.float16}, (name, path)
+
+
+def test_the_record_says_what_the_issue_asked_for():
+    record = training_record("fashion-ldm")
+    assert record["vqvae"]["test_psnr_db"] >= 25
+    guided = record["samples"]["quality"]["guidance_3"]
+    assert guided["class_agreement"] >= 0.9
+    assert {"data", "steps", "loss", "seed"} <= set(record["unet"])
+
+
+def test_fashion_ldm_has_the_shape_of_ldm_4():
+    model = load_model("zoo:fashion-ldm")
+    assert model.latent_shape == (3, 8, 8)
+    assert model.num_classes == 10
+    parameters = sum(p.numel() for p in model.denoiser.parameters())
+    assert 9e6 < parameters < 13e6
+    assert model.denoiser.config.cross_attention_dim == 128
+    assert model.decode(torch.zeros(1, 3, 8, 8)).shape == (1, 1, 32, 32)
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(ModelError, match="did you mean zoo:fashion-ldm"):
+        zoo_path("fashion-lmd")

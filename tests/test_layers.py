@@ -1,0 +1,311 @@
+"""Imports point one way. The table below is the rule of the house; a wrong edge is named.
+
+Modules are named by their path below src/qncd_cli: "stages.quantize", "errors"; the package itself
+is "". Only code is read here, nothing is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "qncd_cli"
+SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
+
+GROUND = ["", "errors", "spec", "config", "artifacts", "distributed"]
+MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
+SHARED = [
+    f"stages.{s}" for s in ("assemble", "choose_smoothing", "coverage", "measure_noise", "plan")
+]
+
+# Who may import whom, the first pattern that matches decides. A room may import itself only
+# where that is written here.
+EDGES: list[tuple[str, list[str]]] = [
+    ("", []),
+    ("__main__", ["cli.main"]),
+    ("errors", []),
+    ("spec", []),
+    ("config", ["errors", "spec"]),
+    ("artifacts", ["", "errors", "spec", "config"]),
+    ("distributed", ["errors"]),
+    ("quant.*", ["quant.*", "errors", "spec"]),
+    ("sampling.*", ["sampling.*", *GROUND]),
+    ("metrics.*", ["metrics.*", *GROUND]),
+    ("models.*", ["models.*", "quant.*", *GROUND]),
+    ("backends.*", ["backends.*", "quant.*", *GROUND]),
+    ("stages.ablate", ["stages.*", *MIDDLE, "quant.*", *GROUND]),
+    ("stages.bench", ["stages.*", *MIDDLE, "quant.*", *GROUND]),
+    ("stages.*", [*SHARED, *MIDDLE, "quant.*", *GROUND]),
+    ("cli.*", ["cli.*", "stages.*", *MIDDLE, *GROUND]),
+]
+# What these may import while they are being imported themselves: --help must be instant.
+TOP_LEVEL: dict[str, list[str]] = {
+    "": [],
+    "cli.main": ["", "errors", "cli.console", "click"],
+    "cli.console": ["errors", "click"],
+}
+# Third parties and their doors; "NAME (inside)": only inside functions.
+DOORS: dict[str, list[str]] = {
+    "click": ["cli.*"],
+    "rich": ["cli.* (inside)"],
+    "diffusers": ["models.*", "sampling.*", "cli.* (inside)"],
+    "safetensors": ["artifacts", "models.*", "metrics.*"],
+    "yaml": ["config"],
+    "pydantic": ["config"],
+    "torch_fidelity": ["metrics.fidelity"],
+    "torch": ["artifacts", "quant.*", *MIDDLE, "stages.*"],
+    "numpy": ["metrics.*", "stages.sample"],
+    "PIL": ["metrics.*", "stages.sample"],
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    target: str  # a module of ours ("" is the package), or the name of a third party
+    ours: bool
+    line: int
+    at_top: bool
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(p for p in parts if p != "__init__")
+
+
+def is_module(name: str) -> bool:
+    base = SOURCE.joinpath(*name.split("."))
+    return base.with_suffix(".py").is_file() or (base / "__init__.py").is_file()
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[Import]:
+    """Every import in a source, inside functions too."""
+    tree = ast.parse(source)
+    in_functions = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = _from(node, module, is_package)
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            ours = top == PACKAGE
+            yield Import(rest if ours else top, ours, node.lineno, id(node) not in in_functions)
+
+
+def _from(node: ast.ImportFrom, module: str, is_package: bool) -> list[str]:
+    """Absolute names of the modules that a from-import reads."""
+    if node.level:
+        here = [PACKAGE, *filter(None, module.split("."))]
+        up = node.level - 1 if is_package else node.level
+        here = here[: len(here) - up]
+        base = ".".join([*here, *filter(None, [node.module])])
+    else:
+        base = node.module or ""
+    if base.partition(".")[0] != PACKAGE:
+        return [base]
+    inner = base.partition(".")[2]
+    found = []
+    for alias in node.names:
+        deeper = f"{inner}.{alias.name}" if inner else alias.name
+        found.append(f"{PACKAGE}.{deeper}" if is_module(deeper) else base)
+    return sorted(set(found))
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    """ "room.*" stands for the room's modules and the room itself."""
+    return any(fnmatchcase(name, p) or (p.endswith(".*") and name == p[:-2]) for p in patterns)
+
+
+def wrong_edges(source: str, module: str, is_package: bool = False) -> list[str]:
+    """One line for every import that the tables do not allow."""
+    allowed = next((targets for p, targets in EDGES if matches(module, [p])), None)
+    if allowed is None:
+        return [f"{module}: no row in EDGES says what it may import"]
+    wrong = []
+    for found in imports(source, module, is_package):
+        edge = f"{module or PACKAGE}:{found.line}: {module or PACKAGE} -> {found.target or PACKAGE}"
+        own_top = TOP_LEVEL.get(module)
+        if own_top is not None and found.at_top and not _is_standard(found):
+            if not matches(found.target, own_top):
+                wrong.append(f"{edge}: only inside a function")
+            continue
+        if found.ours:
+            if not matches(found.target, allowed):
+                wrong.append(f"{edge}: allowed are {', '.join(a or PACKAGE for a in allowed)}")
+        elif not _is_standard(found):
+            wrong += _wrong_door(edge, found, module)
+    return wrong
+
+
+def _is_standard(found: Import) -> bool:
+    return not found.ours and found.target in sys.stdlib_module_names
+
+
+def _wrong_door(edge: str, found: Import, module: str) -> list[str]:
+    doors = DOORS.get(found.target)
+    if doors is None:
+        return [f"{edge}: no door for this third party"]
+    if matches(module, [d for d in doors if not d.endswith(" (inside)")]):
+        return []
+    if matches(module, [d.removesuffix(" (inside)") for d in doors]):
+        return [f"{edge}: only inside a function"] if found.at_top else []
+    return [f"{edge}: its doors are {', '.join(doors)}"]
+
+
+def bad_habits(source: str, module: str) -> list[str]:
+    """Calls and clauses that have no place in this package."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        where = f"{module}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler) and node.type is None:
+            found.append(f"{where}: bare except")
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            names.append(getattr(node, "module", None) or "")
+            if {"pdb", "ipdb", "pudb"} & {n.partition(".")[0] for n in names}:
+                found.append(f"{where}: debugger")
+        if isinstance(node, ast.Call):
+            found += [f"{where}: {what}" for what in _bad_call(node, module)]
+    return found
+
+
+def _bad_call(node: ast.Call, module: str) -> list[str]:
+    called = ast.unparse(node.func)
+    options = {k.arg: ast.unparse(k.value) for k in node.keywords}
+    bad = {
+        ".cuda( (device is an argument)": called.endswith(".cuda"),
+        "torch.load without weights_only=True": called == "torch.load"
+        and options.get("weights_only") != "True",
+        "print outside cli": called == "print" and not module.startswith("cli."),
+        "debugger": called in ("breakpoint", "pdb.set_trace"),
+        "sys.exit outside cli": called in ("sys.exit", "exit", "quit")
+        and not module.startswith("cli."),
+        "pickle": called in ("pickle.load", "pickle.loads"),
+        "seed of the global generator": called in ("torch.manual_seed", "numpy.random.seed"),
+    }
+    return [what for what, is_so in bad.items() if is_so]
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+IDS = [str(path.relative_to(SOURCE)) for path in FILES]
+
+
+def test_there_is_something_to_check():
+    assert {"cli/main.py", "stages/quantize.py", "quant/affine.py"} <= set(IDS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_imports_point_one_way(path):
+    wrong = wrong_edges(path.read_text(), module_of(path), path.name == "__init__.py")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_no_debuggers_devices_or_unsafe_loads(path):
+    found = bad_habits(path.read_text(), module_of(path))
+    assert not found, "\n".join(found)
+
+
+# ---- the checker itself -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "edge"),
+    [
+        ("stages.calibrate", "from . import quantize", "stages.calibrate -> stages.quantize"),
+        ("stages.sample", "from .evaluate import run", "stages.sample -> stages.evaluate"),
+        ("stages.assemble", "from .sample import run", "stages.assemble -> stages.sample"),
+        ("models.loading", "from ..sampling import noise", "models.loading -> sampling.noise"),
+        ("sampling.noise", "from ..quant import affine", "sampling.noise -> quant.affine"),
+        ("metrics.image", "from qncd_cli.quant.affine import *", "metrics.image -> quant.affine"),
+        ("backends.base", "import qncd_cli.models.loading", "backends.base -> models.loading"),
+        ("quant.gptq", "from ..config import Config", "quant.gptq -> config"),
+        ("quant.gptq", "from .. import artifacts", "quant.gptq -> artifacts"),
+        ("errors", "from . import spec", "errors -> spec"),
+        ("config", "from .artifacts import read", "config -> artifacts"),
+        ("stages.quantize", "def f():\n    from ..cli import main", "stages.quantize -> cli.main"),
+        ("quant.gptq", "import diffusers", "quant.gptq -> diffusers: its doors"),
+        ("stages.sample", "from safetensors import safe_open", "stages.sample -> safetensors"),
+        ("cli.commands", "import torch", "cli.commands -> torch: its doors"),
+        ("metrics.image", "import torch_fidelity", "metrics.image -> torch_fidelity: its doors"),
+        ("spec", "import torch", "spec -> torch: its doors"),
+        ("quant.gptq", "import scipy.linalg", "quant.gptq -> scipy: no door"),
+        ("cli.commands", "import diffusers", "cli.commands -> diffusers: only inside"),
+        ("cli.console", "from rich.table import Table", "cli.console -> rich: only inside"),
+        ("cli.main", "from . import commands", "cli.main -> cli.commands: only inside"),
+        ("cli.main", "from ..config import Config", "cli.main -> config: only inside"),
+        ("cli.main", "if True:\n    import yaml", "cli.main -> yaml: only inside"),
+        ("brand_new", "import os", "brand_new: no row in EDGES"),
+    ],
+)
+def test_a_wrong_import_is_named(module, source, edge):
+    (line,) = wrong_edges(source, module)
+    assert edge in line
+
+
+def test_a_package_resolves_its_own_imports():
+    (line,) = wrong_edges("from .stages import sample", "", is_package=True)
+    assert "qncd_cli -> stages.sample" in line
+    (line,) = wrong_edges("from . import sample", "stages", is_package=True)
+    assert "stages -> stages.sample" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "stages.quantize",
+            "from .assemble import Track\nfrom ..models import topology\nimport io",
+        ),
+        ("backends.base", "from ..quant.layers import QuantizedLayer"),
+        ("cli.main", "import click\ndef f():\n    from . import commands"),
+        ("cli.console", "def f():\n    from rich.table import Table"),
+        ("artifacts", "from . import __version__\nfrom safetensors.torch import save"),
+        ("sampling.samplers", "from qncd_cli.errors import ConfigError\nimport diffusers"),
+    ],
+)
+def test_a_right_import_passes(module, source):
+    assert wrong_edges(source, module) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("x.cuda()", ".cuda("),
+        ("model.unet.cuda(0)", ".cuda("),
+        ("torch.load(path)", "weights_only"),
+        ("torch.load(path, weights_only=False)", "weights_only"),
+        ("try:\n    f()\nexcept:\n    pass", "bare except"),
+        ("print(1)", "print outside cli"),
+        ("import pdb", "debugger"),
+        ("from pdb import set_trace", "debugger"),
+        ("breakpoint()", "debugger"),
+        ("sys.exit(1)", "sys.exit"),
+        ("torch.manual_seed(0)", "seed of the global generator"),
+    ],
+)
+def test_a_bad_habit_is_named(source, what):
+    (line,) = bad_habits(source, "stages.sample")
+    assert what in line
+
+
+def test_good_habits_pass():
+    source = (
+        "torch.load(path, weights_only=True)\ntorch.cuda.is_available()\n"
+        "try:\n    f()\nexcept ValueError:\n    raise\n"
+    )
+    assert bad_habits(source, "models.loading") == []
+    assert bad_habits("print(1)", "cli.commands") == []
