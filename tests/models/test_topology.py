@@ -74,7 +74,7 @@ def test_step_embeddings_are_what_the_blocks_add(model):
 
 
 def test_hooks_are_gone_after_an_error(model):
-    names = list(weight_layers(model.denoiser))[:3]
+    names = ["conv_in", "conv_out"]
 
     def fail(name, x):
         raise RuntimeError(name)

@@ -70,8 +70,12 @@ def choose_factors(
         }
         if plan.name in embedded:
             candidates["embedding"] = embedded[plan.name]
-        found = {name: output_error(plan, x, weight, f.factor) for name, f in candidates.items()}
-        found["none"] = output_error(plan, x, weight, None)
+        percentile = config.quantization.activations.percentile
+        found = {
+            name: output_error(plan, x, weight, f.factor, percentile)
+            for name, f in candidates.items()
+        }
+        found["none"] = output_error(plan, x, weight, None, percentile)
         errors[plan.name] = found
         best = min(found, key=lambda name: (found[name], name != "none"))
         if best != "none":
@@ -159,7 +163,9 @@ def collect_probes(
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def output_error(plan: LayerPlan, x: Tensor, weight: Tensor, factor: Tensor | None) -> float:
+def output_error(
+    plan: LayerPlan, x: Tensor, weight: Tensor, factor: Tensor | None, percentile: float
+) -> float:
     """||f(x^, W^) - f(x, W)||^2 / ||f(x, W)||^2, nearest rounding, smoothed by factor or not."""
     exact = _apply(plan, x, weight)
     if factor is not None:
@@ -168,7 +174,7 @@ def output_error(plan: LayerPlan, x: Tensor, weight: Tensor, factor: Tensor | No
         spec = activation_spec(plan.activation_bits)
         observer = RangeObserver(plan.in_channels, plan.channel_axis)
         observer.update(x, 0)
-        low, high = choose_range(observer.state(), plan.observer, spec)
+        low, high = choose_range(observer.state(), plan.observer, spec, percentile)
         x = fake_quantize(x, choose_qparams(low[0], high[0], spec), spec)
     if plan.weight_bits != FLOAT_BITS:
         spec = weight_spec(plan.weight_bits)
