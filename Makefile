@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 CONFIGS := fashion_ldm_w8a8 fashion_ldm_w4a8 fashion_ldm_w4a6
-NUM ?= 500
+NUM ?= 300
 
 .PHONY: setup demo test check fmt docs
 .DEFAULT_GOAL := setup

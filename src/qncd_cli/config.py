@@ -161,7 +161,7 @@ class InterConfig(_Section):
 
 class CorrectionConfig(_Section):
     intra: Literal["none", "embedding", "smoothquant", "auto"] = Field(
-        "auto", description="auto: per layer the one with the least output error"
+        "embedding", description="auto: per layer the one with the least output error"
     )
     smoothing_strength: float = Field(0.5, ge=0, le=1, description="of smoothquant")
     inter: InterConfig = InterConfig()
