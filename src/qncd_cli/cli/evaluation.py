@@ -198,8 +198,8 @@ def compare(console: Console, run_dirs: Sequence[str]) -> None:
         rows.append(_compared(Path(d).name, metrics["quantized"], metrics["fidelity"], size))
 
     def render() -> None:
-        columns = ["", "distance to data", "distance to full", "as asked"]
-        columns += ["SQNR latents, dB", "PSNR, dB", "bytes", "of float32"]
+        columns = ["", "to data", "to full", "as asked"]
+        columns += ["SQNR, dB", "PSNR, dB", "bytes", "of float32"]
         cells = [
             [
                 r["name"],
@@ -213,8 +213,10 @@ def compare(console: Console, run_dirs: Sequence[str]) -> None:
             ]
             for r in rows
         ]
-        title = f"{full['protocol']['num_samples']} samples, same seeds; "
-        console.table(columns, cells, title + f"features: {full['protocol']['network']}")
+        protocol = full["protocol"]
+        title = f"{protocol['num_samples']} samples, same seeds; Frechet distances in the "
+        title += f"features of {protocol['network']}, SQNR of the final latents"
+        console.table(columns, cells, title)
 
     console.result({"rows": rows, "protocol": full["protocol"]}, render)
 
