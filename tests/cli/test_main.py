@@ -353,3 +353,10 @@ def test_run_names_the_run_directory_after_the_configuration(qncd, tiny_model):
     assert data["run_dir"] == "runs/named"
     assert (qncd.folder / "runs/named/config.yaml").is_file()
     assert (qncd.folder / "runs/.current").read_text() == "runs/named\n"
+
+
+@pytest.mark.parametrize("name", ["../..", ".hidden", "a/b", ""])
+def test_a_set_cannot_be_named_out_of_its_run(qncd, name):
+    result = qncd("sample", "--name", name, ok=False)
+    assert result.exit_code == 2
+    assert "--name" in result.stderr

@@ -200,6 +200,10 @@ def sample(**options):
     """Draw images from the quantized model; a repeated command resumes."""
     from . import commands
 
+    name = options["name"]
+    if name is not None and (name.startswith(".") or "/" in name or not name):
+        hint = "a plain name without /, not starting with a dot"
+        raise click.BadParameter(hint, param_hint="--name")
     console = Console(options.pop("as_json"))
     options.pop("debug")
     commands.sample(console, commands.SampleOptions(**options))
