@@ -395,6 +395,10 @@ def save_pipeline(model: nn.ModuleDict, ema: Ema, vq: VQModel, scheduler: DDIMSc
     pipeline = ClassConditionalLDMPipeline(unet, vq, embedder, scheduler)
     pipeline.to(torch.float16)
     pipeline.save_pretrained(LDM)
+    for config in LDM.glob("*/config.json"):  # diffusers notes the folder a part was read from
+        entries = json.loads(config.read_text())
+        entries.pop("_name_or_path", None)
+        config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     vq.float()
 
 

@@ -37,3 +37,8 @@ def test_fashion_ldm_has_the_shape_of_ldm_4():
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(ModelError, match="did you mean zoo:fashion-ldm"):
         zoo_path("fashion-lmd")
+
+
+def test_packaged_files_name_no_folder_of_the_machine_that_made_them():
+    for path in ZOO.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
