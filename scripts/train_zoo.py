@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train the packaged models on Fashion-MNIST and write them into the package.
 
-    python scripts/train_zoo.py classifier vq unet record   # all, in this order
+    python scripts/train_zoo.py classifier vq unet ddpm dit record   # all, in this order
     python scripts/train_zoo.py unet --steps 6000           # one part again
 
 Data: the Debian package dataset-fashion-mnist, or any folder with the same four IDX files
@@ -20,21 +20,36 @@ import math
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qncd_cli.metrics.features import FashionClassifier
-from qncd_cli.models.pipelines import ClassConditionalLDMPipeline, ClassEmbedder
+from qncd_cli.models.pipelines import (
+    ClassConditionalDiTPipeline,
+    ClassConditionalLDMPipeline,
+    ClassConditionalPixelPipeline,
+    ClassEmbedder,
+)
 
 ZOO = Path(__file__).resolve().parent.parent / "src" / "qncd_cli" / "zoo"
 LDM = ZOO / "fashion-ldm"
+DDPM = ZOO / "fashion-ddpm"
+DIT = ZOO / "fashion-dit"
 FEATURES = ZOO / "features"
 DATA = Path("/usr/share/datasets/fashion-mnist")
 NUM_CODES = 8192
@@ -342,36 +357,48 @@ class Ema:
                 p.copy_(s)
 
 
-def train_unet(args: argparse.Namespace) -> None:
-    images, labels = load_split(args.data, "train")
-    vq = VQModel.from_pretrained(LDM / "vqvae", low_cpu_mem_usage=False).float().eval()
-    with torch.no_grad():
-        latents = torch.cat([vq.encode(signed(c)).latents for c in images.split(500)])
-    latents *= vq.config.scaling_factor
-    steps, batch = args.steps or 6000, args.batch or 128
+def fit(
+    args: argparse.Namespace,
+    part: str,
+    model: nn.Module,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    x0: Tensor,
+    labels: Tensor,
+    scheduler: DDIMScheduler,
+    save: Callable[[Ema], None],
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    decay: float,
+) -> dict:
+    """Train a class-conditional denoiser with label dropout; returns its record.
+
+    predict: (x_t, t, labels) -> prediction of what scheduler.config.prediction_type names;
+    save: called with the averaged parameters every 1000 steps and at the end.
+    """
+    steps, batch = args.steps or steps, args.batch or batch
     generator = torch.Generator().manual_seed(args.seed)
-    torch.manual_seed(args.seed)
-    model = nn.ModuleDict({"unet": make_unet(), "embedder": ClassEmbedder(10, 128)})
-    model["unet"].set_attn_processor(AttnProcessor())  # SDPA's backward is slow on a CPU
-    nn.init.normal_(model["embedder"].embedding.weight, std=1.0)
-    log(f"unet: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    scheduler = make_scheduler()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=1e-2, fused=True)
-    ema = Ema(model, 0.9995)
-    draw = batches(len(latents), batch, generator)
+    count = sum(p.numel() for p in model.parameters())
+    log(f"{part}: {count / 1e6:.2f} M parameters")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=1e-2, fused=True
+    )
+    ema = Ema(model, decay)
+    draw = batches(len(x0), batch, generator)
+    velocity = scheduler.config.prediction_type == "v_prediction"
     start, running = time.time(), 0.0
     for step in range(steps):
         index = next(draw)
-        x0, y = latents[index], labels[index].clone()
+        x, y = x0[index], labels[index].clone()
         y[torch.rand(batch, generator=generator) < 0.1] = 10  # null class
         t = torch.randint(0, 1000, (batch,), generator=generator)
-        eps = torch.randn(x0.shape, generator=generator)
+        eps = torch.randn(x.shape, generator=generator)
         for group in optimizer.param_groups:
-            group["lr"] = 5e-4 * cosine(step, steps)
+            group["lr"] = learning_rate * cosine(step, steps)
+        target = scheduler.get_velocity(x, eps, t) if velocity else eps
         with torch.autocast("cpu", torch.bfloat16):
-            x_t = scheduler.add_noise(x0, eps, t)
-            out = model["unet"](x_t, t, encoder_hidden_states=model["embedder"](y)).sample
-        loss = F.mse_loss(out.float(), eps)
+            out = predict(scheduler.add_noise(x, eps, t), t, y)
+        loss = F.mse_loss(out.float(), target)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -379,73 +406,237 @@ def train_unet(args: argparse.Namespace) -> None:
         ema.update(model)
         running = 0.995 * running + 0.005 * loss.item() if step else loss.item()
         if step % 100 == 0:
-            log(f"unet {step}/{steps} loss {running:.4f} {time.time() - start:.0f} s")
+            log(f"{part} {step}/{steps} loss {running:.4f} {time.time() - start:.0f} s")
         if step and step % 1000 == 0:
-            save_pipeline(model, ema, vq, scheduler)
-    save_pipeline(model, ema, vq, scheduler)
-    record = {"data": data_digest(args.data), "steps": steps, "batch": batch, "seed": args.seed}
-    record |= {"loss": running, "ema": 0.9995, "label_dropout": 0.1, "seconds": time.time() - start}
+            save(ema)
+    save(ema)
+    return {
+        "data": data_digest(args.data),
+        "steps": steps,
+        "batch": batch,
+        "seed": args.seed,
+        "loss": running,
+        "ema": decay,
+        "label_dropout": 0.1,
+        "parameters": count,
+        "seconds": time.time() - start,
+    }
+
+
+def plain_attention(model: nn.Module) -> None:
+    """SDPA's backward is slow on a CPU; plain products train faster."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.set_processor(AttnProcessor())
+
+
+def load_vq() -> VQModel:
+    return VQModel.from_pretrained(LDM / "vqvae", low_cpu_mem_usage=False).float().eval()
+
+
+def encode(vq: VQModel, images: Tensor) -> Tensor:
+    """uint8 [N, 1, 32, 32] -> scaled latents [N, 3, 8, 8]."""
+    with torch.no_grad():
+        latents = torch.cat([vq.encode(signed(c)).latents for c in images.split(500)])
+    return latents * vq.config.scaling_factor
+
+
+def train_unet(args: argparse.Namespace) -> None:
+    images, labels = load_split(args.data, "train")
+    vq = load_vq()
+    torch.manual_seed(args.seed)
+    model = nn.ModuleDict({"unet": make_unet(), "embedder": ClassEmbedder(10, 128)})
+    plain_attention(model)
+    nn.init.normal_(model["embedder"].embedding.weight, std=1.0)
+    scheduler = make_scheduler()
+
+    def predict(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return model["unet"](x, t, encoder_hidden_states=model["embedder"](y)).sample
+
+    def save(ema: Ema) -> None:
+        unet, embedder = make_unet(), ClassEmbedder(10, 128)
+        ema.copy_to(nn.ModuleDict({"unet": unet, "embedder": embedder}))
+        save_pipeline(LDM, ClassConditionalLDMPipeline(unet, vq, embedder, scheduler))
+        vq.float()
+
+    record = fit(
+        args,
+        "unet",
+        model,
+        predict,
+        encode(vq, images),
+        labels,
+        scheduler,
+        save,
+        steps=6000,
+        batch=128,
+        learning_rate=5e-4,
+        decay=0.9995,
+    )
     write_record(LDM, "unet", record)
 
 
-def save_pipeline(model: nn.ModuleDict, ema: Ema, vq: VQModel, scheduler: DDIMScheduler) -> None:
-    unet, embedder = make_unet(), ClassEmbedder(10, 128)
-    averaged = nn.ModuleDict({"unet": unet, "embedder": embedder})
-    ema.copy_to(averaged)
-    pipeline = ClassConditionalLDMPipeline(unet, vq, embedder, scheduler)
+def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
     pipeline.to(torch.float16)
-    pipeline.save_pretrained(LDM)
-    for config in LDM.glob("*/config.json"):  # diffusers notes the folder a part was read from
+    pipeline.save_pretrained(folder)
+    for config in folder.glob("*/config.json"):  # diffusers notes the folder a part was read from
         entries = json.loads(config.read_text())
         entries.pop("_name_or_path", None)
         config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
-    vq.float()
+
+
+# ---------------------------------------------------------------- pixel-space U-Net
+
+
+def make_pixel_unet() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=32,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(24, 48, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=11,  # the last is the null class
+        attention_head_dim=32,
+        norm_num_groups=8,
+    )
+
+
+def train_ddpm(args: argparse.Namespace) -> None:
+    images, labels = load_split(args.data, "train")
+    torch.manual_seed(args.seed)
+    model = make_pixel_unet()
+    plain_attention(model)
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+
+    def save(ema: Ema) -> None:
+        unet = make_pixel_unet()
+        ema.copy_to(unet)
+        save_pipeline(DDPM, ClassConditionalPixelPipeline(unet, scheduler))
+
+    record = fit(
+        args,
+        "ddpm",
+        model,
+        lambda x, t, y: model(x, t, y).sample,
+        signed(images),
+        labels,
+        scheduler,
+        save,
+        steps=2200,
+        batch=64,
+        learning_rate=1e-3,
+        decay=0.999,
+    )
+    write_record(DDPM, "unet", record)
+
+
+# ---------------------------------------------------------------- diffusion transformer
+
+
+def make_transformer() -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=5,
+        attention_head_dim=32,
+        in_channels=3,
+        out_channels=3,
+        num_layers=6,
+        sample_size=8,
+        patch_size=1,
+        num_embeds_ada_norm=10,
+    )
+
+
+def train_dit(args: argparse.Namespace) -> None:
+    """v-prediction, so that corrections for it meet a trained model."""
+    images, labels = load_split(args.data, "train")
+    vq = load_vq()
+    torch.manual_seed(args.seed)
+    model = make_transformer()
+    plain_attention(model)
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0  # one draw for all blocks: in fit
+        nn.init.zeros_(block.norm1.linear.weight)  # every block starts as the identity (DiT)
+        nn.init.zeros_(block.norm1.linear.bias)
+    nn.init.zeros_(model.proj_out_2.weight)
+    scheduler = DDIMScheduler.from_config(make_scheduler().config, prediction_type="v_prediction")
+
+    def save(ema: Ema) -> None:
+        transformer = make_transformer()
+        ema.copy_to(transformer)
+        save_pipeline(DIT, ClassConditionalDiTPipeline(transformer, vq, scheduler))
+        vq.float()
+
+    record = fit(
+        args,
+        "dit",
+        model,
+        lambda x, t, y: model(x, timestep=t, class_labels=y).sample,
+        encode(vq, images),
+        labels,
+        scheduler,
+        save,
+        steps=2000,
+        batch=128,
+        learning_rate=1e-3,
+        decay=0.999,
+    )
+    write_record(DIT, "transformer", record)
 
 
 # ---------------------------------------------------------------- quality record
 
 
 def record_quality(args: argparse.Namespace) -> None:
-    """Guided samples of the saved pipeline: share classified as asked, feature distance."""
+    """Guided samples of the saved pipelines: share classified as asked, feature distance."""
     from torch_fidelity.metric_fid import fid_statistics_to_metric
 
-    pipeline = ClassConditionalLDMPipeline.from_pretrained(LDM).to(torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
     net = FashionClassifier()
     net.load_state_dict(load_file(FEATURES / "classifier.safetensors"))
     reference = load_file(FEATURES / "reference.safetensors")
+    theirs = {k: reference[k].numpy() for k in ("mu", "sigma")}
     count = args.steps or 1000
-    quality = {}
-    for guidance in (2.0, 3.0):
-        labels = torch.arange(count) % 10
-        parts = []
-        for i in range(0, count, 100):
-            generators = [torch.Generator().manual_seed(s) for s in range(i, i + 100)]
-            out = pipeline(labels[i : i + 100], guidance, 20, generators, "np").images
-            parts.append(torch.from_numpy((out * 255).round().astype(np.uint8)))
-        images = torch.cat(parts).permute(0, 3, 1, 2)
-        features, logits = classifier_outputs(net, images)
-        as_asked = (logits.argmax(1) == labels).float().mean().item()
-        features = features.double()
-        ours = {"mu": features.mean(0).numpy(), "sigma": torch.cov(features.T).numpy()}
-        theirs = {k: reference[k].numpy() for k in ("mu", "sigma")}
-        distance = float(
-            fid_statistics_to_metric(ours, theirs, False)["frechet_inception_distance"]
-        )
-        quality[f"guidance_{guidance:g}"] = {
-            "class_agreement": as_asked,
-            "fd_fashion": distance,
-        }
-        log(f"guidance {guidance}: {as_asked:.3f} as asked, fd_fashion {distance:.3f}")
-    write_record(
-        LDM, "samples", {"count": count, "steps": 20, "scheduler": "ddim", "quality": quality}
-    )
+    for folder, kind in PIPELINES.items():
+        pipeline = kind.from_pretrained(folder).to(torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        quality = {}
+        for guidance in (2.0, 3.0):
+            labels = torch.arange(count) % 10
+            parts = []
+            for i in range(0, count, 100):
+                generators = [torch.Generator().manual_seed(s) for s in range(i, i + 100)]
+                out = pipeline(labels[i : i + 100], guidance, 20, generators, "np").images
+                parts.append(torch.from_numpy((out * 255).round().astype(np.uint8)))
+            images = torch.cat(parts).permute(0, 3, 1, 2)
+            features, logits = classifier_outputs(net, images)
+            as_asked = (logits.argmax(1) == labels).float().mean().item()
+            features = features.double()
+            ours = {"mu": features.mean(0).numpy(), "sigma": torch.cov(features.T).numpy()}
+            distance = float(
+                fid_statistics_to_metric(ours, theirs, False)["frechet_inception_distance"]
+            )
+            quality[f"guidance_{guidance:g}"] = {
+                "class_agreement": as_asked,
+                "fd_fashion": distance,
+            }
+            log(f"{folder.name}, guidance {guidance}: {as_asked:.3f} as asked, fd {distance:.3f}")
+        record = {"count": count, "steps": 20, "scheduler": "ddim", "quality": quality}
+        write_record(folder, "samples", record)
 
 
+PIPELINES = {
+    LDM: ClassConditionalLDMPipeline,
+    DDPM: ClassConditionalPixelPipeline,
+    DIT: ClassConditionalDiTPipeline,
+}
 PARTS = {
     "classifier": train_classifier,
     "vq": train_vq,
     "unet": train_unet,
+    "ddpm": train_ddpm,
+    "dit": train_dit,
     "record": record_quality,
 }
 

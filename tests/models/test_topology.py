@@ -1,16 +1,16 @@
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import (
     capture_inputs,
     count_macs,
+    is_conditioning_layer,
     is_outer_layer,
-    is_time_layer,
     smoothing_sites,
     step_embeddings,
-    time_layers_are_cacheable,
+    time_layers,
     weight_layers,
 )
 
@@ -29,20 +29,20 @@ def call(model, t=500):
 def test_every_layer_has_one_role(model):
     names = list(weight_layers(model.denoiser))
     assert [n for n in names if is_outer_layer(n)] == ["conv_in", "conv_out"]
-    time = [n for n in names if is_time_layer(n)]
-    assert {n.rpartition(".")[2] for n in time} == {"linear_1", "linear_2", "time_emb_proj"}
-    blocks = [n for n in time if n.endswith("time_emb_proj")]
+    timed = time_layers(model.denoiser)
+    assert {n.rpartition(".")[2] for n in timed} == {"linear_1", "linear_2", "time_emb_proj"}
+    blocks = [n for n in timed if n.endswith("time_emb_proj")]
     assert len(blocks) == len(smoothing_sites(model.denoiser))
-    assert not any(is_time_layer(n) for n in names if "attentions" in n)
+    assert not any("attentions" in n for n in timed)
 
 
 def test_a_smoothing_site_names_modules_that_belong_together(model):
     for site in smoothing_sites(model.denoiser):
-        conv = model.denoiser.get_submodule(site.layer)
+        conv = model.denoiser.get_submodule(site.layers[0])
         norm = model.denoiser.get_submodule(site.norm)
         projection = model.denoiser.get_submodule(site.projection)
         assert norm.num_channels == conv.in_channels == projection.out_features
-        assert not site.scale_shift
+        assert site.kind == "additive"
 
 
 def test_scale_shift_blocks_are_recognised():
@@ -56,8 +56,50 @@ def test_scale_shift_blocks_are_recognised():
         resnet_time_scale_shift="scale_shift",
         num_class_embeds=3,
     )
-    assert all(site.scale_shift for site in smoothing_sites(unet))
-    assert not time_layers_are_cacheable(unet)  # its class is added to the timestep's embedding
+    sites = smoothing_sites(unet)
+    assert all((site.kind, site.parts) == ("scale_shift", 2) for site in sites)
+    # its class is added to the timestep's embedding, so that only the embedding itself is timed
+    assert time_layers(unet) == {"time_embedding.linear_1", "time_embedding.linear_2"}
+    assert all(is_conditioning_layer(site.projection) for site in sites)
+
+
+def test_adaptive_layer_norm_sites_scale_what_the_layers_read():
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        sample_size=4,
+        patch_size=1,
+        num_embeds_ada_norm=5,
+    ).eval()
+    sites = smoothing_sites(transformer)
+    assert [site.layers[0].rpartition(".")[2] for site in sites] == ["to_q", "proj"] * 2
+    assert {n.rpartition("embedder.")[2] for n in time_layers(transformer)} == {
+        "linear_1",
+        "linear_2",
+    }
+    assert is_outer_layer("pos_embed.proj") and is_outer_layer("proj_out_2")
+
+    def run(t):
+        with torch.no_grad():
+            x = torch.ones(2, 3, 4, 4)
+            transformer(x, torch.tensor([t, t]), class_labels=torch.tensor([1, 2]))
+
+    inputs = {}
+    site = sites[1]  # the feed-forward layers, behind LayerNorm * (1 + scale) + shift
+    with capture_inputs(transformer, [site.layers[0]], inputs.__setitem__):
+        shift, scale = (
+            step_embeddings(transformer, [site.projection], run, [10])[site.projection].chunk(
+                site.parts, dim=1
+            )[part]
+            for part in (site.part - 1, site.part)
+        )
+    features = (inputs[site.layers[0]] - shift[:, None]) / (1 + scale[:, None])
+    assert torch.allclose(features.mean(-1), torch.zeros(()), atol=1e-4)
+    assert torch.allclose(features.var(-1, correction=0), torch.ones(()), atol=1e-2)
 
 
 def test_step_embeddings_are_what_the_blocks_add(model):

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
-from .pipelines import ClassConditionalLDMPipeline
+from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .zoo import zoo_path
 
 Condition = dict[str, Tensor]
@@ -143,8 +143,7 @@ def _load_pipeline(
 ) -> DiffusionPipeline:
     try:
         name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        known = {"ClassConditionalLDMPipeline": ClassConditionalLDMPipeline}
-        loader = known.get(name, DiffusionPipeline)
+        loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
         pipeline = loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a broken folder fails in as many ways as it can be broken
         reason = str(error).strip().splitlines()
@@ -179,25 +178,23 @@ def to_uint8(images: Tensor) -> Tensor:
 # ------------------------------------------------------------------ pipeline classes
 
 
-def _class_conditional_ldm(pipeline: Any) -> dict[str, Any]:
-    unet, vqvae, embedder = pipeline.unet, pipeline.vqvae, pipeline.class_embedder
-    config = unet.config
-    vqvae.to(torch.float32)
+def _class_conditional(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
+    denoiser, null_class = pipeline.denoiser, pipeline.null_class
+    first_stage = pipeline.components.get("vqvae")
+    if first_stage is not None:
+        first_stage.to(torch.float32)
 
     def decode(latents: Tensor) -> Tensor:
-        latents = latents.to(vqvae.device, torch.float32)
-        parts = (latents / vqvae.config.scaling_factor).split(DECODE_BATCH)
-        return torch.cat([to_uint8(vqvae.decode(part).sample) for part in parts])
+        latents = latents.to(denoiser.device, torch.float32)
+        return torch.cat([to_uint8(pipeline.decode(part)) for part in latents.split(DECODE_BATCH)])
 
-    def condition(labels: Tensor) -> Condition:
-        return {"encoder_hidden_states": embedder(labels.to(embedder.device))}
-
+    config = denoiser.config
     return {
-        "denoiser": unet,
+        "denoiser": denoiser,
         "latent_shape": (config.in_channels, config.sample_size, config.sample_size),
-        "num_classes": embedder.config.num_classes,
-        "condition": condition,
-        "null_condition": lambda n: condition(torch.full((n,), embedder.null_class)),
+        "num_classes": null_class,
+        "condition": pipeline.condition,
+        "null_condition": lambda n: pipeline.condition(torch.full((n,), null_class)),
         "decode": decode,
     }
 
@@ -215,7 +212,7 @@ def _unconditional_pixels(pipeline: Any) -> dict[str, Any]:
 
 
 _ADAPTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "ClassConditionalLDMPipeline": _class_conditional_ldm,
+    **dict.fromkeys(CLASS_CONDITIONAL, _class_conditional),
     "DDPMPipeline": _unconditional_pixels,
     "DDIMPipeline": _unconditional_pixels,
 }

@@ -1,13 +1,22 @@
-"""Class-conditional latent diffusion as a pipeline that diffusers saves and loads.
+"""Class-conditional diffusion as pipelines that diffusers saves and loads.
 
 LDM-4 ImageNet and the packaged fashion-ldm condition on a class through one cross-attention
-token (LDM, arXiv 2112.10752); diffusers has the parts but no pipeline that joins them.
+token (LDM, arXiv 2112.10752); ADM and fashion-ddpm add a class embedding to the timestep's in
+pixel space; diffusers has the parts but no pipeline that joins them. Its DiTPipeline takes class
+1000 for the null class whatever the model; fashion-dit has ten.
 """
 
 from __future__ import annotations
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DConditionModel, VQModel
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.schedulers import SchedulerMixin
@@ -35,25 +44,28 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
         return self.embedding(class_labels)[:, None, :]
 
 
-class ClassConditionalLDMPipeline(DiffusionPipeline):
-    """Latent diffusion conditioned on a class; called like DiTPipeline.
+class ClassConditionalPipeline(DiffusionPipeline):
+    """What the class-conditional pipelines below share: the guided sampling loop.
 
-    Components: unet (noise prediction in latents), vqvae (first stage), class_embedder, scheduler.
+    A subclass names its components and says what the denoiser is, how a class enters it, which
+    class is the null class of classifier-free guidance, and how latents become images.
     """
 
-    model_cpu_offload_seq = "class_embedder->unet->vqvae"
+    @property
+    def denoiser(self) -> nn.Module:
+        raise NotImplementedError
 
-    def __init__(
-        self,
-        unet: UNet2DConditionModel,
-        vqvae: VQModel,
-        class_embedder: ClassEmbedder,
-        scheduler: SchedulerMixin,
-    ):
-        super().__init__()
-        self.register_modules(
-            unet=unet, vqvae=vqvae, class_embedder=class_embedder, scheduler=scheduler
-        )
+    @property
+    def null_class(self) -> int:
+        raise NotImplementedError
+
+    def condition(self, labels: Tensor) -> dict[str, Tensor]:
+        """Class labels [N] -> keyword arguments of the denoiser, batch first."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[N, C, h, w] -> images [N, C, H, W] in about [-1, 1]."""
+        return latents
 
     @torch.no_grad()
     def __call__(
@@ -72,29 +84,128 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         labels = torch.as_tensor(class_labels, device=device)
-        config = self.unet.config
+        config = self.denoiser.config
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-        context = self.class_embedder(labels)
         guided = guidance_scale != 1.0
         if guided:
-            null = self.class_embedder(torch.full_like(labels, self.class_embedder.null_class))
-            context = torch.cat([null, context])
-        x = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+            labels = torch.cat([torch.full_like(labels, self.null_class), labels])
+        condition = self.condition(labels)
+        x = randn_tensor(shape, generator=generator, device=device, dtype=self.denoiser.dtype)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         x = x * self.scheduler.init_noise_sigma
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(torch.cat([x, x]) if guided else x, t)
-            eps = self.unet(model_input, t, encoder_hidden_states=context).sample
+            prediction = self.denoiser(
+                model_input, timestep=t.expand(len(labels)), **condition
+            ).sample
             if guided:
-                eps_null, eps_class = eps.chunk(2)
-                eps = eps_null + guidance_scale * (eps_class - eps_null)
-            x = self.scheduler.step(eps, t, x).prev_sample
+                null, asked = prediction.chunk(2)
+                prediction = null + guidance_scale * (asked - null)
+            x = self.scheduler.step(prediction, t, x).prev_sample
         if output_type == "latent":
             images = x
         else:
-            decoded = self.vqvae.decode(x / self.vqvae.config.scaling_factor).sample
+            decoded = self.decode(x)
             images = (decoded / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
             if output_type == "pil":
                 images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+class ClassConditionalLDMPipeline(ClassConditionalPipeline):
+    """Latent diffusion conditioned on a class; called like DiTPipeline.
+
+    Components: unet (in latents), vqvae (first stage), class_embedder, scheduler.
+    """
+
+    model_cpu_offload_seq = "class_embedder->unet->vqvae"
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        vqvae: VQModel,
+        class_embedder: ClassEmbedder,
+        scheduler: SchedulerMixin,
+    ):
+        super().__init__()
+        self.register_modules(
+            unet=unet, vqvae=vqvae, class_embedder=class_embedder, scheduler=scheduler
+        )
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def null_class(self) -> int:
+        return self.class_embedder.null_class
+
+    def condition(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": self.class_embedder(labels.to(self.class_embedder.device))}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vqvae.decode(latents / self.vqvae.config.scaling_factor).sample
+
+
+class ClassConditionalPixelPipeline(ClassConditionalPipeline):
+    """Pixel-space diffusion conditioned on a class; the last class embedding is the null class.
+
+    Components: unet (with num_class_embeds), scheduler.
+    """
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.unet
+
+    @property
+    def null_class(self) -> int:
+        return self.unet.config.num_class_embeds - 1
+
+    def condition(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"class_labels": labels.to(self.unet.device)}
+
+
+class ClassConditionalDiTPipeline(ClassConditionalPipeline):
+    """A diffusion transformer in latents, conditioned on a class.
+
+    Components: transformer (its class embeddings' extra row is the null class), vqvae, scheduler.
+    """
+
+    model_cpu_offload_seq = "transformer->vqvae"
+
+    def __init__(
+        self, transformer: DiTTransformer2DModel, vqvae: VQModel, scheduler: SchedulerMixin
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, vqvae=vqvae, scheduler=scheduler)
+
+    @property
+    def denoiser(self) -> nn.Module:
+        return self.transformer
+
+    @property
+    def null_class(self) -> int:
+        return self.transformer.config.num_embeds_ada_norm
+
+    def condition(self, labels: Tensor) -> dict[str, Tensor]:
+        return {"class_labels": labels.to(self.transformer.device)}
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vqvae.decode(latents / self.vqvae.config.scaling_factor).sample
+
+
+CLASS_CONDITIONAL: dict[str, type[ClassConditionalPipeline]] = {
+    kind.__name__: kind
+    for kind in (
+        ClassConditionalLDMPipeline,
+        ClassConditionalPixelPipeline,
+        ClassConditionalDiTPipeline,
+    )
+}

@@ -8,29 +8,37 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..errors import ModelError
 
-_TIME_LAYERS = re.compile(r"(^|\.)(time_embedding\.linear_[12]|time_emb_proj)$")
-_FIRST = ("conv_in",)
-_LAST = ("conv_out",)
+_TIME_LAYERS = re.compile(r"(^|\.)(time_embedding|timestep_embedder)\.linear_[12]$")
+_TIME_PROJECTIONS = re.compile(r"(^|\.)time_emb_proj$")
+_CONDITIONING_LAYERS = re.compile(r"(^|\.)(norm\w*\.linear|adaln_single\.linear|proj_out_1)$")
+_FIRST = ("conv_in", "pos_embed.proj")
+_LAST = ("conv_out", "proj_out_2")
 
 
 @dataclass(frozen=True)
 class SmoothingSite:
-    """Where a timestep embedding widens the features in front of a convolution.
+    """Where a timestep embedding widens the features in front of some layers.
 
-    layer: name of the convolution; projection: of the embedding, [.., C] or [.., 2C];
-    norm: the GroupNorm between them; scale_shift: the embedding modulates instead of adding.
+    layers: names of those that share the features; projection: of the embedding, [.., k C];
+    norm: the GroupNorm between the two (additive and scale-shift blocks) or None (adaptive layer
+    norm); kind: additive, scale_shift or adaptive_norm; part, parts: which of the k equal parts
+    of the projection's output matters (the addend, or the scale).
     """
 
-    layer: str
+    layers: tuple[str, ...]
     projection: str
-    norm: str
-    scale_shift: bool
+    norm: str | None
+    kind: str
+    part: int
+    parts: int
 
 
 @dataclass(frozen=True)
@@ -51,9 +59,25 @@ def weight_layers(denoiser: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
     }
 
 
-def is_time_layer(name: str) -> bool:
-    """Whether a layer computes on the timestep embedding alone."""
-    return _TIME_LAYERS.search(name) is not None
+def time_layers(denoiser: nn.Module) -> set[str]:
+    """Names of the layers whose output depends on the timestep alone.
+
+    The projections inside residual blocks are among them unless a class or other embedding is
+    added to the timestep's.
+    """
+    added = any(
+        getattr(denoiser, p, None) is not None for p in ("class_embedding", "add_embedding")
+    )
+    return {
+        name
+        for name in weight_layers(denoiser)
+        if _TIME_LAYERS.search(name) or (_TIME_PROJECTIONS.search(name) and not added)
+    }
+
+
+def is_conditioning_layer(name: str) -> bool:
+    """Whether a layer computes on one vector per sample: timestep and class, not on features."""
+    return bool(_CONDITIONING_LAYERS.search(name) or _TIME_PROJECTIONS.search(name))
 
 
 def is_outer_layer(name: str) -> bool:
@@ -61,25 +85,25 @@ def is_outer_layer(name: str) -> bool:
     return name in _FIRST + _LAST
 
 
-def time_layers_are_cacheable(denoiser: nn.Module) -> bool:
-    """False where a class or other embedding is added to the timestep's."""
-    return all(
-        getattr(denoiser, part, None) is None for part in ("class_embedding", "add_embedding")
-    )
-
-
 def smoothing_sites(denoiser: nn.Module) -> list[SmoothingSite]:
-    """The second convolution of every residual block that takes a timestep embedding."""
-    return [
-        SmoothingSite(
-            f"{name}.conv2",
-            f"{name}.time_emb_proj",
-            f"{name}.norm2",
-            module.time_embedding_norm == "scale_shift",
-        )
-        for name, module in denoiser.named_modules()
-        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None
-    ]
+    """Residual blocks that take a timestep embedding, and blocks with adaptive layer norm."""
+    sites = []
+    for name, module in denoiser.named_modules():
+        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
+            scale_shift = module.time_embedding_norm == "scale_shift"
+            kind, parts = ("scale_shift", 2) if scale_shift else ("additive", 1)
+            projection, norm = f"{name}.time_emb_proj", f"{name}.norm2"
+            sites.append(SmoothingSite((f"{name}.conv2",), projection, norm, kind, 0, parts))
+        elif isinstance(module, BasicTransformerBlock) and isinstance(
+            module.norm1, AdaLayerNormZero
+        ):  # its parts: shift, scale, gate of the attention, then of the feed-forward layers
+            projection = f"{name}.norm1.linear"
+            inner = weight_layers(module)
+            attention = tuple(f"{name}.attn1.to_{p}" for p in "qkv")
+            feed_forward = tuple(f"{name}.{n}" for n in ("ff.net.0.proj",) if n in inner)
+            sites.append(SmoothingSite(attention, projection, None, "adaptive_norm", 1, 6))
+            sites.append(SmoothingSite(feed_forward, projection, None, "adaptive_norm", 4, 6))
+    return sites
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -110,10 +134,10 @@ def capture_inputs(
 def step_embeddings(
     denoiser: nn.Module, projections: list[str], call: Callable[[float], Tensor], timesteps: list
 ) -> dict[str, Tensor]:
-    """Outputs of the time projections at each timestep, [S, C] by name.
+    """Outputs of the time projections at each timestep, [S * rows, C] by name.
 
-    call: runs the denoiser once on any one-row input at a timestep. Rows of one call are averaged
-    (they differ only where a class embedding is added).
+    call: runs the denoiser once on any input at a timestep; its rows differ in the projections
+    only where a class embedding is added.
     """
     rows: dict[str, list[Tensor]] = {name: [] for name in projections}
     handles = []
@@ -121,7 +145,7 @@ def step_embeddings(
         for name in projections:
 
             def hook(module, args, output, name=name):
-                rows[name].append(output.detach().float().mean(0).cpu())
+                rows[name].append(output.detach().float().cpu())
 
             handles.append(denoiser.get_submodule(name).register_forward_hook(hook))
         for t in timesteps:
@@ -129,7 +153,7 @@ def step_embeddings(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.stack(values) for name, values in rows.items()}
+    return {name: torch.cat(values) for name, values in rows.items()}
 
 
 def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCost]:

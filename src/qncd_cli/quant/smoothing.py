@@ -52,6 +52,15 @@ def embedding_factor(
     return clamp_factor(factor)
 
 
+def modulation_factor(scale: Tensor) -> SmoothingFactor:
+    """S = mean over steps of |1 + scale_t|, for features LayerNorm(x) * (1 + scale_t) + shift_t.
+
+    scale: [S, C] of an adaptive layer norm at each of S steps (and classes). Returns [C].
+    The analogue of the embedding factor in transformers; method.md section 2, not in the paper.
+    """
+    return clamp_factor((1 + scale.to(torch.float32)).abs().mean(0))
+
+
 def smoothquant_factor(channel_absmax: Tensor, weight: Tensor, strength: float) -> SmoothingFactor:
     """S_c = max|h_c|^a / max|W_c|^(1 - a); SmoothQuant, arXiv 2211.10438, eq. 4.
 

@@ -14,9 +14,8 @@ from ..backends.base import get_backend
 from ..errors import ArtifactError, ModelError
 from ..models.loading import DiffusionModel
 from ..models.topology import (
-    is_time_layer,
     replace_module,
-    time_layers_are_cacheable,
+    time_layers,
     weight_layers,
 )
 from ..quant.layers import CachedTimestepLayer, QuantizedLayer, StepState
@@ -58,9 +57,12 @@ class Denoiser:
         self.step.group = timestep_group(self.step.timestep, self.group_bounds)
         self.calls += 1
         with torch.no_grad():
-            condition = {name: value.to(self._dtype) for name, value in condition.items()}
+            condition = {
+                name: value.to(self._dtype) if value.is_floating_point() else value
+                for name, value in condition.items()
+            }
             x = x.to(self._device, self._dtype)
-            t = torch.as_tensor(t, device=self._device)
+            t = torch.as_tensor(t, device=self._device).expand(len(x))
             return self.module(x, t, **condition).sample.float().cpu()
 
 
@@ -127,7 +129,7 @@ def quantized_denoiser(
             layer, tensors, entry["weight_bits"], entry["activation_bits"], step, compute
         )
         replace_module(module, name, quantized)
-    if cache_time_embeddings and time_layers_are_cacheable(module):
-        for name in [n for n in layers if is_time_layer(n)]:
+    if cache_time_embeddings:
+        for name in sorted(time_layers(model.denoiser)):
             replace_module(module, name, CachedTimestepLayer(layers[name], step))
     return Denoiser(module.to(model.device), step, tuple(artifact.body["group_bounds"]))

@@ -14,13 +14,22 @@ from ..models.topology import capture_inputs, smoothing_sites, step_embeddings
 from ..quant.affine import choose_qparams, fake_quantize
 from ..quant.observers import RangeObserver, choose_range
 from ..quant.rounding import mse_weight_qparams
-from ..quant.smoothing import SmoothingFactor, embedding_factor, fold, smooth, smoothquant_factor
+from ..quant.smoothing import (
+    SmoothingFactor,
+    embedding_factor,
+    fold,
+    modulation_factor,
+    smooth,
+    smoothquant_factor,
+)
 from ..sampling.noise import generators_for
 from ..sampling.samplers import denoise, make_scheduler
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .assemble import Denoiser, Track, guided_predict
 from .plan import LayerPlan, plan_layers
 
+EMBEDDED_CLASSES = 16
+"""Classes whose embeddings are looked at, where the class enters them."""
 PROBE_TRAJECTORIES = 8
 PROBE_STEPS = 8
 PROBE_ELEMENTS = 1 << 21
@@ -104,23 +113,25 @@ def embedding_factors(
     sites = smoothing_sites(model.denoiser)
     if not sites:
         return {}
-    x = torch.zeros(1, *model.latent_shape)
-    condition = model.condition(model.labels([0], config.sampling.classes))
+    rows = min(model.num_classes or 1, EMBEDDED_CLASSES)
+    x = torch.zeros(rows, *model.latent_shape)
+    condition = model.condition(model.labels(list(range(rows)), config.sampling.classes))
     embeddings = step_embeddings(
         model.denoiser,
-        [site.projection for site in sites],
+        sorted({site.projection for site in sites}),
         lambda t: denoiser(x, torch.tensor(t), condition),
         sorted(set(timesteps), reverse=True),
     )
     factors = {}
     for site in sites:
-        norm = model.denoiser.get_submodule(site.norm)
-        assert isinstance(norm, nn.GroupNorm)
-        embedding = embeddings[site.projection]
-        if site.scale_shift:
-            embedding = embedding.chunk(2, dim=1)[0]
-        gamma = norm.weight.cpu()
-        factors[site.layer] = embedding_factor(embedding, gamma, norm.num_groups, norm.eps)
+        embedding = embeddings[site.projection].chunk(site.parts, dim=1)[site.part]
+        if site.norm is None:
+            factor = modulation_factor(embedding)
+        else:
+            norm = model.denoiser.get_submodule(site.norm)
+            assert isinstance(norm, nn.GroupNorm)
+            factor = embedding_factor(embedding, norm.weight.cpu(), norm.num_groups, norm.eps)
+        factors |= dict.fromkeys(site.layers, factor)
     return factors
 
 

@@ -9,7 +9,7 @@ import torch
 from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import LayerCost, count_macs, is_time_layer
+from ..models.topology import LayerCost, count_macs, time_layers
 from ..spec import FLOAT_BITS
 from .assemble import full_denoiser
 
@@ -23,7 +23,8 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
     costs = count_macs(model.denoiser, lambda: denoiser(x, torch.tensor(0), condition))
     entries = quantized.body["layers"]
     cached = config.quantization.cache_time_embeddings
-    rows = [_coverage_row(cost, entries.get(cost.name), cached) for cost in costs]
+    timed = time_layers(model.denoiser)
+    rows = [_coverage_row(c, entries.get(c.name), c.name in timed, cached) for c in costs]
     total = sum(cost.macs for cost in costs)
     integer = sum(r["macs"] for r in rows if r["integer"])
     per_precision: dict[str, float] = {}
@@ -47,14 +48,16 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
     }
 
 
-def _coverage_row(cost: LayerCost, entry: dict[str, Any] | None, cached: bool) -> dict[str, Any]:
+def _coverage_row(
+    cost: LayerCost, entry: dict[str, Any] | None, timed: bool, cached: bool
+) -> dict[str, Any]:
     weight_bits = entry["weight_bits"] if entry else FLOAT_BITS
     activation_bits = entry["activation_bits"] if entry else FLOAT_BITS
     integer = weight_bits <= 8 and activation_bits <= 8
     why = ""
     if cost.kind == "matmul":
         why = "attention product: not quantized by this version"
-    elif is_time_layer(cost.name):
+    elif timed and entry is None:
         why = "depends on the timestep alone: full precision"
         why += ", evaluated once per sampler step" if cached else ""
     elif not integer:

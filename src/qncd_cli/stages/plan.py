@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..config import Config, LayerOverride
-from ..models.topology import is_outer_layer, is_time_layer, weight_layers
+from ..models.topology import (
+    is_conditioning_layer,
+    is_outer_layer,
+    time_layers,
+    weight_layers,
+)
 from ..spec import FLOAT_BITS
 
 
@@ -49,16 +54,18 @@ class LayerPlan:
 def plan_layers(config: Config, denoiser: nn.Module) -> list[LayerPlan]:
     """Bits and observer of every layer that does not depend on the timestep alone.
 
-    The first and the last layer have bits of their own; overrides come last.
+    The first and the last layer have bits of their own, which those layers share that compute on
+    timestep and class, one vector per sample; overrides come last.
     """
     q = config.quantization
     plans = []
+    timed = time_layers(denoiser)
     for name, layer in weight_layers(denoiser).items():
-        if is_time_layer(name):
+        if name in timed:
             continue
         weight_bits, activation_bits = q.weights.bits, q.activations.bits
         observer: str = q.activations.observer
-        if is_outer_layer(name):
+        if is_outer_layer(name) or is_conditioning_layer(name):
             observer = q.first_last_observer
             weight_bits, activation_bits = (
                 bits if bits == FLOAT_BITS else q.first_last_bits
