@@ -14,8 +14,8 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | kind | tensors | body |
 |---|---|---|
 | calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in] | rows, latent_shape, groups, layers {name: in_channels}, timesteps |
-| smoothing | per layer .smoothing [C_in] | layers {name: {in_channels, chosen, clamped}} |
-| quantized | per layer .weight (codes; two 4-bit codes to a byte along the flattened input dimension, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing [C_in], .bias [O] | layers {name: entry}, groups, group_bounds |
+| smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
+| quantized | per layer .weight (codes; two 4-bit codes to a byte along the flattened input dimension, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O] | layers {name: entry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance [T] | channels, steps, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 """
@@ -88,10 +88,13 @@ def _calibration_layout(body: dict) -> Layout:
 
 
 def _smoothing_layout(body: dict) -> Layout:
-    return {
-        f"{name}.smoothing": (torch.float32, (entry["in_channels"],))
-        for name, entry in body["layers"].items()
-    }
+    layout: Layout = {}
+    for name, entry in body["layers"].items():
+        channels = (torch.float32, (entry["in_channels"],))
+        layout[f"{name}.smoothing"] = channels
+        if entry["shifted"]:
+            layout[f"{name}.shift"] = channels
+    return layout
 
 
 def _quantized_layout(body: dict) -> Layout:
@@ -116,8 +119,12 @@ def _quantized_layout(body: dict) -> Layout:
             layout[f"{name}.input_zero_point"] = (torch.int32, (groups,))
         if entry["smoothed"]:
             layout[f"{name}.smoothing"] = (torch.float32, (entry["in_channels"],))
+        if entry["shifted"]:
+            layout[f"{name}.shift"] = (torch.float32, (entry["in_channels"],))
         if entry["bias"]:
             layout[f"{name}.bias"] = (torch.float32, (out,))
+        if entry["bias_corrected"]:
+            layout[f"{name}.bias_correction"] = (torch.float32, (groups, out))
     return layout
 
 
@@ -151,8 +158,8 @@ class _Kind:
 
 KINDS: dict[str, _Kind] = {
     "calibration": _Kind(1, _calibration_layout, "qncd calibrate"),
-    "smoothing": _Kind(1, _smoothing_layout, "qncd calibrate"),
-    "quantized": _Kind(1, _quantized_layout, "qncd quantize"),
+    "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate"),
+    "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
     "noise_stats": _Kind(1, _noise_stats_layout, "qncd quantize"),
     "latents": _Kind(1, _latents_layout, "qncd sample"),
 }

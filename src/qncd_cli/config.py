@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import ConfigError
-from .spec import FLOAT_BITS
+from .spec import FLOAT_BITS, MAX_ACTIVATION_BITS
 
 _PACKAGE = Path(__file__).resolve().parent
 MAX_STEPS = 1000
@@ -30,9 +30,9 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _check_bits(bits: int, what: str) -> None:
-    if 8 < bits < FLOAT_BITS:
-        raise ValueError(f"{what} takes 2 to 8 bits, or {FLOAT_BITS} for floating point")
+def _check_bits(bits: int, what: str, most: int = 8) -> None:
+    if most < bits < FLOAT_BITS:
+        raise ValueError(f"{what} takes 2 to {most} bits, or {FLOAT_BITS} for floating point")
 
 
 class ModelConfig(_Section):
@@ -104,7 +104,7 @@ class ActivationsConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> ActivationsConfig:
-        _check_bits(self.bits, "activations")
+        _check_bits(self.bits, "activations", MAX_ACTIVATION_BITS)
         return self
 
 
@@ -125,18 +125,25 @@ class LayerOverride(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> LayerOverride:
-        for what, part in (("weights", self.weights), ("activations", self.activations)):
-            if part.bits is not None:
-                _check_bits(part.bits, what)
+        if self.weights.bits is not None:
+            _check_bits(self.weights.bits, "weights")
+        if self.activations.bits is not None:
+            _check_bits(self.activations.bits, "activations", MAX_ACTIVATION_BITS)
         return self
 
 
 class QuantizationConfig(_Section):
     weights: WeightsConfig = WeightsConfig()
     activations: ActivationsConfig = ActivationsConfig()
-    first_last_bits: Bits = Field(8, description="weights and activations of the outer layers")
+    first_last_bits: Bits = Field(8, description="weights of the outer layers")
+    first_last_activation_bits: Bits = Field(
+        16, description="their activations; above 8 bits in two passes of 8-bit kernels"
+    )
     first_last_observer: Literal["minmax", "moving_average", "percentile", "mse"] = Field(
         "minmax", description="clipping the outer layers' tails costs the most"
+    )
+    split_skip_connections: bool = Field(
+        True, description="scales of their own for the two halves of a concatenation"
     )
     cache_time_embeddings: bool = Field(
         True, description="evaluate time-embedding layers once per step, in full precision"
@@ -146,6 +153,9 @@ class QuantizationConfig(_Section):
     @model_validator(mode="after")
     def _check(self) -> QuantizationConfig:
         _check_bits(self.first_last_bits, "first_last_bits")
+        _check_bits(
+            self.first_last_activation_bits, "first_last_activation_bits", MAX_ACTIVATION_BITS
+        )
         return self
 
 
@@ -160,10 +170,10 @@ class InterConfig(_Section):
 
 
 class CorrectionConfig(_Section):
-    intra: Literal["none", "embedding", "smoothquant", "auto"] = Field(
+    intra: Literal["none", "embedding", "smoothquant", "range", "auto"] = Field(
         "embedding", description="auto: per layer the one with the least output error"
     )
-    smoothing_strength: float = Field(0.5, ge=0, le=1, description="of smoothquant")
+    smoothing_strength: float = Field(0.5, ge=0, le=1, description="of smoothquant and range")
     inter: InterConfig = InterConfig()
 
 
@@ -203,11 +213,12 @@ class Config(_Section):
         inputs["sampling"].pop("seed")
         inputs["intra"] = intra = tree["correction"]["intra"]
         inputs["timestep_groups"] = tree["quantization"]["activations"]["timestep_groups"]
-        if intra == "smoothquant":
+        inputs["split"] = tree["quantization"]["split_skip_connections"]
+        if intra in ("smoothquant", "range"):
             inputs["smoothing_strength"] = tree["correction"]["smoothing_strength"]
         if intra == "auto":  # chosen by the error at the configured widths
             widths = self.to_dict()["quantization"]
-            del widths["cache_time_embeddings"], widths["weights"]["rounding"]
+            del widths["cache_time_embeddings"]
             del widths["activations"]["timestep_groups"]
             inputs["widths"] = widths
         if stage == "quantize":

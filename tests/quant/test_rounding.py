@@ -31,8 +31,8 @@ def test_gptq_is_never_worse_than_nearest_on_its_objective_and_stays_in_range(bi
     weight = torch.randn(12, size, generator=torch.Generator().manual_seed(1))
     weight[0] = 0
     spec, hessian = weight_spec(bits), hessian_of(x)
-    nearest = round_nearest(weight, spec, "mse")
-    gptq = round_gptq(weight, spec, "mse", hessian)
+    nearest = round_nearest(weight, spec)
+    gptq = round_gptq(weight, spec, hessian)
     assert gptq.codes.min() >= spec.qmin
     assert gptq.codes.max() <= spec.qmax
     before = hessian_error(weight, nearest.codes, nearest.qparams, hessian)
@@ -46,7 +46,7 @@ def test_hessian_error_is_the_squared_output_error():
     x = correlated_inputs(50, 9).double()
     weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
     spec = weight_spec(4)
-    rounded = round_nearest(weight, spec, "minmax")
+    rounded = round_nearest(weight, spec)
     difference = weight - dequantize(rounded.codes, rounded.qparams, spec)
     expected = 2 * (x.float() @ difference.T).square().mean(0)
     found = hessian_error(weight, rounded.codes, rounded.qparams, hessian_of(x.float()))
@@ -58,22 +58,22 @@ def test_with_an_identity_hessian_gptq_is_nearest():
     spec = weight_spec(4)
     qparams = minmax_weight_qparams(weight, spec)
     codes, _ = gptq_codes(weight, torch.eye(40), qparams, spec)
-    assert torch.equal(codes, round_nearest(weight, spec, "minmax").codes)
+    assert torch.equal(codes, round_nearest(weight, spec).codes)
 
 
 def test_a_hessian_that_cannot_be_factored_falls_back_and_says_so():
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     hessian = -torch.ones(8, 8) * 1e6 + torch.eye(8) * 1.1e6
-    rounded = round_gptq(weight, weight_spec(4), "mse", hessian)
+    rounded = round_gptq(weight, weight_spec(4), hessian)
     assert "nearest" in rounded.note
-    assert torch.equal(rounded.codes, round_nearest(weight, weight_spec(4), "mse").codes)
+    assert torch.equal(rounded.codes, round_nearest(weight, weight_spec(4)).codes)
 
 
 def test_inputs_that_are_always_zero_do_no_harm():
     x = correlated_inputs(100, 10)
     x[:, 4] = 0
     weight = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
-    codes = round_gptq(weight, weight_spec(4), "mse", hessian_of(x)).codes
+    codes = round_gptq(weight, weight_spec(4), hessian_of(x)).codes
     assert torch.isfinite(codes.float()).all()
 
 

@@ -20,12 +20,11 @@ def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
     if spec is not None:
         y = fake_quantize(y, layer.input_qparams(), spec)
     weight = _float_weight(layer)
+    bias = layer.bias_now()
     if layer.is_conv:
-        y = F.conv2d(
-            y, weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
-        )
+        y = F.conv2d(y, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     else:
-        y = F.linear(y, weight, layer.bias)
+        y = F.linear(y, weight, bias)
     return y.to(x.dtype)
 
 

@@ -106,6 +106,28 @@ def smoothing_sites(denoiser: nn.Module) -> list[SmoothingSite]:
     return sites
 
 
+def skip_boundaries(denoiser: nn.Module) -> dict[str, int]:
+    """Layers that read a concatenation of features and a skip connection: channels of the first.
+
+    The first convolution and the shortcut of every residual block on a U-Net's way up.
+    """
+    found: dict[str, int] = {}
+    blocks = getattr(denoiser, "up_blocks", None)
+    if blocks is None or getattr(denoiser, "mid_block", None) is None:
+        return found
+    channels = denoiser.mid_block.resnets[-1].out_channels
+    for i, block in enumerate(blocks):
+        for j, resnet in enumerate(getattr(block, "resnets", [])):
+            if not isinstance(resnet, ResnetBlock2D):
+                continue
+            if resnet.in_channels > channels:
+                found[f"up_blocks.{i}.resnets.{j}.conv1"] = channels
+                if resnet.conv_shortcut is not None:
+                    found[f"up_blocks.{i}.resnets.{j}.conv_shortcut"] = channels
+            channels = resnet.out_channels
+    return found
+
+
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put module at a dotted name below root."""
     parent, _, leaf = name.rpartition(".")

@@ -94,6 +94,23 @@ def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, float]:
     return None, dampening
 
 
+def conditional_variances(hessian: Tensor) -> Tensor:
+    """Variance of each input given those that GPTQ rounds after it, [I] float64.
+
+    hessian: [I, I], any scale; order and dampening as in gptq_codes. The squared error that
+    rounding leaves is their sum, each times the squared rounding error of its column.
+    """
+    diagonal = hessian.diagonal().clone()
+    order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
+    damped = hessian[order][:, order]
+    damped.diagonal().add_(DAMPENING * diagonal.mean().clamp(min=1e-12))
+    lower, bad = torch.linalg.cholesky_ex(damped)
+    result = torch.empty(len(hessian), dtype=torch.float64)
+    found = diagonal if bad else lower.diagonal().square()
+    result[order] = (diagonal[order] if bad else found).double()
+    return result
+
+
 def gptq_codes(
     weight: Tensor, hessian: Tensor, qparams: QParams, spec: QSpec
 ) -> tuple[Tensor | None, str]:

@@ -37,7 +37,10 @@ class QuantizedLayer(nn.Module):
 
     Buffers: weight (packed codes), weight_scale [O], weight_zero_point [O] or None,
     input_scale, input_zero_point [G] or None (input stays float), smoothing [C_in] or None,
-    bias [O] or None. weight_bits 32: weight is float32 with the smoothing folded in.
+    shift [C_in] or None (taken off before the division; its product with the weight is in the
+    bias), bias [O] or None, bias_correction [G, O] or None (added at its timestep group).
+    activation_bits above 8: codes of up to 16 bits, two 8-bit passes of an integer kernel over
+    the high and the low byte. weight_bits 32: weight is float32 with the smoothing folded in.
     """
 
     weight: Tensor
@@ -46,7 +49,9 @@ class QuantizedLayer(nn.Module):
     input_scale: Tensor
     input_zero_point: Tensor
     smoothing: Tensor | None
+    shift: Tensor | None
     bias: Tensor | None
+    bias_correction: Tensor | None
 
     def __init__(
         self,
@@ -70,7 +75,7 @@ class QuantizedLayer(nn.Module):
         self.compute = compute
         for name in ("weight", "weight_scale", "weight_zero_point", "input_scale"):
             self.register_buffer(name, tensors.get(name))
-        for name in ("input_zero_point", "smoothing", "bias"):
+        for name in ("input_zero_point", "smoothing", "shift", "bias", "bias_correction"):
             self.register_buffer(name, tensors.get(name))
 
     @property
@@ -87,10 +92,17 @@ class QuantizedLayer(nn.Module):
         return QParams(self.input_scale[group], self.input_zero_point[group])
 
     def smoothed(self, x: Tensor) -> Tensor:
-        """x / S, S along the channels ([N, C, H, W] or [..., C])."""
+        """(x - shift) / S along the channels ([N, C, H, W] or [..., C])."""
         if self.smoothing is None:
             return x
-        return smooth(x, self.smoothing, 1 if self.is_conv else -1)
+        return smooth(x, self.smoothing, 1 if self.is_conv else -1, self.shift)
+
+    def bias_now(self) -> Tensor | None:
+        """bias and its correction at the current timestep group, [O]."""
+        if self.bias_correction is None:
+            return self.bias
+        correction = self.bias_correction[self.step.group]
+        return correction if self.bias is None else self.bias + correction
 
     def integer_weight(self) -> Tensor:
         """q - zero_point, int8 [O, ...]: what an integer kernel multiplies with."""

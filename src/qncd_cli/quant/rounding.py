@@ -50,16 +50,20 @@ def mse_weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
     return best
 
 
-def round_nearest(weight: Tensor, spec: QSpec, clip: str) -> RoundedWeight:
-    """clip: 'minmax' or 'mse' (the range of each channel)."""
-    choose = mse_weight_qparams if clip == "mse" else minmax_weight_qparams
-    qparams = choose(weight, spec)
+def weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
+    """Per output channel: clipped by squared error below 8 bits, min-max at 8."""
+    return (minmax_weight_qparams if spec.bits == 8 else mse_weight_qparams)(weight, spec)
+
+
+def round_nearest(weight: Tensor, spec: QSpec) -> RoundedWeight:
+    """weight [O, ...] -> codes, each the nearest to its weight."""
+    qparams = weight_qparams(weight, spec)
     return RoundedWeight(quantize(weight, qparams, spec), qparams)
 
 
-def round_gptq(weight: Tensor, spec: QSpec, clip: str, hessian: Tensor) -> RoundedWeight:
+def round_gptq(weight: Tensor, spec: QSpec, hessian: Tensor) -> RoundedWeight:
     """Frantar et al. 2022; nearest where its result is worse on the Hessian's own objective."""
-    nearest = round_nearest(weight, spec, clip)
+    nearest = round_nearest(weight, spec)
     flat = weight.reshape(weight.shape[0], -1).to(torch.float32)
     codes, note = gptq_codes(flat, hessian, nearest.qparams, spec)
     if codes is None:

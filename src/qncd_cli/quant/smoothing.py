@@ -19,10 +19,16 @@ TINY = 1e-12
 
 
 class SmoothingFactor(NamedTuple):
-    """factor: [C] float32, positive and finite; clamped: how many channels were clamped."""
+    """factor: [C] float32, positive and finite; clamped: how many channels were clamped.
+
+    shift: [C] taken off before the division, None for none. Its product with the weight goes
+    into the bias, so that it costs an integer kernel nothing (pointwise layers only: elsewhere
+    it would move the padding).
+    """
 
     factor: Tensor
     clamped: int
+    shift: Tensor | None = None
 
 
 def clamp_factor(raw: Tensor) -> SmoothingFactor:
@@ -72,11 +78,49 @@ def smoothquant_factor(channel_absmax: Tensor, weight: Tensor, strength: float) 
     return clamp_factor(h / weight_absmax.clamp(min=TINY) ** (1 - strength))
 
 
-def smooth(x: Tensor, factor: Tensor, channel_axis: int) -> Tensor:
-    """x / S along the channels."""
+def range_factor(
+    channel_min: Tensor, channel_max: Tensor, strength: float, *, shifted: bool
+) -> SmoothingFactor:
+    """S_c = r_c^a, r_c half the width of channel c's range (its largest magnitude unshifted).
+
+    At a = 1 every channel fills the range of the tensor: per-channel activation scales, folded
+    into the weights. shifted: centre each channel first (Outlier Suppression+, arXiv 2304.09145).
+    channel_min, channel_max: [C] on calibration data; strength: a in [0, 1].
+    """
+    low, high = channel_min.to(torch.float32), channel_max.to(torch.float32)
+    shift = (low + high) / 2 if shifted else None
+    radius = (high - low) / 2 if shifted else torch.maximum(-low, high)
+    factor = clamp_factor(radius.clamp(min=TINY) ** strength)
+    return factor._replace(shift=shift)
+
+
+def split_factor(channel_min: Tensor, channel_max: Tensor, boundary: int) -> SmoothingFactor:
+    """One factor for each of two concatenated tensors, so that both fill one range.
+
+    Split quantization of a skip connection (Q-Diffusion, arXiv 2302.04304, sec. 4.3) as a
+    per-input-channel factor: two scales, folded into the weights. boundary: channels of the
+    first tensor. Equal ranges give equal factors, which change nothing.
+    """
+    magnitude = torch.maximum(-channel_min, channel_max).to(torch.float32)
+    factor = torch.empty_like(magnitude)
+    factor[:boundary] = magnitude[:boundary].max()
+    factor[boundary:] = magnitude[boundary:].max()
+    return clamp_factor(factor / factor.max().clamp(min=TINY))
+
+
+def smooth(x: Tensor, factor: Tensor, channel_axis: int, shift: Tensor | None = None) -> Tensor:
+    """(x - shift) / S along the channels."""
     shape = [1] * x.ndim
     shape[channel_axis] = -1
+    if shift is not None:
+        x = x - shift.to(x).reshape(shape)
     return x / factor.to(x).reshape(shape)
+
+
+def shifted_bias(weight: Tensor, bias: Tensor | None, shift: Tensor) -> Tensor:
+    """bias + W m: what the layer adds when m was taken off its input. weight [O, C, ...]."""
+    product = weight.flatten(1) @ shift.to(weight)  # pointwise: one value per channel
+    return product if bias is None else bias + product
 
 
 def fold(weight: Tensor, factor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from .assemble import (
     no_progress,
     timestep_group,
 )
-from .choose_smoothing import choose_factors
+from .choose_smoothing import Factors, choose_factors
 from .plan import plan_layers
 
 
@@ -43,7 +43,7 @@ def run(
     smoothing = seal(
         Artifact(
             "smoothing",
-            {f"{name}.smoothing": factor for name, factor in factors.items()},
+            _factor_tensors(factors),
             {"layers": described},
             digest,
             model.digest,
@@ -57,7 +57,8 @@ def run(
 
     def observe(name: str, x: Tensor) -> None:
         if name in factors:
-            x = smooth(x, factors[name], observers[name].channel_axis)
+            factor = factors[name]
+            x = smooth(x, factor.factor, observers[name].channel_axis, factor.shift)
         observers[name].update(x, timestep_group(denoiser.step.timestep, bounds))
 
     with capture_inputs(model.denoiser, list(observers), observe):
@@ -75,6 +76,15 @@ def run(
     }
     parents = {"smoothing": smoothing.digest}
     return seal(Artifact("calibration", tensors, body, digest, model.digest, parents)), smoothing
+
+
+def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
+    tensors = {f"{name}.smoothing": factor.factor for name, factor in factors.items()}
+    return tensors | {
+        f"{name}.shift": factor.shift
+        for name, factor in factors.items()
+        if factor.shift is not None
+    }
 
 
 def sampler_timesteps(config: Config, model: DiffusionModel) -> list[float]:

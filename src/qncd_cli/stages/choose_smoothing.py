@@ -5,40 +5,45 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
+from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import capture_inputs, smoothing_sites, step_embeddings
-from ..quant.affine import choose_qparams, fake_quantize
-from ..quant.observers import RangeObserver, choose_range
-from ..quant.rounding import mse_weight_qparams
+from ..models.topology import skip_boundaries, smoothing_sites, step_embeddings
 from ..quant.smoothing import (
     SmoothingFactor,
     embedding_factor,
-    fold,
     modulation_factor,
-    smooth,
+    range_factor,
     smoothquant_factor,
+    split_factor,
 )
-from ..sampling.noise import generators_for
-from ..sampling.samplers import denoise, make_scheduler
-from ..spec import FLOAT_BITS, activation_spec, weight_spec
-from .assemble import Denoiser, Track, guided_predict
+from .assemble import Denoiser, Track, group_bounds
+from .layer_error import LayerError
 from .plan import LayerPlan, plan_layers
+from .probes import Probe, collect_probes
 
 EMBEDDED_CLASSES = 16
 """Classes whose embeddings are looked at, where the class enters them."""
-PROBE_TRAJECTORIES = 8
-PROBE_STEPS = 8
-PROBE_ELEMENTS = 1 << 21
-"""Values of a layer's input that are kept to try factors on."""
-STRENGTHS = (0.25, 0.5, 0.75)
-"""Of SmoothQuant, tried by auto."""
+SMOOTHQUANT_STRENGTHS = (0.25, 0.5, 0.75)
+RANGE_STRENGTHS = (0.5, 0.75, 1.0)
+"""Tried by auto."""
 
-Factors = dict[str, Tensor]
+Factors = dict[str, SmoothingFactor]
 Described = dict[str, dict[str, Any]]
+Chosen = dict[str, tuple[str, SmoothingFactor]]
+
+
+def factors_of(smoothing: Artifact) -> Factors:
+    """The factors in a smoothing artifact, by layer."""
+    tensors = smoothing.tensors
+    return {
+        name: SmoothingFactor(
+            tensors[f"{name}.smoothing"], entry["clamped"], tensors.get(f"{name}.shift")
+        )
+        for name, entry in smoothing.body["layers"].items()
+    }
 
 
 def choose_factors(
@@ -51,59 +56,97 @@ def choose_factors(
     """Factor [C_in] per layer that has one, and the body of the smoothing artifact.
 
     embedding: the layers behind a timestep embedding, from the embeddings alone (method.md
-    section 2); smoothquant: every layer; auto: per layer whichever of these, or none, leaves the
-    least error in the layer's output on calibration inputs at the configured widths.
+    section 2); smoothquant and range: every layer; auto: per layer whichever of these, or none,
+    leaves the least error in the layer's output on calibration inputs at the configured widths.
+    Layers that read a skip connection and got no factor are split, where so configured.
     """
     intra = config.correction.intra
-    if intra == "none":
-        return {}, {}
-    embedded = {}
+    split = config.quantization.split_skip_connections
+    plans = {p.name: p for p in plan_layers(config, model.denoiser) if not p.stays_float}
+    boundaries = skip_boundaries(model.denoiser) if split else {}
+    embedded: Factors = {}
     if intra in ("embedding", "auto"):
         embedded = embedding_factors(config, model, denoiser, timesteps)
+    if intra == "embedding" and not boundaries:
+        return _describe({name: ("embedding", f) for name, f in embedded.items()}, {})
+    if intra == "none" and not boundaries:
+        return {}, {}
+    names = list(plans) if intra not in ("none", "embedding") else [*boundaries]
+    wanted = [plans[name] for name in names if name in plans]
+    probes = collect_probes(config, model, denoiser, wanted, len(timesteps))
+    chosen: Chosen = {}
     if intra == "embedding":
-        return _describe({name: ("embedding", f) for name, f in embedded.items()})
-    plans = [p for p in plan_layers(config, model.denoiser) if not p.stays_float]
-    probes = collect_probes(config, model, denoiser, plans, len(timesteps))
-    chosen: dict[str, tuple[str, SmoothingFactor]] = {}
+        chosen = {name: ("embedding", f) for name, f in embedded.items() if name in plans}
     errors: dict[str, dict[str, float]] = {}
-    for plan in track(plans, "choosing smoothing factors", len(plans)):
-        x, weight = probes[plan.name], plan.layer.weight.detach().float().cpu()
-        absmax = x.movedim(plan.channel_axis, 0).flatten(1).abs().amax(1)
-        if intra == "smoothquant":
-            strength = config.correction.smoothing_strength
-            factor = smoothquant_factor(absmax, weight, strength)
-            chosen[plan.name] = (f"smoothquant@{strength:g}", factor)
-            continue
-        candidates = {
-            f"smoothquant@{a:g}": smoothquant_factor(absmax, weight, a) for a in STRENGTHS
-        }
-        if plan.name in embedded:
-            candidates["embedding"] = embedded[plan.name]
-        percentile = config.quantization.activations.percentile
-        found = {
-            name: output_error(plan, x, weight, f.factor, percentile)
-            for name, f in candidates.items()
-        }
-        found["none"] = output_error(plan, x, weight, None, percentile)
-        errors[plan.name] = found
-        best = min(found, key=lambda name: (found[name], name != "none"))
-        if best != "none":
-            chosen[plan.name] = (best, candidates[best])
-    factors, described = _describe(chosen)
-    for name, entry in described.items():
-        entry["relative_output_error"] = errors.get(name, {})
-    return factors, described
+    for plan in track(wanted, "choosing smoothing factors", len(wanted)):
+        probe = probes.pop(plan.name)
+        candidates = _candidates(config, plan, probe, embedded.get(plan.name))
+        if plan.name in boundaries:
+            candidates["split"] = split_factor(*probe.channel_range(), boundaries[plan.name])
+        if intra == "auto":
+            chosen[plan.name], errors[plan.name] = _least_error(
+                config, plan, probe, candidates, timesteps
+            )
+        elif candidates:
+            chosen[plan.name] = next(iter(candidates.items()))
+    return _describe(chosen, errors)
 
 
-def _describe(
-    chosen: dict[str, tuple[str, SmoothingFactor]],
-) -> tuple[Factors, Described]:
-    factors = {name: factor.factor for name, (_, factor) in chosen.items()}
-    described: Described = {
-        name: {"in_channels": len(f.factor), "chosen": what, "clamped": f.clamped}
-        for name, (what, f) in chosen.items()
+def _candidates(
+    config: Config, plan: LayerPlan, probe: Probe, embedded: SmoothingFactor | None
+) -> Factors:
+    """What may smooth a layer, by name; the configured one first."""
+    correction = config.correction
+    low, high = probe.channel_range()
+    shifted = plan.is_pointwise
+    weight = plan.layer.weight.detach().float().cpu()
+    absmax = torch.maximum(-low, high)
+    if correction.intra == "smoothquant":
+        strength = correction.smoothing_strength
+        return {f"smoothquant@{strength:g}": smoothquant_factor(absmax, weight, strength)}
+    if correction.intra == "range":
+        strength = correction.smoothing_strength
+        return {f"range@{strength:g}": range_factor(low, high, strength, shifted=shifted)}
+    if correction.intra != "auto":
+        return {}
+    found = {
+        f"smoothquant@{a:g}": smoothquant_factor(absmax, weight, a) for a in SMOOTHQUANT_STRENGTHS
     }
-    return factors, described
+    found |= {f"range@{a:g}": range_factor(low, high, a, shifted=shifted) for a in RANGE_STRENGTHS}
+    if embedded is not None:
+        found["embedding"] = embedded
+    return found
+
+
+def _least_error(
+    config: Config,
+    plan: LayerPlan,
+    probe: Probe,
+    candidates: Factors,
+    timesteps: list[float],
+) -> tuple[tuple[str, SmoothingFactor], dict[str, float]]:
+    bounds = group_bounds(timesteps, config.quantization.activations.timestep_groups)
+    error = LayerError(config, plan, probe, bounds)
+    nothing = SmoothingFactor(torch.ones(plan.in_channels), 0)
+    found = {name: error.of(factor) for name, factor in candidates.items()}
+    found["none"] = error.of(nothing)
+    best = min(found, key=lambda name: (found[name], name != "none"))
+    return (best, {**candidates, "none": nothing}[best]), found
+
+
+def _describe(chosen: Chosen, errors: dict[str, dict[str, float]]) -> tuple[Factors, Described]:
+    kept = {name: pair for name, pair in chosen.items() if pair[0] != "none"}
+    described: Described = {}
+    for name, (what, factor) in kept.items():
+        described[name] = {
+            "in_channels": len(factor.factor),
+            "chosen": what,
+            "clamped": factor.clamped,
+            "shifted": factor.shift is not None,
+        }
+        if name in errors:
+            described[name]["relative_output_error"] = errors[name]
+    return {name: factor for name, (_, factor) in kept.items()}, described
 
 
 def embedding_factors(
@@ -133,70 +176,3 @@ def embedding_factors(
             factor = embedding_factor(embedding, norm.weight.cpu(), norm.num_groups, norm.eps)
         factors |= dict.fromkeys(site.layers, factor)
     return factors
-
-
-def collect_probes(
-    config: Config, model: DiffusionModel, denoiser: Denoiser, plans: list[LayerPlan], steps: int
-) -> dict[str, Tensor]:
-    """Inputs of every layer, float32, at PROBE_STEPS evenly spaced steps of a few trajectories."""
-    sampling, calibration = config.sampling, config.calibration
-    count = min(PROBE_TRAJECTORIES, calibration.trajectories)
-    seeds = list(range(calibration.seed, calibration.seed + count))
-    labels = model.labels(seeds, sampling.classes)
-    predict = guided_predict(model, denoiser, labels, sampling.guidance_scale)
-    stride = max(1, steps // PROBE_STEPS)
-    parts: dict[str, list[Tensor]] = {plan.name: [] for plan in plans}
-    calls = 0
-
-    def receive(name: str, x: Tensor) -> None:
-        if calls % stride:
-            return
-        rows = max(1, PROBE_ELEMENTS // PROBE_STEPS // x[0].numel())
-        picked = x[:: max(1, -(-len(x) // rows))]
-        parts[name].append(picked.detach().float().cpu().clone())
-
-    def counted(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        prediction = predict(x, t)
-        calls += 1
-        return prediction
-
-    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
-    with capture_inputs(model.denoiser, list(parts), receive):
-        denoise(
-            counted,
-            scheduler,
-            sampling.steps,
-            generators_for(seeds),
-            model.latent_shape,
-            eta=sampling.eta,
-        )
-    return {name: torch.cat(values) for name, values in parts.items()}
-
-
-def output_error(
-    plan: LayerPlan, x: Tensor, weight: Tensor, factor: Tensor | None, percentile: float
-) -> float:
-    """||f(x^, W^) - f(x, W)||^2 / ||f(x, W)||^2, nearest rounding, smoothed by factor or not."""
-    exact = _apply(plan, x, weight)
-    if factor is not None:
-        x, weight = smooth(x, factor, plan.channel_axis), fold(weight, factor)
-    if plan.activation_bits != FLOAT_BITS:
-        spec = activation_spec(plan.activation_bits)
-        observer = RangeObserver(plan.in_channels, plan.channel_axis)
-        observer.update(x, 0)
-        low, high = choose_range(observer.state(), plan.observer, spec, percentile)
-        x = fake_quantize(x, choose_qparams(low[0], high[0], spec), spec)
-    if plan.weight_bits != FLOAT_BITS:
-        spec = weight_spec(plan.weight_bits)
-        weight = fake_quantize(weight, mse_weight_qparams(weight, spec), spec)
-    error = (_apply(plan, x, weight) - exact).double().square().sum()
-    return float(error / exact.double().square().sum().clamp(min=1e-30))
-
-
-def _apply(plan: LayerPlan, x: Tensor, weight: Tensor) -> Tensor:
-    layer = plan.layer
-    if isinstance(layer, nn.Conv2d):
-        stride, padding = layer.stride, layer.padding
-        return F.conv2d(x, weight, None, stride, padding, layer.dilation, layer.groups)
-    return F.linear(x, weight)

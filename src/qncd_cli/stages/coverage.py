@@ -10,7 +10,7 @@ from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, count_macs, time_layers
-from ..spec import FLOAT_BITS
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS
 from .assemble import full_denoiser
 
 
@@ -53,7 +53,7 @@ def _coverage_row(
 ) -> dict[str, Any]:
     weight_bits = entry["weight_bits"] if entry else FLOAT_BITS
     activation_bits = entry["activation_bits"] if entry else FLOAT_BITS
-    integer = weight_bits <= 8 and activation_bits <= 8
+    integer = weight_bits <= 8 and activation_bits <= MAX_ACTIVATION_BITS
     why = ""
     if cost.kind == "matmul":
         why = "attention product: not quantized by this version"

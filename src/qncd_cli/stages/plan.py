@@ -32,6 +32,14 @@ class LayerPlan:
         return isinstance(self.layer, nn.Conv2d)
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether every output value reads one position: no padding that a shift would move."""
+        layer = self.layer
+        return not isinstance(layer, nn.Conv2d) or (
+            layer.kernel_size == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+        )
+
+    @property
     def channel_axis(self) -> int:
         """Of the layer's input."""
         return 1 if self.is_conv else -1
@@ -67,10 +75,10 @@ def plan_layers(config: Config, denoiser: nn.Module) -> list[LayerPlan]:
         observer: str = q.activations.observer
         if is_outer_layer(name) or is_conditioning_layer(name):
             observer = q.first_last_observer
-            weight_bits, activation_bits = (
-                bits if bits == FLOAT_BITS else q.first_last_bits
-                for bits in (weight_bits, activation_bits)
-            )
+            if weight_bits != FLOAT_BITS:
+                weight_bits = q.first_last_bits
+            if activation_bits != FLOAT_BITS:
+                activation_bits = q.first_last_activation_bits
         override = _override(name, q.overrides)
         if override is not None:
             weight_bits = override.weights.bits or weight_bits

@@ -18,9 +18,10 @@ from ..quant.gptq import HessianAccumulator
 from ..quant.observers import choose_range
 from ..quant.packing import pack
 from ..quant.rounding import hessian_error, round_gptq, round_nearest
-from ..quant.smoothing import fold, smooth
+from ..quant.smoothing import SmoothingFactor, fold, shifted_bias, smooth
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .assemble import Track, full_denoiser, guided_predict, no_progress, timestep_group
+from .choose_smoothing import Factors, factors_of
 from .coverage import coverage
 from .measure_noise import measure_noise
 from .plan import LayerPlan, plan_layers
@@ -49,7 +50,7 @@ def run(
     track: Track = no_progress,
 ) -> QuantizeResult:
     """calibration and smoothing: of this model and configuration (the caller checks that)."""
-    factors = {k.removesuffix(".smoothing"): v for k, v in smoothing.tensors.items()}
+    factors = factors_of(smoothing)
     plans = [
         plan
         for plan in plan_layers(config, model.denoiser)
@@ -112,7 +113,7 @@ def with_hessians(
     calibration: Artifact,
     plans: list[LayerPlan],
     qparams: dict[str, QParams | None],
-    factors: dict[str, Tensor],
+    factors: Factors,
     gptq: bool,
 ) -> Iterator[tuple[LayerPlan, Tensor | None]]:
     """Every layer with its Hessian, or with None where rounding is to be nearest."""
@@ -144,7 +145,7 @@ def collect_hessians(
     calibration: Artifact,
     plans: list[LayerPlan],
     qparams: dict[str, QParams | None],
-    factors: dict[str, Tensor],
+    factors: Factors,
 ) -> dict[str, Tensor]:
     """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
     by_name = {plan.name: plan for plan in plans}
@@ -156,7 +157,7 @@ def collect_hessians(
         plan, parameters = by_name[name], qparams[name]
         x = thinned(x, plan).float()
         if name in factors:
-            x = smooth(x, factors[name], plan.channel_axis)
+            x = smooth(x, factors[name].factor, plan.channel_axis, factors[name].shift)
         if parameters is not None:
             group = timestep_group(denoiser.step.timestep, bounds)
             at_group = QParams(parameters.scale[group], parameters.zero_point[group])
@@ -193,13 +194,20 @@ def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float,
 
 
 def quantize_layer(
-    plan: LayerPlan, qparams: QParams | None, factor: Tensor | None, hessian: Tensor | None
+    plan: LayerPlan,
+    qparams: QParams | None,
+    factor: SmoothingFactor | None,
+    hessian: Tensor | None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The artifact's tensors of one layer (without its name) and its entry in the body."""
     layer = plan.layer
     weight = layer.weight.detach().float().cpu()
+    bias = None if layer.bias is None else layer.bias.detach().float().cpu()
+    shift = factor.shift if factor is not None else None
+    if shift is not None:
+        bias = shifted_bias(weight, bias, shift)
     if factor is not None:
-        weight = fold(weight, factor)
+        weight = fold(weight, factor.factor)
     entry: dict[str, Any] = {
         "kind": "conv" if plan.is_conv else "linear",
         "weight_shape": list(weight.shape),
@@ -208,7 +216,9 @@ def quantize_layer(
         "activation_bits": plan.activation_bits,
         "observer": plan.observer,
         "smoothed": factor is not None,
-        "bias": layer.bias is not None,
+        "shifted": shift is not None,
+        "bias": bias is not None,
+        "bias_corrected": False,
         "rounding": "none",
         "note": "",
     }
@@ -220,9 +230,11 @@ def quantize_layer(
     if qparams is not None:
         tensors["input_scale"], tensors["input_zero_point"] = qparams
     if factor is not None:
-        tensors["smoothing"] = factor
-    if layer.bias is not None:
-        tensors["bias"] = layer.bias.detach().float().cpu()
+        tensors["smoothing"] = factor.factor
+    if shift is not None:
+        tensors["shift"] = shift
+    if bias is not None:
+        tensors["bias"] = bias
     return tensors, entry
 
 
@@ -230,15 +242,14 @@ def _round_weight(
     plan: LayerPlan, weight: Tensor, hessian: Tensor | None, entry: dict[str, Any]
 ) -> dict[str, Tensor]:
     spec = weight_spec(plan.weight_bits)
-    clip = "minmax" if plan.weight_bits == 8 else "mse"
     if hessian is not None:
-        rounded = round_gptq(weight, spec, clip, hessian)
+        rounded = round_gptq(weight, spec, hessian)
         flat = weight.reshape(len(weight), -1)
         error = hessian_error(flat, rounded.codes.reshape(flat.shape), rounded.qparams, hessian)
         power = ((flat @ hessian) * flat).sum(1)
         entry["relative_output_error"] = float(error.sum() / power.sum().clamp(min=1e-30))
     else:
-        rounded = round_nearest(weight, spec, clip)
+        rounded = round_nearest(weight, spec)
     entry["rounding"] = "nearest" if hessian is None else "gptq"
     entry["note"] = rounded.note
     tensors = {
