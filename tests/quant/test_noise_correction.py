@@ -14,8 +14,6 @@ import torch
 
 from qncd_cli.errors import ConfigError
 from qncd_cli.quant.noise_correction import (
-    AffineCorrection,
-    PtqdCorrection,
     RuntimeCorrection,
     baseline_of,
     contained_noise,
@@ -25,6 +23,7 @@ from qncd_cli.quant.noise_correction import (
     total_noise,
 )
 from qncd_cli.quant.noise_statistics import NoiseStatistics
+from qncd_cli.quant.offline_correction import AffineCorrection, PtqdCorrection
 from qncd_cli.sampling.noise import generator_for, generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 
@@ -149,7 +148,9 @@ def test_baseline_takes_the_models_own_error_off(target, left):
     """Approximately: the baseline is an average over other seeds, the chance mean of z remains."""
     full_precision = gaussian(1.0, bias=5 * BIAS)  # a systematic error that is nobody's fault
     options = {"interval": 1, "granularity": "channel", "target": target}
-    means, variances = full_precision_baseline(full_precision, target=target, granularity="channel")
+    means, variances, _ = full_precision_baseline(
+        full_precision, target=target, granularity="channel"
+    )
     plain = sample(full_precision)
     without = sample(full_precision, runtime(**options))
     correction = runtime(**options, baseline=means, baseline_variance=variances)
@@ -291,7 +292,7 @@ def test_variance_for_stochastic_sampling_excludes_the_models_own():
     def quantized(x, t):
         return gaussian(1.0)(x, t) + sigma * torch.randn(x.shape, generator=noisy)
 
-    _, variances = full_precision_baseline(gaussian(1.0))
+    _, variances, _ = full_precision_baseline(gaussian(1.0))
     correction = runtime(seeds, interval=1, baseline_variance=variances)
     sample(quantized, correction, seeds, eta=1.0)
     last = correction.deductible_variance(None)
