@@ -157,7 +157,7 @@ class InterConfig(_Section):
     granularity: Literal["tensor", "channel"] = "channel"
     interval: int = Field(5, ge=1, description="steps between two run-time estimates")
     baseline: Literal["none", "full_precision"] = "full_precision"
-    slope: bool = Field(False, description="runtime: also divide by the slope over the baseline's")
+    slope: bool = Field(False, description="also divide by the slope over full precision's")
 
     @model_validator(mode="after")
     def _check(self) -> InterConfig:

@@ -19,8 +19,9 @@ rho < 1 the ratio of sqrt((1 - abar) / abar) at s to that at t):
     total        E[q] = (1 - w) (1 - rho) D    little chance mean, but nearly blind when steps are
                                                short (rho near 1) or noisy (w near 1), because
                                                x0~ and eps_s, hence n, already contain D
-A factor (eps~ = (1 + k) eps) shows in the slope <e^, n> / <n, n>: over the baseline it is 1 + k,
-exactly in expectation for the injected target (z is independent of x~_s), nearly for the total.
+A factor, eps~ = (1 + k) eps, shows in the slope <e^, z> / <z, z>: over the full-precision one it
+is 1 + k in expectation, because z is independent of x~_s. The slope over n (method.md) is not:
+eps_s, a part of n, carries the factor. So z serves here, whatever the target.
 """
 
 from __future__ import annotations
@@ -103,9 +104,9 @@ def reduce_mean(q: Tensor, granularity: str) -> Tensor:
     return means.to(q.dtype).reshape(len(q), -1, *[1] * (q.ndim - 2))
 
 
-def slope(e: Tensor, n: Tensor) -> Tensor:
-    """k = <e, n> / <n, n> per sample: [N, C, ...] twice -> [N]."""
-    pairs = zip(e.flatten(1), n.flatten(1), strict=True)
+def slope(e: Tensor, z: Tensor) -> Tensor:
+    """k = <e, z> / <z, z> per sample: [N, C, ...] twice -> [N]."""
+    pairs = zip(e.flatten(1), z.flatten(1), strict=True)
     return torch.stack([torch.dot(a, b) / torch.dot(b, b) for a, b in pairs])
 
 
@@ -149,7 +150,8 @@ class RuntimeCorrection:
         quantization noise. With them an unquantized model is left unchanged only
         approximately: a baseline is the mean over other samples and other draws of z.
     baseline_slope: full-precision slope per timestep, t -> []; with it the prediction is also
-        divided by the sample's own slope over it (not in the paper). Without: no division.
+        divided by the sample's own slope over it (not in the paper). Without: no division. A
+        slope is a chance quantity, too: with no factor to find, it adds noise of its own.
     apply: False only records `estimates`. deduct_variance: see `deductible_variance`.
     """
 
@@ -208,7 +210,7 @@ class RuntimeCorrection:
             assert step.x0 is not None
             eps_s = contained_noise(x_next, step.x0, step.abar_next)
             noise = total_noise(eps_s, z, step.abar_t, step.abar_next)
-        self._store(timestep_key(step.t), e - noise, slope(e, noise))
+        self._store(timestep_key(step.t), e - noise, slope(e, z))
 
     def deductible_variance(self, step: Step) -> Tensor | None:
         """var_q [N]: what the latest estimate leaves after its mean, less the baseline's."""

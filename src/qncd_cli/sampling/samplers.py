@@ -117,10 +117,8 @@ def denoise(
         model_input = scheduler.scale_model_input(x, t)
         prediction = eps = predict(model_input, t)
         if correction is not None and plan is not None:
-            abar_t, predicted = (
-                plan[i].abar_t,
-                to_eps(prediction, model_input, plan[i].abar_t, kind),
-            )
+            abar_t = plan[i].abar_t
+            predicted = to_eps(prediction, model_input, abar_t, kind)
             eps = correction.correct(plan[i], predicted)
             prediction = with_eps(prediction, predicted, eps, abar_t, kind)
         if on_step is not None:
