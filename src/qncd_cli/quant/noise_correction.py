@@ -213,7 +213,10 @@ class RuntimeCorrection:
         self._store(timestep_key(step.t), e - noise, slope(e, z))
 
     def deductible_variance(self, step: Step) -> Tensor | None:
-        """var_q [N]: what the latest estimate leaves after its mean, less the baseline's."""
+        """var_q [N]: what the latest estimate leaves after its mean, less the baseline's.
+
+        A slope is not taken out of it.
+        """
         return self.q_variance if self.apply and self.deduct_variance else None
 
     def _draw(self, like: Tensor) -> Tensor:
