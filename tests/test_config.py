@@ -337,6 +337,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "correction.inter.granularity": ("tensor", NEITHER),
     "correction.inter.interval": (3, NEITHER),
     "correction.inter.baseline": ("none", NEITHER),
+    "correction.inter.slope": (True, NEITHER),
     "evaluation.num_samples": (50, NEITHER),
     "evaluation.reference": ("elsewhere", NEITHER),
 }

@@ -16,7 +16,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in] | rows, latent_shape, groups, layers {name: in_channels}, timesteps |
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
 | quantized | per layer .weight (codes; two 4-bit codes to a byte along the flattened input dimension, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O] | layers {name: entry}, groups, group_bounds |
-| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance [T] | channels, steps, sampling, target |
+| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope [T] | channels, steps, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 """
 
@@ -131,7 +131,7 @@ def _quantized_layout(body: dict) -> Layout:
 def _noise_stats_layout(body: dict) -> Layout:
     steps, channels = body["steps"], body["channels"]
     per_channel = ("mean", "variance", "residual_mean", "affine_a", "affine_b", "runtime_mean")
-    per_step = ("correlation_k", "residual_variance", "runtime_variance")
+    per_step = ("correlation_k", "residual_variance", "runtime_variance", "runtime_slope")
     layout: Layout = {"timesteps": (torch.int64, (steps,))}
     layout |= dict.fromkeys(per_channel, (torch.float32, (steps, channels)))
     layout |= dict.fromkeys(per_step, (torch.float32, (steps,)))

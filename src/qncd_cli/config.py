@@ -167,6 +167,13 @@ class InterConfig(_Section):
     granularity: Literal["tensor", "channel"] = "channel"
     interval: int = Field(5, ge=1, description="steps between two run-time estimates")
     baseline: Literal["none", "full_precision"] = "full_precision"
+    slope: bool = Field(False, description="also divide by the slope over full precision's")
+
+    @model_validator(mode="after")
+    def _check(self) -> InterConfig:
+        if self.slope and self.baseline == "none":
+            raise ValueError("slope needs baseline full_precision to compare with")
+        return self
 
 
 class CorrectionConfig(_Section):

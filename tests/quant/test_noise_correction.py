@@ -1,77 +1,36 @@
-"""Estimates and corrections against analytic denoisers and planted noise.
-
-Data N(mu, s^2) per element have the exact denoiser
-eps*(x, t) = sqrt(1 - abar) (x - sqrt(abar) mu) / (abar s^2 + 1 - abar).
-"""
+"""Run-time estimates and their correction, on analytic denoisers and planted noise."""
 
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qncd_cli.errors import ConfigError
 from qncd_cli.quant.noise_correction import (
-    AffineCorrection,
-    PtqdCorrection,
-    RuntimeCorrection,
-    baseline_of,
+    SLOPE_RATIOS,
     contained_noise,
     reduce_mean,
     renoise,
     slope,
     total_noise,
 )
-from qncd_cli.quant.noise_statistics import NoiseStatistics
 from qncd_cli.sampling.noise import generator_for, generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 
-SHAPE = (3, 24, 24)
-STEPS = 20
-SEEDS = [0, 1, 2]
-MU = 0.3
-LDM = {
-    "beta_start": 0.0015,
-    "beta_end": 0.0195,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "steps_offset": 1,
-}
-BIAS = torch.tensor([0.02, -0.05, 0.08]).view(1, 3, 1, 1)
-DDIM = make_scheduler("ddim", LDM)
-
-
-def gaussian(s, bias=0.0, k=0.0):
-    """Exact denoiser of N(MU, s^2), with planted quantization noise eps~ = (1 + k) eps + bias."""
-
-    def predict(x, t):
-        a = DDIM.alphas_cumprod[round(float(t))]
-        eps = torch.sqrt(1 - a) * (x - torch.sqrt(a) * MU) / (a * s * s + 1 - a)
-        return (1 + k) * eps + bias
-
-    return predict
-
-
-def sample(predict, correction=None, seeds=SEEDS, eta=0.0, on_step=None, scheduler=DDIM):
-    options = {"eta": eta, "correction": correction, "on_step": on_step}
-    return denoise(predict, scheduler, STEPS, generators_for(seeds), SHAPE, **options)
-
-
-def runtime(seeds=SEEDS, **options):
-    return RuntimeCorrection(generators_for(seeds, "correction"), **options)
-
-
-def full_precision_baseline(predict, seeds=range(100, 116), **options):
-    recorder = runtime(seeds, interval=1, apply=False, **options)
-    sample(predict, recorder, seeds)
-    return baseline_of(recorder.estimates)
-
-
-def distance(x, y):
-    return (x - y).square().mean().sqrt().item()
-
+from .analytic import (
+    BIAS,
+    DDIM,
+    LDM,
+    SHAPE,
+    STEPS,
+    distance,
+    full_precision_baseline,
+    gaussian,
+    runtime,
+    sample,
+)
 
 # ---- pure functions ----------------------------------------------------------------------
 
@@ -149,7 +108,9 @@ def test_baseline_takes_the_models_own_error_off(target, left):
     """Approximately: the baseline is an average over other seeds, the chance mean of z remains."""
     full_precision = gaussian(1.0, bias=5 * BIAS)  # a systematic error that is nobody's fault
     options = {"interval": 1, "granularity": "channel", "target": target}
-    means, variances = full_precision_baseline(full_precision, target=target, granularity="channel")
+    means, variances, _ = full_precision_baseline(
+        full_precision, target=target, granularity="channel"
+    )
     plain = sample(full_precision)
     without = sample(full_precision, runtime(**options))
     correction = runtime(**options, baseline=means, baseline_variance=variances)
@@ -285,155 +246,51 @@ def test_runtime_options_are_checked(option):
         runtime(**option)
 
 
+@pytest.mark.parametrize("k", [-0.1, 0.15])
+@pytest.mark.parametrize("target", ["total", "injected"])
+def test_slope_over_the_baseline_finds_a_planted_factor(target, k):
+    _, _, slopes = full_precision_baseline(gaussian(1.0), target=target)
+    correction = runtime(interval=1, target=target, apply=False)
+    sample(gaussian(1.0, k=k), correction)
+    ratios = torch.stack([e.slope / slopes[e.t] for e in correction.estimates])
+    assert ratios.shape == (STEPS - 1, 3)
+    assert ratios.mean().item() == pytest.approx(1 + k, abs=0.02)
+
+
+@pytest.mark.parametrize(("target", "share"), [("total", 0.3), ("injected", 0.7)])
+def test_slope_correction_removes_most_of_a_factor(target, share):
+    seeds = range(6)
+    exact = sample(gaussian(1.0), seeds=seeds)
+    _, _, slopes = full_precision_baseline(gaussian(1.0), target=target)
+
+    def left(k, **options):
+        correction = runtime(seeds, interval=5, target=target, **options)
+        return distance(sample(gaussian(1.0, k=k), correction, seeds), exact)
+
+    assert left(0.1, baseline_slope=slopes) < share * left(0.1)
+
+
+def test_a_failed_slope_estimate_is_clamped():
+    """A full-precision slope near zero, or far from the quantized one, is not followed."""
+    for baseline in (0.0, 1e-6, 1e6):
+        correction = runtime(
+            interval=1, baseline_slope=dict.fromkeys(range(1000), torch.tensor(baseline))
+        )
+        x = sample(gaussian(1.0), correction)
+        assert torch.isfinite(x).all()
+        assert set(correction.slope_ratio.tolist()) <= set(SLOPE_RATIOS)
+
+
 def test_variance_for_stochastic_sampling_excludes_the_models_own():
     noisy, seeds, sigma = generator_for(0, "quantization"), range(8), 0.5
 
     def quantized(x, t):
         return gaussian(1.0)(x, t) + sigma * torch.randn(x.shape, generator=noisy)
 
-    _, variances = full_precision_baseline(gaussian(1.0))
+    _, variances, _ = full_precision_baseline(gaussian(1.0))
     correction = runtime(seeds, interval=1, baseline_variance=variances)
     sample(quantized, correction, seeds, eta=1.0)
     last = correction.deductible_variance(None)
     assert last.shape == (8,)
     assert last.mean().item() == pytest.approx(sigma**2, abs=0.05)
     assert runtime(deduct_variance=False).deductible_variance(None) is None
-
-
-# ---- offline statistics ------------------------------------------------------------------
-
-K, SIGMA_R = -0.06, 0.1
-
-
-def planted(eps, generator):
-    """eps~ = (1 + K) eps + r, r ~ N(BIAS, SIGMA_R^2)."""
-    return (1 + K) * eps + BIAS + SIGMA_R * torch.randn(eps.shape, generator=generator)
-
-
-def collect(seeds, quantize, times=None):
-    """Statistics along the full-precision trajectories of `seeds`, as a stage collects them."""
-    statistics = NoiseStatistics()
-    noise = generator_for(0, "quantization")
-
-    def on_step(i, t, x, prediction):
-        if times is None or i in times:
-            statistics.update(t, prediction, quantize(prediction, noise))
-
-    sample(gaussian(1.0), seeds=seeds, on_step=on_step)
-    return statistics
-
-
-@pytest.fixture(scope="module")
-def statistics():
-    return collect(range(16), planted).finish()
-
-
-def test_statistics_recover_planted_noise(statistics):
-    assert statistics["timesteps"].dtype == torch.int64
-    assert len(statistics["timesteps"]) == STEPS
-    assert all(v.dtype == torch.float32 for n, v in statistics.items() if n != "timesteps")
-    bias = BIAS.view(1, 3).expand(STEPS, 3)
-    assert torch.allclose(statistics["correlation_k"], torch.tensor(K), atol=0.01)
-    assert torch.allclose(statistics["residual_mean"], bias, atol=0.01)
-    assert torch.allclose(statistics["residual_variance"], torch.tensor(SIGMA_R**2), rtol=0.05)
-    assert statistics["mean"].shape == statistics["variance"].shape == (STEPS, 3)
-
-
-def test_mean_and_variance_match_torch():
-    f, g = torch.randn(2, 5, 3, 4, 4, generator=generator_for(6))
-    statistics = NoiseStatistics()
-    statistics.update(7, f, g)
-    result, q = statistics.finish(), (g - f).transpose(0, 1).flatten(1)
-    assert torch.allclose(result["mean"][0], q.mean(1), atol=1e-6)
-    assert torch.allclose(result["variance"][0], q.var(1, correction=0), rtol=1e-5)
-
-
-def test_affine_is_the_least_squares_fit():
-    f, g = torch.randn(2, 5, 3, 4, 4, generator=generator_for(6))
-    g = 0.8 * f + 0.3 * g + 0.1
-    statistics = NoiseStatistics()
-    statistics.update(7, f, g)
-    result = statistics.finish(ridge=0.0)
-    for c in range(3):
-        design = torch.stack([g[:, c].flatten(), torch.ones(80)], 1)
-        fit = torch.linalg.lstsq(design, f[:, c].flatten()).solution
-        assert result["affine_a"][0, c].item() == pytest.approx(fit[0].item(), abs=1e-5)
-        assert result["affine_b"][0, c].item() == pytest.approx(fit[1].item(), abs=1e-5)
-    strong = statistics.finish(ridge=1e6)
-    assert torch.allclose(strong["affine_a"], torch.ones(1, 3), atol=1e-3)
-    assert torch.allclose(strong["affine_b"], torch.zeros(1, 3), atol=1e-3)
-
-
-def test_affine_recovers_planted_a_and_b():
-    """eps = a eps~ + b exactly: a = 1 / (1 + K), b = -BIAS / (1 + K)."""
-    result = collect(range(4), lambda eps, _: (1 + K) * eps + BIAS).finish()
-    expected = (-BIAS / (1 + K)).view(1, 3).expand(STEPS, 3)
-    assert torch.allclose(result["affine_a"], torch.tensor(1 / (1 + K)), atol=5e-3)
-    assert torch.allclose(result["affine_b"], expected, atol=5e-3)
-
-
-def test_merge_equals_one_pass():
-    parts = [collect(range(4), planted, times=t) for t in ({0, 1}, {1, 5})]
-    whole, merged = NoiseStatistics(), NoiseStatistics()
-    for part in parts:
-        merged.merge(part)
-        for t, sums in part.sums.items():
-            whole.sums[t] = whole.sums.get(t, 0) + sums
-    assert len(merged.sums) == 3
-    for name, value in merged.finish().items():
-        assert torch.equal(value, whole.finish()[name])
-    before = parts[0].sums[max(parts[0].sums)].clone()
-    merged.merge(parts[0])
-    assert torch.equal(parts[0].sums[max(parts[0].sums)], before)  # merge copies
-
-
-def test_statistics_of_an_exact_model_change_no_bit():
-    statistics = collect(range(2), lambda eps, _: eps).finish()
-    plain = sample(gaussian(1.0))
-    for correction in (PtqdCorrection(statistics), AffineCorrection(statistics)):
-        assert torch.equal(sample(gaussian(1.0), correction), plain)
-        assert torch.equal(
-            sample(gaussian(1.0), correction, eta=1.0), sample(gaussian(1.0), eta=1.0)
-        )
-
-
-@pytest.mark.parametrize("kind", [PtqdCorrection, AffineCorrection])
-def test_offline_corrections_restore_the_trajectory(kind):
-    quantized, exact = gaussian(1.0, bias=BIAS, k=K), sample(gaussian(1.0))
-    statistics = collect(range(8), lambda eps, _: (1 + K) * eps + BIAS).finish()
-    correction = kind(statistics)
-    assert distance(sample(quantized, correction), exact) < 0.02 * distance(
-        sample(quantized), exact
-    )
-    assert correction.extra_calls == 0
-
-
-def test_ptqd_variance_restores_the_spread_of_stochastic_samples(statistics):
-    """Residual noise adds to sigma^2 what the deduction takes off: x keeps its variance."""
-    noisy = generator_for(1, "quantization")
-
-    def quantized(x, t):
-        return planted(gaussian(1.0)(x, t), noisy)
-
-    ptqd = PtqdCorrection(statistics)
-    step = SimpleNamespace(t=float(statistics["timesteps"][0]))
-    assert ptqd.deductible_variance(step).item() == pytest.approx((SIGMA_R / (1 + K)) ** 2, 0.05)
-    exact = sample(gaussian(1.0), eta=1.0).var().item()
-    without = sample(quantized, PtqdCorrection(statistics, deduct_variance=False), eta=1.0)
-    assert abs(sample(quantized, ptqd, eta=1.0).var().item() - exact) < abs(
-        without.var().item() - exact
-    )
-
-
-@pytest.mark.parametrize("kind", [PtqdCorrection, AffineCorrection])
-def test_unknown_timestep_says_what_to_do(kind):
-    statistics = collect(range(1), planted, times={0}).finish()
-    with pytest.raises(ConfigError, match=r"other steps.*run quantize again.*--inter none"):
-        sample(gaussian(1.0), kind(statistics))
-
-
-def test_statistics_refuse_nonsense():
-    with pytest.raises(ValueError, match="shapes differ"):
-        NoiseStatistics().update(1, torch.zeros(1, 2), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="never called"):
-        NoiseStatistics().finish()

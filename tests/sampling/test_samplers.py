@@ -10,15 +10,9 @@ from diffusers import DDIMScheduler
 
 from qncd_cli.errors import ConfigError
 from qncd_cli.quant.noise_correction import RuntimeCorrection
+from qncd_cli.sampling.levels import eps_coefficient, plan_steps, supports_variance_deduction
 from qncd_cli.sampling.noise import generators_for, initial_noise
-from qncd_cli.sampling.samplers import (
-    SCHEDULERS,
-    denoise,
-    eps_coefficient,
-    make_scheduler,
-    plan_steps,
-    supports_variance_deduction,
-)
+from qncd_cli.sampling.samplers import SCHEDULERS, denoise, make_scheduler
 
 # diffusers 0.42 under numpy 2: np.array(tensor); not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -165,7 +159,7 @@ def test_latents_follow_an_exact_path_at_the_levels_of_the_plan(name):
         if name == "ddpm":
             continue
         e = (x_next - math.sqrt(step.abar_next) * mu) / math.sqrt(1 - step.abar_next)
-        assert torch.allclose(e, step.prediction, atol=2e-3)
+        assert torch.allclose(e, step.eps, atol=2e-3)
     if name in ("ddim", "ddpm", "euler"):
         assert torch.allclose(x, torch.full_like(x, mu), atol=0.1)
 
@@ -232,7 +226,7 @@ def test_deduction_reduces_the_injected_noise_as_predicted(name, eta, config, va
     denoise(guided, scheduler, STEPS, generators_for([0]), shape, eta=eta, correction=recorder)
     for step, x_next in recorder.after:
         mean = math.sqrt(step.abar_next / step.abar_t) * step.x
-        mean = mean + step.eps_coefficient * step.prediction
+        mean = mean + step.eps_coefficient * step.eps
         expected = max(step.sigma**2 - step.eps_coefficient**2 * variance, 0.0)
         assert step.sigma > 0
         assert (x_next - mean).var().item() == pytest.approx(expected, rel=0.05, abs=1e-10)
@@ -280,8 +274,6 @@ def test_errors_say_what_to_do():
         denoise(guided, make_scheduler("ddim", LDM), 0, generators_for([0]), SHAPE)
     with pytest.raises(ConfigError, match="at least one seed"):
         sample("ddim", [])
-    with pytest.raises(ConfigError, match="predicts eps"):
-        sample("ddim", [0], config={"prediction_type": "v_prediction"}, correction=Recorder())
     zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     with pytest.raises(ConfigError, match="without any signal"):
         sample("ddim", [0], config=zero_snr, correction=Recorder())

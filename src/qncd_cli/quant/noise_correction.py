@@ -7,9 +7,9 @@ Notation as in method.md section 3:
     z            fresh noise that diffuses x~_s back up to x^_t;  e^ = eps~(x^_t, t)
     n            the whole noise in x^_t, of which z is only the newest part
 
-Three corrections share one protocol (`sampling.samplers.Correction`, met by duck typing):
-`RuntimeCorrection` estimates while sampling, `PtqdCorrection` and `AffineCorrection` apply the
-statistics that `NoiseStatistics` prepared. Each object serves one batch's trajectory.
+`RuntimeCorrection` estimates while sampling and meets `sampling.samplers.Correction` by duck
+typing; `offline_correction` holds those that apply statistics prepared beforehand. Predictions
+are eps here, whatever the model predicts. Each object serves one batch's trajectory.
 
 What one estimate can see (data N(mu, v / abar_t), exact linear denoiser, a shift D of the
 prediction, whatever caused it, nothing subtracted yet; w = (1 - abar_t) / (v + 1 - abar_t), and
@@ -19,6 +19,9 @@ rho < 1 the ratio of sqrt((1 - abar) / abar) at s to that at t):
     total        E[q] = (1 - w) (1 - rho) D    little chance mean, but nearly blind when steps are
                                                short (rho near 1) or noisy (w near 1), because
                                                x0~ and eps_s, hence n, already contain D
+A factor, eps~ = (1 + k) eps, shows in the slope <e^, z> / <z, z>: over the full-precision one it
+is 1 + k in expectation, because z is independent of x~_s. The slope over n (method.md) is not:
+eps_s, a part of n, carries the factor. So z serves here, whatever the target.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .noise_statistics import timestep_key
+from .noise_statistics import at_timestep, timestep_key
 
 TARGETS = ("injected", "total")
 GRANULARITIES = ("tensor", "channel")
-AFFINE_RIDGE = 1e-3  # relative to E[eps~^2] for the slope, to 1 for the intercept
+SLOPE_RATIOS = (0.5, 2.0)
+"""A slope farther from the full-precision one says that the estimate failed; it is clamped."""
 
 
 class Step(Protocol):
@@ -100,23 +104,26 @@ def reduce_mean(q: Tensor, granularity: str) -> Tensor:
     return means.to(q.dtype).reshape(len(q), -1, *[1] * (q.ndim - 2))
 
 
-def slope(e: Tensor, n: Tensor) -> Tensor:
-    """k = <e, n> / <n, n> per sample: [N, C, ...] twice -> [N]."""
-    pairs = zip(e.flatten(1), n.flatten(1), strict=True)
+def slope(e: Tensor, z: Tensor) -> Tensor:
+    """k = <e, z> / <z, z> per sample: [N, C, ...] twice -> [N]."""
+    pairs = zip(e.flatten(1), z.flatten(1), strict=True)
     return torch.stack([torch.dot(a, b) / torch.dot(b, b) for a, b in pairs])
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One run-time estimate before any baseline: mean of q [N, C] and its variance [N] at t."""
+    """One run-time estimate at t before any baseline: mean of q [N, C], its variance [N], k [N]."""
 
     t: int
     mean: Tensor
     variance: Tensor
+    slope: Tensor
 
 
-def baseline_of(estimates: Iterable[Estimate]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """What a model's own estimator scores per timestep: means t -> [C], variances t -> [].
+def baseline_of(
+    estimates: Iterable[Estimate],
+) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
+    """What a model's own estimator scores per timestep: t -> mean [C], variance [], slope [].
 
     Feed it the estimates of the full-precision model (`apply=False, interval=1`).
     """
@@ -125,7 +132,8 @@ def baseline_of(estimates: Iterable[Estimate]) -> tuple[dict[int, Tensor], dict[
         by_time.setdefault(estimate.t, []).append(estimate)
     means = {t: torch.cat([e.mean for e in group]).mean(0) for t, group in by_time.items()}
     variances = {t: torch.cat([e.variance for e in group]).mean() for t, group in by_time.items()}
-    return means, variances
+    slopes = {t: torch.cat([e.slope for e in group]).mean() for t, group in by_time.items()}
+    return means, variances, slopes
 
 
 class RuntimeCorrection:
@@ -141,6 +149,9 @@ class RuntimeCorrection:
         (`baseline_of`); without them, as published, the model's own error counts as
         quantization noise. With them an unquantized model is left unchanged only
         approximately: a baseline is the mean over other samples and other draws of z.
+    baseline_slope: full-precision slope per timestep, t -> []; with it the prediction is also
+        divided by the sample's own slope over it (not in the paper). Without: no division. A
+        slope is a chance quantity, too: with no factor to find, it adds noise of its own.
     apply: False only records `estimates`. deduct_variance: see `deductible_variance`.
     """
 
@@ -153,6 +164,7 @@ class RuntimeCorrection:
         interval: int = 10,
         baseline: Mapping[int, Tensor] | None = None,
         baseline_variance: Mapping[int, Tensor] | None = None,
+        baseline_slope: Mapping[int, Tensor] | None = None,
         apply: bool = True,
         deduct_variance: bool = True,
     ):
@@ -163,18 +175,23 @@ class RuntimeCorrection:
         self.generators = list(generators)
         self.target, self.granularity, self.interval = target, granularity, interval
         self.baseline, self.baseline_variance = baseline, baseline_variance
+        self.baseline_slope = baseline_slope
         self.apply, self.deduct_variance = apply, deduct_variance
         self.extra_calls = 0
         self.estimates: list[Estimate] = []
         self.q_mean: Tensor | None = None  # [N, 1 or C, 1, ...], baseline taken off
         self.q_variance: Tensor | None = None  # [N]
+        self.slope_ratio: Tensor | None = None  # [N], over the full-precision slope
         self._due = False
 
     def correct(self, step: Step, prediction: Tensor) -> Tensor:
-        """eps~ - mean(q), with the latest estimate."""
+        """(eps~ - mean(q)) / slope ratio, with the latest estimate."""
         if self.q_mean is None or not self.apply:
             return prediction
-        return prediction - self.q_mean
+        corrected = prediction - self.q_mean
+        if self.slope_ratio is None:
+            return corrected
+        return corrected / self.slope_ratio.reshape(-1, *[1] * (prediction.ndim - 1))
 
     def observe(
         self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
@@ -193,10 +210,13 @@ class RuntimeCorrection:
             assert step.x0 is not None
             eps_s = contained_noise(x_next, step.x0, step.abar_next)
             noise = total_noise(eps_s, z, step.abar_t, step.abar_next)
-        self._store(timestep_key(step.t), e - noise)
+        self._store(timestep_key(step.t), e - noise, slope(e, z))
 
     def deductible_variance(self, step: Step) -> Tensor | None:
-        """var_q [N]: what the latest estimate leaves after its mean, less the baseline's."""
+        """var_q [N]: what the latest estimate leaves after its mean, less the baseline's.
+
+        A slope is not taken out of it.
+        """
         return self.q_variance if self.apply and self.deduct_variance else None
 
     def _draw(self, like: Tensor) -> Tensor:
@@ -209,95 +229,20 @@ class RuntimeCorrection:
         draws = [torch.randn((1, *like.shape[1:]), generator=g) for g in self.generators]
         return torch.cat(draws).to(like)
 
-    def _store(self, t: int, q: Tensor) -> None:
+    def _store(self, t: int, q: Tensor, k: Tensor) -> None:
         mean = reduce_mean(q, self.granularity)
         variance = reduce_mean((q - mean).square(), "tensor").flatten()
-        self.estimates.append(Estimate(t, reduce_mean(q, "channel").flatten(1), variance))
+        self.estimates.append(Estimate(t, reduce_mean(q, "channel").flatten(1), variance, k))
         if self.baseline is not None:
-            own = _at(self.baseline, t).to(q)
+            own = at_timestep(self.baseline, t).to(q)
             own = own.mean() if self.granularity == "tensor" else own
             mean = mean - own.reshape(1, -1, *[1] * (q.ndim - 2))
         if self.baseline_variance is not None:
-            variance = (variance - _at(self.baseline_variance, t).to(variance)).clamp(min=0)
+            variance = (variance - at_timestep(self.baseline_variance, t).to(variance)).clamp(min=0)
         self.q_mean, self.q_variance = mean, variance
-
-
-class PtqdCorrection:
-    """eps <- (eps~ - mean(r)) / (1 + k), with eps~ = (1 + k) eps + r; PTQD (2305.10657).
-
-    statistics: `NoiseStatistics.finish()`. k = 0 and mean(r) = 0 change no bit.
-    """
-
-    extra_calls = 0
-
-    def __init__(self, statistics: Mapping[str, Tensor], *, deduct_variance: bool = True):
-        self.k = _by_time(statistics, "correlation_k")
-        self.residual_mean = _by_time(statistics, "residual_mean")
-        self.residual_variance = _by_time(statistics, "residual_variance")
-        self.deduct_variance = deduct_variance
-
-    def correct(self, step: Step, prediction: Tensor) -> Tensor:
-        """Remove the correlated and the mean of the uncorrelated part of the noise."""
-        t = timestep_key(step.t)
-        mean = _channels(_at(self.residual_mean, t), prediction)
-        return (prediction - mean) / (1 + _at(self.k, t).to(prediction))
-
-    def observe(
-        self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
-        """Nothing to see at run time."""
-
-    def deductible_variance(self, step: Step) -> Tensor | None:
-        """var(r) / (1 + k)^2 as [1]: what `correct` leaves in the prediction."""
-        if not self.deduct_variance:
-            return None
-        t = timestep_key(step.t)
-        return (_at(self.residual_variance, t) / (1 + _at(self.k, t)).square()).reshape(1)
-
-
-class AffineCorrection:
-    """eps <- a[t, c] eps~ + b[t, c], fitted by `NoiseStatistics.finish()`."""
-
-    extra_calls = 0
-
-    def __init__(self, statistics: Mapping[str, Tensor]):
-        self.a = _by_time(statistics, "affine_a")
-        self.b = _by_time(statistics, "affine_b")
-
-    def correct(self, step: Step, prediction: Tensor) -> Tensor:
-        """The least-squares estimate of eps from eps~, per channel."""
-        t = timestep_key(step.t)
-        a, b = (_channels(_at(table, t), prediction) for table in (self.a, self.b))
-        return a * prediction + b
-
-    def observe(
-        self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
-    ) -> None:
-        """Nothing to see at run time."""
-
-    def deductible_variance(self, step: Step) -> Tensor | None:
-        """None: the fit minimizes the error of eps, it does not model what remains."""
-        return None
-
-
-def _by_time(statistics: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
-    return dict(zip(statistics["timesteps"].tolist(), statistics[name], strict=True))
-
-
-def _at(table: Mapping[int, Tensor], t: int) -> Tensor:
-    if t not in table:
-        raise ConfigError(
-            f"no noise statistics for timestep {t}: they were prepared for other steps"
-            f" ({len(table)} timesteps from {min(table, default=0)} to {max(table, default=0)})",
-            "run quantize again with the same sampling.steps and scheduler, or use --inter none"
-            " or --inter runtime",
-        )
-    return table[t]
-
-
-def _channels(values: Tensor, like: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, ...] on the device and in the dtype of `like`."""
-    return values.to(like).reshape(1, -1, *[1] * (like.ndim - 2))
+        if self.baseline_slope is not None:
+            ratio = k / at_timestep(self.baseline_slope, t).to(k)
+            self.slope_ratio = ratio.clamp(*SLOPE_RATIOS)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -5,10 +5,13 @@ What PtqdCorrection and AffineCorrection apply (method.md section 3; PTQD, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from ..errors import ConfigError
 
 ROUNDING = 1e-12  # relative error to allow for in float64 sums
 AFFINE_RIDGE = 1e-3
@@ -18,6 +21,28 @@ AFFINE_RIDGE = 1e-3
 def timestep_key(t: float | Tensor) -> int:
     """Integer under which statistics of t are kept; sigma schedulers have fractional timesteps."""
     return round(float(t))
+
+
+def by_timestep(statistics: Mapping[str, Tensor], name: str) -> dict[int, Tensor]:
+    """Table t -> row of one tensor of `NoiseStatistics.finish`."""
+    return dict(zip(statistics["timesteps"].tolist(), statistics[name], strict=True))
+
+
+def at_timestep(table: Mapping[int, Tensor], t: int) -> Tensor:
+    """Row of a table by timestep. Raises ConfigError where it was not prepared for t."""
+    if t not in table:
+        raise ConfigError(
+            f"no noise statistics for timestep {t}: they were prepared for other steps"
+            f" ({len(table)} timesteps from {min(table, default=0)} to {max(table, default=0)})",
+            "run quantize again with the same sampling.steps and scheduler, or use --inter none"
+            " or --inter runtime",
+        )
+    return table[t]
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, ...] on the device and in the dtype of `like`."""
+    return values.to(like).reshape(1, -1, *[1] * (like.ndim - 2))
 
 
 @dataclass

@@ -9,17 +9,17 @@ Notation (method.md sections 1 and 3):
     c            coefficient by which the predicted eps enters x_s (DDIM eq. 12)
 
 Schedulers in sigma scale (Euler: x = x_0 + sigma * eps) keep their latents in that scale;
-the model, the recorder and the corrections always see VP scale.
+the model, the recorder and the corrections always see VP scale. Corrections always see eps,
+whatever the model predicts (`parametrization`).
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import diffusers
@@ -27,36 +27,19 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .levels import StepInfo, plan_steps, with_timesteps
 from .noise import initial_noise
+from .parametrization import prediction_type, to_eps, with_eps
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
-@dataclass(frozen=True)
-class StepInfo:
-    """What a correction may know about one step; levels are Python floats.
-
-    sigma is None where the scheduler injects noise of a size this module does not know.
-    x, x0 and prediction are set only in `Correction.observe`: model input x_t [N, C, ...],
-    clean latent x0~ implied by the step (after the scheduler's clipping, if it reports it),
-    and the corrected prediction that was used.
-    """
-
-    index: int
-    t: float
-    t_next: float | None  # None at the last step
-    abar_t: float
-    abar_next: float
-    sigma: float | None
-    eps_coefficient: float
-    x: Tensor | None = None
-    x0: Tensor | None = None
-    prediction: Tensor | None = None
-
-
 class Correction(Protocol):
     """Filters quantization noise out of the predictions of *one* batch; make a new one per batch.
+
+    Every prediction it gets or gives is eps; the loop converts from what the model predicts and
+    back.
 
     extra_calls: denoiser calls made by `observe` so far.
     """
@@ -64,11 +47,14 @@ class Correction(Protocol):
     extra_calls: int
 
     def correct(self, step: StepInfo, prediction: Tensor) -> Tensor:
-        """Guided prediction [N, C, ...] -> the one to use; called before `scheduler.step`."""
+        """Guided eps [N, C, ...] -> the one to use; called before `scheduler.step`."""
         ...
 
     def observe(self, step: StepInfo, x_next: Tensor, predict: Predict) -> None:
-        """Called right after `scheduler.step`, except the last; x_next [N, C, ...] in VP scale."""
+        """Called right after `scheduler.step`, except the last; x_next [N, C, ...] in VP scale.
+
+        predict(x, step.t): guided eps, uncorrected, for x at the level of t.
+        """
         ...
 
     def deductible_variance(self, step: StepInfo) -> Tensor | None:
@@ -114,21 +100,27 @@ def denoise(
 ) -> Tensor:
     """Latents [N, *shape] from noise; the same numbers as a diffusers pipeline's own loop.
 
-    predict(x, t): guided noise prediction [N, *shape] for the scaled model input x and the
-        timestep t (0-dim tensor); guidance and conditioning happen inside.
+    predict(x, t): guided prediction [N, *shape] (eps, x_0 or v, as the scheduler's
+        prediction_type says) for the scaled model input x and the timestep t (0-dim tensor);
+        guidance and conditioning happen inside.
     scheduler: left untouched (a copy is used), so that no state passes from batch to batch.
     generators: N, one per sample ("sample" stream): initial noise, then the scheduler's draws.
-    on_step(i, t, model_input, prediction): called before each step with the prediction used.
+    on_step(i, t, model_input, prediction): called before each step with the prediction used, in
+        the model's own parametrization.
     Raises ConfigError if the scheduler cannot do what is asked (eta, correction, steps).
     """
     scheduler, options = _prepare(scheduler, steps, generators, eta, device)
     plan = plan_steps(scheduler, eta) if correction is not None else None
+    kind = prediction_type(scheduler)
     x = initial_noise(generators, shape, dtype).to(device) * scheduler.init_noise_sigma
     for i, t in enumerate(scheduler.timesteps):
         model_input = scheduler.scale_model_input(x, t)
-        prediction = predict(model_input, t)
+        prediction = eps = predict(model_input, t)
         if correction is not None and plan is not None:
-            prediction = correction.correct(plan[i], prediction)
+            abar_t = plan[i].abar_t
+            predicted = to_eps(prediction, model_input, abar_t, kind)
+            eps = correction.correct(plan[i], predicted)
+            prediction = with_eps(prediction, predicted, eps, abar_t, kind)
         if on_step is not None:
             on_step(i, t, model_input, prediction)
         if correction is None or plan is None:
@@ -142,97 +134,10 @@ def denoise(
             x = x - _per_sample(deduct, x) * _redraw(before, x)
         if plan[i].t_next is not None:
             x0 = getattr(output, "pred_original_sample", None)
-            step = _completed(plan[i], model_input, x0, prediction)
-            correction.observe(step, x * _to_vp(scheduler, step.abar_next), predict)
+            step = _completed(plan[i], model_input, x0, eps)
+            x_next = x * _to_vp(scheduler, step.abar_next)
+            correction.observe(step, x_next, _eps_at(predict, step.abar_t, kind))
     return x
-
-
-def plan_steps(scheduler: Any, eta: float = 0.0) -> list[StepInfo]:
-    """Levels of every step of a scheduler whose timesteps are set, for corrections.
-
-    Raises ConfigError where corrections have no meaning: predictions that are not eps, or
-    schedulers whose latents are not on a variance-preserving path (flow matching).
-    """
-    config, kind = scheduler.config, type(scheduler).__name__
-    if config.get("prediction_type", "epsilon") != "epsilon":
-        raise ConfigError(
-            f"corrections need a model that predicts eps, not {config.prediction_type!r}",
-            "set correction.inter.method to none",
-        )
-    if not hasattr(scheduler, "alphas_cumprod") or config.get("use_flow_sigmas", False):
-        raise ConfigError(f"corrections do not cover {kind}", "set correction.inter.method to none")
-    levels = _levels(scheduler)
-    if min(abar_t for abar_t, _ in levels) <= 0:
-        raise ConfigError(
-            "corrections do not cover a schedule that starts without any signal (abar = 0)",
-            "set correction.inter.method to none",
-        )
-    times = [float(t) for t in scheduler.timesteps]
-    plan = []
-    for i, (abar_t, abar_s) in enumerate(levels):
-        t_next = times[i + 1] if i + 1 < len(times) else None
-        posterior = math.sqrt(max((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s), 0.0))
-        sigma = _injected_sigma(scheduler, eta, times[i], abar_t, abar_s, posterior)
-        in_mean = posterior if kind == "DDPMScheduler" else sigma or 0.0  # DDPM eq. 7
-        c = eps_coefficient(abar_t, abar_s, in_mean)
-        plan.append(StepInfo(i, times[i], t_next, abar_t, abar_s, sigma, c))
-    return plan
-
-
-def eps_coefficient(abar_t: float, abar_s: float, sigma: float) -> float:
-    """c in x_s = sqrt(abar_s / abar_t) x_t + c eps + sigma z; DDIM (2010.02502) eq. 12."""
-    direction = math.sqrt(max(1 - abar_s - sigma**2, 0.0))
-    return direction - math.sqrt(abar_s) * math.sqrt(1 - abar_t) / math.sqrt(abar_t)
-
-
-def supports_variance_deduction(scheduler: Any, eta: float = 0.0) -> bool:
-    """Whether the size of the noise this scheduler injects is known (0 counts as known)."""
-    return _injected_sigma(scheduler, eta, 1.0, 0.5, 0.6, 0.1) is not None
-
-
-def _levels(scheduler: Any) -> list[tuple[float, float]]:
-    """(abar_t, abar_next) of every step.
-
-    In sigma schedulers these are neighbouring sigmas. DDIM arrives at t - T // steps, which is
-    the next timestep only with "leading" spacing. Else x after step i is at timesteps[i + 1];
-    that holds for the timesteps PNDM repeats, too (abar_next == abar_t in such a step); its
-    Runge-Kutta half steps are one training step off where T // steps is odd.
-    """
-    if hasattr(scheduler, "sigmas"):
-        abar = [1 / (1 + float(sigma) ** 2) for sigma in scheduler.sigmas]
-        return list(zip(abar, abar[1:], strict=False))
-    abar = scheduler.alphas_cumprod.tolist()
-    final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    times = [int(t) for t in scheduler.timesteps]
-    following = [*times[1:], -1]
-    if type(scheduler).__name__ == "DDIMScheduler":
-        stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-        following = [t - stride for t in times]
-    return [(abar[t], abar[s] if s >= 0 else final) for t, s in zip(times, following, strict=True)]
-
-
-def _injected_sigma(
-    scheduler: Any, eta: float, t: float, abar_t: float, abar_s: float, posterior: float
-) -> float | None:
-    """Standard deviation of the noise injected between t and s, None if not known.
-
-    posterior: sqrt of beta~ = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s), DDPM eq. 7.
-    """
-    kind = type(scheduler).__name__
-    if kind == "DDIMScheduler":
-        return eta * posterior
-    if kind == "DDPMScheduler":
-        fixed = {
-            "fixed_small": posterior,
-            "fixed_small_log": posterior,
-            "fixed_large": math.sqrt(1 - abar_t / abar_s),
-        }
-        return fixed.get(scheduler.config.variance_type) if t > 0 else 0.0
-    if kind == "DPMSolverMultistepScheduler":
-        return None if scheduler.config.algorithm_type.startswith("sde") else 0.0
-    if kind == "EulerDiscreteScheduler":  # s_churn = 0
-        return 0.0
-    return None if "generator" in inspect.signature(scheduler.step).parameters else 0.0
 
 
 def _prepare(
@@ -245,17 +150,8 @@ def _prepare(
     """A copy of the scheduler with its timesteps set, and the options its `step` takes."""
     if not generators:
         raise ConfigError("no samples to draw", "give at least one seed")
-    most = scheduler.config.num_train_timesteps
-    if not 1 <= steps <= most:
-        raise ConfigError(f"sampling.steps is {steps}", f"use 1 to {most}")
+    scheduler = with_timesteps(scheduler, steps, eta, device)
     takes = inspect.signature(scheduler.step).parameters
-    if eta > 0 and "eta" not in takes:
-        raise ConfigError(
-            f"{type(scheduler).__name__} has no eta (sampling.eta is {eta})",
-            "use the ddim scheduler or eta 0",
-        )
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=device)
     options: dict[str, Any] = {"eta": eta, "generator": list(generators)}
     return scheduler, {name: value for name, value in options.items() if name in takes}
 
@@ -284,11 +180,16 @@ def _redraw(states: Sequence[Tensor], x: Tensor) -> Tensor:
     return initial_noise(clones, x.shape[1:], x.dtype).to(x.device)
 
 
-def _completed(step: StepInfo, x: Tensor, x0: Tensor | None, prediction: Tensor) -> StepInfo:
+def _eps_at(predict: Predict, abar_t: float, kind: str) -> Predict:
+    """`predict` as eps, for inputs at level abar_t."""
+    return lambda x, t: to_eps(predict(x, t), x, abar_t, kind)
+
+
+def _completed(step: StepInfo, x: Tensor, x0: Tensor | None, eps: Tensor) -> StepInfo:
     """`step` with its tensors; x0~ = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t) if not given."""
     if x0 is None:
-        x0 = (x - math.sqrt(1 - step.abar_t) * prediction) / math.sqrt(step.abar_t)
-    return replace(step, x=x, x0=x0, prediction=prediction)
+        x0 = (x - math.sqrt(1 - step.abar_t) * eps) / math.sqrt(step.abar_t)
+    return replace(step, x=x, x0=x0, eps=eps)
 
 
 def _to_vp(scheduler: Any, abar: float) -> float:

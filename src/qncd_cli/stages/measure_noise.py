@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..artifacts import Artifact
+from ..artifacts import KINDS, Artifact
 from ..config import Config
+from ..errors import ConfigError
 from ..models.loading import DiffusionModel
-from ..quant.noise_correction import RuntimeCorrection, baseline_of
+from ..quant.noise_correction import Estimate, RuntimeCorrection, baseline_of
 from ..quant.noise_statistics import NoiseStatistics
+from ..sampling.levels import StepInfo, plan_steps, with_timesteps
 from ..sampling.noise import chunks, generators_for
-from ..sampling.samplers import denoise, make_scheduler
+from ..sampling.parametrization import prediction_type, to_eps
+from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
 from .assemble import Track, full_denoiser, guided_predict, quantized_denoiser
 
 
@@ -22,61 +28,15 @@ def measure_noise(
 
     Pairs (eps, eps~) are taken along the quantized model's own trajectories, where corrections
     will meet them. The run-time estimator runs on the full-precision model at every step: what
-    it reads there is the model's own error, the baseline of method.md section 3.
+    it reads there is the model's own error, the baseline of method.md section 3. Both are in eps,
+    whatever the model predicts. Where corrections have no meaning (`plan_steps`) the artifact
+    holds no timestep, and its body says why.
     """
-    sampling, calibration = config.sampling, config.calibration
+    sampling = config.sampling
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
-    full = full_denoiser(model)
-    cache = config.quantization.cache_time_embeddings
-    simulated = quantized_denoiser(model, quantized, "simulate", cache)
-    statistics = NoiseStatistics()
-    estimates = []
-    seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
-    batches = chunks(seeds, calibration.batch_size)
-    for batch in track(batches, "measuring quantization noise", len(batches)):
-        labels = model.labels(batch, sampling.classes)
-        predict_full = guided_predict(model, full, labels, sampling.guidance_scale)
-        predict_quantized = guided_predict(model, simulated, labels, sampling.guidance_scale)
-
-        def pair(index: int, t: Tensor, x: Tensor, eps_q: Tensor, full=predict_full) -> None:
-            statistics.update(t, full(x, t), eps_q)
-
-        denoise(
-            predict_quantized,
-            scheduler,
-            sampling.steps,
-            generators_for(batch),
-            model.latent_shape,
-            eta=sampling.eta,
-            on_step=pair,
-        )
-        estimator = RuntimeCorrection(
-            generators_for(batch, "baseline"),
-            target=config.correction.inter.target,
-            interval=1,
-            apply=False,
-        )
-        denoise(
-            predict_full,
-            scheduler,
-            sampling.steps,
-            generators_for(batch),
-            model.latent_shape,
-            eta=sampling.eta,
-            correction=estimator,
-        )
-        estimates += estimator.estimates
-    tensors = statistics.finish()
-    means, variances = baseline_of(estimates)
-    times = tensors["timesteps"].tolist()
-    nothing = torch.zeros(model.latent_shape[0])
-    tensors["runtime_mean"] = torch.stack([means.get(t, nothing).float() for t in times])
-    tensors["runtime_variance"] = torch.stack(
-        [variances.get(t, torch.zeros(())).float() for t in times]
-    )
-    body = {
+    body: dict[str, Any] = {
         "channels": model.latent_shape[0],
-        "steps": len(times),
+        "steps": 0,
         "sampling": {
             "scheduler": sampling.scheduler,
             "steps": sampling.steps,
@@ -85,6 +45,79 @@ def measure_noise(
         },
         "target": config.correction.inter.target,
     }
+    timed = with_timesteps(scheduler, sampling.steps, sampling.eta)
+    try:
+        plan = plan_steps(timed, sampling.eta)
+    except ConfigError as refused:
+        body["refused"] = refused.message
+        layout = KINDS["noise_stats"].layout(body)
+        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+    else:
+        tensors = _measure(config, model, quantized, scheduler, plan, track)
+        body["steps"] = len(tensors["timesteps"])
     parents = {"quantized": quantized.digest}
     digest = config.stage_digest("quantize")
     return Artifact("noise_stats", tensors, body, digest, model.digest, parents)
+
+
+def _measure(
+    config: Config,
+    model: DiffusionModel,
+    quantized: Artifact,
+    scheduler: Any,
+    plan: Sequence[StepInfo],
+    track: Track,
+) -> dict[str, Tensor]:
+    """The artifact's tensors, from the first calibration seeds."""
+    sampling, calibration = config.sampling, config.calibration
+    full = full_denoiser(model)
+    cache = config.quantization.cache_time_embeddings
+    simulated = quantized_denoiser(model, quantized, "simulate", cache)
+    statistics, kind = NoiseStatistics(), prediction_type(scheduler)
+    estimates: list[Estimate] = []
+    seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
+    batches = chunks(seeds, calibration.batch_size)
+    for batch in track(batches, "measuring quantization noise", len(batches)):
+        labels = model.labels(batch, sampling.classes)
+        predict_full = guided_predict(model, full, labels, sampling.guidance_scale)
+        predict_quantized = guided_predict(model, simulated, labels, sampling.guidance_scale)
+
+        def draw(predict: Predict, batch: list[int] = batch, **options: Any) -> None:
+            generators = generators_for(batch)
+            options["eta"] = sampling.eta
+            denoise(predict, scheduler, sampling.steps, generators, model.latent_shape, **options)
+
+        draw(predict_quantized, on_step=pair_recorder(statistics, plan, kind, predict_full))
+        estimator = RuntimeCorrection(
+            generators_for(batch, "baseline"),
+            target=config.correction.inter.target,
+            interval=1,
+            apply=False,
+        )
+        draw(predict_full, correction=estimator)
+        estimates += estimator.estimates
+    tensors = statistics.finish()
+    means, variances, slopes = baseline_of(estimates)
+    times = tensors["timesteps"].tolist()
+    unseen = torch.zeros(model.latent_shape[0]), torch.zeros(()), torch.ones(())
+    for name, table, default in zip(
+        ("mean", "variance", "slope"), (means, variances, slopes), unseen, strict=True
+    ):
+        tensors[f"runtime_{name}"] = torch.stack([table.get(t, default).float() for t in times])
+    return tensors
+
+
+def pair_recorder(
+    statistics: NoiseStatistics, plan: Sequence[StepInfo], kind: str, predict_full: Predict
+) -> OnStep:
+    """on_step that adds (eps, eps~) at the quantized trajectory's own inputs to `statistics`.
+
+    kind: what both models predict; plan: of the sampler whose steps are recorded.
+    """
+
+    def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
+        predictions = predict_full(x, t), prediction
+        eps, eps_q = (to_eps(p, x, plan[index].abar_t, kind) for p in predictions)
+        statistics.update(t, eps, eps_q)
+
+    return record

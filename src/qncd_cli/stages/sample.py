@@ -25,14 +25,12 @@ from ..config import Config, digest_of
 from ..errors import ArtifactError, ConfigError
 from ..metrics.report import contact_sheet
 from ..models.loading import DiffusionModel
-from ..quant.noise_correction import AffineCorrection, PtqdCorrection, RuntimeCorrection
+from ..quant.noise_correction import RuntimeCorrection
+from ..quant.noise_statistics import by_timestep
+from ..quant.offline_correction import AffineCorrection, PtqdCorrection
+from ..sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
 from ..sampling.noise import chunks, generators_for
-from ..sampling.samplers import (
-    Correction,
-    denoise,
-    make_scheduler,
-    supports_variance_deduction,
-)
+from ..sampling.samplers import Correction, denoise, make_scheduler
 from .assemble import (
     Denoiser,
     Track,
@@ -123,9 +121,17 @@ def run(
 
 
 def check(config: Config, model: DiffusionModel, subject: Subject, request: SampleRequest) -> None:
-    """Before anything is drawn or replaced. Raises ModelError, ConfigError."""
+    """Before anything is drawn or replaced. Raises ModelError, ConfigError.
+
+    A correction is refused where its statistics were prepared for other sampling, and where the
+    scheduler leaves it without meaning (`plan_steps`).
+    """
     model.labels(request.seeds, config.sampling.classes)
     _check_correction(config, subject)
+    if subject.kind == "quantized" and config.correction.inter.method != "none":
+        scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
+        steps, eta = config.sampling.steps, config.sampling.eta
+        plan_steps(with_timesteps(scheduler, steps, eta), eta)
 
 
 def identify(config: Config, model: DiffusionModel, subject: Subject) -> dict[str, Any]:
@@ -231,11 +237,11 @@ def make_correction(
         return PtqdCorrection(statistics, deduct_variance=deduct)
     if inter.method == "affine":
         return AffineCorrection(statistics)
-    baseline = baseline_variance = None
+    baseline = baseline_variance = baseline_slope = None
     if inter.baseline == "full_precision":
-        times = statistics["timesteps"].tolist()
-        baseline = dict(zip(times, statistics["runtime_mean"], strict=True))
-        baseline_variance = dict(zip(times, statistics["runtime_variance"], strict=True))
+        baseline = by_timestep(statistics, "runtime_mean")
+        baseline_variance = by_timestep(statistics, "runtime_variance")
+        baseline_slope = by_timestep(statistics, "runtime_slope") if inter.slope else None
     return RuntimeCorrection(
         generators_for(seeds, "correction"),
         target=inter.target,
@@ -243,6 +249,7 @@ def make_correction(
         interval=inter.interval,
         baseline=baseline,
         baseline_variance=baseline_variance,
+        baseline_slope=baseline_slope,
         deduct_variance=deduct,
     )
 
