@@ -326,6 +326,8 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "quantization.activations.observer": ("minmax", QUANTIZE),
     "quantization.activations.percentile": (99.0, QUANTIZE),
     "quantization.activations.timestep_groups": (2, BOTH),
+    "quantization.attention.bits": (6, QUANTIZE),
+    "quantization.attention.probabilities_bits": (16, QUANTIZE),
     "quantization.first_last_bits": (32, QUANTIZE),
     "quantization.first_last_observer": ("mse", QUANTIZE),
     "quantization.cache_time_embeddings": (False, QUANTIZE),

@@ -108,6 +108,23 @@ class ActivationsConfig(_Section):
         return self
 
 
+class AttentionConfig(_Section):
+    """Operands of the two matrix products of attention."""
+
+    bits: Bits = Field(8, description="of query, key and value")
+    probabilities_bits: Bits = Field(8, description="of the softmax's output; 16 as well")
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionConfig:
+        _check_bits(self.bits, "attention")
+        p_bits = self.probabilities_bits
+        if 8 < p_bits < FLOAT_BITS and p_bits != 16:
+            raise ValueError(
+                f"probabilities take 2 to 8 or 16 bits, or {FLOAT_BITS} for floating point"
+            )
+        return self
+
+
 class WeightsOverride(_Section):
     bits: Bits | None = None
 
@@ -134,6 +151,7 @@ class LayerOverride(_Section):
 class QuantizationConfig(_Section):
     weights: WeightsConfig = WeightsConfig()
     activations: ActivationsConfig = ActivationsConfig()
+    attention: AttentionConfig = AttentionConfig()
     first_last_bits: Bits = Field(8, description="weights and activations of the outer layers")
     first_last_observer: Literal["minmax", "moving_average", "percentile", "mse"] = Field(
         "minmax", description="clipping the outer layers' tails costs the most"
@@ -208,7 +226,7 @@ class Config(_Section):
         if intra == "auto":  # chosen by the error at the configured widths
             widths = self.to_dict()["quantization"]
             del widths["cache_time_embeddings"], widths["weights"]["rounding"]
-            del widths["activations"]["timestep_groups"]
+            del widths["activations"]["timestep_groups"], widths["attention"]
             inputs["widths"] = widths
         if stage == "quantize":
             inputs["quantization"] = tree["quantization"]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 FLOAT_BITS = 32
 """`bits: 32` leaves a tensor in floating point."""
+ATTENTION_OPERANDS = ("query", "key", "value")
 
 
 @dataclass(frozen=True)
