@@ -152,6 +152,12 @@ def test_messages_name_keys_that_the_user_can_write(minimal):
         ("quantization.weights.bits=99", "quantization.weights.bits"),
         ("quantization.weights.bits=16", "quantization.weights"),
         ("quantization.activations.bits=9", "quantization.activations"),
+        ("quantization.attention.bits=16", "quantization.attention"),
+        ("quantization.attention.probabilities_bits=12", "quantization.attention"),
+        (
+            "quantization.attention.probabilities_bits=1",
+            "quantization.attention.probabilities_bits",
+        ),
         ("quantization.first_last_bits=12", "quantization"),
         ("quantization.activations.percentile=50", "quantization.activations.percentile"),
         ("quantization.overrides={'a*': {weights: {bits: 16}}}", "quantization.overrides.a*"),
