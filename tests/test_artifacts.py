@@ -36,7 +36,8 @@ def smoothing(**changes) -> Artifact:
 
 
 def quantized() -> Artifact:
-    """One 4-bit convolution, one 8-bit linear layer, one layer left in floating point."""
+    """A 4-bit convolution, an 8-bit linear layer, a layer in floating point; attention modules
+    with quantized and with floating-point operands."""
     entry = {"activation_bits": 8, "smoothed": False, "bias": True, "in_channels": 3}
     layers = {
         "a": {**entry, "weight_bits": 4, "weight_shape": [2, 3, 1, 1], "smoothed": True},
@@ -65,7 +66,12 @@ def quantized() -> Artifact:
     }
     tensors = {f"{n}.{k}": v for n, parts in of_layer.items() for k, v in parts.items()}
     tensors |= {f"{name}.bias": torch.zeros(2) for name in layers}
-    return Artifact("quantized", tensors, {"layers": layers, "groups": 2}, "c" * 16, "m" * 16)
+    for operand in ("query", "key", "value"):
+        tensors[f"attn.{operand}_scale"] = torch.ones(2)
+        tensors[f"attn.{operand}_zero_point"] = torch.zeros(2, dtype=torch.int32)
+    attention = {"attn": {"bits": 8}, "softmax_only": {"bits": 32}}
+    body = {"layers": layers, "attention": attention, "groups": 2}
+    return Artifact("quantized", tensors, body, "c" * 16, "m" * 16)
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ SHARED = [
     f"stages.{s}"
     for s in (
         "assemble",
+        "attention",
         "choose_smoothing",
         "coverage",
         "layer_error",

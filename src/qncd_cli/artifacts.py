@@ -13,9 +13,9 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 
 | kind | tensors | body |
 |---|---|---|
-| calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in] | rows, latent_shape, groups, layers {name: in_channels}, timesteps |
+| calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
-| quantized | per layer .weight (codes; two 4-bit codes to a byte along the flattened input dimension, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O] | layers {name: entry}, groups, group_bounds |
+| quantized | per layer .weight (codes; two 4-bit codes to a byte along the flattened input dimension, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: entry}, attention {name: entry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope [T] | channels, steps, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 """
@@ -42,6 +42,7 @@ from torch import Tensor
 from . import __version__
 from .config import canonical_json
 from .errors import ArtifactError
+from .spec import ATTENTION_OPERANDS
 
 HISTOGRAM_BINS = 2048
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -78,12 +79,15 @@ def _calibration_layout(body: dict) -> Layout:
         "inputs.class": (torch.int64, (rows,)),
         "inputs.seed": (torch.int64, (rows,)),
     }
-    for name, in_channels in body["layers"].items():
+    observed = {f"{name}.input": channels for name, channels in body["layers"].items()}
+    for name, channels in body["attention"].items():
+        observed |= {f"{name}.{operand}": channels for operand in ATTENTION_OPERANDS}
+    for name, channels in observed.items():
         for part in ("min", "max", "moving_min", "moving_max"):
-            layout[f"{name}.input_{part}"] = (torch.float32, (groups,))
-        layout[f"{name}.input_histogram"] = (torch.int64, (groups, HISTOGRAM_BINS))
-        layout[f"{name}.input_histogram_exponent"] = (torch.int64, (groups,))
-        layout[f"{name}.input_channel_absmax"] = (torch.float32, (in_channels,))
+            layout[f"{name}_{part}"] = (torch.float32, (groups,))
+        layout[f"{name}_histogram"] = (torch.int64, (groups, HISTOGRAM_BINS))
+        layout[f"{name}_histogram_exponent"] = (torch.int64, (groups,))
+        layout[f"{name}_channel_absmax"] = (torch.float32, (channels,))
     return layout
 
 
@@ -125,6 +129,10 @@ def _quantized_layout(body: dict) -> Layout:
             layout[f"{name}.bias"] = (torch.float32, (out,))
         if entry["bias_corrected"]:
             layout[f"{name}.bias_correction"] = (torch.float32, (groups, out))
+    for name, entry in body["attention"].items():
+        for operand in ATTENTION_OPERANDS if entry["bits"] != 32 else ():
+            layout[f"{name}.{operand}_scale"] = (torch.float32, (groups,))
+            layout[f"{name}.{operand}_zero_point"] = (torch.int32, (groups,))
     return layout
 
 
@@ -157,7 +165,7 @@ class _Kind:
 
 
 KINDS: dict[str, _Kind] = {
-    "calibration": _Kind(1, _calibration_layout, "qncd calibrate"),
+    "calibration": _Kind(2, _calibration_layout, "qncd calibrate"),
     "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate"),
     "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
     "noise_stats": _Kind(1, _noise_stats_layout, "qncd quantize"),

@@ -108,6 +108,23 @@ class ActivationsConfig(_Section):
         return self
 
 
+class AttentionConfig(_Section):
+    """Operands of the two matrix products of attention."""
+
+    bits: Bits = Field(8, description="of query, key and value")
+    probabilities_bits: Bits = Field(8, description="of the softmax's output; 16 as well")
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionConfig:
+        _check_bits(self.bits, "attention")
+        p_bits = self.probabilities_bits
+        if 8 < p_bits < FLOAT_BITS and p_bits != 16:
+            raise ValueError(
+                f"probabilities take 2 to 8 or 16 bits, or {FLOAT_BITS} for floating point"
+            )
+        return self
+
+
 class WeightsOverride(_Section):
     bits: Bits | None = None
 
@@ -135,6 +152,7 @@ class LayerOverride(_Section):
 class QuantizationConfig(_Section):
     weights: WeightsConfig = WeightsConfig()
     activations: ActivationsConfig = ActivationsConfig()
+    attention: AttentionConfig = AttentionConfig()
     first_last_bits: Bits = Field(8, description="weights of the outer layers")
     first_last_activation_bits: Bits = Field(
         16, description="their activations; above 8 bits in two passes of 8-bit kernels"
@@ -225,8 +243,10 @@ class Config(_Section):
             inputs["smoothing_strength"] = tree["correction"]["smoothing_strength"]
         if intra == "auto":  # chosen by the error at the configured widths
             widths = self.to_dict()["quantization"]
-            del widths["cache_time_embeddings"]
+            del widths["cache_time_embeddings"], widths["attention"]
             del widths["activations"]["timestep_groups"]
+            rounding = widths["weights"].pop("rounding")
+            widths["weights"]["nearest"] = rounding == "nearest"
             inputs["widths"] = widths
         if stage == "quantize":
             inputs["quantization"] = tree["quantization"]

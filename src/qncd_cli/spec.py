@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 FLOAT_BITS = 32
 """`bits: 32` leaves a tensor in floating point."""
+ATTENTION_OPERANDS = ("query", "key", "value")
 
 MAX_ACTIVATION_BITS = 16
 """Above 8 bits a layer's input is two bytes, and the layer two passes of an 8-bit kernel."""

@@ -507,6 +507,33 @@ def test_ranges_per_timestep_group_are_prepared_and_used(tmp_path, tiny_model):
     assert set(scales.tolist()) <= seen
 
 
+def test_attention_products_are_quantized_as_configured(tmp_path, tiny_model):
+    work = Qncd(tmp_path)
+    work.write_config(quick_config(tiny_model))
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1"
+
+    def made(name: str, bits: int) -> tuple[set[str], dict]:
+        keys = ("attention.bits", "attention.probabilities_bits")
+        options = [o for key in keys for o in ("--set", f"quantization.{key}={bits}")]
+        assert work("quantize", *options, "--json").data["skipped"] is False
+        work("sample", "--num", "2", "--inter", "none", "--name", name)
+        coverage = json.loads((work.folder / RUN / "coverage.json").read_text())
+        rows = {row["name"]: row for row in coverage["layers"]}
+        return set(stored(work, "quantized.safetensors")), rows[f"{attention}.query_key"]
+
+    calibrate = ("calibrate", "--config", "tiny.yaml")
+    work(*calibrate)
+    operands = {f"{attention}.{operand}_scale" for operand in ("query", "key", "value")}
+    tensors, row = made("eight", 8)
+    assert operands <= tensors
+    assert (row["weight_bits"], row["activation_bits"], row["integer"]) == (8, 8, True)
+    tensors, row = made("float", 32)
+    assert not operands & tensors
+    assert (row["weight_bits"], row["integer"], row["why_not_integer"]) == (32, False, "configured")
+    assert work(*calibrate, "--json").data["skipped"] is True
+    assert 0 < relative(latents(work, "eight"), latents(work, "float")) < 0.1
+
+
 # ---- folding ------------------------------------------------------------------------------------
 
 
@@ -540,6 +567,7 @@ def test_without_rounding_folded_smoothing_is_invisible(tmp_path, wide_model, in
         correction__intra=intra,
         quantization__weights__bits=32,
         quantization__activations__bits=32,
+        quantization__attention={"bits": 32, "probabilities_bits": 32},
     )
     factors = stored(work, "smoothing.safetensors")
     assert len(factors) == (8 if intra == "embedding" else 0)

@@ -1,11 +1,19 @@
+import copy
+
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import nn
 
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import (
+    AttentionSite,
+    attention_sites,
+    capture_attention,
     capture_inputs,
     count_macs,
+    float_attention,
     is_conditioning_layer,
     is_outer_layer,
     smoothing_sites,
@@ -113,6 +121,45 @@ def test_step_embeddings_are_what_the_blocks_add(model):
         expected = unet.get_submodule(site.projection)(torch.nn.functional.silu(temb))
     assert found.shape == (3, expected.shape[1])
     assert torch.allclose(found[1], expected[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("plain", [AttnProcessor, AttnProcessor2_0])
+def test_captured_operands_are_what_the_products_multiply(plain):
+    torch.manual_seed(0)
+    norm = {"qk_norm": "layer_norm", "elementwise_affine": False}
+    attn = Attention(8, heads=2, dim_head=4, bias=True, processor=plain(), **norm).eval()
+    denoiser = nn.ModuleDict({"a": attn})
+    sites = attention_sites(denoiser)
+    assert sites == [AttentionSite("a", 8, 0.5, plain is AttnProcessor2_0)]
+    seen, x = {}, torch.randn(2, 5, 8)
+    with torch.no_grad(), capture_attention(denoiser, sites, seen.__setitem__):
+        expected = attn(x)
+    assert set(seen) == {"a.query", "a.key", "a.value"}
+    q, k, v = (
+        seen[f"a.{n}"].unflatten(2, (2, 4)).transpose(1, 2) for n in ("query", "key", "value")
+    )
+    with torch.no_grad():
+        y = nn.functional.scaled_dot_product_attention(q, k, v)
+        y = attn.to_out[0](y.transpose(1, 2).flatten(2))
+        assert torch.allclose(y, expected, atol=1e-6)
+        seen.clear()
+        attn(x)
+    assert not seen
+
+
+def test_attention_of_another_kind_is_named_with_its_processor(model):
+    class Other(AttnProcessor2_0):
+        pass
+
+    denoiser = copy.deepcopy(model.denoiser)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    sites = attention_sites(denoiser)
+    assert float_attention(denoiser) == {}
+    denoiser.get_submodule(name).set_processor(Other())
+    assert [s for s in sites if s.name != name] == attention_sites(denoiser)
+    assert len(attention_sites(denoiser)) == len(sites) - 1
+    assert list(float_attention(denoiser)) == [name]
+    assert "Other" in float_attention(denoiser)[name]
 
 
 def test_hooks_are_gone_after_an_error(model):

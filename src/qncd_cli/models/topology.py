@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..spec import ATTENTION_OPERANDS
 
 _TIME_LAYERS = re.compile(r"(^|\.)(time_embedding|timestep_embedder)\.linear_[12]$")
 _TIME_PROJECTIONS = re.compile(r"(^|\.)time_emb_proj$")
@@ -39,6 +40,20 @@ class SmoothingSite:
     kind: str
     part: int
     parts: int
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """An attention module with one of diffusers' two plain processors.
+
+    channels: of q, k and v, all heads together; scale: of the scores; qk_norm: whether its
+    processor applies the module's norm_q and norm_k (AttnProcessor does not).
+    """
+
+    name: str
+    channels: int
+    scale: float
+    qk_norm: bool
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,36 @@ def skip_boundaries(denoiser: nn.Module) -> dict[str, int]:
     return found
 
 
+def attention_sites(denoiser: nn.Module) -> list[AttentionSite]:
+    """Attention modules whose matrix products can be quantized, in the order of the modules."""
+    sites = []
+    for name, module in denoiser.named_modules():
+        if not isinstance(module, Attention) or _why_not(module):
+            continue
+        plain = type(module.processor) is AttnProcessor
+        # AttnProcessor2_0 has 1 / sqrt(d) whatever the module says
+        scale = module.scale if plain else (module.inner_dim // module.heads) ** -0.5
+        sites.append(AttentionSite(name, module.inner_dim, scale, not plain))
+    return sites
+
+
+def float_attention(denoiser: nn.Module) -> dict[str, str]:
+    """Attention modules whose products stay in floating point, each with the reason."""
+    return {
+        name: _why_not(module)
+        for name, module in denoiser.named_modules()
+        if isinstance(module, Attention) and _why_not(module)
+    }
+
+
+def _why_not(attention: Attention) -> str:
+    """Why the products of an attention module cannot be quantized; empty if they can."""
+    kind = type(attention.processor)
+    if kind in (AttnProcessor, AttnProcessor2_0):
+        return ""
+    return f"attention processor {kind.__name__} is not one that can be quantized"
+
+
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put module at a dotted name below root."""
     parent, _, leaf = name.rpartition(".")
@@ -147,6 +192,32 @@ def capture_inputs(
                 receive(name, args[0])
 
             handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def capture_attention(
+    denoiser: nn.Module, sites: list[AttentionSite], receive: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Within the block, receive(`<module>.query` or .key or .value, [N, L, channels]) runs
+    before the products of each site do, behind norm_q and norm_k where these apply."""
+    handles = []
+    try:
+        for site in sites:
+            module = denoiser.get_submodule(site.name)
+            for operand in ATTENTION_OPERANDS:
+
+                def hook(module, args, output, name=f"{site.name}.{operand}"):
+                    if output.ndim == 4:  # behind a norm: [N, heads, L, d]
+                        output = output.transpose(1, 2).flatten(2)
+                    receive(name, output)
+
+                last = getattr(module, f"norm_{operand[0]}", None) if site.qk_norm else None
+                last = getattr(module, f"to_{operand[0]}") if last is None else last
+                handles.append(last.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:

@@ -20,6 +20,7 @@ from ..models.topology import (
 )
 from ..quant.layers import CachedTimestepLayer, QuantizedLayer, StepState
 from ..sampling.guidance import guided
+from .attention import install_attention
 
 T = TypeVar("T")
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -129,6 +130,7 @@ def quantized_denoiser(
             layer, tensors, entry["weight_bits"], entry["activation_bits"], step, compute
         )
         replace_module(module, name, quantized)
+    install_attention(module, artifact, step)
     if cache_time_embeddings:
         for name in sorted(time_layers(model.denoiser)):
             replace_module(module, name, CachedTimestepLayer(layers[name], step))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..artifacts import Artifact, seal
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import capture_inputs
+from ..models.topology import attention_sites, capture_attention, capture_inputs
 from ..quant.observers import RangeObserver
 from ..quant.smoothing import smooth
 from ..sampling.noise import chunks, generators_for
@@ -24,7 +24,12 @@ from .assemble import (
     no_progress,
     timestep_group,
 )
+<<<<<<< HEAD
 from .choose_smoothing import Factors, choose_factors
+=======
+from .attention import operand_observers
+from .choose_smoothing import choose_factors
+>>>>>>> h-attn
 from .plan import plan_layers
 
 
@@ -61,11 +66,22 @@ def run(
             x = smooth(x, factor.factor, observers[name].channel_axis, factor.shift)
         observers[name].update(x, timestep_group(denoiser.step.timestep, bounds))
 
-    with capture_inputs(model.denoiser, list(observers), observe):
+    sites = attention_sites(model.denoiser)
+    operands = operand_observers(sites, len(bounds) + 1)
+
+    def observe_operand(name: str, x: Tensor) -> None:
+        operands[name].update(x, timestep_group(denoiser.step.timestep, bounds))
+
+    with (
+        capture_inputs(model.denoiser, list(observers), observe),
+        capture_attention(model.denoiser, sites, observe_operand),
+    ):
         rows = _collect_rows(config, model, denoiser, track)
     tensors = {f"inputs.{name}": value for name, value in rows.items()}
     for name, observer in observers.items():
         tensors |= {f"{name}.input_{part}": v for part, v in observer.state().items()}
+    for name, observer in operands.items():
+        tensors |= {f"{name}_{part}": v for part, v in observer.state().items()}
     body = {
         "rows": len(rows["seed"]),
         "latent_shape": list(model.latent_shape),
@@ -73,6 +89,7 @@ def run(
         "group_bounds": list(bounds),
         "timesteps": timesteps,
         "layers": {name: len(o.channel_absmax) for name, o in observers.items()},
+        "attention": {site.name: site.channels for site in sites},
     }
     parents = {"smoothing": smoothing.digest}
     return seal(Artifact("calibration", tensors, body, digest, model.digest, parents)), smoothing

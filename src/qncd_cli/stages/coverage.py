@@ -9,9 +9,15 @@ import torch
 from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
+<<<<<<< HEAD
 from ..models.topology import LayerCost, count_macs, time_layers
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS
+=======
+from ..models.topology import LayerCost, count_macs, float_attention, time_layers
+from ..spec import FLOAT_BITS
+>>>>>>> h-attn
 from .assemble import full_denoiser
+from .attention import product_entries
 
 
 def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict[str, Any]:
@@ -24,7 +30,14 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
     entries = quantized.body["layers"]
     cached = config.quantization.cache_time_embeddings
     timed = time_layers(model.denoiser)
-    rows = [_coverage_row(c, entries.get(c.name), c.name in timed, cached) for c in costs]
+    known = {**entries, **product_entries(quantized)}
+    reasons = float_attention(model.denoiser)
+    rows = [
+        _coverage_row(
+            c, known.get(c.name), c.name in timed, cached, reasons.get(c.name.rpartition(".")[0])
+        )
+        for c in costs
+    ]
     total = sum(cost.macs for cost in costs)
     integer = sum(r["macs"] for r in rows if r["integer"])
     per_precision: dict[str, float] = {}
@@ -49,14 +62,14 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
 
 
 def _coverage_row(
-    cost: LayerCost, entry: dict[str, Any] | None, timed: bool, cached: bool
+    cost: LayerCost, entry: dict[str, Any] | None, timed: bool, cached: bool, reason: str | None
 ) -> dict[str, Any]:
     weight_bits = entry["weight_bits"] if entry else FLOAT_BITS
     activation_bits = entry["activation_bits"] if entry else FLOAT_BITS
     integer = weight_bits <= 8 and activation_bits <= MAX_ACTIVATION_BITS
     why = ""
-    if cost.kind == "matmul":
-        why = "attention product: not quantized by this version"
+    if cost.kind == "matmul" and reason:
+        why = reason
     elif timed and entry is None:
         why = "depends on the timestep alone: full precision"
         why += ", evaluated once per sampler step" if cached else ""

@@ -21,7 +21,11 @@ from ..quant.rounding import hessian_error, round_gptq, round_nearest
 from ..quant.smoothing import SmoothingFactor, fold, shifted_bias, smooth
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .assemble import Track, full_denoiser, guided_predict, no_progress, timestep_group
+<<<<<<< HEAD
 from .choose_smoothing import Factors, factors_of
+=======
+from .attention import quantize_attention
+>>>>>>> h-attn
 from .coverage import coverage
 from .measure_noise import measure_noise
 from .plan import LayerPlan, plan_layers
@@ -66,11 +70,13 @@ def run(
         layer_tensors, entry = quantize_layer(plan, qparams[plan.name], factor, hessian)
         tensors |= {f"{plan.name}.{key}": value for key, value in layer_tensors.items()}
         entries[plan.name] = entry
+    attention_tensors, attention_entries = quantize_attention(config, calibration)
     unsealed = Artifact(
         "quantized",
-        tensors,
+        tensors | attention_tensors,
         {
             "layers": entries,
+            "attention": attention_entries,
             "groups": calibration.body["groups"],
             "group_bounds": calibration.body["group_bounds"],
             "cache_time_embeddings": config.quantization.cache_time_embeddings,

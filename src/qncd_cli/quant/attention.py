@@ -1,0 +1,141 @@
+"""Attention whose two matrix products take quantized operands, as 8-bit integer kernels do.
+
+Per head (Vaswani et al. 2017, eq. 1): p = softmax(scale * q k^T + mask), output = p v.
+q, k, v are quantized per tensor, with ranges per timestep group; p lies in [0, 1], so its range
+is fixed and its zero-point is 0. The softmax and the scale stay in float32, outside of the
+integers. With a single key p is exactly 1, which every width represents.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
+from .affine import QParams, choose_qparams, fake_quantize
+from .layers import StepState
+
+
+def probabilities_qparams(bits: int) -> QParams:
+    """scale 1 / (2^bits - 1), zero_point 0 (both []): 1 is the largest code."""
+    return choose_qparams(torch.zeros(()), torch.ones(()), activation_spec(bits))
+
+
+class QuantizedAttnProcessor(nn.Module):
+    """Takes the place of diffusers' AttnProcessor or AttnProcessor2_0 in one Attention module.
+
+    Buffers, absent where bits is 32: query_scale, query_zero_point, key_..., value_..., all [G].
+    bits: of q, k and v; probabilities_bits: of p. scale: of the scores; qk_norm: whether the
+    module's norm_q and norm_k apply (AttnProcessor leaves them out).
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        bits: int,
+        probabilities_bits: int,
+        step: StepState,
+        scale: float,
+        qk_norm: bool,
+    ):
+        super().__init__()
+        self.bits = bits
+        self.probabilities_bits = probabilities_bits
+        self.step = step
+        self.scale = scale
+        self.qk_norm = qk_norm
+        for operand in ATTENTION_OPERANDS if bits != FLOAT_BITS else ():
+            for part in ("scale", "zero_point"):
+                self.register_buffer(f"{operand}_{part}", tensors[f"{operand}_{part}"])
+
+    # diffusers reads from this signature which arguments to pass; forward would hide it
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """attn: the Attention module. hidden_states: [N, L, C] or [N, C, H, W], returned alike.
+
+        encoder_hidden_states: [N, K, C'], for cross-attention; attention_mask: [N, 1 or L, K],
+        added to the scores, or boolean with True where attention is allowed.
+        """
+        x = hidden_states
+        if attn.spatial_norm is not None:
+            x = attn.spatial_norm(x, temb)
+        image_shape = x.shape if x.ndim == 4 else None
+        if image_shape is not None:
+            x = x.flatten(2).transpose(1, 2)  # [N, H * W, C]
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        context = x
+        if encoder_hidden_states is not None:
+            context = encoder_hidden_states
+            if attn.norm_cross is not None:
+                context = attn.norm_encoder_hidden_states(context)
+        query, key, value = self._heads(attn, x, context)
+        mask = _mask_per_head(attn, attention_mask, len(context), context.shape[1])
+        y = self.products(query.float(), key.float(), value.float(), mask).to(query.dtype)
+        y = y.transpose(1, 2).flatten(2)  # [N, L, heads * d]
+        for layer in attn.to_out:
+            y = layer(y)
+        if image_shape is not None:
+            y = y.transpose(1, 2).reshape(len(y), -1, *image_shape[2:])
+        if attn.residual_connection:
+            y = y + hidden_states
+        return y / attn.rescale_output_factor
+
+    def _heads(self, attn: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [N, heads, L, d], k and v [N, heads, K, d]."""
+        query, key, value = (
+            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for projected in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
+        )
+        if self.qk_norm and attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if self.qk_norm and attn.norm_k is not None:
+            key = attn.norm_k(key)
+        return query, key, value
+
+    def products(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """query [N, heads, L, d], key and value [N, heads, K, d], float32 -> [N, heads, L, d].
+
+        The operands of both products are the values (q - zero_point) * scale that integer
+        kernels multiply.
+        """
+        scores = self._quantized(query, "query") @ self._quantized(key, "key").transpose(-1, -2)
+        scores = scores * self.scale
+        if mask is not None and mask.dtype == torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        elif mask is not None:
+            scores = scores + mask
+        probabilities = scores.softmax(-1)
+        if self.probabilities_bits != FLOAT_BITS:
+            qparams = probabilities_qparams(self.probabilities_bits)
+            spec = activation_spec(self.probabilities_bits)
+            probabilities = fake_quantize(probabilities, qparams, spec)
+        return probabilities @ self._quantized(value, "value")
+
+    def operand_qparams(self, operand: str) -> QParams:
+        """Of the query, key or value, at the current timestep group."""
+        group = self.step.group
+        scale = self.get_buffer(f"{operand}_scale")
+        return QParams(scale[group], self.get_buffer(f"{operand}_zero_point")[group])
+
+    def _quantized(self, x: Tensor, operand: str) -> Tensor:
+        if self.bits == FLOAT_BITS:
+            return x
+        return fake_quantize(x, self.operand_qparams(operand), activation_spec(self.bits))
+
+    def extra_repr(self) -> str:
+        return f"qkv {self.bits} bits, probabilities {self.probabilities_bits} bits"
+
+
+def _mask_per_head(attn: Any, mask: Tensor | None, rows: int, keys: int) -> Tensor | None:
+    """[N, 1 or L, K] -> [N, heads, 1 or L, K], as diffusers prepares it."""
+    mask = attn.prepare_attention_mask(mask, keys, rows)
+    return None if mask is None else mask.reshape(rows, attn.heads, -1, mask.shape[-1])

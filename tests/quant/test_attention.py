@@ -1,0 +1,245 @@
+"""Quantized attention against diffusers' processors and against integers multiplied as integers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from torch import Tensor
+
+from qncd_cli.models.topology import attention_sites
+from qncd_cli.quant.affine import choose_qparams, quantize
+from qncd_cli.quant.attention import QuantizedAttnProcessor, probabilities_qparams
+from qncd_cli.quant.layers import StepState
+from qncd_cli.spec import activation_spec
+
+TOPS = {"query": 2.0, "key": 1.5, "value": 3.0}
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def processor(bits=8, p_bits=8, groups=1, scale=0.5, qk_norm=True):
+    """Ranges [-top / 2, top] * 2^g in timestep group g; no ranges where bits is 32."""
+    tensors = {}
+    for name, top in TOPS.items() if bits != 32 else ():
+        tops = top * 2.0 ** torch.arange(groups)
+        qparams = choose_qparams(-tops / 2, tops, activation_spec(bits))
+        tensors[f"{name}_scale"], tensors[f"{name}_zero_point"] = qparams
+    step = StepState()
+    return QuantizedAttnProcessor(tensors, bits, p_bits, step, scale, qk_norm), step
+
+
+def install(denoiser, bits, p_bits) -> int:
+    sites = attention_sites(denoiser)
+    for site in sites:
+        made, _ = processor(bits, p_bits, scale=site.scale, qk_norm=site.qk_norm)
+        denoiser.get_submodule(site.name).set_processor(made)
+    return len(sites)
+
+
+# ---- against diffusers --------------------------------------------------------------------------
+
+
+def class_conditional_unet():
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    context = randn(2, 3, 8, seed=1)
+    return unet, lambda: unet(
+        randn(2, 3, 4, 4), 7, encoder_hidden_states=context, encoder_attention_mask=mask
+    )
+
+
+def pixel_unet():
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    return unet, lambda: unet(randn(2, 3, 8, 8), 7)
+
+
+def transformer():
+    dit = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=4,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        sample_size=4,
+        patch_size=1,
+        num_embeds_ada_norm=5,
+    )
+    labels = torch.tensor([1, 4])
+    return dit, lambda: dit(randn(2, 3, 4, 4), torch.tensor([7, 7]), class_labels=labels)
+
+
+@pytest.mark.parametrize("plain", [AttnProcessor, AttnProcessor2_0])
+@pytest.mark.parametrize("make", [class_conditional_unet, pixel_unet, transformer])
+def test_without_quantization_it_is_diffusers_attention(make, plain):
+    torch.manual_seed(0)
+    denoiser, call = make()
+    denoiser.eval()
+    modules = [m for m in denoiser.modules() if isinstance(m, Attention)]
+    for module in modules:
+        module.set_processor(plain())
+    with torch.no_grad():
+        expected = call().sample
+        assert install(denoiser, 32, 32) == len(modules) > 0
+        assert (call().sample - expected).norm() <= 1e-6 * expected.norm()
+        for module in modules:
+            module.set_processor(plain())
+        install(denoiser, 4, 4)
+        assert (call().sample - expected).norm() > 1e-4 * expected.norm()
+
+
+OPTIONS = [
+    {},
+    {"qk_norm": "layer_norm"},
+    {"scale_qk": False},
+    {"residual_connection": True, "rescale_output_factor": 1.7},
+    {"norm_num_groups": 2},
+    {"cross_attention_dim": 6, "cross_attention_norm": "layer_norm"},
+]
+
+
+@pytest.mark.parametrize("plain", [AttnProcessor, AttnProcessor2_0])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: next(iter(o), "plain"))
+def test_options_of_the_module_mean_the_same(options, plain):
+    torch.manual_seed(0)
+    attn = Attention(8, heads=2, dim_head=4, processor=plain(), **options).eval()
+    x, context = randn(2, 5, 8), None
+    if "cross_attention_dim" in options:
+        context = randn(2, 3, 6, seed=1)
+    with torch.no_grad():
+        expected = attn(x, context)
+        site = attention_sites(torch.nn.ModuleDict({"a": attn}))[0]
+        attn.set_processor(processor(32, 32, scale=site.scale, qk_norm=site.qk_norm)[0])
+        assert (attn(x, context) - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", ["added", "boolean"])
+def test_a_mask_hides_keys_as_in_diffusers(kind):
+    torch.manual_seed(0)
+    attn = Attention(8, heads=2, dim_head=4).eval()
+    x = randn(2, 5, 8)
+    seen = torch.tensor([[True] * 5, [True, True, False, False, True]])[:, None]
+    mask = seen if kind == "boolean" else (~seen).float() * -10000.0
+    with torch.no_grad():
+        expected = attn(x, attention_mask=mask)
+        attn.set_processor(processor(32, 32, scale=attn.scale)[0])
+        assert torch.allclose(attn(x, attention_mask=mask), expected, atol=1e-6)
+        attn.set_processor(processor(scale=attn.scale)[0])
+        hidden = attn(x, attention_mask=mask)[1, :2]
+        changed = x.clone()
+        changed[1, 2:4] += 1.0  # their own queries change, but nobody reads their keys and values
+        assert torch.equal(attn(changed, attention_mask=mask)[1, :2], hidden)
+
+
+# ---- against integers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "p_bits"), [(8, 8), (8, 16), (4, 6), (6, 3)])
+def test_both_products_are_what_integer_kernels_compute(bits, p_bits):
+    query, key, value = (2 * randn(2, 3, 7, 4, seed=i) for i in range(3))
+    made, _ = processor(bits, p_bits)
+    assert (query.abs() > 2).any(), "some values must be clipped"
+    spec, p_spec = activation_spec(bits), activation_spec(p_bits)
+    integers, scales = {}, {}
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        qparams = made.operand_qparams(name)
+        codes = quantize(x, qparams, spec)
+        assert codes.min() >= 0 and codes.max() <= 2**bits - 1
+        integers[name] = codes - qparams.zero_point
+        scales[name] = qparams.scale
+    total = integers["query"] @ integers["key"].transpose(-1, -2)
+    assert total.dtype == torch.int32
+    scores = total.double() * scales["query"].double() * scales["key"].double() * made.scale
+    codes = torch.round(scores.softmax(-1) * (2**p_bits - 1)).to(torch.int64)
+    computed = quantize(scores.float().softmax(-1), probabilities_qparams(p_bits), p_spec)
+    assert torch.equal(computed.long(), codes)
+    total = codes @ integers["value"].long()
+    expected = total.double() * scales["value"].double() / (2**p_bits - 1)
+    found = made.products(query, key, value, None)
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8, 16])
+def test_probabilities_take_the_whole_range_of_codes_and_no_more(bits):
+    p = torch.tensor([0.0, 1e-9, 0.5, 1.0, 1.0 + 1e-7])
+    qparams, spec = probabilities_qparams(bits), activation_spec(bits)
+    assert qparams.zero_point == 0
+    assert qparams.scale == pytest.approx(1 / (2**bits - 1), rel=1e-6)
+    codes = quantize(p, qparams, spec)
+    assert codes[0] == codes[1] == 0
+    assert codes[-2] == codes[-1] == 2**bits - 1
+    assert math.isclose(float(codes[-1] * qparams.scale), 1.0, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize(("bits", "p_bits"), [(32, 8), (8, 32)])
+def test_either_half_can_stay_in_floating_point(bits, p_bits):
+    query, key, value = (0.2 * randn(1, 2, 6, 4, seed=i) for i in range(3))  # nothing is clipped
+    exact = processor(32, 32)[0].products(query, key, value, None)
+    both = processor()[0].products(query, key, value, None)
+    half = processor(bits, p_bits)[0].products(query, key, value, None)
+    assert not torch.equal(half, exact) and not torch.equal(half, both)
+    assert 0 < (half - exact).norm() < 0.05 * exact.norm()
+
+
+def test_attention_to_a_single_key_is_the_quantized_value():
+    """Of the class token: the softmax over one key is exactly 1."""
+    query, key, value = randn(2, 2, 5, 4), randn(2, 2, 1, 4, seed=1), randn(2, 2, 1, 4, seed=2)
+    made, _ = processor(bits=8, p_bits=2)
+    spec, qparams = activation_spec(8), made.operand_qparams("value")
+    expected = (quantize(value, qparams, spec) - qparams.zero_point) * qparams.scale
+    assert torch.allclose(made.products(query, key, value, None), expected.expand(query.shape))
+
+
+# ---- state --------------------------------------------------------------------------------------
+
+
+def test_ranges_follow_the_timestep_group():
+    query, key = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 1, 4)
+    value = torch.full((1, 1, 1, 4), 5.0)  # clipped at 3 in group 0, at 6 in group 1
+    made, step = processor(groups=2)
+    narrow = made.products(query, key, value, None)
+    step.group = 1
+    wide = made.products(query, key, value, None)
+    assert narrow.max() == pytest.approx(3.0, abs=0.02)
+    assert wide.max() == pytest.approx(5.0, abs=0.02)
+
+
+def test_output_has_the_input_dtype_and_shape():
+    attn = Attention(8, heads=2, dim_head=4, norm_num_groups=2).to(torch.bfloat16).eval()
+    attn.set_processor(processor()[0])
+    x = randn(2, 8, 3, 5).to(torch.bfloat16)
+    found = attn(x)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == x.shape
+
+
+def test_ranges_move_with_the_module():
+    attn = Attention(8, heads=2, dim_head=4)
+    attn.set_processor(processor(groups=2)[0])
+    attn.to("meta")
+    assert {b.device.type for b in attn.processor.buffers()} == {"meta"}
+    assert len(list(attn.processor.buffers())) == 6
