@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ SWITCH = "QNCD_DISABLE_INT8"
 """Environment variable; 1 makes the backend unavailable."""
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 # What the operators are told about their output: float32, unscaled, nothing applied afterwards.
-FLOAT_OUTPUT = (1.0, 0, torch.float32, "none", [], "")
+FLOAT_OUTPUT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
 
 
 # ------------------------------------------------------------------ one layer
@@ -81,6 +82,7 @@ def why_not(layer: QuantizedLayer) -> str:
 
 def _geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
     """stride, padding, dilation, groups."""
+    assert not isinstance(layer.padding, str)  # why_not has refused it
     return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
 
 
