@@ -2,34 +2,73 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..quant.layers import QuantizedLayer
+from . import int8
 from .reference import simulate
 
 
 @dataclass(frozen=True)
 class Backend:
-    """compute: (layer, x) -> output; remark: what a user should know before choosing it."""
+    """compute: (layer, x) -> output; remark: what a user should know before choosing it.
+
+    why_unavailable: why it cannot be used for a model on this device, empty where it can;
+    why_not: why one layer is simulated instead, empty where it is not.
+    """
 
     name: str
     compute: Callable[[QuantizedLayer, Tensor], Tensor]
     remark: str
+    why_unavailable: Callable[[torch.device], str] = lambda device: ""
+    why_not: Callable[[QuantizedLayer], str] = lambda layer: ""
 
 
+AUTO = "auto"
 BACKENDS = {
+    "int8": Backend(
+        "int8",
+        int8.compute,
+        "integer kernels of oneDNN on the CPU",
+        int8.why_unavailable,
+        int8.why_not,
+    ),
     "simulate": Backend(
         "simulate", simulate, "fake quantization in float32, slower than full precision"
     ),
 }
+"""The fastest first: auto takes the first that is available."""
 
 
-def get_backend(name: str) -> Backend:
-    """Raises BackendUnavailable that lists the known names."""
+def get_backend(name: str, device: str | torch.device = "cpu") -> Backend:
+    """The backend of that name, or with auto the fastest for a model on this device.
+
+    Raises BackendUnavailable that lists the known names, or says why it cannot be used here.
+    """
+    device = torch.device(device)
+    if name == AUTO:
+        return _fastest(device)
     if name not in BACKENDS:
-        raise BackendUnavailable(f"no backend {name}", f"known: {', '.join(BACKENDS)}")
+        raise BackendUnavailable(f"no backend {name}", f"known: {AUTO}, {', '.join(BACKENDS)}")
+    why = BACKENDS[name].why_unavailable(device)
+    if why:
+        raise BackendUnavailable(f"backend {name}: {why}", f"use --backend {AUTO}")
     return BACKENDS[name]
+
+
+def _fastest(device: torch.device) -> Backend:
+    """Its remark also says why the faster ones were passed over."""
+    passed_over = []
+    for backend in BACKENDS.values():
+        why = backend.why_unavailable(device)
+        if not why:
+            break
+        passed_over.append(f"{backend.name}: {why}")
+    remark = "; ".join([backend.remark, *passed_over])
+    return dataclasses.replace(backend, remark=remark)

@@ -31,6 +31,7 @@ class SampleOptions:
     guidance: float | None = None
     inter: str | None = None
     full_precision: bool = False
+    backend: str = "auto"
     name: str | None = None
     overrides: tuple[str, ...] = ()
     run_dir: str | None = None
@@ -225,8 +226,8 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if quantized is None or noise_stats is None:
         subject = stage.full_precision(model)
     else:
-        subject = stage.quantized(model, quantized, noise_stats)
-        console.note("backend simulate: fake quantization in float32, slower than full precision")
+        subject = stage.quantized(model, quantized, noise_stats, options.backend)
+        _note_backend(console, subject)
     folder = run.samples(options.name or subject.kind)
     request = stage.SampleRequest(
         folder, config.sampling.seed, options.num or DEFAULT_NUM, options.batch_size
@@ -247,6 +248,13 @@ def sample(console: Console, options: SampleOptions) -> Path:
     return folder
 
 
+def _note_backend(console: Console, subject: Any) -> None:
+    console.note(f"backend {subject.backend.name}: {subject.backend.remark}")
+    fallbacks = subject.fallbacks()
+    for name, why in list(fallbacks.items())[:1]:
+        console.note(f"{len(fallbacks)} layers are simulated in float32 (first: {name}: {why})")
+
+
 # ------------------------------------------------------------------ all four
 
 
@@ -265,7 +273,7 @@ def run_all(
     run = calibrate(quiet, config_name, overrides, run_dir, device, force=force)
     where = str(run.path)
     quantize(quiet, (), where, device, force=force)
-    drawing = {k: options[k] for k in ("steps", "num", "seed", "classes", "batch_size")}
+    drawing = {k: options[k] for k in ("steps", "num", "seed", "classes", "batch_size", "backend")}
     if drawing["num"] is None:
         drawing["num"] = load_config(str(run.config)).evaluation.num_samples
     sample(quiet, SampleOptions(**drawing, run_dir=where, device=device, force=force))

@@ -101,6 +101,13 @@ def _sampling(command: Command) -> Command:
         click.option(
             "--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N"
         ),
+        click.option(
+            "--backend",
+            type=click.Choice(["auto", "int8", "simulate"]),
+            default="auto",
+            show_default=True,
+            help="What computes quantized layers; auto: int8 where the CPU can, else simulate.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

@@ -107,10 +107,10 @@ def quantized_denoiser(
     """The denoiser of the artifact: quantized layers from it, everything else from the model.
 
     The model's own denoiser stays as it is. Raises ArtifactError naming the first layer that the
-    model and the artifact do not share.
+    model and the artifact do not share, BackendUnavailable.
     """
     step = StepState()
-    compute = get_backend(backend).compute
+    compute = get_backend(backend, model.device).compute
     module = copy.deepcopy(model.denoiser)
     layers = weight_layers(module)
     for name, entry in artifact.body["layers"].items():

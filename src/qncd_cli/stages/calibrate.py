@@ -24,12 +24,8 @@ from .assemble import (
     no_progress,
     timestep_group,
 )
-<<<<<<< HEAD
-from .choose_smoothing import Factors, choose_factors
-=======
 from .attention import operand_observers
-from .choose_smoothing import choose_factors
->>>>>>> h-attn
+from .choose_smoothing import Factors, choose_factors
 from .plan import plan_layers
 
 

@@ -9,13 +9,8 @@ import torch
 from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
-<<<<<<< HEAD
-from ..models.topology import LayerCost, count_macs, time_layers
-from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS
-=======
 from ..models.topology import LayerCost, count_macs, float_attention, time_layers
-from ..spec import FLOAT_BITS
->>>>>>> h-attn
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS
 from .assemble import full_denoiser
 from .attention import product_entries
 

@@ -21,11 +21,8 @@ from ..quant.rounding import hessian_error, round_gptq, round_nearest
 from ..quant.smoothing import SmoothingFactor, fold, shifted_bias, smooth
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .assemble import Track, full_denoiser, guided_predict, no_progress, timestep_group
-<<<<<<< HEAD
-from .choose_smoothing import Factors, factors_of
-=======
 from .attention import quantize_attention
->>>>>>> h-attn
+from .choose_smoothing import Factors, factors_of
 from .coverage import coverage
 from .measure_noise import measure_noise
 from .plan import LayerPlan, plan_layers

@@ -21,10 +21,12 @@ from torch import Tensor
 
 from .. import artifacts
 from ..artifacts import Artifact
+from ..backends.base import Backend, get_backend
 from ..config import Config, digest_of
 from ..errors import ArtifactError, ConfigError
 from ..metrics.report import contact_sheet
 from ..models.loading import DiffusionModel
+from ..quant.layers import QuantizedLayer
 from ..quant.noise_correction import RuntimeCorrection
 from ..quant.noise_statistics import by_timestep
 from ..quant.offline_correction import AffineCorrection, PtqdCorrection
@@ -65,13 +67,23 @@ class SampleRequest:
 class Subject:
     """Whose samples: the denoiser, and the digests of what it was made from.
 
-    noise_stats: needed by every correction that uses statistics; None for full precision.
+    noise_stats: needed by every correction that uses statistics; backend: computes the quantized
+    layers. None for full precision.
     """
 
     kind: str  # "quantized" or "full"
     denoiser: Denoiser
     digests: dict[str, str]
     noise_stats: Artifact | None = None
+    backend: Backend | None = None
+
+    def fallbacks(self) -> dict[str, str]:
+        """Quantized layers that the backend leaves to the simulation, with the reason."""
+        if self.backend is None:
+            return {}
+        layers = self.denoiser.module.named_modules()
+        reasons = {n: self.backend.why_not(m) for n, m in layers if isinstance(m, QuantizedLayer)}
+        return {name: reason for name, reason in reasons.items() if reason}
 
 
 def full_precision(model: DiffusionModel) -> Subject:
@@ -81,13 +93,16 @@ def full_precision(model: DiffusionModel) -> Subject:
 def quantized(
     model: DiffusionModel, artifact: Artifact, noise_stats: Artifact, backend: str = "simulate"
 ) -> Subject:
-    """Raises ArtifactError where artifact, noise statistics and model do not belong together."""
+    """backend: a name or auto. Raises BackendUnavailable, and ArtifactError where artifact, noise
+    statistics and model do not belong together.
+    """
     artifacts.check_lineage(artifact, model=model.digest)
     artifacts.check_lineage(noise_stats, model=model.digest, parents={"quantized": artifact.digest})
     cache = artifact.body["cache_time_embeddings"]
-    denoiser = quantized_denoiser(model, artifact, backend, cache)
+    chosen = get_backend(backend, model.device)
+    denoiser = quantized_denoiser(model, artifact, chosen.name, cache)
     digests = {"model": model.digest, "quantized": artifact.digest}
-    return Subject("quantized", denoiser, digests, noise_stats)
+    return Subject("quantized", denoiser, digests, noise_stats, chosen)
 
 
 def run(
@@ -149,6 +164,8 @@ def identify(config: Config, model: DiffusionModel, subject: Subject) -> dict[st
         "correction": inter,
         "digests": subject.digests,
     }
+    if subject.backend is not None:
+        identity["backend"] = subject.backend.name  # equal to others only up to float rounding
     return {**identity, "digest": digest_of(identity)}
 
 

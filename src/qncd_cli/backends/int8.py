@@ -1,0 +1,152 @@
+"""The int8 backend: integer convolutions and matrix products on the CPU, by oneDNN through torch.
+
+x ~ (q - zero_point) * scale with q uint8, W ~ w * weight_scale[o] with w int8: oneDNN adds up the
+products (q - zero_point) * w in int32 and scales the sums to float32. These are the integers that
+the simulate backend fakes, so the two differ by float rounding only (design.md section 4).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quant.affine import quantize_uint8
+from ..quant.layers import QuantizedLayer
+from ..spec import FLOAT_BITS
+from .reference import simulate
+
+SWITCH = "QNCD_DISABLE_INT8"
+"""Environment variable; 1 makes the backend unavailable."""
+OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
+# What the operators are told about their output: float32, unscaled, nothing applied afterwards.
+FLOAT_OUTPUT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+
+
+# ------------------------------------------------------------------ one layer
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What a layer needs at every call, made once.
+
+    weight: int8, in oneDNN's own order; weight_zero_point: zeros [O]; input_scale,
+    input_zero_point: one number per timestep group.
+    """
+
+    weight: Tensor
+    weight_zero_point: Tensor
+    input_scale: list[float]
+    input_zero_point: list[int]
+
+
+def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """x of any float dtype -> output of the same dtype; simulated where why_not has a reason."""
+    if why_not(layer):
+        return simulate(layer, x)
+    kernel = _kernel(layer, x)
+    scale = kernel.input_scale[layer.step.group]
+    zero_point = kernel.input_zero_point[layer.step.group]
+    y = layer.smoothed(x.to(torch.float32))
+    codes = quantize_uint8(y, scale, zero_point, layer.activation_bits)
+    operands = (scale, zero_point, kernel.weight, layer.weight_scale, kernel.weight_zero_point)
+    if layer.is_conv:
+        codes = codes.contiguous(memory_format=torch.channels_last)
+        output = torch.ops.onednn.qconv_pointwise(
+            codes, *operands, layer.bias, *_geometry(layer), *FLOAT_OUTPUT
+        )
+    else:
+        codes = codes.contiguous()
+        output = torch.ops.onednn.qlinear_pointwise(codes, *operands, layer.bias, *FLOAT_OUTPUT)
+    return output.to(x.dtype)
+
+
+def why_not(layer: QuantizedLayer) -> str:
+    """Why a layer is simulated instead; empty where integer kernels compute it."""
+    if layer.weight_bits == FLOAT_BITS:
+        return "its weight is not quantized"
+    if layer.activation_bits == FLOAT_BITS:
+        return "its input is not quantized"
+    if layer.activation_bits > 8:
+        return f"its input has {layer.activation_bits} bits, integer kernels take 8"
+    if layer.is_conv and isinstance(layer.padding, str):
+        return f"padding {layer.padding} is given by name"
+    if layer.weight.device.type != "cpu":
+        return f"it is on {layer.weight.device.type}, these kernels are for the CPU"
+    return ""
+
+
+def _geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
+    """stride, padding, dilation, groups."""
+    assert not isinstance(layer.padding, str)  # why_not has refused it
+    return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
+
+
+def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
+    """Prepared on first use, for inputs of x's shape (others work too), and kept."""
+    kernel = layer.__dict__.get("_int8_kernel")
+    if kernel is None:
+        weight = layer.integer_weight()
+        scales, zero_points = layer.input_scale.tolist(), layer.input_zero_point.tolist()
+        if layer.is_conv:
+            packed = torch.ops.onednn.qconv_prepack(
+                weight,
+                layer.weight_scale,
+                scales[0],
+                zero_points[0],
+                *_geometry(layer),
+                list(x.shape),
+            )
+        else:
+            rows = x.shape[:-1].numel()
+            packed = torch.ops.onednn.qlinear_prepack(weight, [rows, x.shape[-1]])
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        kernel = _Kernel(packed, zeros, scales, zero_points)
+        layer.__dict__["_int8_kernel"] = kernel
+    return kernel
+
+
+# ------------------------------------------------------------------ this machine
+
+
+def why_unavailable(device: torch.device) -> str:
+    """Why integer kernels cannot be used on this machine; empty where they can."""
+    if os.environ.get(SWITCH) == "1":
+        return f"switched off by {SWITCH}=1"
+    if device.type != "cpu":
+        return f"its kernels are for the CPU, the model is on {device.type}"
+    return _why_not_here()
+
+
+@functools.cache
+def _why_not_here() -> str:
+    """Older CPUs add two products in int16, which saturates: 2 * 255 * 127 > 2^15 - 1."""
+    missing = [name for name in OPERATORS if not hasattr(torch.ops.onednn, name)]
+    if missing:
+        return f"this torch has no operator onednn.{missing[0]}"
+    if not torch.cpu._is_vnni_supported():
+        return "this CPU has no AVX512-VNNI, without which 8-bit products saturate"
+    if not _largest_products_are_exact():
+        return "oneDNN's 8-bit products saturate here (is ONEDNN_MAX_CPU_ISA set?)"
+    return ""
+
+
+def _largest_products_are_exact() -> bool:
+    """Both operators on the largest codes: every sum of 64 products has to be 64 * 255 * 127."""
+    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
+    x = torch.full((4, 64), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64), 127, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, [4, 64])
+    linear = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, ones, zeros, None, *FLOAT_OUTPUT)
+    image = x.reshape(4, 64, 1, 1).contiguous(memory_format=torch.channels_last)
+    kernel, geometry = weight.reshape(16, 64, 1, 1), ([1, 1], [0, 0], [1, 1], 1)
+    packed = torch.ops.onednn.qconv_prepack(kernel, ones, 1.0, 0, *geometry, [4, 64, 1, 1])
+    conv = torch.ops.onednn.qconv_pointwise(
+        image, 1.0, 0, packed, ones, zeros, None, *geometry, *FLOAT_OUTPUT
+    )
+    exact = 64 * 255 * 127
+    return bool((linear == exact).all() and (conv == exact).all())

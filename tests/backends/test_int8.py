@@ -1,0 +1,309 @@
+"""Integer kernels compute what the simulation says, on machines that have them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import Qncd
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qncd_cli.backends import base, int8
+from qncd_cli.backends.reference import simulate
+from qncd_cli.errors import BackendUnavailable
+from qncd_cli.quant.affine import QParams, quantize, quantize_uint8
+from qncd_cli.quant.layers import QuantizedLayer, StepState
+from qncd_cli.quant.packing import pack
+from qncd_cli.spec import activation_spec
+
+CPU = torch.device("cpu")
+needs_int8 = pytest.mark.skipif(
+    bool(int8.why_unavailable(CPU)), reason=f"no int8 here: {int8.why_unavailable(CPU)}"
+)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layer_of(
+    original: nn.Conv2d | nn.Linear,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    zero_points: tuple[int, ...] = (3,),
+    weight: Tensor | None = None,
+    smoothing: Tensor | None = None,
+) -> QuantizedLayer:
+    """Random codes, scales and bias. weight: q - zero_point instead, within reach of the codes."""
+    generator = torch.Generator().manual_seed(1)
+    shape = original.weight.shape
+    out = len(original.weight)
+    tensors = {
+        "weight_scale": torch.rand(out, generator=generator) * 0.01 + 0.001,
+        "input_scale": 0.037 / 2.0 ** torch.arange(len(zero_points)),
+        "input_zero_point": torch.tensor(zero_points, dtype=torch.int32),
+    }
+    if original.bias is not None:
+        tensors["bias"] = torch.randn(out, generator=generator)
+    if smoothing is not None:
+        tensors["smoothing"] = smoothing
+    if weight_bits == 8:
+        codes = torch.randint(-127, 128, shape, generator=generator) if weight is None else weight
+    else:
+        low = torch.where(torch.arange(out) % 3 == 0, 0, 7)
+        low[-1] = 2**weight_bits - 1
+        tensors["weight_zero_point"] = low.to(torch.uint8)
+        codes = torch.randint(0, 2**weight_bits, shape, generator=generator)
+        if weight is not None:
+            tensors["weight_zero_point"] = (weight.flatten(1)[:, 0] < 0).to(torch.uint8) * 15
+            codes = (weight >= 0).int() * 15
+    tensors["weight"] = pack(codes.to(torch.int32), weight_bits)
+    step = StepState()
+    return QuantizedLayer(original, tensors, weight_bits, activation_bits, step, int8.compute)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+CASES = [
+    (nn.Conv2d(6, 5, 3, padding=1), (2, 6, 9, 8)),
+    (nn.Conv2d(6, 5, 3, stride=2, padding=1, bias=False), (2, 6, 9, 8)),
+    (nn.Conv2d(6, 5, 3, stride=2), (2, 6, 9, 8)),
+    (nn.Conv2d(6, 5, 1), (2, 6, 4, 4)),
+    (nn.Conv2d(6, 5, 3, padding=(2, 0), dilation=2), (1, 6, 9, 8)),
+    (nn.Conv2d(8, 4, 3, padding=1, groups=2), (2, 8, 6, 6)),
+    (nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 6, 6)),
+    (nn.Conv2d(64, 96, 3, padding=1), (3, 64, 8, 8)),
+    (nn.Linear(6, 5), (2, 9, 6)),
+    (nn.Linear(64, 33, bias=False), (7, 64)),
+]
+
+
+# ---- codes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [2, 6, 8])
+@pytest.mark.parametrize("scale", [1.0, 0.037, 0.25, 3.1e-4])
+def test_fast_codes_are_those_of_the_oracle(bits, scale):
+    """Ties, both ends, both zeros and infinities included; every zero-point."""
+    halves = torch.arange(-600, 601) / 2
+    x = torch.cat([halves * scale, random(5000) * 40 * scale, torch.tensor([-0.0, 1e30, -1e30])])
+    x = torch.cat([x, torch.tensor([math.inf, -math.inf])])
+    scale_tensor = torch.tensor(scale)
+    for zero_point in range(2**bits):
+        qparams = QParams(scale_tensor, torch.tensor(zero_point, dtype=torch.int32))
+        codes = quantize_uint8(x, float(scale_tensor), zero_point, bits)
+        assert codes.dtype == torch.uint8
+        assert torch.equal(codes.int(), quantize(x, qparams, activation_spec(bits)))
+
+
+def test_fast_codes_leave_their_input_alone_and_keep_its_order():
+    x = random(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    before = x.clone()
+    codes = quantize_uint8(x, 0.1, 3, 8)
+    assert torch.equal(x, before)
+    assert codes.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- layers -------------------------------------------------------------------------------------
+
+
+@needs_int8
+@pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize(("activation_bits", "zero_point"), [(8, 0), (8, 201), (8, 255), (6, 40)])
+def test_a_layer_is_what_the_simulation_says(
+    original, shape, weight_bits, activation_bits, zero_point
+):
+    layer = layer_of(original, weight_bits, activation_bits, (zero_point,))
+    x = random(*shape) * 2
+    assert int8.why_not(layer) == ""
+    output, expected = layer(x), simulate(layer, x)
+    assert output.dtype == torch.float32
+    assert output.shape == expected.shape
+    assert relative(output, expected) < 1e-6
+    assert "_int8_kernel" in layer.__dict__
+
+
+@needs_int8
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_smoothing_strides_batch_size_and_timestep_group(channels_last):
+    """The weight is prepared at the first call; what changes afterwards has to be followed."""
+    factor = torch.rand(6, generator=torch.Generator().manual_seed(2)) * 4 + 0.2
+    layer = layer_of(nn.Conv2d(6, 5, 3, padding=1), 4, 8, (7, 230), smoothing=factor)
+    for group, batch, size in [(0, 2, 8), (1, 5, 8), (0, 1, 6), (1, 1, 1)]:
+        layer.step.group = group
+        x = random(batch, 6, size, size, seed=batch)
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        assert relative(layer(x), simulate(layer, x)) < 1e-6
+    linear = layer_of(nn.Linear(6, 5), smoothing=factor)
+    x = random(2, 6, 9).transpose(1, 2)
+    assert relative(linear(x), simulate(linear, x)) < 1e-6
+
+
+@needs_int8
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_goes_in_and_comes_out(dtype):
+    layer = layer_of(nn.Linear(6, 5))
+    x = random(4, 6).to(dtype)
+    output = layer(x)
+    assert output.dtype == dtype
+    assert relative(output, simulate(layer, x)) < 1e-2
+
+
+@needs_int8
+@pytest.mark.parametrize(("weight_bits", "top"), [(4, 15), (8, 127)])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("x", [-1e6, 1e6])
+@pytest.mark.parametrize("zero_point", [0, 128, 255])
+def test_the_largest_products_do_not_saturate(weight_bits, top, sign, x, zero_point):
+    """All codes 0 or 255, all weights at one end: sums are exact up to the final scaling."""
+    for original, shape in [
+        (nn.Conv2d(128, 16, 3, padding=1), (1, 128, 4, 4)),
+        (nn.Linear(512, 16), (3, 512)),
+    ]:
+        weight = torch.full(original.weight.shape, sign * top)
+        layer = layer_of(original, weight_bits, 8, (zero_point,), weight=weight)
+        assert int(layer.integer_weight().unique()) == sign * top
+        codes = (255 if x > 0 else 0) - zero_point
+        inner = layer(torch.full(shape, x))
+        inner = inner[:, :, 1, 1] if layer.is_conv else inner
+        exact = weight[0].numel() * codes * sign * top
+        expected = exact * layer.weight_scale.double() * layer.input_scale.double() + layer.bias
+        torch.testing.assert_close(inner.double(), expected.expand_as(inner), rtol=1e-6, atol=1e-5)
+
+
+@needs_int8
+def test_threads_change_nothing():
+    layers = [
+        (layer_of(nn.Conv2d(64, 64, 3, padding=1), 4), random(4, 64, 8, 8)),
+        (layer_of(nn.Linear(128, 96)), random(64, 128)),
+    ]
+    before = torch.get_num_threads()
+    try:
+        for layer, x in layers:
+            outputs = []
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                layer.__dict__.pop("_int8_kernel", None)
+                outputs.append(layer(x))
+            assert torch.equal(*outputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("original", "bits", "reason"),
+    [
+        (nn.Conv2d(6, 5, 3, padding="same"), (8, 8), "padding same is given by name"),
+        (nn.Linear(6, 5), (8, 32), "input is not quantized"),
+        (nn.Linear(6, 5), (8, 16), "input has 16 bits"),
+    ],
+)
+def test_a_layer_that_integers_cannot_do_is_simulated(original, bits, reason):
+    layer = layer_of(original, *bits)
+    assert reason in int8.why_not(layer)
+    x = random(2, 6, 8, 8) if layer.is_conv else random(2, 6)
+    assert torch.equal(layer(x), simulate(layer, x))
+
+
+# ---- choice -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def switched_off(monkeypatch):
+    monkeypatch.setenv(int8.SWITCH, "1")
+
+
+def test_the_switch_turns_int8_off(switched_off):
+    with pytest.raises(BackendUnavailable, match="backend int8: switched off by QNCD_DISABLE_INT8"):
+        base.get_backend("int8")
+    chosen = base.get_backend("auto")
+    assert chosen.name == "simulate"
+    assert "int8: switched off" in chosen.remark
+
+
+@needs_int8
+def test_auto_takes_int8_on_the_cpu_only():
+    assert base.get_backend("auto").name == "int8"
+    assert base.get_backend("auto", "cuda").name == "simulate"
+    with pytest.raises(BackendUnavailable, match="the model is on cuda"):
+        base.get_backend("int8", "cuda")
+
+
+def test_kernels_that_saturate_are_refused():
+    """oneDNN held back to AVX2 adds pairs of products in int16, whatever the CPU's flags say."""
+    code = "import torch; from qncd_cli.backends import int8; print(int8._why_not_here())"
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    assert "saturate" in printed
+
+
+def test_an_unknown_backend_lists_the_known_ones():
+    with pytest.raises(BackendUnavailable, match="auto, int8, simulate"):
+        base.get_backend("int4")
+
+
+# ---- the whole model ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(sampled, tmp_path) -> Qncd:
+    return Qncd(shutil.copytree(sampled, tmp_path / "work"))
+
+
+def manifest(work: Qncd, name: str) -> dict:
+    return json.loads((work.folder / f"runs/tiny/samples/{name}/manifest.json").read_text())
+
+
+def sample_of(work: Qncd, name: str) -> tuple[Tensor, Tensor]:
+    """Images in [0, 255] and latents."""
+    folder = work.folder / "runs/tiny/samples" / name
+    images = [Image.open(path) for path in sorted(folder.glob("*.png"))]
+    flat = [torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8) for image in images]
+    return torch.stack(flat).double(), load_file(folder / "latents.safetensors")["latents"]
+
+
+@needs_int8
+def test_both_backends_draw_the_same_images(work):
+    for name in ("int8", "simulate"):
+        result = work("sample", "--num", "4", "--backend", name, "--name", name)
+        assert f"backend {name}: " in result.stderr
+        assert manifest(work, name)["backend"] == name
+    (images, latents), (expected, expected_latents) = (
+        sample_of(work, name) for name in ("int8", "simulate")
+    )
+    assert not torch.equal(latents, expected_latents)  # float rounding: other kernels did run
+    error = (images - expected).square().mean()
+    assert 10 * math.log10(255**2 / max(float(error), 1e-12)) > 45
+
+
+def test_an_unavailable_backend_is_one_line_and_auto_goes_on(work, switched_off):
+    failed = work("sample", "--num", "2", "--backend", "int8", "--name", "a", ok=False)
+    assert failed.exit_code == 6
+    assert failed.stderr.startswith("Error: backend int8: switched off")
+    assert len(failed.stderr.splitlines()) == 1
+    result = work("sample", "--num", "2", "--name", "b")
+    assert "backend simulate: " in result.stderr
+    assert "; int8: switched off" in result.stderr
+    assert manifest(work, "b")["backend"] == "simulate"
+
+
+def test_a_set_of_one_backend_is_not_continued_by_another(work, switched_off):
+    work("sample", "--num", "2", "--name", "set")
+    path = work.folder / "runs/tiny/samples/set/manifest.json"
+    changed = {**manifest(work, "set"), "backend": "int8", "digest": "other"}
+    path.write_text(json.dumps(changed))
+    failed = work("sample", "--num", "3", "--name", "set", ok=False)
+    assert failed.exit_code == 4
+    assert "different: backend)" in failed.stderr
