@@ -23,11 +23,13 @@ def output_error(x, weight, codes, rounded, spec):
     return float((F.linear(x, weight) - F.linear(x, found)).square().mean())
 
 
-def learn(x, weight, rounded, spec, iterations=300, strength=10.0):
+def learn(x, weight, rounded, spec, iterations=300):
     """AdaRound on one linear layer, as the stage does it."""
     rounding = SoftRounding(weight, rounded.codes, rounded.qparams, spec)
     unit = output_error(x, weight, rounded.codes, rounded, spec)
     target = F.linear(x, weight)
+    curvature = x.square().mean(0).sum() / len(weight) * rounded.qparams.scale.square().sum()
+    strength = float(curvature / 8 / unit)  # of the squared error, see stages/reconstruct.py
     optimizer = torch.optim.Adam([rounding.logits], lr=2e-2)
     for _ in range(iterations):
         share = rounding.up_share()

@@ -84,16 +84,19 @@ def test_learning_improves_on_nearest_and_leaves_no_files(
     after = sum(r["relative_output_error_after"] for r in reports.values())
     assert after < 0.9 * before
     assert len(reports) == (2 if method == "brecq" else 13)
+    changed = False
     for name, entry in result.body["layers"].items():
         if "reconstruction" not in entry:
             continue
         kept = entry["reconstruction"]["kept"]
         assert entry["rounding"] == (method if kept else "nearest")
         same = torch.equal(result.tensors[f"{name}.weight"], nearest.tensors[f"{name}.weight"])
-        assert same != kept
+        assert same or kept
+        changed |= not same
         codes = unpack(result.tensors[f"{name}.weight"], 3, tuple(entry["weight_shape"]))
         assert codes.min() >= 0
         assert codes.max() <= weight_spec(3).qmax
+    assert changed
     artifacts.seal(result)
     assert not list(scratch.iterdir())
 
@@ -101,7 +104,7 @@ def test_learning_improves_on_nearest_and_leaves_no_files(
 def test_a_result_that_does_not_help_is_dropped(
     tiny_model, model, calibrated, nearest, monkeypatch
 ):
-    monkeypatch.setattr(reconstruct, "LOGIT_RATE", 100.0)  # codes fall anywhere
+    monkeypatch.setattr(reconstruct, "LOGIT_TRAVEL", 300.0)  # codes fall anywhere
     result = learn(config_of(tiny_model, "brecq", iterations=3), model, calibrated, nearest)
     assert {r["kept"] for r in blocks_of(result).values()} == {False}
     for report in blocks_of(result).values():

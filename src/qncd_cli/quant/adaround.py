@@ -24,8 +24,7 @@ STRETCH_HIGH = 1.1
 STRETCH_LOW = -0.1
 BETA = 2.0
 """Exponent of the regulariser. The paper anneals it over tens of thousands of steps; from GPTQ's
-codes and in hundreds of steps a constant 2 came out better. Then the regulariser is 4h(1 - h), whose
-curvature cancels that of a squared error: what is left decides each weight at its two codes."""
+codes and in hundreds of steps a constant 2 came out better. The regulariser is then 4h(1 - h)."""
 START_SHARE = 0.9
 """h of a weight that starts at its upper code, 1 - START_SHARE at its lower one. Starting from
 h = the fraction (the paper) gives up what GPTQ found: the soft weight is then w itself."""
@@ -66,9 +65,13 @@ class SoftRounding(nn.Module):
         """The weight at h = up_share, float32, differentiable."""
         return dequantize(self.base + up_share, self.qparams, self.spec)
 
+    def decided(self) -> Tensor:
+        """h as it would be if every weight decided now: 0.0 or 1.0."""
+        return (self.logits.detach() >= 0).to(torch.float32)
+
     def codes(self) -> Tensor:
         """The codes decided on, int32: the upper one where h >= 0.5, which is V >= 0."""
-        return self.base + (self.logits.detach() >= 0).to(torch.int32)
+        return self.base + self.decided().to(torch.int32)
 
 
 def undecided(up_share: Tensor) -> Tensor:
