@@ -25,12 +25,15 @@ SHARED = [
     for s in (
         "assemble",
         "attention",
+        "block_calls",
+        "budget",
         "choose_smoothing",
         "coverage",
         "layer_error",
         "measure_noise",
         "plan",
         "probes",
+        "reconstruct",
     )
 ]
 

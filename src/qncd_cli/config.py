@@ -88,7 +88,20 @@ class CalibrationConfig(_Section):
 
 class WeightsConfig(_Section):
     bits: Bits = 4
-    rounding: Literal["nearest", "gptq"] = "gptq"
+    rounding: Literal["nearest", "gptq", "adaround", "brecq"] = Field(
+        "gptq", description="adaround, brecq: learnt per layer or per block, starting from gptq"
+    )
+    iterations: int = Field(
+        500, ge=1, description="of adaround and brecq, gradient steps per layer or block"
+    )
+    reconstruction_batch: int = Field(16, ge=1, description="samples of one gradient step")
+    reconstruction_rows: int = Field(
+        256, ge=1, description="calibration inputs that layers or blocks are learnt and judged on"
+    )
+    learn_bias: bool = Field(False, description="adaround and brecq also learn the biases")
+    learn_input_scale: bool = Field(
+        False, description="adaround and brecq also learn the scales of the layers' inputs"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> WeightsConfig:
@@ -245,8 +258,9 @@ class Config(_Section):
             widths = self.to_dict()["quantization"]
             del widths["cache_time_embeddings"], widths["attention"]
             del widths["activations"]["timestep_groups"]
-            rounding = widths["weights"].pop("rounding")
-            widths["weights"]["nearest"] = rounding == "nearest"
+            weights = widths["weights"]
+            nearest = weights["rounding"] == "nearest"
+            widths["weights"] = {"bits": weights["bits"], "nearest": nearest}
             inputs["widths"] = widths
         if stage == "quantize":
             inputs["quantization"] = tree["quantization"]

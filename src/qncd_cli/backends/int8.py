@@ -3,6 +3,7 @@
 x ~ (q - zero_point) * scale with q uint8, W ~ w * weight_scale[o] with w int8: oneDNN adds up the
 products (q - zero_point) * w in int32 and scales the sums to float32. These are the integers that
 the simulate backend fakes, so the two differ by float rounding only (design.md section 4).
+Inputs of more than 8 bits are two bytes: q = 256 high + low, two passes over the same weight.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.affine import quantize_uint8
+from ..quant.affine import quantize, quantize_uint8
 from ..quant.layers import QuantizedLayer
-from ..spec import FLOAT_BITS
+from ..spec import FLOAT_BITS, activation_spec
 from .reference import simulate
 
 SWITCH = "QNCD_DISABLE_INT8"
@@ -52,17 +53,35 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     scale = kernel.input_scale[layer.step.group]
     zero_point = kernel.input_zero_point[layer.step.group]
     y = layer.smoothed(x.to(torch.float32))
-    codes = quantize_uint8(y, scale, zero_point, layer.activation_bits)
+    bias = layer.bias_now()
+    if layer.activation_bits <= 8:
+        codes = quantize_uint8(y, scale, zero_point, layer.activation_bits)
+        return _multiply(layer, kernel, codes, scale, zero_point, bias).to(x.dtype)
+    qparams = layer.input_qparams()
+    codes = quantize(y, qparams, activation_spec(layer.activation_bits))
+    high, low = (codes >> 8).to(torch.uint8), (codes & 255).to(torch.uint8)
+    output = _multiply(layer, kernel, low, scale, zero_point & 255, bias)
+    output += _multiply(layer, kernel, high, 256 * scale, zero_point >> 8, None)
+    return output.to(x.dtype)
+
+
+def _multiply(
+    layer: QuantizedLayer,
+    kernel: _Kernel,
+    codes: Tensor,
+    scale: float,
+    zero_point: int,
+    bias: Tensor | None,
+) -> Tensor:
+    """Codes uint8 times the layer's weight, float32."""
     operands = (scale, zero_point, kernel.weight, layer.weight_scale, kernel.weight_zero_point)
     if layer.is_conv:
         codes = codes.contiguous(memory_format=torch.channels_last)
-        output = torch.ops.onednn.qconv_pointwise(
-            codes, *operands, layer.bias, *_geometry(layer), *FLOAT_OUTPUT
+        return torch.ops.onednn.qconv_pointwise(
+            codes, *operands, bias, *_geometry(layer), *FLOAT_OUTPUT
         )
-    else:
-        codes = codes.contiguous()
-        output = torch.ops.onednn.qlinear_pointwise(codes, *operands, layer.bias, *FLOAT_OUTPUT)
-    return output.to(x.dtype)
+    codes = codes.contiguous()
+    return torch.ops.onednn.qlinear_pointwise(codes, *operands, bias, *FLOAT_OUTPUT)
 
 
 def why_not(layer: QuantizedLayer) -> str:
@@ -71,8 +90,6 @@ def why_not(layer: QuantizedLayer) -> str:
         return "its weight is not quantized"
     if layer.activation_bits == FLOAT_BITS:
         return "its input is not quantized"
-    if layer.activation_bits > 8:
-        return f"its input has {layer.activation_bits} bits, integer kernels take 8"
     if layer.is_conv and isinstance(layer.padding, str):
         return f"padding {layer.padding} is given by name"
     if layer.weight.device.type != "cpu":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..quant.affine import fake_quantize
+from ..quant.affine import QParams, fake_quantize
 from ..quant.layers import QuantizedLayer
 
 
@@ -15,12 +15,18 @@ def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
     Both operands are the exact values that integer kernels multiply: (q - zero_point) * scale.
     """
+    qparams = None if layer.input_spec is None else layer.input_qparams()
+    return simulate_with(layer, x, _float_weight(layer), layer.bias_now(), qparams)
+
+
+def simulate_with(
+    layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None, qparams: QParams | None
+) -> Tensor:
+    """The layer on x with another weight, bias and input range; differentiable in all of them."""
     y = layer.smoothed(x.to(torch.float32))
     spec = layer.input_spec
-    if spec is not None:
-        y = fake_quantize(y, layer.input_qparams(), spec)
-    weight = _float_weight(layer)
-    bias = layer.bias_now()
+    if spec is not None and qparams is not None:
+        y = fake_quantize(y, qparams, spec)
     if layer.is_conv:
         y = F.conv2d(y, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -88,6 +88,21 @@ def time_layers(denoiser: nn.Module) -> set[str]:
         for name in weight_layers(denoiser)
         if _TIME_LAYERS.search(name) or (_TIME_PROJECTIONS.search(name) and not added)
     }
+
+
+def reconstruction_blocks(denoiser: nn.Module, layers: Iterable[str]) -> dict[str, list[str]]:
+    """The layers grouped by the residual or transformer block around them.
+
+    A layer outside of any such block is a block of its own, under its own name (BRECQ, arXiv
+    2102.05426, sec. 3.2).
+    """
+    kinds = (ResnetBlock2D, BasicTransformerBlock)
+    blocks = [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]
+    grouped: dict[str, list[str]] = {}
+    for layer in layers:
+        block = next((b for b in blocks if layer.startswith(f"{b}.")), layer)
+        grouped.setdefault(block, []).append(layer)
+    return grouped
 
 
 def is_conditioning_layer(name: str) -> bool:

@@ -55,11 +55,25 @@ def _aligned(parameter: Tensor, x: Tensor, spec: QSpec) -> Tensor:
     return parameter.reshape(shape)
 
 
+def round_straight_through(x: Tensor) -> Tensor:
+    """torch.round, whose gradient is taken as 1 (Bengio et al. 2013, arXiv 1308.3432).
+
+    x + (round(x) - x) is round(x) exactly: both operations are exact in floating point.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return x + (torch.round(x) - x).detach()
+    return torch.round(x)
+
+
 def round_to_codes(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
-    """As quantize, but the codes stay in a float tensor (exact integers)."""
+    """As quantize, but the codes stay in a float tensor (exact integers).
+
+    Differentiable: in x by the straight-through estimator, which gives the scale the gradient
+    of LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3).
+    """
     scale = _aligned(qparams.scale, x, spec)
     zero_point = _aligned(qparams.zero_point, x, spec)
-    return (torch.round(x / scale) + zero_point).clamp(spec.qmin, spec.qmax)
+    return (round_straight_through(x / scale) + zero_point).clamp(spec.qmin, spec.qmax)
 
 
 def quantize(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:

@@ -26,6 +26,7 @@ from .choose_smoothing import Factors, factors_of
 from .coverage import coverage
 from .measure_noise import measure_noise
 from .plan import LayerPlan, plan_layers
+from .reconstruct import reconstruct
 
 HESSIAN_MEMORY = 2 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
@@ -58,7 +59,8 @@ def run(
         if not plan.stays_float or plan.name in factors
     ]
     qparams = {p.name: input_qparams(p, calibration, config) for p in plans}
-    gptq = config.quantization.weights.rounding == "gptq"
+    rounding = config.quantization.weights.rounding
+    gptq = rounding != "nearest"  # the others start from its codes
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
     work = with_hessians(model, config, calibration, plans, qparams, factors, gptq)
@@ -83,6 +85,8 @@ def run(
         model.digest,
         {"calibration": calibration.digest, "smoothing": smoothing.digest},
     )
+    if rounding in ("adaround", "brecq"):
+        unsealed = reconstruct(config, model, calibration, unsealed, track)
     quantized = seal(unsealed)
     noise_stats = measure_noise(config, model, quantized, track)
     return QuantizeResult(quantized, noise_stats, coverage(config, model, quantized))
