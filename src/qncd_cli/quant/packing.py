@@ -22,10 +22,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     flat = codes.reshape(codes.shape[0], -1)
     if bits == 8:
         return flat.to(torch.int8)
-    if 8 % bits == 0:
-        return _join(flat.to(torch.uint8), bits, 8 // bits).squeeze(-1)
-    words = _join(flat.to(torch.int64), bits, 8)  # eight codes: a word of `bits` bytes
-    packed = _cut(words, 8, bits).to(torch.uint8)
+    per_word, word_bytes, word_type = _words(bits)
+    words = _join(flat.to(word_type), bits, per_word)
+    packed = _cut(words, 8, word_bytes).to(torch.uint8)
     return packed[:, : math.ceil(flat.shape[1] * bits / 8)].contiguous()
 
 
@@ -33,11 +32,16 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """Inverse of pack; shape: of the weight, [O, ...]. Returns int32 codes."""
     if bits == 8:
         return packed.reshape(shape).to(torch.int32)
-    if 8 % bits == 0:
-        codes = _cut(packed.unsqueeze(-1), bits, 8 // bits)
-    else:
-        codes = _cut(_join(packed.to(torch.int64), 8, bits), bits, 8)
+    per_word, word_bytes, word_type = _words(bits)
+    codes = _cut(_join(packed.to(word_type), 8, word_bytes), bits, per_word)
     return codes[:, : math.prod(shape[1:])].reshape(shape).to(torch.int32)
+
+
+def _words(bits: int) -> tuple[int, int, torch.dtype]:
+    """The shortest word of whole codes and whole bytes: its codes, its bytes, a type it fits."""
+    length = math.lcm(bits, 8)
+    word_type = torch.uint8 if length == 8 else torch.int32 if length < 32 else torch.int64
+    return length // bits, length // 8, word_type
 
 
 def _join(parts: Tensor, width: int, count: int) -> Tensor:
