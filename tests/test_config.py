@@ -322,6 +322,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "calibration.noise_trajectories": (17, BOTH),
     "quantization.weights.bits": (8, QUANTIZE),
     "quantization.weights.rounding": ("nearest", QUANTIZE),
+    "quantization.weights.budget": (4.5, QUANTIZE),
     "quantization.activations.bits": (6, QUANTIZE),
     "quantization.activations.observer": ("minmax", QUANTIZE),
     "quantization.activations.percentile": (99.0, QUANTIZE),

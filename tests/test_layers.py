@@ -21,7 +21,8 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 GROUND = ["", "errors", "spec", "config", "artifacts", "distributed"]
 MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
 SHARED = [
-    f"stages.{s}" for s in ("assemble", "choose_smoothing", "coverage", "measure_noise", "plan")
+    f"stages.{s}"
+    for s in ("assemble", "budget", "choose_smoothing", "coverage", "measure_noise", "plan")
 ]
 
 # Who may import whom, the first pattern that matches decides. A room may import itself only

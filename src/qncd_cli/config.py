@@ -89,10 +89,17 @@ class CalibrationConfig(_Section):
 class WeightsConfig(_Section):
     bits: Bits = 4
     rounding: Literal["nearest", "gptq"] = "gptq"
+    budget: float | None = Field(
+        None, description="average bits: 2, 3, 4, 6 or 8 per layer by sensitivity, not weights.bits"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> WeightsConfig:
         _check_bits(self.bits, "weights")
+        if self.budget is not None and not 2 <= self.budget <= 8:
+            raise ValueError(f"budget takes 2 to 8 bits on average, got {self.budget:g}")
+        if self.budget is not None and self.bits == FLOAT_BITS:
+            raise ValueError(f"budget needs quantized weights, bits is {FLOAT_BITS}")
         return self
 
 
@@ -208,7 +215,7 @@ class Config(_Section):
         if intra == "auto":  # chosen by the error at the configured widths
             widths = self.to_dict()["quantization"]
             del widths["cache_time_embeddings"], widths["weights"]["rounding"]
-            del widths["activations"]["timestep_groups"]
+            del widths["activations"]["timestep_groups"], widths["weights"]["budget"]
             inputs["widths"] = widths
         if stage == "quantize":
             inputs["quantization"] = tree["quantization"]
