@@ -110,7 +110,7 @@ def measure_sensitivity(
 ) -> dict[str, Widths]:
     """Relative squared error of the prediction by layer and width; activations stay float."""
     rows = probe_rows(calibration.tensors["inputs.timestep"])
-    predict = _conditional(model, calibration, rows, config.calibration.batch_size)
+    predict = _conditional(model, calibration, rows, 2 * config.calibration.batch_size)
     exact = predict({})
     power = exact.square().sum(1).clamp(min=1e-30)
     found: dict[str, Widths] = {}
@@ -141,16 +141,17 @@ def probe_rows(timestep: Tensor) -> Tensor:
 
 
 def _conditional(
-    model: DiffusionModel, calibration: Artifact, rows: Tensor, batch_size: int
+    model: DiffusionModel, calibration: Artifact, rows: Tensor, rows_per_call: int
 ) -> Callable[[dict[str, Tensor]], Tensor]:
     """(replaced parameters by name) -> predictions of the rows [R, elements], double.
 
-    Without guidance (one call in place of two); every row at its own timestep.
+    Without guidance; every row at its own timestep. rows_per_call: as many as a guided call on
+    a calibration batch takes fit into memory.
     """
     x, t, labels = (calibration.tensors[f"inputs.{k}"][rows] for k in ("x", "timestep", "class"))
     batches = []
     with torch.no_grad():
-        for part in torch.arange(len(rows)).split(batch_size):
+        for part in torch.arange(len(rows)).split(rows_per_call):
             condition = {
                 name: value.to(model.dtype) if value.is_floating_point() else value
                 for name, value in model.condition(labels[part]).items()
