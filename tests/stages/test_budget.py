@@ -118,7 +118,8 @@ class Calibrated:
 
     def config(self, **changes) -> Config:
         common = {
-            "calibration__batch_size": 6,
+            "calibration__batch_size": 12,
+            "calibration__noise_trajectories": 1,
             "quantization__weights__rounding": "nearest",
             "quantization__overrides": FIXED,
         }
