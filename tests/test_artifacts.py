@@ -150,10 +150,13 @@ def test_an_artifact_that_breaks_the_grammar_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_4_bit_weight_takes_half_a_byte_rounded_up():
+def test_a_channel_of_codes_takes_its_bits_rounded_up_to_bytes():
+    assert artifacts.packed_width(7, 2) == 2
+    assert artifacts.packed_width(7, 3) == 3
+    assert artifacts.packed_width(8, 3) == 3
     assert artifacts.packed_width(7, 4) == 4
-    assert artifacts.packed_width(7, 3) == 4
-    assert artifacts.packed_width(7, 5) == 7
+    assert artifacts.packed_width(7, 5) == 5
+    assert artifacts.packed_width(7, 6) == 6
     assert artifacts.packed_width(7, 8) == 7
 
 

@@ -333,6 +333,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "quantization.weights.reconstruction_rows": (64, QUANTIZE),
     "quantization.weights.learn_bias": (True, QUANTIZE),
     "quantization.weights.learn_input_scale": (True, QUANTIZE),
+    "quantization.weights.budget": (4.5, QUANTIZE),
     "quantization.activations.bits": (6, QUANTIZE),
     "quantization.activations.observer": ("minmax", QUANTIZE),
     "quantization.activations.percentile": (99.0, QUANTIZE),

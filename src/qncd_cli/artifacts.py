@@ -15,7 +15,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 |---|---|---|
 | calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
-| quantized | per layer .weight (codes; two 4-bit codes to a byte along the flattened input dimension, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: entry}, attention {name: entry}, groups, group_bounds |
+| quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: entry}, attention {name: entry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope [T] | channels, steps, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 """
@@ -66,8 +66,8 @@ class Artifact:
 
 
 def packed_width(in_features: int, bits: int) -> int:
-    """Bytes of one output channel's codes: two 4-bit codes to a byte, else one byte a code."""
-    return (in_features + 1) // 2 if bits <= 4 else in_features
+    """Bytes of one output channel's codes: one stream of bits, filled up to a whole byte."""
+    return -(-in_features * bits // 8)
 
 
 def _calibration_layout(body: dict) -> Layout:

@@ -102,10 +102,17 @@ class WeightsConfig(_Section):
     learn_input_scale: bool = Field(
         False, description="adaround and brecq also learn the scales of the layers' inputs"
     )
+    budget: float | None = Field(
+        None, description="average bits: 2, 3, 4, 6 or 8 per layer by sensitivity, not weights.bits"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> WeightsConfig:
         _check_bits(self.bits, "weights")
+        if self.budget is not None and not 2 <= self.budget <= 8:
+            raise ValueError(f"budget takes 2 to 8 bits on average, got {self.budget:g}")
+        if self.budget is not None and self.bits == FLOAT_BITS:
+            raise ValueError(f"budget needs quantized weights, bits is {FLOAT_BITS}")
         return self
 
 

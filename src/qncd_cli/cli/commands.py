@@ -149,6 +149,7 @@ def quantize(
         bytes=size,
         share_of_float32=size / coverage["float_denoiser_bytes"],
         integer_macs_share=coverage["integer_macs_share"],
+        average_weight_bits=coverage["average_weight_bits"],
         skipped=skipped,
     )
 

@@ -167,17 +167,27 @@ def calibrate(config_name, overrides, run_dir, device, force, dry_run, as_json, 
 
 @cli.command(
     epilog="\b\nExamples:\n  qncd quantize\n"
-    "  qncd quantize --set quantization.weights.rounding=nearest"
+    "  qncd quantize --set quantization.weights.rounding=nearest\n"
+    "  qncd quantize --budget 4.5"
+)
+@click.option(
+    "--budget",
+    type=float,
+    metavar="BITS",
+    help="Average bits of the quantized weights; each layer gets 2, 3, 4, 6 or 8 of them by its "
+    "measured sensitivity.",
 )
 @_set
 @_run_dir
 @_device
 @_force("Quantize again although nothing has changed.")
 @_json
-def quantize(overrides, run_dir, device, force, as_json, debug):
+def quantize(budget, overrides, run_dir, device, force, as_json, debug):
     """Round the weights to integers, set activation ranges, measure the quantization noise."""
     from . import commands
 
+    if budget is not None:
+        overrides = (*overrides, f"quantization.weights.budget={budget}")
     commands.quantize(Console(as_json), overrides, run_dir, device, force=force)
 
 

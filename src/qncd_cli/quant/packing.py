@@ -1,34 +1,61 @@
-"""Codes as they are stored: two 4-bit codes to a byte, low nibble first; wider codes one each."""
+"""Codes as they are stored: every output channel's codes as one stream of bits, lowest bit first.
+
+Code i of a channel takes the bits [i b, (i + 1) b) of its stream, bit k of the stream is bit k % 8
+of byte k // 8, and the last byte is filled up with zeros. So 4-bit codes lie two to a byte, low
+nibble first, 2-bit codes four to a byte, and eight 3-bit codes in three bytes.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes [O, ...] integer -> [O, bytes]: uint8, or int8 for the signed codes of 8 bits.
+    """codes [O, ...] integer -> [O, ceil(I bits / 8)]: uint8, or int8 for the signed 8-bit codes.
 
-    Up to 4 bits: along the flattened input dimension, code 2i in the low nibble of byte i and
-    code 2i + 1 in the high one; an odd last code has a zero above it.
+    I: the flattened input dimension. bits: 2 to 8; below 8, codes are in [0, 2^bits - 1].
     """
     flat = codes.reshape(codes.shape[0], -1)
     if bits == 8:
         return flat.to(torch.int8)
-    flat = flat.to(torch.uint8)
-    if bits > 4:
-        return flat
-    if flat.shape[1] % 2:
-        flat = torch.nn.functional.pad(flat, (0, 1))
-    return flat[:, 0::2] | (flat[:, 1::2] << 4)
+    per_word, word_bytes, word_type = _words(bits)
+    words = _join(flat.to(word_type), bits, per_word)
+    packed = _cut(words, 8, word_bytes).to(torch.uint8)
+    return packed[:, : math.ceil(flat.shape[1] * bits / 8)].contiguous()
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """Inverse of pack; shape: of the weight, [O, ...]. Returns int32 codes."""
-    if bits > 4:
+    if bits == 8:
         return packed.reshape(shape).to(torch.int32)
-    codes = torch.stack([packed & 0x0F, packed >> 4], dim=-1).reshape(shape[0], -1)
-    in_features = 1
-    for size in shape[1:]:
-        in_features *= size
-    return codes[:, :in_features].reshape(shape).to(torch.int32)
+    per_word, word_bytes, word_type = _words(bits)
+    codes = _cut(_join(packed.to(word_type), 8, word_bytes), bits, per_word)
+    return codes[:, : math.prod(shape[1:])].reshape(shape).to(torch.int32)
+
+
+def _words(bits: int) -> tuple[int, int, torch.dtype]:
+    """The shortest word of whole codes and whole bytes: its codes, its bytes, a type it fits."""
+    length = math.lcm(bits, 8)
+    word_type = torch.uint8 if length == 8 else torch.int32 if length < 32 else torch.int64
+    return length // bits, length // 8, word_type
+
+
+def _join(parts: Tensor, width: int, count: int) -> Tensor:
+    """Parts [O, N] of `width` bits -> words [O, ceil(N / count), 1] of `count` parts each."""
+    short = -parts.shape[1] % count
+    parts = F.pad(parts, (0, short)).reshape(parts.shape[0], -1, count)
+    words = parts[..., 0]
+    for i in range(1, count):
+        words = words | (parts[..., i] << (width * i))
+    return words.unsqueeze(-1)
+
+
+def _cut(words: Tensor, width: int, count: int) -> Tensor:
+    """Words [O, M, 1] -> their `count` lowest parts of `width` bits each, [O, M * count]."""
+    mask = (1 << width) - 1
+    parts = [(words >> (width * i)) & mask for i in range(count)]
+    return torch.cat(parts, dim=-1).flatten(1)

@@ -40,11 +40,14 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
         key = f"W{row['weight_bits']}A{row['activation_bits']}"
         per_precision[key] = per_precision.get(key, 0.0) + row["macs"] / total
     shapes = {name: entry["weight_shape"] for name, entry in entries.items()}
-    code_bytes = 0
+    code_bytes, code_bits, codes = 0, 0, 0
     for name, (out, *rest) in shapes.items():
         width = torch.Size(rest).numel()
         bits = entries[name]["weight_bits"]
         code_bytes += out * (4 * width if bits == FLOAT_BITS else packed_width(width, bits))
+        if bits != FLOAT_BITS:
+            codes += out * width
+            code_bits += out * width * bits
     return {
         "layers": rows,
         "integer_macs_share": integer / total,
@@ -52,6 +55,7 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
         "macs": total,
         "bit_operations": sum(r["macs"] * r["weight_bits"] * r["activation_bits"] for r in rows),
         "weight_code_bytes": code_bytes,
+        "average_weight_bits": code_bits / codes if codes else None,
         "float_denoiser_bytes": model.denoiser_bytes(),
     }
 

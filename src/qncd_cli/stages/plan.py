@@ -88,6 +88,14 @@ def plan_layers(config: Config, denoiser: nn.Module) -> list[LayerPlan]:
     return plans
 
 
+def has_own_weight_bits(plan: LayerPlan, config: Config) -> bool:
+    """Whether first_last_bits or an override gives the layer its weight bits, not weights.bits."""
+    override = _override(plan.name, config.quantization.overrides)
+    if override is not None and override.weights.bits is not None:
+        return True
+    return is_outer_layer(plan.name) or is_conditioning_layer(plan.name)
+
+
 def _override(name: str, overrides: dict[str, LayerOverride]) -> LayerOverride | None:
     """The last pattern that matches wins."""
     found = None

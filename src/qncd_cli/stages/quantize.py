@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..quant.smoothing import SmoothingFactor, fold, shifted_bias, smooth
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .assemble import Track, full_denoiser, guided_predict, no_progress, timestep_group
 from .attention import quantize_attention
+from .budget import BitAssignment, assign_bits
 from .choose_smoothing import Factors, factors_of
 from .coverage import coverage
 from .measure_noise import measure_noise
@@ -58,6 +59,10 @@ def run(
         for plan in plan_layers(config, model.denoiser)
         if not plan.stays_float or plan.name in factors
     ]
+    assigned = BitAssignment({}, {})
+    if config.quantization.weights.budget is not None:
+        assigned = assign_bits(config, model, calibration, plans, factors, track)
+        plans = [replace(p, weight_bits=assigned.bits.get(p.name, p.weight_bits)) for p in plans]
     qparams = {p.name: input_qparams(p, calibration, config) for p in plans}
     rounding = config.quantization.weights.rounding
     gptq = rounding != "nearest"  # the others start from its codes
@@ -68,6 +73,9 @@ def run(
         factor = factors.get(plan.name)
         layer_tensors, entry = quantize_layer(plan, qparams[plan.name], factor, hessian)
         tensors |= {f"{plan.name}.{key}": value for key, value in layer_tensors.items()}
+        if plan.name in assigned.sensitivity:
+            widths = assigned.sensitivity[plan.name]
+            entry["sensitivity"] = {str(bits): value for bits, value in widths.items()}
         entries[plan.name] = entry
     attention_tensors, attention_entries = quantize_attention(config, calibration)
     unsealed = Artifact(
