@@ -10,6 +10,7 @@ from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, count_macs, time_layers
+from ..presets import excluded_by
 from ..spec import FLOAT_BITS
 from .assemble import full_denoiser
 
@@ -25,6 +26,10 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
     cached = config.quantization.cache_time_embeddings
     timed = time_layers(model.denoiser)
     rows = [_coverage_row(c, entries.get(c.name), c.name in timed, cached) for c in costs]
+    preset, strict = config.quantization.preset, config.quantization.strict
+    for row in rows:
+        if row["why_not_integer"] == "configured" and excluded_by(preset, strict, row["name"]):
+            row["why_not_integer"] = f"left in float by preset {preset}"
     total = sum(cost.macs for cost in costs)
     integer = sum(r["macs"] for r in rows if r["integer"])
     per_precision: dict[str, float] = {}

@@ -176,10 +176,11 @@ def _matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSe
         raise ArtifactError(
             f"{full.folder} and {quantized.folder} share {len(shared)} seeds", "sample at least 2"
         )
-    return _cut(full, shared), _cut(quantized, shared)
+    return cut(full, shared), cut(quantized, shared)
 
 
-def _cut(samples: SampleSet, seeds: list[int]) -> SampleSet:
+def cut(samples: SampleSet, seeds: list[int]) -> SampleSet:
+    """The samples of these seeds alone, which the set has."""
     if samples.seeds == seeds:
         return samples
     wanted = set(seeds)
