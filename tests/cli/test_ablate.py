@@ -285,7 +285,7 @@ def test_what_a_preset_leaves_in_float_is_listed_with_its_name(qncd):
     [
         (("--presets", "qncd,minmx"), "did you mean minmax"),
         (("--presets", "qncd+filter"), "+METHOD is one of none, runtime"),
-        (("--presets", ""), "unknown preset"),
+        (("--presets", ""), "no row is named"),
         (("--bits", "w4a8,4x8"), "--bits 4x8"),
         (("--bits", "w4a16"), "2 to 8 bits"),
         (("--set", "quantization.wieghts=3"), "did you mean"),

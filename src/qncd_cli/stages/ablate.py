@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from .. import __version__, artifacts
 from ..artifacts import RunDir
 from ..config import Config, digest_of
 from ..errors import ArtifactError
-from ..metrics.image import Reference, prepare_reference
+from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
 from . import chain
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
 from .assemble import Track, no_progress
-from .evaluate import Protocol, SampleSet
+from .evaluate import Measured, Protocol
 from .variants import Variant
 
 Tell = Callable[[str], None]
@@ -67,7 +67,7 @@ class _Work:
     model: DiffusionModel
     protocol: Protocol
     track: Track
-    full: SampleSet | None = None
+    full: Measured | None = None
     redone: set[Path] = field(default_factory=set)
 
     def force(self, folder: Path) -> bool:
@@ -88,9 +88,7 @@ def run(
 
     Raises what the stages raise; finished rows are kept and the next call goes on from there.
     """
-    if protocol.reference is not None:
-        reference = prepare_reference(protocol.reference, protocol.network, protocol.metrics)
-        protocol = replace(protocol, reference=reference)
+    protocol = evaluate_stage.prepared(protocol)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
     work = _Work(request, model, protocol, track)
@@ -205,11 +203,11 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
     if work.full is None:
         work.full = _full_set(config, work)
     with _clock(seconds, "evaluate"):
-        seeds = work.full.seeds
-        samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
+        _, samples = evaluate_stage.matched(work.full.samples, evaluate_stage.read_set(folder))
+        measured = evaluate_stage.measure_set(samples, work.protocol)
         size = made.tensors("quantized").stat().st_size
         sizes = {"full": model.denoiser_bytes(), "quantized": size}
-        metrics, _ = evaluate_stage.run(work.full, samples, sizes, work.protocol)
+        metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol)
     row = {
         **_described(variant, metrics),
         "bytes": size,
@@ -260,7 +258,7 @@ def _digest_of_set(folder: Path) -> str | None:
         return ""
 
 
-def _full_set(config: Config, work: _Work) -> SampleSet:
+def _full_set(config: Config, work: _Work) -> Measured:
     """Full-precision samples of the rows' seeds, shared with the runs beside this folder."""
     request = work.request
     folder = chain.full_precision_samples(
@@ -268,7 +266,8 @@ def _full_set(config: Config, work: _Work) -> SampleSet:
     )
     first = config.sampling.seed
     seeds = list(range(first, first + request.count))
-    return evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
+    samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
+    return evaluate_stage.measure_set(samples, work.protocol)
 
 
 # ------------------------------------------------------------------ numbers

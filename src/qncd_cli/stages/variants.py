@@ -25,6 +25,7 @@ CORRECTIONS = {
     "both": (True, True),
 }
 """Name: whether the intra and the inter correction of the configuration stay."""
+_KNOWN = [*PRESETS, *CORRECTIONS]
 INTER_METHODS = ("none", "runtime", "ptqd", "affine")
 FULL_PRECISION = "fp"
 Widths = tuple[int, int]
@@ -57,6 +58,8 @@ def variants(
     configuration's own. overrides hold for every row; of a preset's keys too, they win.
     published: keep in floating point what each preset's paper does. Raises ConfigError.
     """
+    if not names:
+        raise ConfigError("--presets: no row is named", f"known: {', '.join(_KNOWN)}")
     config = load_config(config_name, overrides)
     chosen = list(dict.fromkeys(widths)) or [_own_widths(config)]
     parsed = {text: parse_widths(text) for text in chosen}
@@ -103,9 +106,8 @@ def _tree(config_name: str, name: str, overrides: Sequence[str]) -> dict[str, An
         if not inter:
             tree["correction"]["inter"]["method"] = "none"
     else:
-        known = [*PRESETS, *CORRECTIONS]
-        close = difflib.get_close_matches(base, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+        close = difflib.get_close_matches(base, _KNOWN, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KNOWN)}"
         raise ConfigError(f"--presets {name}: unknown preset {base}", hint)
     if plus:
         tree["correction"]["inter"]["method"] = method
