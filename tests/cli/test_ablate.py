@@ -208,9 +208,14 @@ def test_another_seed_or_number_makes_the_rows_anew(work):
 
 def test_force_measures_every_row_again(work):
     before = row_files(work)
-    ablate(work, *TWO, "--force")
+    rows = ablate(work, *TWO[:2], "--bits", "w8a8", "--force", "--json").data["rows"]
+    quantize = rows[0]["digests"]["quantize"]
+    assert [r["reused"] for r in rows] == [[], ["calibrate", "quantize"]], "each stage once"
     after = row_files(work)
-    assert all(after[name] != time for name, time in before.items())
+    kept = {name for name, time in before.items() if after[name] == time}
+    assert kept == {n for n in before if "w4a6" in n or n.startswith("quantized/")} - {
+        n for n in before if n.startswith(f"quantized/{quantize}")
+    }
 
 
 # ---- variants -----------------------------------------------------------------------------------

@@ -19,7 +19,17 @@ from qncd_cli import __version__
 from qncd_cli.cli.main import cli
 from qncd_cli.config import shipped_configs
 
-COMMANDS = ["calibrate", "quantize", "sample", "eval", "run", "compare", "inspect", "models"]
+COMMANDS = [
+    "ablate",
+    "calibrate",
+    "quantize",
+    "sample",
+    "eval",
+    "run",
+    "compare",
+    "inspect",
+    "models",
+]
 HEAVY = ["torch", "diffusers", "pydantic", "yaml", "rich", "numpy", "safetensors", "PIL"]
 
 

@@ -14,8 +14,16 @@ from .console import Console
 from .evaluation import EvalOptions, protocol_of
 from .shared import open_model
 
-TERMINAL = ("variant", "bits", "to data ↓", "to full ↓", "as asked ↑")
-TERMINAL += ("SQNR, dB ↑", "PSNR, dB ↑", "MiB ↓")
+TERMINAL = (
+    "variant",
+    "bits",
+    "to data ↓",
+    "to full ↓",
+    "as asked ↑",
+    "SQNR, dB ↑",
+    "PSNR, dB ↑",
+    "MiB ↓",
+)
 """Of the columns, those that fit a terminal."""
 
 
