@@ -317,7 +317,7 @@ def ablate(**options):
 
     Rows share calibration, quantized weights and full-precision samples where they agree. Writes
     ablation.json, .md and .html (default: to runs/ablate_<config name>); a repeated command goes
-    on with the rows that are missing. --set holds for every row, before what its preset says.
+    on with the rows that are missing. --set holds for every row and wins over its preset.
     """
     from . import ablate as command
 
@@ -339,7 +339,7 @@ def inspect(file, as_json, debug):
 @cli.command(epilog="\b\nExamples:\n  qncd models\n  qncd models --json")
 @_json
 def models(as_json, debug):
-    """Packaged models and shipped configurations."""
+    """Packaged models, shipped configurations, presets."""
     from . import listing
 
     listing.models(Console(as_json))
