@@ -326,6 +326,8 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),
     "calibration.noise_trajectories": (17, BOTH),
+    "quantization.preset": ("minmax", NEITHER),  # its keys count, its name does not
+    "quantization.strict": (True, NEITHER),
     "quantization.weights.bits": (8, QUANTIZE),
     "quantization.weights.rounding": ("nearest", QUANTIZE),
     "quantization.weights.iterations": (20, QUANTIZE),

@@ -18,7 +18,7 @@ import pytest
 PACKAGE = "qncd_cli"
 SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 
-GROUND = ["", "errors", "spec", "config", "artifacts", "distributed"]
+GROUND = ["", "errors", "spec", "presets", "config", "artifacts", "distributed"]
 MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
 SHARED = [
     f"stages.{s}"
@@ -44,7 +44,8 @@ EDGES: list[tuple[str, list[str]]] = [
     ("__main__", ["cli.main"]),
     ("errors", []),
     ("spec", []),
-    ("config", ["errors", "spec"]),
+    ("presets", []),
+    ("config", ["errors", "spec", "presets"]),
     ("artifacts", ["", "errors", "spec", "config"]),
     ("distributed", ["errors"]),
     ("quant.*", ["quant.*", "errors", "spec"]),
@@ -52,6 +53,8 @@ EDGES: list[tuple[str, list[str]]] = [
     ("metrics.*", ["metrics.*", *GROUND]),
     ("models.*", ["models.*", "quant.*", *GROUND]),
     ("backends.*", ["backends.*", "quant.*", *GROUND]),
+    ("stages.chain", ["stages.*", *MIDDLE, *GROUND]),
+    ("stages.variants", GROUND),
     ("stages.ablate", ["stages.*", *MIDDLE, "quant.*", *GROUND]),
     ("stages.bench", ["stages.*", *MIDDLE, "quant.*", *GROUND]),
     ("stages.*", [*SHARED, *MIDDLE, "quant.*", *GROUND]),

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from . import presets
 from .errors import ConfigError
 from .spec import FLOAT_BITS, MAX_ACTIVATION_BITS
 
@@ -170,6 +171,8 @@ class LayerOverride(_Section):
 
 
 class QuantizationConfig(_Section):
+    preset: str | None = Field(None, description="a baseline, which fills keys that are not set")
+    strict: bool = Field(False, description="quantize what the preset's paper leaves in float too")
     weights: WeightsConfig = WeightsConfig()
     activations: ActivationsConfig = ActivationsConfig()
     attention: AttentionConfig = AttentionConfig()
@@ -194,6 +197,10 @@ class QuantizationConfig(_Section):
         _check_bits(
             self.first_last_activation_bits, "first_last_activation_bits", MAX_ACTIVATION_BITS
         )
+        if self.preset is not None and self.preset not in presets.PRESETS:
+            close = difflib.get_close_matches(self.preset, presets.PRESETS, n=1)
+            known = f"did you mean {close[0]}?" if close else ", ".join(presets.PRESETS)
+            raise ValueError(f"unknown preset {self.preset} ({known})")
         return self
 
 
@@ -264,6 +271,7 @@ class Config(_Section):
         if intra == "auto":  # chosen by the error at the configured widths
             widths = self.to_dict()["quantization"]
             del widths["cache_time_embeddings"], widths["attention"]
+            del widths["preset"], widths["strict"]
             del widths["activations"]["timestep_groups"]
             weights = widths["weights"]
             nearest = weights["rounding"] == "nearest"
@@ -271,6 +279,7 @@ class Config(_Section):
             inputs["widths"] = widths
         if stage == "quantize":
             inputs["quantization"] = tree["quantization"]
+            del inputs["quantization"]["preset"], inputs["quantization"]["strict"]  # names only
             inputs["estimator_target"] = tree["correction"]["inter"]["target"]
         return inputs
 
@@ -316,6 +325,8 @@ def find_config(name: str) -> Path:
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration and apply `key.path=value` overrides (values are YAML).
 
+    A preset fills what the file does not set. A preset among the overrides comes before the file:
+    the file's values of the keys that presets set give way to it.
     Raises ConfigError naming the file, the dotted key and the nearest known key.
     """
     path = find_config(name)
@@ -327,9 +338,21 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
+    assigned = {override.partition("=")[0] for override in overrides}
+    if "quantization.preset" in assigned:
+        tree = presets.without_settings(tree)
+    elif "quantization.strict" in assigned:
+        tree = presets.without_exclusions(tree)
     for override in overrides:
         _apply_override(tree, override)
-    return parse_config(tree, str(path))
+    return parse_config(presets.filled(tree, _steps(tree)), str(path))
+
+
+def _steps(tree: dict[str, Any]) -> int:
+    """sampling.steps of a tree that nobody has validated yet."""
+    section = tree.get("sampling")
+    steps = section.get("steps") if isinstance(section, dict) else None
+    return steps if isinstance(steps, int) else SamplingConfig().steps
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:

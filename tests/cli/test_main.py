@@ -18,8 +18,19 @@ from PIL import Image
 from qncd_cli import __version__
 from qncd_cli.cli.main import cli
 from qncd_cli.config import shipped_configs
+from qncd_cli.presets import PRESETS
 
-COMMANDS = ["calibrate", "quantize", "sample", "eval", "run", "compare", "inspect", "models"]
+COMMANDS = [
+    "ablate",
+    "calibrate",
+    "quantize",
+    "sample",
+    "eval",
+    "run",
+    "compare",
+    "inspect",
+    "models",
+]
 HEAVY = ["torch", "diffusers", "pydantic", "yaml", "rich", "numpy", "safetensors", "PIL"]
 
 
@@ -294,8 +305,9 @@ def test_models_lists_every_shipped_configuration(qncd):
     assert set(data["configs"]) == set(shipped_configs())
     assert data["configs"]["ldm4_w4a8"]["bits"] == "W4A8"
     table = qncd("models").stdout
-    for name in shipped_configs():
+    for name in [*shipped_configs(), *PRESETS]:
         assert name in table
+    assert set(data["presets"]) == set(PRESETS)
 
 
 def test_inspect_shows_tensors_and_lineage(evaluated):

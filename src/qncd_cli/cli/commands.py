@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts
-from ..artifacts import Artifact, RunDir
+from ..artifacts import RunDir
 from ..config import Config, load_config, parse_config
-from ..errors import ArtifactError, ConfigError
+from ..errors import ConfigError
 from .console import Console, show
 from .evaluation import EvalOptions, evaluate
 from .shared import open_model
@@ -40,16 +40,6 @@ class SampleOptions:
 
 
 # ------------------------------------------------------------------ shared
-
-
-def _up_to_date(path: Path, kind: str, config: str, model: str) -> Artifact | None:
-    """The artifact if it is sound and was made from just these inputs."""
-    try:
-        artifact = artifacts.read(path, kind)
-        artifacts.check_lineage(artifact, config=config, model=model)
-    except ArtifactError:
-        return None
-    return artifact
 
 
 def _done(console: Console, stage: str, run: RunDir, seconds: float, **more: Any) -> None:
@@ -81,22 +71,11 @@ def calibrate(
     if dry_run:
         console.result({"config": config.to_dict()}, lambda: print(config.to_yaml(), end=""))
         return run
+    from ..stages import chain
+
     start = time.perf_counter()
     model = open_model(config, device)
-    digest = config.stage_digest("calibrate")
-    calibration = None
-    if not force:
-        calibration = _up_to_date(run.tensors("calibration"), "calibration", digest, model.digest)
-        if not _up_to_date(run.tensors("smoothing"), "smoothing", digest, model.digest):
-            calibration = None
-    skipped = calibration is not None
-    if calibration is None:
-        from ..stages import calibrate as stage
-
-        artifacts.remove_temporaries(run.path)
-        calibration, smoothing = stage.run(config, model, console.track)
-        artifacts.write(run.tensors("smoothing"), smoothing)
-        artifacts.write(run.tensors("calibration"), calibration)
+    calibration, _, skipped = chain.calibrate(run, config, model, console.track, force=force)
     artifacts.write_bytes(run.config, config.to_yaml().encode())
     artifacts.set_current(run)
     _done(
@@ -117,6 +96,8 @@ def calibrate(
 def quantize(
     console: Console, overrides: Sequence[str], run_dir: str | None, device: str, *, force: bool
 ) -> None:
+    from ..stages import chain
+
     start = time.perf_counter()
     run = artifacts.find_run(run_dir)
     config = load_config(str(run.config), overrides)
@@ -127,16 +108,7 @@ def quantize(
     artifacts.check_lineage(smoothing, config=digest, model=model.digest)
     parents = {"smoothing": smoothing.digest}
     artifacts.check_lineage(calibration, config=digest, model=model.digest, parents=parents)
-    parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
-    skipped = not force and _quantized(run, config, model.digest, parents)
-    if not skipped:
-        from ..stages import quantize as stage
-
-        artifacts.remove_temporaries(run.path)
-        result = stage.run(config, model, calibration, smoothing, console.track)
-        artifacts.write(run.tensors("quantized"), result.quantized)
-        artifacts.write(run.tensors("noise_stats"), result.noise_stats)
-        artifacts.write_json(run.coverage, result.coverage)
+    skipped = chain.quantize(run, config, model, calibration, smoothing, console.track, force=force)
     if overrides:
         artifacts.write_bytes(run.config, config.to_yaml().encode())
     coverage = artifacts.read_json(run.coverage, "qncd quantize --force")
@@ -152,16 +124,6 @@ def quantize(
         average_weight_bits=coverage["average_weight_bits"],
         skipped=skipped,
     )
-
-
-def _quantized(run: RunDir, config: Config, model: str, parents: dict[str, str]) -> bool:
-    """Whether the stage's outputs are there and sound."""
-    digest = config.stage_digest("quantize")
-    quantized = _up_to_date(run.tensors("quantized"), "quantized", digest, model)
-    noise = _up_to_date(run.tensors("noise_stats"), "noise_stats", digest, model)
-    if quantized is None or noise is None or not run.coverage.is_file():
-        return False
-    return quantized.parents == parents and noise.parents == {"quantized": quantized.digest}
 
 
 # ------------------------------------------------------------------ sample

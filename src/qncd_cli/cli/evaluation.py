@@ -45,7 +45,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
 
         images = load_images(Path(options.images))
         source = options.reference or "zoo"
-        protocol = _protocol(options, source, packaged_model=source == "zoo")
+        protocol = protocol_of(options, source, packaged_model=source == "zoo")
         metrics = stage.images_only(images, options.images, protocol)
         console.result(metrics, lambda: _render_images(console, metrics))
         return
@@ -65,7 +65,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
             'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
         )
     source = options.reference or config.evaluation.reference
-    protocol = _protocol(options, source, config.model.source.startswith("zoo:"))
+    protocol = protocol_of(options, source, config.model.source.startswith("zoo:"))
     full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
     sizes = {
         "full": model.denoiser_bytes(),
@@ -84,7 +84,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
     console.result({**metrics, "run_dir": str(run.path)}, render)
 
 
-def _protocol(options: EvalOptions, source: str, packaged_model: bool) -> Any:
+def protocol_of(options: EvalOptions, source: str, packaged_model: bool) -> Any:
     from ..metrics.image import inception, load_reference, packaged
     from ..stages.evaluate import Protocol
 
@@ -101,11 +101,8 @@ def _protocol(options: EvalOptions, source: str, packaged_model: bool) -> Any:
 def _full_folder(
     console: Console, run: RunDir, config: Config, model: Any, quantized_set: Any
 ) -> Path:
-    """Full-precision samples for the seeds and settings of a quantized set; drawn if missing.
-
-    They belong to the model and the sampler, not to one run, so that runs beside each other
-    share them: <runs>/full-precision/<digest>.
-    """
+    """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
+    from ..stages import chain
     from ..stages import sample as stage
 
     tree = config.to_dict()
@@ -119,11 +116,11 @@ def _full_folder(
         manifest = artifacts.read_json(own / "manifest.json", "qncd sample --full-precision")
         if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
             return own
-    folder = run.path.parent / "full-precision" / digest
     count = seeds[-1] - seeds[0] + 1
-    request = stage.SampleRequest(folder, seeds[0], count, quantized_set.manifest["batch_size"])
-    stage.run(config, model, subject, request, console.track)
-    return folder
+    batch_size = quantized_set.manifest["batch_size"]
+    return chain.full_precision_samples(
+        run.path.parent, config, model, count, batch_size, console.track
+    )
 
 
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (

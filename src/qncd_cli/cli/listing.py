@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .. import artifacts
 from ..config import load_config, shipped_configs
+from ..presets import PRESETS
 from .console import Console
 
 
@@ -52,6 +53,14 @@ def models(console: Console) -> None:
             "sampler": f"{config.sampling.scheduler}, {config.sampling.steps} steps",
         }
     packaged = {name: training_record(name) for name in zoo_models()}
+    presets = {
+        name: {
+            "description": preset.description,
+            "left_in_float": preset.exclusions_note or None,
+            "settings": preset.settings,
+        }
+        for name, preset in PRESETS.items()
+    }
 
     def render() -> None:
         rows = []
@@ -61,8 +70,10 @@ def models(console: Console) -> None:
         console.table(["packaged model", "trained", "size"], rows)
         cells = [[n, c["bits"], c["model"], c["sampler"]] for n, c in configs.items()]
         console.table(["configuration", "bits", "model", "sampler"], cells)
+        said = [[n, p["description"], p["left_in_float"]] for n, p in presets.items()]
+        console.table(["preset", "what it is", "left in float, unless strict"], said)
 
-    console.result({"models": packaged, "configs": configs}, render)
+    console.result({"models": packaged, "configs": configs, "presets": presets}, render)
 
 
 def _bytes_below(folder: Path) -> int:

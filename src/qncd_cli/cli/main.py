@@ -120,6 +120,15 @@ def _metrics(command: Command) -> Command:
         click.option("--isc", is_flag=True, help="Inception score."),
         click.option("--kid", is_flag=True, help="Kernel distance."),
         click.option("--prc", is_flag=True, help="Precision and recall."),
+    ]
+    command = _features(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _features(command: Command) -> Command:
+    options = [
         click.option(
             "--reference",
             metavar="DIR|NPZ|zoo",
@@ -280,6 +289,60 @@ def compare(run_dirs, as_json, debug):
     evaluation.compare(Console(as_json), run_dirs)
 
 
+@cli.command(
+    epilog="\b\nExamples:\n  qncd ablate --config fashion_ldm_w4a8.yaml --num 300\n"
+    "  qncd ablate --config fashion_ldm_w4a8 --presets minmax,qncd,best --bits w8a8,w4a8,w4a6\n"
+    "  qncd ablate --config my.yaml --presets none,intra,inter,both\n"
+    "  qncd ablate --config my.yaml --presets none+runtime,none+ptqd --bits fp,w4a8"
+)
+@_config
+@click.option(
+    "--presets",
+    metavar="NAME,NAME,...",
+    default="minmax,qdiffusion,ptqd,tdq,qncd-intra,qncd-inter,qncd,best",
+    show_default=True,
+    help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
+    "of its corrections. NAME+METHOD takes another inter correction.",
+)
+@click.option(
+    "--bits",
+    metavar="W4A8,...|fp",
+    help="Widths of weights and activations, each with every row (default: the configuration's); "
+    "fp: the unquantized model, to see what an inter correction does to it.",
+)
+@click.option(
+    "--num",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Samples a row (default: evaluation.num_samples).",
+)
+@click.option("--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N")
+@click.option(
+    "--published",
+    is_flag=True,
+    help="Leave in floating point what each preset's paper does; otherwise all rows are quantized "
+    "alike.",
+)
+@_features
+@_set
+@_run_dir
+@_device
+@_force("Measure every row again although nothing has changed.")
+@_json
+def ablate(**options):
+    """Compare presets and corrections on the same seeds, one row each; trains nothing.
+
+    Rows share calibration, quantized weights and full-precision samples where they agree. Writes
+    ablation.json, .md and .html (default: to runs/ablate_<config name>); a repeated command goes
+    on with the rows that are missing. --set holds for every row and wins over its preset.
+    """
+    from . import ablate as command
+
+    console = Console(options.pop("as_json"))
+    options.pop("debug")
+    command.ablate(console, command.AblateOptions(**options))
+
+
 @cli.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
 @click.argument("file", type=click.Path())
 @_json
@@ -293,7 +356,7 @@ def inspect(file, as_json, debug):
 @cli.command(epilog="\b\nExamples:\n  qncd models\n  qncd models --json")
 @_json
 def models(as_json, debug):
-    """Packaged models and shipped configurations."""
+    """Packaged models, shipped configurations, presets."""
     from . import listing
 
     listing.models(Console(as_json))

@@ -9,7 +9,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -97,7 +97,12 @@ def html_report(
     protocol = {**meta, **_mapping(metrics.get("protocol"))}
     if protocol:
         parts.append("<h2>What was measured</h2>")
-        parts.append(_definitions(protocol))
+        parts.append(definitions(protocol))
+    return page(title, parts)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A self-contained HTML page of parts that are HTML already; empty ones are left out."""
     head = (
         '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{escape(title)}</title><style>{STYLE}</style>"
@@ -244,7 +249,7 @@ def _to_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.cpu().expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
 
 
-def _definitions(values: Mapping[str, Any]) -> str:
+def definitions(values: Mapping[str, Any]) -> str:
     items = (
         f"<dt>{escape(str(key))}</dt><dd>{escape(_plain(value))}</dd>"
         for key, value in values.items()

@@ -10,6 +10,7 @@ from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, count_macs, float_attention, time_layers
+from ..presets import excluded_by
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS
 from .assemble import full_denoiser
 from .attention import product_entries
@@ -33,6 +34,10 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
         )
         for c in costs
     ]
+    preset, strict = config.quantization.preset, config.quantization.strict
+    for row in rows:
+        if row["why_not_integer"] == "configured" and excluded_by(preset, strict, row["name"]):
+            row["why_not_integer"] = f"left in float by preset {preset}"
     total = sum(cost.macs for cost in costs)
     integer = sum(r["macs"] for r in rows if r["integer"])
     per_precision: dict[str, float] = {}

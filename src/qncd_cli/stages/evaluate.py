@@ -7,7 +7,7 @@ so fidelity to the full-precision images stands beside them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import artifacts
 from ..artifacts import Artifact
 from ..errors import ArtifactError
-from ..metrics.fidelity import extract_features
+from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
     FeatureNetwork,
     Reference,
@@ -89,6 +89,57 @@ def images_only(images: Tensor, source: str, protocol: Protocol) -> dict[str, An
     return {"protocol": _describe(protocol, len(images), {"images": source}), "images": entry}
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A set, the features of its images, and its own metrics: a set's object in metrics.json."""
+
+    samples: SampleSet
+    features: Features
+    entry: dict[str, Any]
+
+
+def measure_set(samples: SampleSet, protocol: Protocol) -> Measured:
+    """What does not depend on another set. Raises what measure raises."""
+    network = protocol.network
+    features = extract_features(samples.images, network)
+    entry = measure(features, protocol.reference, network, protocol.metrics, seed=protocol.seed)
+    if network.name == "fashion-classifier" and "classes" in samples.manifest:
+        classes = samples.manifest["classes"]
+        entry["class_agreement"] = class_agreement(features, classes, network)
+    return Measured(samples, features, entry)
+
+
+def compare(
+    full: Measured, quantized: Measured, quantized_bytes: dict[str, int], protocol: Protocol
+) -> dict[str, Any]:
+    """metrics.json of two sets of the same seeds; quantized_bytes: {full, quantized}."""
+    one, other = full.samples, quantized.samples
+    fidelity = {
+        "psnr_db": psnr_db(one.images, other.images),
+        "sqnr_latents_db": sqnr_db(
+            one.latents.tensors["latents"], other.latents.tensors["latents"]
+        ),
+        "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
+        "feature_distance": feature_distance(
+            full.features, quantized.features, protocol.network, paired=True, seed=protocol.seed
+        ),
+    }
+    sampling = {
+        "sampling": one.manifest["sampling"],
+        "first_seed": one.seeds[0],
+        "full": str(one.folder),
+        "quantized": str(other.folder),
+        "correction": other.manifest["correction"],
+    }
+    return {
+        "protocol": _describe(protocol, len(one.seeds), sampling),
+        "full": full.entry,
+        "quantized": quantized.entry,
+        "fidelity": fidelity,
+        "bytes": quantized_bytes,
+    }
+
+
 def run(
     full: SampleSet,
     quantized: SampleSet,
@@ -100,53 +151,26 @@ def run(
     quantized_bytes: {full, quantized}, of the denoiser. Raises ArtifactError if the sets do not
     share settings or seeds.
     """
-    full, quantized = _matched(full, quantized)
-    network = protocol.network
-    reference = protocol.reference
-    if reference is not None:
-        reference = prepare_reference(reference, network, protocol.metrics)
-    entries, features = {}, {}
-    for name, samples in (("full", full), ("quantized", quantized)):
-        features[name] = extract_features(samples.images, network)
-        entries[name] = measure(
-            features[name], reference, network, protocol.metrics, seed=protocol.seed
-        )
-        if network.name == "fashion-classifier" and "classes" in samples.manifest:
-            entries[name]["class_agreement"] = class_agreement(
-                features[name], samples.manifest["classes"], network
-            )
-    steps = _sqnr_steps(full.latents, quantized.latents)
-    fidelity = {
-        "psnr_db": psnr_db(full.images, quantized.images),
-        "sqnr_latents_db": sqnr_db(
-            full.latents.tensors["latents"], quantized.latents.tensors["latents"]
-        ),
-        "sqnr_steps_db": steps,
-        "feature_distance": feature_distance(
-            features["full"], features["quantized"], network, paired=True, seed=protocol.seed
-        ),
-    }
-    sampling = {
-        "sampling": full.manifest["sampling"],
-        "first_seed": full.seeds[0],
-        "full": str(full.folder),
-        "quantized": str(quantized.folder),
-        "correction": quantized.manifest["correction"],
-    }
-    metrics = {
-        "protocol": _describe(protocol, len(full.seeds), sampling),
-        **entries,
-        "fidelity": fidelity,
-        "bytes": quantized_bytes,
-    }
+    full, quantized = matched(full, quantized)
+    protocol = prepared(protocol)
+    sets = [measure_set(samples, protocol) for samples in (full, quantized)]
+    metrics = compare(sets[0], sets[1], quantized_bytes, protocol)
     report = html_report(
         metrics,
-        {"SQNR of the prediction": steps},
+        {"SQNR of the prediction": metrics["fidelity"]["sqnr_steps_db"]},
         _pairs(full, quantized),
         "Quantized against full precision",
         {"model": full.manifest["source"], **_flat(full.manifest["sampling"])},
     )
     return metrics, report
+
+
+def prepared(protocol: Protocol) -> Protocol:
+    """With the reference's features and statistics, so that they are computed once."""
+    if protocol.reference is None:
+        return protocol
+    reference = prepare_reference(protocol.reference, protocol.network, protocol.metrics)
+    return replace(protocol, reference=reference)
 
 
 def _describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +186,7 @@ def _describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str,
     }
 
 
-def _matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSet]:
+def matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSet]:
     """Both sets cut down to the seeds they share. Raises ArtifactError."""
     if full.manifest["sampling"] != quantized.manifest["sampling"]:
         raise ArtifactError(
@@ -176,10 +200,11 @@ def _matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSe
         raise ArtifactError(
             f"{full.folder} and {quantized.folder} share {len(shared)} seeds", "sample at least 2"
         )
-    return _cut(full, shared), _cut(quantized, shared)
+    return cut(full, shared), cut(quantized, shared)
 
 
-def _cut(samples: SampleSet, seeds: list[int]) -> SampleSet:
+def cut(samples: SampleSet, seeds: list[int]) -> SampleSet:
+    """The samples of these seeds alone, which the set has."""
     if samples.seeds == seeds:
         return samples
     wanted = set(seeds)

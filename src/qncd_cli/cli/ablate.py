@@ -1,0 +1,110 @@
+"""The command ablate: a table of variants of one configuration."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import artifacts
+from ..config import load_config
+from .console import Console
+from .evaluation import EvalOptions, protocol_of
+from .shared import open_model
+
+TERMINAL = (
+    "variant",
+    "bits",
+    "to data ↓",
+    "to full ↓",
+    "as asked ↑",
+    "SQNR, dB ↑",
+    "PSNR, dB ↑",
+    "MiB ↓",
+)
+"""Of the columns, those that fit a terminal."""
+
+
+@dataclass(frozen=True)
+class AblateOptions:
+    config_name: str
+    overrides: tuple[str, ...]
+    presets: str
+    bits: str | None
+    num: int | None
+    batch_size: int
+    published: bool
+    reference: str | None
+    network: str
+    inception_weights: str | None
+    run_dir: str | None
+    device: str
+    force: bool
+
+
+def ablate(console: Console, options: AblateOptions) -> None:
+    from ..metrics import ablation
+    from ..stages import ablate as stage
+    from ..stages.variants import variants
+
+    start = time.perf_counter()
+    config = load_config(options.config_name, options.overrides)
+    rows = variants(
+        options.config_name,
+        _listed(options.presets),
+        _listed(options.bits or ""),
+        options.overrides,
+        published=options.published,
+    )
+    name = Path(options.config_name).stem
+    folder = Path(options.run_dir) if options.run_dir else Path("runs") / f"ablate_{name}"
+    count = options.num or config.evaluation.num_samples
+    request = stage.AblateRequest(folder, count, options.batch_size, options.force)
+    source = options.reference or config.evaluation.reference
+    protocol = protocol_of(_measuring(options), source, config.model.source.startswith("zoo:"))
+    model = open_model(config, options.device)
+    table = stage.run(rows, model, request, protocol, _teller(), console.track)
+    title = f"Variants of {name}"
+    page = folder / "ablation.html"
+    sheets = [(row.label, stage.sheet(request, row)) for row in rows]
+    there = [(label, path) for label, path in sheets if path.is_file()]
+    artifacts.write_bytes(folder / "ablation.md", ablation.markdown(table, title).encode())
+    artifacts.write_bytes(page, ablation.html(table, title, there, folder).encode())
+
+    def render() -> None:
+        cells = [[line[c] for c in TERMINAL] for line in ablation.cells(table)]
+        console.table([c[:-2] if c[-1] in "↓↑" else c for c in TERMINAL], cells, _caption(table))
+        print(f"ablate: done in {time.perf_counter() - start:.1f} s, {page}")
+
+    console.result({**table, "run_dir": str(folder)}, render)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip().lower() for part in text.split(",")] if text else []
+
+
+def _measuring(options: AblateOptions) -> EvalOptions:
+    return EvalOptions(
+        fid=True,
+        isc=False,
+        kid=False,
+        prc=False,
+        reference=options.reference,
+        network=options.network,
+        inception_weights=options.inception_weights,
+    )
+
+
+def _teller() -> Any:
+    """Lines about rows on stderr; silent when that is no terminal."""
+    if not sys.stderr.isatty():
+        return lambda line: None
+    return lambda line: print(line, file=sys.stderr, flush=True)
+
+
+def _caption(table: dict[str, Any]) -> str:
+    protocol = table["protocol"]
+    text = f"{protocol['num_samples']} samples, same seeds; Frechet distances in the features of "
+    return text + f"{protocol['network']}, SQNR of the final latents"

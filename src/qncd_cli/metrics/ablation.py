@@ -1,0 +1,131 @@
+"""The table of an ablation as something to read: cells, Markdown, HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from .curve import line_chart
+from .report import definitions, format_number, markdown_table, page
+
+COLUMNS = (
+    "variant",
+    "bits",
+    "to data ↓",
+    "to full ↓",
+    "as asked ↑",
+    "SQNR, dB ↑",
+    "PSNR, dB ↑",
+    "MiB ↓",
+    "Gbit-op. ↓",
+    "calls",
+    "seconds",
+)
+NOTE = (
+    "to data, to full: Frechet distance of features to the reference and to the full-precision "
+    "images, in brackets the 95% bootstrap interval; as asked: share of images classified as "
+    "asked; SQNR of the final latents, PSNR of the images, against full precision on the same "
+    "seeds; bit operations of one denoiser call on one sample; calls: extra denoiser calls of the "
+    "correction, a batch; seconds: spent on the row, stages shared with earlier rows left out."
+)
+FULL = "full precision"
+IDENTICAL = "identical"
+
+
+def cells(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One mapping of COLUMNS per line of the table, full precision first; None where unknown."""
+    lines = []
+    if table["full"] is not None:
+        full = table["full"]
+        blank: dict[str, Any] = dict.fromkeys(COLUMNS)
+        lines.append({**blank, "variant": FULL, "bits": "float32", **_shared(full)})
+    return lines + [_line(row) for row in table["rows"]]
+
+
+def _line(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "variant": row["preset"],
+        "bits": _widths(row),
+        **_shared(row),
+        "to full ↓": _interval(row["feature_distance_to_full"]),
+        "SQNR, dB ↑": IDENTICAL if row["identical_latents"] else row["sqnr_latents_db"],
+        "PSNR, dB ↑": IDENTICAL if row["identical_images"] else row["psnr_db"],
+        "Gbit-op. ↓": row["bit_operations"] / 1e9,
+        "calls": row["extra_calls"],
+        "seconds": row["seconds"],
+    }
+
+
+def _shared(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What full precision has too."""
+    return {
+        "to data ↓": _interval(entry["feature_distance_to_reference"]),
+        "as asked ↑": entry["class_agreement"],
+        "MiB ↓": entry["bytes"] / 2**20,
+    }
+
+
+def _interval(entry: Mapping[str, Any] | None) -> str | None:
+    if entry is None or entry["value"] is None:
+        return None
+    text = format_number(entry["value"])
+    if entry["low"] is None or entry["high"] is None:
+        return text
+    return f"{text} [{format_number(entry['low'])}, {format_number(entry['high'])}]"
+
+
+def markdown(table: Mapping[str, Any], title: str) -> str:
+    """The table with its title and its note."""
+    lines = cells(table)
+    return f"# {title}\n\n{markdown_table(lines, COLUMNS)}\n{NOTE}\n"
+
+
+def html(
+    table: Mapping[str, Any], title: str, sheets: Sequence[tuple[str, Path]], folder: Path
+) -> str:
+    """A page with the table, SQNR over the steps for every pair of widths, and sheets of samples.
+
+    sheets: name and picture of a row, linked relative to `folder`, where the page is to lie.
+    """
+    parts = [f"<h1>{escape(title)}</h1>", _html_table(cells(table)), f"<p>{escape(NOTE)}</p>"]
+    for widths, rows in _by_widths(table["rows"]).items():
+        curves = {row["preset"]: row["sqnr_steps_db"] for row in rows}
+        if any(curves.values()):
+            parts.append(f"<h2>{widths}: SQNR of the noise prediction over the sampling steps</h2>")
+            parts.append(line_chart(curves, "sampling step", "SQNR, dB"))
+    if sheets:
+        parts.append("<h2>Samples of the same seeds</h2>")
+        items = (
+            f'<li><a href="{escape(path.relative_to(folder).as_posix())}">{escape(name)}</a></li>'
+            for name, path in sheets
+        )
+        parts.append(f"<ul>{''.join(items)}</ul>")
+    parts += ["<h2>What was measured</h2>", definitions(table["protocol"])]
+    return page(title, parts)
+
+
+def _html_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in COLUMNS)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(show(line[name]))}</td>" for name in COLUMNS) + "</tr>"
+        for line in lines
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def show(value: Any) -> str:
+    """A cell as text."""
+    return value if isinstance(value, str) else format_number(value)
+
+
+def _by_widths(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(_widths(row), []).append(row)
+    return found
+
+
+def _widths(row: Mapping[str, Any]) -> str:
+    return f"W{row['weights']}A{row['activations']}"

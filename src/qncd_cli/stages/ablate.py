@@ -1,0 +1,307 @@
+"""The table of method.md section 4: variants of one configuration, measured on the same seeds.
+
+Nothing is trained. Rows share what they have in common: the full-precision samples, the
+calibration where its digest agrees, and the quantized weights where theirs does. In the folder:
+
+| path | what |
+|---|---|
+| calibration/DIGEST/ | calibration and smoothing of the rows with this digest |
+| quantized/DIGEST/ | quantized weights, noise statistics, coverage, likewise |
+| samples/ROW/ | the row's images |
+| rows/ROW.json | the finished row; it holds until anything that decides it changes |
+| ablation.json | all rows asked for, rewritten after each |
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__, artifacts
+from ..artifacts import RunDir
+from ..config import Config, digest_of
+from ..errors import ArtifactError
+from ..metrics.image import Reference
+from ..models.loading import DiffusionModel
+from . import chain
+from . import evaluate as evaluate_stage
+from . import sample as sample_stage
+from .assemble import Track, no_progress
+from .evaluate import Measured, Protocol
+from .variants import Variant
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class AblateRequest:
+    """folder: of the table; count: samples a row, from config.sampling.seed on."""
+
+    folder: Path
+    count: int
+    batch_size: int
+    force: bool = False
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "ablation.json"
+
+    def row(self, variant: Variant) -> Path:
+        return self.folder / "rows" / f"{variant.label}.json"
+
+    def samples(self, variant: Variant) -> Path:
+        return self.folder / "samples" / variant.label
+
+
+@dataclass
+class _Work:
+    """What the rows of one call share; redone: folders that --force has already renewed."""
+
+    request: AblateRequest
+    model: DiffusionModel
+    protocol: Protocol
+    track: Track
+    full: Measured | None = None
+    redone: set[Path] = field(default_factory=set)
+
+    def force(self, folder: Path) -> bool:
+        first = self.request.force and folder not in self.redone
+        self.redone.add(folder)
+        return first
+
+
+def run(
+    variants: Sequence[Variant],
+    model: DiffusionModel,
+    request: AblateRequest,
+    protocol: Protocol,
+    tell: Tell,
+    track: Track = no_progress,
+) -> dict[str, Any]:
+    """The content of ablation.json. tell: receives a line before and after every row.
+
+    Raises what the stages raise; finished rows are kept and the next call goes on from there.
+    """
+    protocol = evaluate_stage.prepared(protocol)
+    for variant in variants:
+        model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
+    work = _Work(request, model, protocol, track)
+    table = _table(variants[0].config, work)
+    for number, variant in enumerate(variants, start=1):
+        identity = identify(variant.config, work)
+        row = None if request.force else _finished(request.row(variant), identity)
+        tell(
+            f"row {number} of {len(variants)}: {variant.name} at {variant.widths}"
+            + (": unchanged" if row else "")
+        )
+        if row is None:
+            row = _measure(variant, identity, work)
+            artifacts.write_json(request.row(variant), row)
+            tell(f"  done in {row['row']['seconds']:.1f} s")
+        table["full"] = row["full"]
+        table["rows"].append(row["row"])
+        artifacts.write_json(request.table, table)
+    return table
+
+
+def identify(config: Config, work: _Work) -> dict[str, Any]:
+    """Everything that decides a row, as digests and values."""
+    inter = config.correction.inter.model_dump()
+    if inter["method"] == "none":
+        inter = {"method": "none"}
+    identity = {
+        "model": work.model.digest,
+        "calibrate": config.stage_digest("calibrate"),
+        "quantize": config.stage_digest("quantize"),
+        "sample": digest_of({"sampling": config.to_dict()["sampling"], "inter": inter}),
+        "protocol": digest_of(
+            {
+                "num_samples": work.request.count,
+                "network": work.protocol.network.sha256,
+                "reference": _fingerprint(work.protocol.reference),
+                "metrics": work.protocol.metrics,
+                "seed": work.protocol.seed,
+                "version": __version__,
+            }
+        ),
+    }
+    return {**identity, "row": digest_of(identity)}
+
+
+def _fingerprint(reference: Reference | None) -> str | None:
+    """Digest of the reference's images, or of the mean features that are left of them."""
+    if reference is None:
+        return None
+    digest = hashlib.sha256(reference.source.encode())
+    if reference.images is not None:
+        digest.update(reference.images.contiguous().numpy().data)
+    elif reference.statistics is not None:
+        digest.update(reference.statistics["mu"].tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The row on disk if it was made from just these inputs."""
+    try:
+        found = artifacts.read_json(path, "qncd ablate")
+    except ArtifactError:
+        return None
+    if not isinstance(found, dict) or not {"row", "full"} <= found.keys():
+        return None
+    return found if found["row"].get("digests") == identity else None
+
+
+def _table(config: Config, work: _Work) -> dict[str, Any]:
+    sampling = config.to_dict()["sampling"]
+    return {
+        "model": work.model.source,
+        "protocol": {
+            "num_samples": work.request.count,
+            "first_seed": sampling.pop("seed"),
+            "sampling": sampling,
+            "network": work.protocol.network.name,
+            "network_sha256": work.protocol.network.sha256,
+            "reference": work.protocol.reference.source if work.protocol.reference else None,
+            "metrics": list(work.protocol.metrics),
+        },
+        "full": None,
+        "rows": [],
+    }
+
+
+def sheet(request: AblateRequest, variant: Variant) -> Path:
+    """The contact sheet of a row's images."""
+    return sample_stage.sheet_path(request.samples(variant))
+
+
+# ------------------------------------------------------------------ one row
+
+
+def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[str, Any]:
+    """The row, and what was measured of full precision beside it."""
+    config, model, request = variant.config, work.model, work.request
+    seconds: dict[str, float] = {}
+    with _clock(seconds, "calibrate"):
+        shared = RunDir(request.folder / "calibration" / identity["calibrate"])
+        calibration, smoothing, calibrated = chain.calibrate(
+            shared, config, model, work.track, force=work.force(shared.path)
+        )
+    with _clock(seconds, "quantize"):
+        made = RunDir(request.folder / "quantized" / identity["quantize"])
+        force = work.force(made.path)
+        quantized = chain.quantize(
+            made, config, model, calibration, smoothing, work.track, force=force
+        )
+    with _clock(seconds, "sample"):
+        folder = _sample(variant, made, work)
+    if work.full is None:
+        work.full = _full_set(config, work)
+    with _clock(seconds, "evaluate"):
+        _, samples = evaluate_stage.matched(work.full.samples, evaluate_stage.read_set(folder))
+        measured = evaluate_stage.measure_set(samples, work.protocol)
+        size = made.tensors("quantized").stat().st_size
+        sizes = {"full": model.denoiser_bytes(), "quantized": size}
+        metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol)
+    row = {
+        **_described(variant, metrics),
+        "bytes": size,
+        "bit_operations": artifacts.read_json(made.coverage, "qncd ablate")["bit_operations"],
+        "extra_calls": samples.manifest["extra_calls"],
+        "seconds": round(sum(seconds.values()), 2),
+        "seconds_by_stage": {name: round(value, 2) for name, value in seconds.items()},
+        "reused": [n for n, was in (("calibrate", calibrated), ("quantize", quantized)) if was],
+        "digests": identity,
+    }
+    full = _distribution(metrics["full"])
+    return {"row": row, "full": {**full, "bytes": sizes["full"]}}
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
+    """Draw the row's images; those of other settings in its folder give way."""
+    config, request = variant.config, work.request
+    artifact = artifacts.read(made.tensors("quantized"), "quantized")
+    noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
+    subject = sample_stage.quantized(work.model, artifact, noise_stats)
+    folder = request.samples(variant)
+    drawing = sample_stage.SampleRequest(
+        folder, config.sampling.seed, request.count, request.batch_size
+    )
+    sample_stage.check(config, work.model, subject, drawing)
+    digest = sample_stage.identify(config, work.model, subject)["digest"]
+    if work.force(folder) or _digest_of_set(folder) not in (None, digest):
+        sample_stage.clear(folder)
+    sample_stage.run(config, work.model, subject, drawing, work.track)
+    return folder
+
+
+def _digest_of_set(folder: Path) -> str | None:
+    """What the samples in a folder were made from; "" where their manifest does not say."""
+    path = folder / sample_stage.MANIFEST
+    if not path.exists():
+        return None
+    try:
+        return artifacts.read_json(path, "qncd ablate").get("digest", "")
+    except ArtifactError:
+        return ""
+
+
+def _full_set(config: Config, work: _Work) -> Measured:
+    """Full-precision samples of the rows' seeds, shared with the runs beside this folder."""
+    request = work.request
+    folder = chain.full_precision_samples(
+        request.folder.parent, config, work.model, request.count, request.batch_size, work.track
+    )
+    first = config.sampling.seed
+    seeds = list(range(first, first + request.count))
+    samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
+    return evaluate_stage.measure_set(samples, work.protocol)
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def _described(variant: Variant, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Infinite decibels (equal images or latents) are null in JSON; identical_* says so."""
+    quantization, fidelity = variant.config.quantization, metrics["fidelity"]
+    return {
+        "preset": variant.name,
+        "weights": quantization.weights.bits,
+        "activations": quantization.activations.bits,
+        "psnr_db": _finite(fidelity["psnr_db"]),
+        "sqnr_latents_db": _finite(fidelity["sqnr_latents_db"]),
+        "sqnr_steps_db": [_finite(value) for value in fidelity["sqnr_steps_db"]],
+        "identical_images": fidelity["psnr_db"] == math.inf,
+        "identical_latents": fidelity["sqnr_latents_db"] == math.inf,
+        "feature_distance_to_full": _interval(fidelity["feature_distance"]),
+        **_distribution(metrics["quantized"]),
+    }
+
+
+def _distribution(entry: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "feature_distance_to_reference": _interval(entry.get("feature_distance")),
+        "class_agreement": entry.get("class_agreement"),
+    }
+
+
+def _interval(entry: dict[str, Any] | None) -> dict[str, float | None] | None:
+    if entry is None:
+        return None
+    return {key: _finite(entry[key]) for key in ("value", "low", "high")}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
