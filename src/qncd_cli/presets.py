@@ -43,14 +43,22 @@ _MINMAX: Tree = {
     "quantization": {
         "weights": {"rounding": "nearest"},
         "activations": {"observer": "minmax", "timestep_groups": 1},
+        "attention": {"bits": 8, "probabilities_bits": 8},
+        "first_last_bits": 8,
+        "first_last_activation_bits": 8,
         "first_last_observer": "minmax",
+        "split_skip_connections": False,
     },
     "correction": {"intra": "none", "inter": {"method": "none"}},
 }
 _QDIFFUSION = merged(
     _MINMAX,
     {
-        "quantization": {"weights": {"rounding": "gptq"}, "activations": {"observer": "mse"}},
+        "quantization": {
+            "weights": {"rounding": "gptq"},
+            "activations": {"observer": "mse"},
+            "split_skip_connections": True,
+        },
     },
 )
 _INTRA: Tree = {"correction": {"intra": "embedding"}}

@@ -179,7 +179,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def _class_conditional(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
-    denoiser, null_class = pipeline.denoiser, pipeline.null_class
+    denoiser: Any = pipeline.denoiser
+    null_class = pipeline.null_class
     first_stage = pipeline.components.get("vqvae")
     if first_stage is not None:
         first_stage.to(torch.float32)

@@ -8,6 +8,8 @@ pixel space; diffusers has the parts but no pipeline that joins them. Its DiTPip
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -84,7 +86,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         device = self._execution_device
         labels = torch.as_tensor(class_labels, device=device)
-        config = self.denoiser.config
+        config: Any = self.denoiser.config
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
         guided = guidance_scale != 1.0
         if guided:

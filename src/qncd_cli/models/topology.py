@@ -145,7 +145,7 @@ def skip_boundaries(denoiser: nn.Module) -> dict[str, int]:
     blocks = getattr(denoiser, "up_blocks", None)
     if blocks is None or getattr(denoiser, "mid_block", None) is None:
         return found
-    channels = denoiser.mid_block.resnets[-1].out_channels
+    channels: int = denoiser.get_submodule("mid_block.resnets")[-1].out_channels  # type: ignore
     for i, block in enumerate(blocks):
         for j, resnet in enumerate(getattr(block, "resnets", [])):
             if not isinstance(resnet, ResnetBlock2D):

@@ -165,7 +165,7 @@ def embedding_factors(
         lambda t: denoiser(x, torch.tensor(t), condition),
         sorted(set(timesteps), reverse=True),
     )
-    factors = {}
+    factors: Factors = {}
     for site in sites:
         embedding = embeddings[site.projection].chunk(site.parts, dim=1)[site.part]
         if site.norm is None:

@@ -125,5 +125,7 @@ def _at_widths(tree: dict[str, Any], widths: Widths | None, where: str) -> Confi
     weights |= {"bits": FLOAT_BITS, "rounding": "nearest"}
     activations |= {"bits": FLOAT_BITS, "observer": "minmax", "timestep_groups": 1}
     quantization |= {"first_last_bits": FLOAT_BITS, "overrides": {}}
+    quantization |= {"attention": {"bits": FLOAT_BITS, "probabilities_bits": FLOAT_BITS}}
+    quantization["split_skip_connections"] = False
     tree["correction"]["intra"] = "none"
     return parse_config(tree, where)
