@@ -31,9 +31,11 @@ SHARED = [
         "coverage",
         "layer_error",
         "measure_noise",
+        "output_ranges",
         "plan",
         "probes",
         "reconstruct",
+        "two_pass",
     )
 ]
 

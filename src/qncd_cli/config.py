@@ -27,6 +27,10 @@ _ALTERNATIVES = ("literal[", "tuple[")
 Bits = Annotated[int, Field(ge=2, le=FLOAT_BITS)]
 
 
+Observer = Literal["minmax", "moving_average", "percentile", "mse", "output"]
+"""How a range is chosen; output: by the error of the layer's output."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -119,8 +123,14 @@ class WeightsConfig(_Section):
 
 class ActivationsConfig(_Section):
     bits: Bits = 8
-    observer: Literal["minmax", "moving_average", "percentile", "mse"] = "mse"
+    observer: Observer = "mse"
     percentile: float = Field(99.99, gt=50, le=100, description="of the percentile observer")
+    two_pass_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the MACs whose inputs may have 16 bits, the most sensitive first",
+    )
     timestep_groups: int = Field(1, ge=1, le=MAX_STEPS, description="sets of ranges over the steps")
 
     @model_validator(mode="after")
@@ -152,7 +162,7 @@ class WeightsOverride(_Section):
 
 class ActivationsOverride(_Section):
     bits: Bits | None = None
-    observer: Literal["minmax", "moving_average", "percentile", "mse"] | None = None
+    observer: Observer | None = None
 
 
 class LayerOverride(_Section):
@@ -180,8 +190,11 @@ class QuantizationConfig(_Section):
     first_last_activation_bits: Bits = Field(
         16, description="their activations; above 8 bits in two passes of 8-bit kernels"
     )
-    first_last_observer: Literal["minmax", "moving_average", "percentile", "mse"] = Field(
+    first_last_observer: Observer = Field(
         "minmax", description="clipping the outer layers' tails costs the most"
+    )
+    bias_correction: bool = Field(
+        False, description="add the mean error of a layer's output to its bias, per timestep group"
     )
     split_skip_connections: bool = Field(
         True, description="scales of their own for the two halves of a concatenation"
@@ -273,6 +286,7 @@ class Config(_Section):
             del widths["cache_time_embeddings"], widths["attention"]
             del widths["preset"], widths["strict"]
             del widths["activations"]["timestep_groups"]
+            del widths["activations"]["two_pass_share"], widths["bias_correction"]
             weights = widths["weights"]
             nearest = weights["rounding"] == "nearest"
             widths["weights"] = {"bits": weights["bits"], "nearest": nearest}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
+from .random_models import SEED, random_pipeline
 from .zoo import zoo_path
 
 Condition = dict[str, Tensor]
@@ -72,17 +73,23 @@ class DiffusionModel:
 
 
 def load_model(source: str, dtype: str = "float32", device: str = "cpu") -> DiffusionModel:
-    """zoo:NAME, a diffusers folder, or a hub id.
+    """zoo:NAME, random:NAME, a diffusers folder, or a hub id.
 
     device: auto takes a CUDA device if there is one. Raises ModelError, or BackendUnavailable for
     a device that is not there.
     """
-    if source.startswith("zoo:"):
-        folder = zoo_path(source.removeprefix("zoo:"))
-    else:
-        folder = _find_folder(source)
     place = find_device(device)
-    pipeline = _load_pipeline(folder, source, DTYPES[dtype], place)
+    if source.startswith("random:"):
+        pipeline = random_pipeline(source.removeprefix("random:"))
+        digest = hashlib.sha256(f"{source} {SEED} {torch.__version__}".encode()).hexdigest()[:16]
+    else:
+        zoo = source.startswith("zoo:")
+        folder = zoo_path(source.removeprefix("zoo:")) if zoo else _find_folder(source)
+        pipeline = _load_pipeline(folder, source)
+        digest = _digest(folder)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.to(place, DTYPES[dtype]).eval().requires_grad_(False)
     kind = type(pipeline).__name__
     if kind not in _ADAPTERS:
         raise ModelError(
@@ -91,7 +98,7 @@ def load_model(source: str, dtype: str = "float32", device: str = "cpu") -> Diff
     parts = _ADAPTERS[kind](pipeline)
     return DiffusionModel(
         source=source,
-        digest=_digest(folder),
+        digest=digest,
         scheduler_config=dict(pipeline.scheduler.config),
         dtype=DTYPES[dtype],
         device=place,
@@ -138,23 +145,17 @@ def _find_folder(source: str) -> Path:
         ) from error
 
 
-def _load_pipeline(
-    folder: Path, source: str, dtype: torch.dtype, device: torch.device
-) -> DiffusionPipeline:
+def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
     try:
         name = json.loads((folder / "model_index.json").read_text())["_class_name"]
         loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
-        pipeline = loader.from_pretrained(str(folder), local_files_only=True)
+        return loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a broken folder fails in as many ways as it can be broken
         reason = str(error).strip().splitlines()
         raise ModelError(
             f"{source}: cannot be loaded: {reason[0][:160] if reason else type(error).__name__}",
             "is the folder complete?",
         ) from error
-    for component in pipeline.components.values():
-        if isinstance(component, nn.Module):
-            component.to(device, dtype).eval().requires_grad_(False)
-    return pipeline
 
 
 def _digest(folder: Path) -> str:

@@ -36,19 +36,21 @@ def quantize_attention(
     attention, activations = config.quantization.attention, config.quantization.activations
     if attention.bits == attention.probabilities_bits == FLOAT_BITS:
         return {}, {}
+    # there is no weight behind the operands whose output could be judged
+    observer = "mse" if activations.observer == "output" else activations.observer
     tensors: dict[str, Tensor] = {}
     for name in calibration.body["attention"] if attention.bits != FLOAT_BITS else ():
         spec = activation_spec(attention.bits)
         for operand in ATTENTION_OPERANDS:
             prefix = f"{name}.{operand}_"
             state = _below(prefix, calibration.tensors)
-            low, high = choose_range(state, activations.observer, spec, activations.percentile)
+            low, high = choose_range(state, observer, spec, activations.percentile)
             qparams = choose_qparams(low, high, spec)
             tensors[f"{prefix}scale"], tensors[f"{prefix}zero_point"] = qparams
     entry = {
         "bits": attention.bits,
         "probabilities_bits": attention.probabilities_bits,
-        "observer": activations.observer,
+        "observer": observer,
     }
     return tensors, {name: dict(entry) for name in calibration.body["attention"]}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import Config
 from ..quant.affine import QParams, choose_qparams, fake_quantize
@@ -24,10 +23,10 @@ class LayerError:
     """Relative squared error of one layer's output on a probe, by smoothing factor.
 
     Error of the activations: measured, with ranges per timestep group chosen by the layer's own
-    observer. Error of the weights: measured where rounding is nearest; where GPTQ follows,
-    predicted: rounding column i to a scale D_o leaves D_o^2 / 12 times the variance of input i
-    given the inputs that are rounded after it (GPTQ is Babai's nearest plane; arXiv 2507.18553),
-    which a factor S divides by S_i^2.
+    observer (min-max where that is `output`). Error of the weights: measured where rounding is
+    nearest; predicted where GPTQ follows: rounding column i to a scale D_o leaves D_o^2 / 12
+    times the variance of input i given the inputs that are rounded after it (GPTQ is Babai's
+    nearest plane; arXiv 2507.18553), which a factor S divides by S_i^2.
     """
 
     def __init__(self, config: Config, plan: LayerPlan, probe: Probe, bounds: tuple[float, ...]):
@@ -71,7 +70,8 @@ class LayerError:
         observer = RangeObserver(channels, self.plan.channel_axis, len(self.bounds) + 1)
         for group, x in parts:
             observer.update(x, group)
-        low, high = choose_range(observer.state(), self.plan.observer, spec, self.percentile)
+        named = "minmax" if self.plan.observer == "output" else self.plan.observer
+        low, high = choose_range(observer.state(), named, spec, self.percentile)
         qparams = choose_qparams(low, high, spec)
         return [
             fake_quantize(x, QParams(qparams.scale[g], qparams.zero_point[g]), spec)
@@ -99,9 +99,4 @@ class LayerError:
         return float(per_column * qparams.scale.double().square().sum() / 12)
 
     def _energy(self, x: Tensor, weight: Tensor) -> float:
-        layer = self.plan.layer
-        if isinstance(layer, nn.Conv2d):
-            y = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        else:
-            y = F.linear(x, weight)
-        return float(y.double().square().sum())
+        return float(self.plan.apply(x, weight).double().square().sum())

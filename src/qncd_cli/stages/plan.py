@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..config import Config, LayerOverride
 from ..models.topology import (
@@ -53,6 +54,15 @@ class LayerPlan:
     def in_features(self) -> int:
         """Inputs of one output value: C_in * kh * kw of a convolution."""
         return self.layer.weight[0].numel()
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The layer on x with another weight and without its bias."""
+        layer = self.layer
+        if isinstance(layer, nn.Conv2d):
+            return F.conv2d(
+                x, weight, None, layer.stride, layer.padding, layer.dilation, layer.groups
+            )
+        return F.linear(x, weight)
 
     @property
     def stays_float(self) -> bool:

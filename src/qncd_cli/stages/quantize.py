@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from ..artifacts import Artifact, seal
+from ..backends.reference import simulate
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import capture_inputs
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.gptq import HessianAccumulator
+from ..quant.layers import QuantizedLayer, StepState
 from ..quant.observers import choose_range
 from ..quant.packing import pack
 from ..quant.rounding import hessian_error, round_gptq, round_nearest
@@ -26,8 +28,11 @@ from .budget import BitAssignment, assign_bits
 from .choose_smoothing import Factors, factors_of
 from .coverage import coverage
 from .measure_noise import measure_noise
+from .output_ranges import LayerOutput
 from .plan import LayerPlan, plan_layers
+from .probes import collect_probes
 from .reconstruct import reconstruct
+from .two_pass import two_pass_layers
 
 HESSIAN_MEMORY = 2 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
@@ -63,7 +68,9 @@ def run(
     if config.quantization.weights.budget is not None:
         assigned = assign_bits(config, model, calibration, plans, factors, track)
         plans = [replace(p, weight_bits=assigned.bits.get(p.name, p.weight_bits)) for p in plans]
-    qparams = {p.name: input_qparams(p, calibration, config) for p in plans}
+    plans = two_pass_layers(config, model, calibration, plans, factors, track)
+    outputs = layer_outputs(config, model, calibration, plans, factors)
+    qparams = {p.name: input_qparams(p, calibration, config, outputs.get(p.name)) for p in plans}
     rounding = config.quantization.weights.rounding
     gptq = rounding != "nearest"  # the others start from its codes
     tensors: dict[str, Tensor] = {}
@@ -72,6 +79,8 @@ def run(
     for plan, hessian in track(work, "rounding weights", len(plans)):
         factor = factors.get(plan.name)
         layer_tensors, entry = quantize_layer(plan, qparams[plan.name], factor, hessian)
+        if config.quantization.bias_correction:
+            correct_bias(plan, layer_tensors, entry, outputs[plan.name], calibration.body["groups"])
         tensors |= {f"{plan.name}.{key}": value for key, value in layer_tensors.items()}
         if plan.name in assigned.sensitivity:
             widths = assigned.sensitivity[plan.name]
@@ -103,7 +112,26 @@ def run(
 # ------------------------------------------------------------------ activations
 
 
-def input_qparams(plan: LayerPlan, calibration: Artifact, config: Config) -> QParams | None:
+def layer_outputs(
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    factors: Factors,
+) -> dict[str, LayerOutput]:
+    """What judges the output of each layer that asks for it (observer output, bias correction)."""
+    asked = [p for p in plans if p.observer == "output" or config.quantization.bias_correction]
+    if not asked:
+        return {}
+    steps = len(calibration.body["timesteps"])
+    probes = collect_probes(config, model, full_denoiser(model), asked, steps)
+    bounds = tuple(calibration.body["group_bounds"])
+    return {p.name: LayerOutput(p, probes[p.name], factors.get(p.name), bounds) for p in asked}
+
+
+def input_qparams(
+    plan: LayerPlan, calibration: Artifact, config: Config, output: LayerOutput | None
+) -> QParams | None:
     """scale, zero_point [G] of the layer's input, None where it stays float."""
     if plan.activation_bits == FLOAT_BITS:
         return None
@@ -115,6 +143,9 @@ def input_qparams(plan: LayerPlan, calibration: Artifact, config: Config) -> QPa
     }
     spec = activation_spec(plan.activation_bits)
     percentile = config.quantization.activations.percentile
+    if plan.observer == "output":
+        assert output is not None
+        return choose_qparams(*output.ranges(state, percentile), spec)
     low, high = choose_range(state, plan.observer, spec, percentile)
     return choose_qparams(low, high, spec)
 
@@ -251,6 +282,23 @@ def quantize_layer(
     if bias is not None:
         tensors["bias"] = bias
     return tensors, entry
+
+
+def correct_bias(
+    plan: LayerPlan,
+    tensors: dict[str, Tensor],
+    entry: dict[str, Any],
+    output: LayerOutput,
+    groups: int,
+) -> None:
+    """Give a quantized layer back the mean of what its output lost, per timestep group."""
+    quantized = QuantizedLayer(
+        plan.layer, tensors, plan.weight_bits, plan.activation_bits, StepState(), simulate
+    )
+    scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
+    qparams = None if scale is None or zero_point is None else QParams(scale, zero_point)
+    tensors["bias_correction"] = output.bias_correction(quantized.float_weight(), qparams, groups)
+    entry["bias_corrected"] = True
 
 
 def _round_weight(
