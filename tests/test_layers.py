@@ -29,6 +29,7 @@ SHARED = [
         "budget",
         "choose_smoothing",
         "coverage",
+        "hessians",
         "layer_error",
         "measure_noise",
         "output_ranges",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,32 +12,25 @@ from ..artifacts import Artifact, seal
 from ..backends.reference import simulate
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import capture_inputs
-from ..quant.affine import QParams, choose_qparams, fake_quantize
-from ..quant.gptq import HessianAccumulator
+from ..quant.affine import QParams, choose_qparams
 from ..quant.layers import QuantizedLayer, StepState
 from ..quant.observers import choose_range
 from ..quant.packing import pack
 from ..quant.rounding import hessian_error, round_gptq, round_nearest
-from ..quant.smoothing import SmoothingFactor, fold, shifted_bias, smooth
+from ..quant.smoothing import SmoothingFactor, fold, shifted_bias
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
-from .assemble import Track, full_denoiser, guided_predict, no_progress, timestep_group
+from .assemble import Track, full_denoiser, no_progress
 from .attention import quantize_attention
 from .budget import BitAssignment, assign_bits
 from .choose_smoothing import Factors, factors_of
 from .coverage import coverage
+from .hessians import with_hessians
 from .measure_noise import measure_noise
 from .output_ranges import LayerOutput
 from .plan import LayerPlan, plan_layers
 from .probes import collect_probes
 from .reconstruct import reconstruct
 from .two_pass import two_pass_layers
-
-HESSIAN_MEMORY = 2 << 30
-"""Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
-HESSIAN_ROWS_PER_CALL = 256
-"""Input vectors that one denoiser call adds to a layer's Hessian."""
-HESSIAN_CALLS = 16
 
 
 @dataclass(frozen=True)
@@ -151,92 +143,6 @@ def input_qparams(
 
 
 # ------------------------------------------------------------------ weights
-
-
-def with_hessians(
-    model: DiffusionModel,
-    config: Config,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    qparams: dict[str, QParams | None],
-    factors: Factors,
-    gptq: bool,
-) -> Iterator[tuple[LayerPlan, Tensor | None]]:
-    """Every layer with its Hessian, or with None where rounding is to be nearest."""
-    rounded = [p for p in plans if gptq and p.weight_bits != FLOAT_BITS]
-    for group in _hessian_groups(rounded):
-        hessians = collect_hessians(model, config, calibration, group, qparams, factors)
-        for plan in group:
-            yield plan, hessians.pop(plan.name)
-    yield from ((plan, None) for plan in plans if plan not in rounded)
-
-
-def _hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
-    """Consecutive layers whose Hessians fit into HESSIAN_MEMORY together (at least one)."""
-    groups: list[list[LayerPlan]] = []
-    used = HESSIAN_MEMORY + 1
-    for plan in plans:
-        size = 4 * plan.in_features**2
-        if used + size > HESSIAN_MEMORY:
-            groups.append([])
-            used = 0
-        groups[-1].append(plan)
-        used += size
-    return groups
-
-
-def collect_hessians(
-    model: DiffusionModel,
-    config: Config,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    qparams: dict[str, QParams | None],
-    factors: Factors,
-) -> dict[str, Tensor]:
-    """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
-    by_name = {plan.name: plan for plan in plans}
-    accumulators = {p.name: HessianAccumulator(p.in_features) for p in plans}
-    denoiser = full_denoiser(model)
-    bounds = tuple(calibration.body["group_bounds"])
-
-    def receive(name: str, x: Tensor) -> None:
-        plan, parameters = by_name[name], qparams[name]
-        x = thinned(x, plan).float()
-        if name in factors:
-            x = smooth(x, factors[name].factor, plan.channel_axis, factors[name].shift)
-        if parameters is not None:
-            group = timestep_group(denoiser.step.timestep, bounds)
-            at_group = QParams(parameters.scale[group], parameters.zero_point[group])
-            x = fake_quantize(x, at_group, activation_spec(plan.activation_bits))
-        accumulators[name].update(x, plan.layer, HESSIAN_ROWS_PER_CALL)
-
-    with capture_inputs(model.denoiser, list(by_name), receive):
-        for t, rows in hessian_batches(calibration, config.calibration.batch_size):
-            labels = calibration.tensors["inputs.class"][rows]
-            predict = guided_predict(model, denoiser, labels, config.sampling.guidance_scale)
-            predict(calibration.tensors["inputs.x"][rows], torch.tensor(t))
-    return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
-
-
-def thinned(x: Tensor, plan: LayerPlan) -> Tensor:
-    """Enough samples of a batch for HESSIAN_ROWS_PER_CALL input vectors, and twice as many to
-    pick them from: neighbouring vectors of one image are much alike."""
-    vectors_per_sample = max(1, x[0].numel() // plan.in_channels)
-    samples = -(-2 * HESSIAN_ROWS_PER_CALL // vectors_per_sample)
-    return x[:: max(1, len(x) // samples)]
-
-
-def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float, Tensor]]:
-    """At most HESSIAN_CALLS batches of row indices, each at one timestep, all timesteps alike."""
-    timestep = calibration.tensors["inputs.timestep"]
-    batches = []
-    for t in sorted(set(timestep.tolist()), reverse=True):
-        rows = (timestep == t).nonzero().flatten()
-        batches += [(t, part) for part in rows.split(batch_size)]
-    stride = max(1, -(-len(batches) // HESSIAN_CALLS))
-    if stride > 1 and len(batches) % stride == 0:
-        stride += 1  # an even stride would always meet the same part of a timestep's rows
-    return batches[::stride]
 
 
 def quantize_layer(
