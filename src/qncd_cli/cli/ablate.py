@@ -36,6 +36,7 @@ class AblateOptions:
     num: int | None
     batch_size: int
     published: bool
+    backend: str
     reference: str | None
     network: str
     inception_weights: str | None
@@ -61,7 +62,7 @@ def ablate(console: Console, options: AblateOptions) -> None:
     name = Path(options.config_name).stem
     folder = Path(options.run_dir) if options.run_dir else Path("runs") / f"ablate_{name}"
     count = options.num or config.evaluation.num_samples
-    request = stage.AblateRequest(folder, count, options.batch_size, options.force)
+    request = stage.AblateRequest(folder, count, options.batch_size, options.force, options.backend)
     source = options.reference or config.evaluation.reference
     protocol = protocol_of(_measuring(options), source, config.model.source.startswith("zoo:"))
     model = open_model(config, options.device)

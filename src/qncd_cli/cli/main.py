@@ -101,17 +101,21 @@ def _sampling(command: Command) -> Command:
         click.option(
             "--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N"
         ),
-        click.option(
-            "--backend",
-            type=click.Choice(["auto", "int8", "simulate"]),
-            default="auto",
-            show_default=True,
-            help="What computes quantized layers; auto: int8 where the CPU can, else simulate.",
-        ),
     ]
+    command = _backend(command)
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _backend(command: Command) -> Command:
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", "int8", "simulate"]),
+        default="auto",
+        show_default=True,
+        help="What computes quantized layers; auto: int8 where the CPU can, else simulate.",
+    )(command)
 
 
 def _metrics(command: Command) -> Command:
@@ -323,6 +327,7 @@ def compare(run_dirs, as_json, debug):
     help="Leave in floating point what each preset's paper does; otherwise all rows are quantized "
     "alike.",
 )
+@_backend
 @_features
 @_set
 @_run_dir

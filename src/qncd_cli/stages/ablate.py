@@ -25,6 +25,7 @@ from typing import Any
 
 from .. import __version__, artifacts
 from ..artifacts import RunDir
+from ..backends.base import get_backend
 from ..config import Config, digest_of
 from ..errors import ArtifactError
 from ..metrics.image import Reference
@@ -47,6 +48,7 @@ class AblateRequest:
     count: int
     batch_size: int
     force: bool = False
+    backend: str = "auto"
 
     @property
     def table(self) -> Path:
@@ -115,11 +117,14 @@ def identify(config: Config, work: _Work) -> dict[str, Any]:
     inter = config.correction.inter.model_dump()
     if inter["method"] == "none":
         inter = {"method": "none"}
+    backend = get_backend(work.request.backend, work.model.device).name
     identity = {
         "model": work.model.digest,
         "calibrate": config.stage_digest("calibrate"),
         "quantize": config.stage_digest("quantize"),
-        "sample": digest_of({"sampling": config.to_dict()["sampling"], "inter": inter}),
+        "sample": digest_of(
+            {"sampling": config.to_dict()["sampling"], "inter": inter, "backend": backend}
+        ),
         "protocol": digest_of(
             {
                 "num_samples": work.request.count,
@@ -234,7 +239,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     config, request = variant.config, work.request
     artifact = artifacts.read(made.tensors("quantized"), "quantized")
     noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
-    subject = sample_stage.quantized(work.model, artifact, noise_stats)
+    subject = sample_stage.quantized(work.model, artifact, noise_stats, request.backend)
     folder = request.samples(variant)
     drawing = sample_stage.SampleRequest(
         folder, config.sampling.seed, request.count, request.batch_size
