@@ -36,7 +36,7 @@ SHARED = [
         "plan",
         "probes",
         "reconstruct",
-        "two_pass",
+        "sensitivity",
     )
 ]
 

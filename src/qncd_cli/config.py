@@ -125,12 +125,6 @@ class ActivationsConfig(_Section):
     bits: Bits = 8
     observer: Observer = "mse"
     percentile: float = Field(99.99, gt=50, le=100, description="of the percentile observer")
-    two_pass_share: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the MACs whose inputs may have 16 bits, the most sensitive first",
-    )
     timestep_groups: int = Field(1, ge=1, le=MAX_STEPS, description="sets of ranges over the steps")
 
     @model_validator(mode="after")
@@ -180,6 +174,20 @@ class LayerOverride(_Section):
         return self
 
 
+class SensitiveConfig(_Section):
+    """Finer codes for the layers whose rounding changes the denoiser's output most."""
+
+    weights_share: float = Field(
+        0.0, ge=0, le=1, description="share of the weights that may have 8 bits"
+    )
+    macs_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the MACs whose inputs may have 16 bits, in two passes",
+    )
+
+
 class QuantizationConfig(_Section):
     preset: str | None = Field(None, description="a baseline, which fills keys that are not set")
     strict: bool = Field(False, description="quantize what the preset's paper leaves in float too")
@@ -193,6 +201,7 @@ class QuantizationConfig(_Section):
     first_last_observer: Observer = Field(
         "minmax", description="clipping the outer layers' tails costs the most"
     )
+    sensitive: SensitiveConfig = SensitiveConfig()
     bias_correction: bool = Field(
         False, description="add the mean error of a layer's output to its bias, per timestep group"
     )
@@ -286,7 +295,7 @@ class Config(_Section):
             del widths["cache_time_embeddings"], widths["attention"]
             del widths["preset"], widths["strict"]
             del widths["activations"]["timestep_groups"]
-            del widths["activations"]["two_pass_share"], widths["bias_correction"]
+            del widths["sensitive"], widths["bias_correction"]
             weights = widths["weights"]
             nearest = weights["rounding"] == "nearest"
             widths["weights"] = {"bits": weights["bits"], "nearest": nearest}

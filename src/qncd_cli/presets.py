@@ -42,12 +42,13 @@ def merged(low: Tree, high: Tree) -> Tree:
 _MINMAX: Tree = {
     "quantization": {
         "weights": {"rounding": "nearest"},
-        "activations": {"observer": "minmax", "timestep_groups": 1, "two_pass_share": 0.0},
+        "activations": {"observer": "minmax", "timestep_groups": 1},
         "attention": {"bits": 8, "probabilities_bits": 8},
         "first_last_bits": 8,
         "first_last_activation_bits": 8,
         "first_last_observer": "minmax",
         "bias_correction": False,
+        "sensitive": {"weights_share": 0.0, "macs_share": 0.0},
         "split_skip_connections": False,
     },
     "correction": {"intra": "none", "inter": {"method": "none"}},

@@ -30,7 +30,11 @@ from .output_ranges import LayerOutput
 from .plan import LayerPlan, plan_layers
 from .probes import collect_probes
 from .reconstruct import reconstruct
-from .two_pass import two_pass_layers
+from .sensitivity import refine
+
+MARGIN = 2.0
+"""Inputs of more than 8 bits reach this much beyond what calibration saw: room to spare, and an
+outlier clipped in the first layer spoils its sample."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ def run(
     if config.quantization.weights.budget is not None:
         assigned = assign_bits(config, model, calibration, plans, factors, track)
         plans = [replace(p, weight_bits=assigned.bits.get(p.name, p.weight_bits)) for p in plans]
-    plans = two_pass_layers(config, model, calibration, plans, factors, track)
+    plans = refine(config, model, calibration, plans, factors)
     outputs = layer_outputs(config, model, calibration, plans, factors)
     qparams = {p.name: input_qparams(p, calibration, config, outputs.get(p.name)) for p in plans}
     rounding = config.quantization.weights.rounding
@@ -104,6 +108,12 @@ def run(
 # ------------------------------------------------------------------ activations
 
 
+def _extremes(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Least and largest value over all groups of timesteps."""
+    seen = state["histogram"].sum(1) > 0
+    return state["min"][seen].min(), state["max"][seen].max()
+
+
 def layer_outputs(
     config: Config,
     model: DiffusionModel,
@@ -135,6 +145,9 @@ def input_qparams(
     }
     spec = activation_spec(plan.activation_bits)
     percentile = config.quantization.activations.percentile
+    if plan.activation_bits > 8:
+        low, high = (MARGIN * end.expand(len(state["min"])) for end in _extremes(state))
+        return choose_qparams(low, high, spec)
     if plan.observer == "output":
         assert output is not None
         return choose_qparams(*output.ranges(state, percentile), spec)

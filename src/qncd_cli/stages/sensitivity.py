@@ -1,0 +1,232 @@
+"""Part of stage 2: the few layers whose rounding matters most, and finer codes for them.
+
+Layers near the output pass their rounding on to the prediction almost whole, and hold a small
+share of the weights and of the MACs. Their weights may have 8 bits, and their inputs two bytes,
+in two passes of 8-bit kernels: both stay within integer kernels, and within the shares of
+quantization.sensitive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..artifacts import Artifact
+from ..config import Config
+from ..models.loading import DiffusionModel
+from ..models.topology import capture_inputs, count_macs
+from ..quant.affine import QParams, choose_qparams, fake_quantize
+from ..quant.observers import choose_range
+from ..quant.rounding import weight_qparams
+from ..quant.smoothing import fold, smooth
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, activation_spec, weight_spec
+from .assemble import full_denoiser, timestep_group
+from .choose_smoothing import Factors
+from .plan import LayerPlan
+
+ROWS_PER_STEP = 4
+STEPS = 8
+PROJECTIONS = 4
+"""Random directions of the output that are looked at per calibration row."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Relative squared error of the guided prediction, by layer, that rounding makes in its
+    inputs and in its weight."""
+
+    inputs: dict[str, float]
+    weights: dict[str, float]
+
+
+def refine(
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    factors: Factors,
+) -> list[LayerPlan]:
+    """The plans, the most sensitive layers with 8-bit weights or with 16-bit inputs.
+
+    Layers are taken in the order of their sensitivity per weight (per MAC for the inputs) while
+    they stay within quantization.sensitive.weights_share (macs_share). A budget of bits decides
+    about the weights by itself.
+    """
+    shares = config.quantization.sensitive
+    budgeted = config.quantization.weights.budget is not None
+    weights_share = 0.0 if budgeted else shares.weights_share
+    coarse = [p for p in plans if p.weight_bits < 8]
+    narrow = [p for p in plans if p.activation_bits <= 8]
+    if not (weights_share and coarse) and not (shares.macs_share and narrow):
+        return plans
+    found = sensitivity(
+        config, model, calibration, [*{p.name: p for p in coarse + narrow}.values()], factors
+    )
+    sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
+    macs = _macs(config, model)
+    finer = _most(found.weights, sizes, [p.name for p in coarse], weights_share)
+    wider = _most(found.inputs, macs, [p.name for p in narrow], shares.macs_share)
+    result = []
+    for plan in plans:
+        if plan.name in finer:
+            plan = replace(plan, weight_bits=8)
+        if plan.name in wider:
+            plan = replace(plan, activation_bits=MAX_ACTIVATION_BITS, observer="minmax")
+        result.append(plan)
+    return result
+
+
+def _most(
+    errors: dict[str, float], costs: dict[str, int], names: list[str], share: float
+) -> set[str]:
+    """Names in the order of error per cost, as many as fit into a share of all costs."""
+    left = share * sum(costs.values())
+    chosen = set()
+    for name in sorted(names, key=lambda n: -errors[n] / max(1, costs.get(n, 0))):
+        if 0 < costs.get(name, 0) <= left and errors[name] > 0:
+            chosen.add(name)
+            left -= costs[name]
+    return chosen
+
+
+def _macs(config: Config, model: DiffusionModel) -> dict[str, int]:
+    denoiser = full_denoiser(model)
+    condition = model.condition(model.labels([0], config.sampling.classes))
+    x = torch.zeros(1, *model.latent_shape)
+    costs = count_macs(model.denoiser, lambda: denoiser(x, torch.tensor(0), condition))
+    return {cost.name: cost.macs for cost in costs}
+
+
+def sensitivity(
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    factors: Factors,
+) -> Sensitivity:
+    """What rounding each layer's inputs and weight does to the guided prediction.
+
+    To first order the error is J e, J the Jacobian of the prediction and e the rounding error
+    (nearest, for weights); E[(v J e)^2] = ||J e||^2 over random v (Hutchinson), and one backward
+    pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows.
+    """
+    roundings = {p.name: _InputError(config, calibration, p, factors) for p in plans}
+    differences = {p.name: _weight_error(p, factors) for p in plans}
+    timestep = calibration.tensors["inputs.timestep"]
+    times = sorted(set(timestep.tolist()), reverse=True)
+    picked = sorted({times[round(i * (len(times) - 1) / (STEPS - 1))] for i in range(STEPS)})
+    generator = torch.Generator().manual_seed(0)
+    result = Sensitivity(*({p.name: 0.0 for p in plans} for _ in range(2)))
+    weights = {p.name: p.layer.weight for p in plans}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        for t in picked:
+            rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
+            inputs: dict[str, Tensor] = {}
+
+            def keep(name: str, x: Tensor, inputs=inputs) -> None:
+                if x.requires_grad:
+                    inputs[name] = x
+
+            with torch.enable_grad(), capture_inputs(model.denoiser, list(roundings), keep):
+                prediction = _prediction(config, model, calibration, rows, t)
+            norm = prediction.detach().flatten(1).norm(dim=1).clamp(min=1e-15)
+            norm = norm.reshape(-1, *[1] * (prediction.ndim - 1))
+            errors = {name: roundings[name](x.detach(), t) for name, x in inputs.items()}
+            count = PROJECTIONS * len(picked) * len(rows)
+            for i in range(PROJECTIONS):
+                v = torch.randn(prediction.shape, generator=generator).to(prediction) / norm
+                grads = torch.autograd.grad(
+                    prediction,
+                    [*inputs.values(), *weights.values()],
+                    v,
+                    retain_graph=i + 1 < PROJECTIONS,
+                    allow_unused=True,
+                )
+                for name, grad in zip(inputs, grads, strict=False):
+                    if grad is not None:
+                        product = (grad * errors[name]).double().flatten(1).sum(1)
+                        both = product.reshape(-1, len(rows)).sum(0)  # null and class branch
+                        result.inputs[name] += float(both.square().sum()) / count
+                for name, grad in zip(weights, grads[len(inputs) :], strict=True):
+                    if grad is not None:
+                        product = (grad * differences[name]).double().sum()
+                        result.weights[name] += float(product.square()) / count
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    return result
+
+
+def _weight_error(plan: LayerPlan, factors: Factors) -> Tensor:
+    """What nearest rounding adds to a layer's weight, smoothing taken out again."""
+    if plan.weight_bits == FLOAT_BITS:
+        return torch.zeros_like(plan.layer.weight)
+    weight = plan.layer.weight.detach().float().cpu()
+    factor = factors.get(plan.name)
+    if factor is not None:
+        weight = fold(weight, factor.factor)
+    spec = weight_spec(plan.weight_bits)
+    error = fake_quantize(weight, weight_qparams(weight, spec), spec) - weight
+    if factor is not None:
+        error = fold(error, 1 / factor.factor)
+    return error.to(plan.layer.weight)
+
+
+def _prediction(
+    config: Config, model: DiffusionModel, calibration: Artifact, rows: Tensor, t: float
+) -> Tensor:
+    """Guided prediction [n, ...] with a graph behind it."""
+    scale = config.sampling.guidance_scale
+    x = calibration.tensors["inputs.x"][rows].to(model.device, model.dtype)
+    conditions = [model.condition(calibration.tensors["inputs.class"][rows])]
+    if scale != 1.0 and model.null_condition is not None:
+        conditions.insert(0, model.null_condition(len(rows)))
+    n = len(conditions)
+    condition = {name: torch.cat([c[name] for c in conditions]).detach() for name in conditions[0]}
+    for value in condition.values():
+        value.requires_grad_(value.is_floating_point())
+    x = x.repeat(n, *[1] * (x.ndim - 1)).requires_grad_(True)
+    times = torch.full((len(x),), t, device=x.device)
+    output = model.denoiser(x, times, **condition).sample.float()
+    if n == 1:
+        return output
+    null, asked = output.chunk(2)
+    return null + scale * (asked - null)
+
+
+class _InputError:
+    """(input of a layer, timestep) -> rounding error of that input, in its own units."""
+
+    def __init__(self, config: Config, calibration: Artifact, plan: LayerPlan, factors: Factors):
+        self.plan, self.factor = plan, factors.get(plan.name)
+        self.bounds = tuple(calibration.body["group_bounds"])
+        self.spec = activation_spec(min(plan.activation_bits, MAX_ACTIVATION_BITS))
+        self.exact = plan.activation_bits == FLOAT_BITS
+        prefix = f"{plan.name}.input_"
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in calibration.tensors.items()
+            if key.startswith(prefix)
+        }
+        named = "minmax" if plan.observer == "output" else plan.observer
+        percentile = config.quantization.activations.percentile
+        self.qparams = choose_qparams(*choose_range(state, named, self.spec, percentile), self.spec)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        if self.exact:
+            return torch.zeros_like(x)
+        group = timestep_group(t, self.bounds)
+        at_group = QParams(
+            self.qparams.scale[group].to(x.device), self.qparams.zero_point[group].to(x.device)
+        )
+        y = x.float()
+        if self.factor is not None:
+            y = smooth(y, self.factor.factor, self.plan.channel_axis, self.factor.shift)
+        error = fake_quantize(y, at_group, self.spec) - y
+        if self.factor is not None:
+            error = smooth(error, 1 / self.factor.factor, self.plan.channel_axis)
+        return error.to(x.dtype)
