@@ -56,9 +56,9 @@ def test_hessian_error_is_the_squared_output_error():
 def test_with_an_identity_hessian_gptq_is_nearest():
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     spec = weight_spec(4)
-    qparams = minmax_weight_qparams(weight, spec)
-    codes, _ = gptq_codes(weight, torch.eye(40), qparams, spec)
-    assert torch.equal(codes, round_nearest(weight, spec).codes)
+    nearest = round_nearest(weight, spec)
+    codes, _ = gptq_codes(weight, torch.eye(40), nearest.qparams, spec)
+    assert torch.equal(codes, nearest.codes)
 
 
 def test_a_hessian_that_cannot_be_factored_falls_back_and_says_so():
