@@ -235,9 +235,10 @@ def test_a_class_out_of_range_exits_5_with_the_range(evaluated):
     assert not (evaluated.folder / "runs/tiny/samples/other").exists()
 
 
-def test_debug_shows_the_traceback_above_the_line(qncd):
-    quiet, loud = qncd("quantize", ok=False), qncd("quantize", "--debug", ok=False)
-    assert quiet.exit_code == loud.exit_code == 4
+def test_debug_shows_the_traceback_above_the_line(tmp_path):
+    command = ["-m", "qncd_cli", "quantize"]
+    quiet, loud = python(*command, cwd=tmp_path), python(*command, "--debug", cwd=tmp_path)
+    assert quiet.returncode == loud.returncode == 4
     assert "Traceback" not in quiet.stderr
     assert len(quiet.stderr.splitlines()) == 1
     assert "Traceback" in loud.stderr
