@@ -19,14 +19,15 @@ from qncd_cli.config import canonical_json
 from qncd_cli.errors import ArtifactError
 
 LAYERS = {
-    "conv_in": {"in_channels": 3, "chosen": "embedding", "clamped": 0},
-    "mid.conv2": {"in_channels": 5, "chosen": "embedding", "clamped": 2},
+    "conv_in": {"in_channels": 3, "chosen": "range@1", "clamped": 0, "shifted": True},
+    "mid.conv2": {"in_channels": 5, "chosen": "embedding", "clamped": 2, "shifted": False},
 }
 
 
 def smoothing(**changes) -> Artifact:
     tensors = {
         "conv_in.smoothing": torch.arange(1.0, 4.0),
+        "conv_in.shift": torch.arange(-1.0, 2.0),
         "mid.conv2.smoothing": torch.linspace(1, 2, 5),
     }
     artifact = Artifact(
@@ -36,11 +37,19 @@ def smoothing(**changes) -> Artifact:
 
 
 def quantized() -> Artifact:
-    """A 4-bit convolution, an 8-bit linear layer, a layer in floating point; attention modules
-    with quantized and with floating-point operands."""
-    entry = {"activation_bits": 8, "smoothed": False, "bias": True, "in_channels": 3}
+    """A 4-bit convolution with shift and bias correction, an 8-bit linear layer, a layer in
+    floating point; attention modules with quantized and with floating-point operands."""
+    entry = {
+        "activation_bits": 8,
+        "smoothed": False,
+        "shifted": False,
+        "bias": True,
+        "bias_corrected": False,
+        "in_channels": 3,
+    }
+    corrected = {"smoothed": True, "shifted": True, "bias_corrected": True}
     layers = {
-        "a": {**entry, "weight_bits": 4, "weight_shape": [2, 3, 1, 1], "smoothed": True},
+        "a": {**entry, "weight_bits": 4, "weight_shape": [2, 3, 1, 1], **corrected},
         "b": {**entry, "weight_bits": 8, "weight_shape": [2, 3], "error": 0.30000000000000004},
         "c": {**entry, "weight_bits": 32, "weight_shape": [2, 3], "activation_bits": 32},
     }
@@ -55,6 +64,8 @@ def quantized() -> Artifact:
             "weight_scale": torch.ones(2),
             "weight_zero_point": torch.full((2,), 8, dtype=torch.uint8),
             "smoothing": torch.ones(3),
+            "shift": torch.ones(3),
+            "bias_correction": torch.ones(2, 2),
             **ranges(),
         },
         "b": {
@@ -144,8 +155,8 @@ def test_the_file_has_one_metadata_key_of_canonical_json(written):
 
 
 def test_an_artifact_that_breaks_the_grammar_is_not_written(tmp_path):
-    wrong = smoothing(tensors={"conv_in.smoothing": torch.ones(3)})
-    with pytest.raises(AssertionError, match=r"1 of 2 tensors missing \(first: mid.conv2"):
+    wrong = smoothing(tensors={k: v for k, v in smoothing().tensors.items() if "mid" not in k})
+    with pytest.raises(AssertionError, match=r"1 of 3 tensors missing \(first: mid.conv2"):
         artifacts.write(tmp_path / "a", wrong)
     assert not list(tmp_path.iterdir())
 
@@ -163,15 +174,14 @@ def test_a_channel_of_codes_takes_its_bits_rounded_up_to_bytes():
 # ---- damage -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [0x01, 0x80])
 @pytest.mark.parametrize("artifact", [smoothing(), quantized()], ids=lambda a: a.kind)
-def test_a_change_of_any_single_byte_is_seen(tmp_path, artifact, mask):
+def test_a_change_of_any_single_byte_is_seen(tmp_path, artifact):
     path = artifacts.write(tmp_path / "file.safetensors", artifact).path
     good = path.read_bytes()
     unseen = []
     for position in range(len(good)):
         bad = bytearray(good)
-        bad[position] ^= mask
+        bad[position] ^= (0x01, 0x80)[position % 2]
         path.write_bytes(bad)
         try:
             artifacts.read(path, artifact.kind)
@@ -240,7 +250,7 @@ def test_another_schema_version_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(artifacts.KINDS, "smoothing", other)
         path = artifacts.write(tmp_path / "a", smoothing()).path
-    assert "schema 99, this version reads 1" in refused(path)
+    assert "schema 99, this version reads 2" in refused(path)
 
 
 def forged(path: Path, tensors: dict) -> Path:
@@ -255,7 +265,7 @@ def forged(path: Path, tensors: dict) -> Path:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"mid.conv2.smoothing": None}, "1 of 2 tensors missing (first: mid.conv2.smoothing)"),
+        ({"mid.conv2.smoothing": None}, "1 of 3 tensors missing (first: mid.conv2.smoothing)"),
         ({"extra.smoothing": torch.ones(1)}, "unexpected tensor extra.smoothing"),
         (
             {"conv_in.smoothing": torch.ones(4)},

@@ -151,7 +151,7 @@ def test_messages_name_keys_that_the_user_can_write(minimal):
         ("quantization.weights.bits=1", "quantization.weights.bits"),
         ("quantization.weights.bits=99", "quantization.weights.bits"),
         ("quantization.weights.bits=16", "quantization.weights"),
-        ("quantization.activations.bits=9", "quantization.activations"),
+        ("quantization.activations.bits=17", "quantization.activations"),
         ("quantization.attention.bits=16", "quantization.attention"),
         ("quantization.attention.probabilities_bits=12", "quantization.attention"),
         (
@@ -159,8 +159,10 @@ def test_messages_name_keys_that_the_user_can_write(minimal):
             "quantization.attention.probabilities_bits",
         ),
         ("quantization.first_last_bits=12", "quantization"),
+        ("quantization.first_last_activation_bits=17", "quantization"),
         ("quantization.activations.percentile=50", "quantization.activations.percentile"),
         ("quantization.overrides={'a*': {weights: {bits: 16}}}", "quantization.overrides.a*"),
+        ("quantization.overrides={'a*': {activations: {bits: 17}}}", "quantization.overrides.a*"),
         ("calibration.trajectories=0", "calibration.trajectories"),
         ("evaluation.num_samples=1", "evaluation.num_samples"),
     ],
@@ -343,7 +345,9 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "quantization.attention.bits": (6, QUANTIZE),
     "quantization.attention.probabilities_bits": (16, QUANTIZE),
     "quantization.first_last_bits": (32, QUANTIZE),
+    "quantization.first_last_activation_bits": (8, QUANTIZE),
     "quantization.first_last_observer": ("mse", QUANTIZE),
+    "quantization.split_skip_connections": (False, BOTH),
     "quantization.cache_time_embeddings": (False, QUANTIZE),
     "quantization.overrides": ({"mid_block.*": {"weights": {"bits": 8}}}, QUANTIZE),
     "correction.intra": ("?", BOTH),
@@ -374,10 +378,12 @@ def test_the_table_of_keys_is_complete():
 # intra: auto chooses by the error at the configured widths
 SEEN_BY_AUTO = {
     "quantization.weights.bits",
+    "quantization.weights.rounding",  # nearest or not
     "quantization.activations.bits",
     "quantization.activations.observer",
     "quantization.activations.percentile",
     "quantization.first_last_bits",
+    "quantization.first_last_activation_bits",
     "quantization.first_last_observer",
     "quantization.overrides",
 }
@@ -386,12 +392,12 @@ SEEN_BY_AUTO = {
 def expected_stale(key: str, intra: str) -> set[str]:
     if intra == "auto" and key in SEEN_BY_AUTO:
         return BOTH
-    if intra == "smoothquant" and key == "correction.smoothing_strength":
+    if intra in ("smoothquant", "range") and key == "correction.smoothing_strength":
         return BOTH
     return KEYS[key][1]
 
 
-@pytest.mark.parametrize("intra", ["none", "embedding", "smoothquant", "auto"])
+@pytest.mark.parametrize("intra", ["none", "embedding", "smoothquant", "range", "auto"])
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_a_stage_is_stale_exactly_when_a_key_that_it_uses_changes(key, intra):
     before = parse_config({**MODEL, "correction": {"intra": intra}}, "here")

@@ -41,20 +41,24 @@ def layer_of(
     zero_points: tuple[int, ...] = (3,),
     weight: Tensor | None = None,
     smoothing: Tensor | None = None,
+    **more: Tensor,
 ) -> QuantizedLayer:
-    """Random codes, scales and bias. weight: q - zero_point instead, within reach of the codes."""
+    """Random codes, scales and bias. weight: q - zero_point instead, within reach of the codes;
+    more: shift, bias_correction."""
     generator = torch.Generator().manual_seed(1)
     shape = original.weight.shape
     out = len(original.weight)
     tensors = {
         "weight_scale": torch.rand(out, generator=generator) * 0.01 + 0.001,
-        "input_scale": 0.037 / 2.0 ** torch.arange(len(zero_points)),
+        "input_scale": 0.037
+        / 2.0 ** (torch.arange(len(zero_points)) + max(0, activation_bits - 8)),
         "input_zero_point": torch.tensor(zero_points, dtype=torch.int32),
     }
     if original.bias is not None:
         tensors["bias"] = torch.randn(out, generator=generator)
     if smoothing is not None:
         tensors["smoothing"] = smoothing
+    tensors |= more
     if weight_bits == 8:
         codes = torch.randint(-127, 128, shape, generator=generator) if weight is None else weight
     else:
@@ -135,6 +139,65 @@ def test_a_layer_is_what_the_simulation_says(
 
 
 @needs_int8
+@pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize(
+    ("activation_bits", "zero_point"), [(9, 300), (12, 0), (12, 2049), (16, 33003), (16, 65535)]
+)
+def test_inputs_of_two_bytes_are_what_the_simulation_says(
+    original, shape, weight_bits, activation_bits, zero_point
+):
+    layer = layer_of(original, weight_bits, activation_bits, (zero_point,))
+    spec = activation_spec(activation_bits)
+    x = random(*shape) * 2
+    codes = quantize(x, layer.input_qparams(), spec)
+    assert int(codes.max()) - int(codes.min()) > 150
+    assert int8.why_not(layer) == ""
+    assert relative(layer(x), simulate(layer, x)) < 1e-5
+    assert "_int8_kernel" in layer.__dict__
+
+
+@needs_int8
+def test_more_bits_are_a_finer_input():
+    """Both passes count, the high byte for 256 times the low one."""
+    original, shape = CASES[7]
+    x, errors = random(*shape) * 0.8, []  # well inside the range
+    for bits, zero_point in ((8, 128), (12, 2048), (16, 32768)):
+        layer = layer_of(original, 8, bits, (zero_point,))
+        exact = nn.functional.conv2d(x, layer.float_weight(), layer.bias, padding=1)
+        errors.append(relative(layer(x), exact))
+    assert errors[1] < errors[0] / 10
+    assert errors[2] < errors[1] / 10
+
+
+@needs_int8
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize(("original", "shape"), [CASES[3], CASES[8], CASES[9]])
+def test_shift_and_bias_correction_by_group(original, shape, activation_bits):
+    out, channels = original.weight.shape[:2]
+    zero_points = (7, 2**activation_bits - 20)
+    extras = {
+        "smoothing": random(channels, seed=3).abs() + 0.2,
+        "shift": random(channels, seed=4),
+        "bias_correction": random(2, out, seed=5),
+    }
+    layer = layer_of(original, 4, activation_bits, zero_points, **extras)
+    x, outputs = random(*shape) * 2, []
+    for group in (0, 1, 0):
+        layer.step.group = group
+        outputs.append(layer(x))
+        assert relative(outputs[-1], simulate(layer, x)) < 1e-5
+        plain = layer_of(original, 4, activation_bits, zero_points, smoothing=extras["smoothing"])
+        plain.step.group = group
+        axis = [1, -1, 1, 1] if layer.is_conv else [-1]
+        corrected = plain(x - extras["shift"].reshape(axis))
+        corrected = corrected + extras["bias_correction"][group].reshape(axis)
+        assert relative(outputs[-1], corrected) < 1e-5
+    assert torch.equal(outputs[0], outputs[2])
+    assert relative(outputs[0], outputs[1]) > 0.1
+
+
+@needs_int8
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_smoothing_strides_batch_size_and_timestep_group(channels_last):
     """The weight is prepared at the first call; what changes afterwards has to be followed."""
@@ -207,7 +270,6 @@ def test_threads_change_nothing():
     [
         (nn.Conv2d(6, 5, 3, padding="same"), (8, 8), "padding same is given by name"),
         (nn.Linear(6, 5), (8, 32), "input is not quantized"),
-        (nn.Linear(6, 5), (8, 16), "input has 16 bits"),
     ],
 )
 def test_a_layer_that_integers_cannot_do_is_simulated(original, bits, reason):

@@ -260,6 +260,7 @@ def test_every_command_prints_one_json_object_and_nothing_else(evaluated, tmp_pa
         "inspect": ["runs/tiny/smoothing.safetensors"],
         "models": [],
         "run": ["--config", "tiny.yaml", "--num", "6", "--batch-size", "4", *measure],
+        "ablate": ["--config", "tiny.yaml", "--presets", "minmax", "--num", "2", *measure],
     }
     assert set(runs) == set(COMMANDS)
     for command, arguments in runs.items():

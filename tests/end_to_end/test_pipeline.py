@@ -211,7 +211,7 @@ def test_coverage_accounts_for_every_multiplication(sampled):
     assert coverage["integer_macs_share"] > 0.9
     assert all(row["why_not_integer"] for row in rows if not row["integer"])
     bits = {row["name"]: (row["weight_bits"], row["activation_bits"]) for row in rows}
-    assert bits["conv_in"] == bits["conv_out"] == (8, 8)
+    assert bits["conv_in"] == bits["conv_out"] == (8, 16)
     assert bits["mid_block.resnets.0.conv2"] == (4, 8)
 
 
@@ -224,7 +224,7 @@ def first_inputs(runner: Qncd, *command: str) -> Tensor:
 
     def see(module: nn.Module, inputs: tuple) -> None:
         if isinstance(module, UNet2DConditionModel):
-            seen.append((float(inputs[1]), inputs[0].clone()))
+            seen.append((float(inputs[1].flatten()[0]), inputs[0].clone()))
 
     with watching(see):
         runner(*command)
@@ -559,26 +559,32 @@ def prepared(folder: Path, model: Path, **changes) -> Qncd:
     return runner
 
 
-@pytest.mark.parametrize("intra", ["none", "embedding"])
-def test_without_rounding_folded_smoothing_is_invisible(tmp_path, wide_model, intra):
+@pytest.mark.parametrize(
+    ("intra", "split", "count"),
+    [("none", False, 0), ("none", True, 8), ("embedding", True, 16), ("range", False, 73)],
+)
+def test_without_rounding_folded_smoothing_is_invisible(tmp_path, wide_model, intra, split, count):
     work = prepared(
         tmp_path,
         wide_model,
         correction__intra=intra,
+        quantization__split_skip_connections=split,
         quantization__weights__bits=32,
         quantization__activations__bits=32,
         quantization__attention={"bits": 32, "probabilities_bits": 32},
     )
-    factors = stored(work, "smoothing.safetensors")
-    assert len(factors) == (8 if intra == "embedding" else 0)
-    if factors:
+    tensors = stored(work, "smoothing.safetensors")
+    factors = {n: f for n, f in tensors.items() if n.endswith(".smoothing")}
+    assert len(factors) == count
+    assert (len(tensors) > count) == (intra == "range")  # which shifts pointwise layers
+    if intra != "none":
         assert max(float(f.max() / f.min()) for f in factors.values()) > 3
     work("sample", "--num", "4")
     work("sample", "--num", "4", "--full-precision")
     assert relative(latents(work, "quantized"), latents(work, "full")) < 1e-5
 
 
-@pytest.fixture(scope="module", params=["embedding", "smoothquant", "auto"])
+@pytest.fixture(scope="module", params=["embedding", "smoothquant", "range", "auto"])
 def smoothed(request, tmp_path_factory, wide_model) -> Qncd:
     folder = tmp_path_factory.mktemp(f"smoothed-{request.param}")
     return prepared(folder, wide_model, correction__intra=request.param)
@@ -608,6 +614,10 @@ def test_smoothing_is_folded_into_the_stored_weights(smoothed, wide_model):
         spreads.append(float(factor.max() / factor.min()))
         if spreads[-1] > 3:
             assert relative(restored, weight) > 2 * error
+        if f"{layer}.shift" in tensors:
+            bias = original.get(f"{layer}.bias", torch.zeros(()))
+            expected = bias + weight.flatten(1) @ tensors[f"{layer}.shift"]
+            assert torch.allclose(tensors[f"{layer}.bias"], expected, atol=1e-5)
     assert len(spreads) >= 8
     assert max(spreads) > 3
 
@@ -615,7 +625,7 @@ def test_smoothing_is_folded_into_the_stored_weights(smoothed, wide_model):
 def test_stored_factors_are_those_of_the_smoothing_artifact(smoothed):
     factors = stored(smoothed, "smoothing.safetensors")
     tensors = stored(smoothed, "quantized.safetensors")
-    assert {n for n in tensors if n.endswith(".smoothing")} == set(factors)
+    assert {n for n in tensors if n.endswith((".smoothing", ".shift"))} == set(factors)
     for name, factor in factors.items():
         assert torch.equal(tensors[name], factor)
 

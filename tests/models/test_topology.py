@@ -2,8 +2,9 @@ import copy
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from qncd_cli.models.loading import load_model
@@ -16,6 +17,7 @@ from qncd_cli.models.topology import (
     float_attention,
     is_conditioning_layer,
     is_outer_layer,
+    skip_boundaries,
     smoothing_sites,
     step_embeddings,
     time_layers,
@@ -121,6 +123,79 @@ def test_step_embeddings_are_what_the_blocks_add(model):
         expected = unet.get_submodule(site.projection)(torch.nn.functional.silu(temb))
     assert found.shape == (3, expected.shape[1])
     assert torch.allclose(found[1], expected[0], atol=1e-6)
+
+
+def concatenations(unet, monkeypatch, **condition) -> dict[str, int]:
+    """Layers that read what torch.cat returned, with the channels of its first tensor."""
+    made, found, cat = [], {}, torch.cat
+
+    def recording(tensors, dim=0, **options):
+        result = cat(tensors, dim=dim, **options)
+        if result.ndim == 4 and dim == 1:
+            made.append((result, tensors[0].shape[1]))
+        return result
+
+    def hook(name, block):
+        def see(module, args):
+            first = [channels for result, channels in made if result is args[0]]
+            for layer in ("conv1", "conv_shortcut") if first else ():
+                if getattr(block, layer) is not None:
+                    found[f"{name}.{layer}"] = first[0]
+
+        return see
+
+    for name, block in unet.named_modules():
+        if isinstance(block, ResnetBlock2D):
+            block.register_forward_pre_hook(hook(name, block))
+    monkeypatch.setattr(torch, "cat", recording)
+    with torch.no_grad():
+        unet(torch.zeros(1, unet.config.in_channels, 16, 16), 10, **condition)
+    return found
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_skip_boundaries_of_a_conditional_unet_are_where_it_concatenates(layers, monkeypatch):
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(8, 24, 16),
+        layers_per_block=layers,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    expected = concatenations(unet, monkeypatch, encoder_hidden_states=torch.zeros(1, 1, 8))
+    assert skip_boundaries(unet) == expected
+    assert len(expected) == 6 * (layers + 1)
+    assert len(set(expected.values())) > 1
+
+
+@pytest.mark.parametrize("scale_shift", ["default", "scale_shift"])
+def test_skip_boundaries_of_an_unconditional_unet_are_where_it_concatenates(
+    scale_shift, monkeypatch
+):
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 8, 24),
+        layers_per_block=2,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        resnet_time_scale_shift=scale_shift,
+        downsample_type="resnet",
+        upsample_type="resnet",
+    )
+    expected = concatenations(unet, monkeypatch)
+    assert skip_boundaries(unet) == expected
+    assert len(expected) == 18
+
+
+def test_a_transformer_has_no_skip_boundaries():
+    assert skip_boundaries(nn.ModuleDict({"transformer_blocks": nn.Linear(2, 2)})) == {}
 
 
 @pytest.mark.parametrize("plain", [AttnProcessor, AttnProcessor2_0])

@@ -34,6 +34,19 @@ def test_fashion_ldm_has_the_shape_of_ldm_4():
     assert model.decode(torch.zeros(1, 3, 8, 8)).shape == (1, 1, 32, 32)
 
 
+@pytest.mark.parametrize("name", zoo_models())
+def test_every_packaged_model_predicts_and_draws(name):
+    """However many there are."""
+    model = load_model(f"zoo:{name}")
+    condition = model.condition(model.labels([0], "all"))
+    x = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        noise = model.denoiser(x, torch.tensor([500]), **condition).sample
+    assert noise.shape == x.shape
+    assert torch.isfinite(noise).all()
+    assert model.decode(x).shape == (1, 1, 32, 32)
+
+
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(ModelError, match="did you mean zoo:fashion-ldm"):
         zoo_path("fashion-lmd")

@@ -46,7 +46,7 @@ def test_the_start_is_the_codes_given_and_every_reachable_code_is_in_range(bits)
     spec = weight_spec(bits)
     weight = random_weight(6, 50)
     weight[0] = 0
-    qparams = round_nearest(weight, spec, "mse").qparams
+    qparams = round_nearest(weight, spec).qparams
     generator = torch.Generator().manual_seed(0)
     anywhere = torch.randint(spec.qmin, spec.qmax + 1, weight.shape, generator=generator)
     rounding = SoftRounding(weight, anywhere, qparams, spec)
@@ -69,7 +69,7 @@ def test_the_other_code_within_reach_lies_towards_the_weight():
 def test_codes_out_of_range_are_refused():
     spec = weight_spec(4)
     weight = random_weight(2, 4)
-    rounded = round_nearest(weight, spec, "minmax")
+    rounded = round_nearest(weight, spec)
     with pytest.raises(ValueError, match="outside"):
         SoftRounding(weight, rounded.codes + 16, rounded.qparams, spec)
 
@@ -77,7 +77,7 @@ def test_codes_out_of_range_are_refused():
 def test_hard_logits_give_the_weight_of_the_codes():
     spec = weight_spec(3)
     weight = random_weight(4, 9).reshape(4, 1, 3, 3)
-    rounded = round_nearest(weight, spec, "mse")
+    rounded = round_nearest(weight, spec)
     rounding = SoftRounding(weight, rounded.codes, rounded.qparams, spec)
     rounding.logits.data = torch.where(rounding.logits >= 0, 1e4, -1e4)
     soft = rounding.soft_weight(rounding.up_share())
@@ -88,7 +88,7 @@ def test_the_gradient_reaches_the_logits_through_quantized_inputs_and_two_layers
     spec, inputs = weight_spec(4), activation_spec(8)
     x = correlated(64, 12, seed=0)
     first, second = random_weight(10, 12), random_weight(5, 10, seed=2)
-    rounded = [round_nearest(w, spec, "mse") for w in (first, second)]
+    rounded = [round_nearest(w, spec) for w in (first, second)]
     rounding = [
         SoftRounding(w, r.codes, r.qparams, spec)
         for w, r in zip((first, second), rounded, strict=True)
@@ -123,8 +123,8 @@ def test_the_regulariser_is_zero_where_decided_and_highest_in_the_middle():
 def test_learnt_rounding_beats_nearest_and_gptq_on_correlated_inputs(bits):
     spec = weight_spec(bits)
     x, weight = correlated(600, 60, seed=bits), random_weight(16, 60)
-    nearest = round_nearest(weight, spec, "mse")
-    gptq = round_gptq(weight, spec, "mse", 2 * x.T @ x / len(x))
+    nearest = round_nearest(weight, spec)
+    gptq = round_gptq(weight, spec, 2 * x.T @ x / len(x))
     errors = {}
     for name, start in (("nearest", nearest), ("gptq", gptq)):
         before = output_error(x, weight, start.codes, start, spec)

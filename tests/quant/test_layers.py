@@ -20,7 +20,7 @@ def quantized(layer, factor=None, weight_bits=4, activation_bits=8, groups=1):
     if weight_bits == 32:
         tensors["weight"] = weight
     else:
-        rounded = round_nearest(weight, weight_spec(weight_bits), "minmax")
+        rounded = round_nearest(weight, weight_spec(weight_bits))
         tensors["weight"] = pack(rounded.codes, weight_bits)
         tensors["weight_scale"] = rounded.qparams.scale
         if weight_bits < 8:

@@ -2,8 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from qncd_cli.quant.affine import dequantize, fake_quantize
-from qncd_cli.quant.gptq import HessianAccumulator, gptq_codes, input_vectors
+from qncd_cli.quant.affine import choose_qparams, dequantize, fake_quantize
+from qncd_cli.quant.gptq import (
+    HessianAccumulator,
+    conditional_variances,
+    gptq_codes,
+    input_vectors,
+)
 from qncd_cli.quant.rounding import (
     hessian_error,
     minmax_weight_qparams,
@@ -42,6 +47,72 @@ def test_gptq_is_never_worse_than_nearest_on_its_objective_and_stays_in_range(bi
         assert after.sum() < 0.7 * before.sum()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_no_weight_and_no_hessian_leads_out_of_the_integer_range(bits, scale):
+    """Outliers, constants, dead inputs and inputs that are copies of each other."""
+    weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(bits)) * scale
+    weight[0], weight[1] = 0, scale
+    weight[2, 5], weight[3, 0] = 50 * scale, -50 * scale
+    x = correlated_inputs(60, 24, seed=bits)
+    x[:, 3], x[:, 7] = 0, x[:, 8]
+    spec = weight_spec(bits)
+    for rounded in (round_nearest(weight, spec), round_gptq(weight, spec, hessian_of(x))):
+        assert rounded.codes.dtype == torch.int32
+        assert rounded.codes.min() >= spec.qmin
+        assert rounded.codes.max() <= spec.qmax
+        assert torch.isfinite(rounded.qparams.scale).all()
+        assert (rounded.qparams.scale > 0).all()
+        centred = rounded.codes - rounded.qparams.zero_point[:, None]
+        assert centred.abs().max() <= 127
+
+
+# ---- what GPTQ will leave -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("size", "seed"), [(20, 0), (60, 1), (150, 2)])
+def test_conditional_variances_predict_the_error_of_gptq(bits, size, seed):
+    """D_o^2 / 12 times their sum; ranges with room for what is pushed onto later columns."""
+    hessian = hessian_of(correlated_inputs(4 * size, size, seed))
+    weight = torch.randn(64, size, generator=torch.Generator().manual_seed(seed))
+    spec = weight_spec(bits)
+    qparams = choose_qparams(3 * weight.amin(1), 3 * weight.amax(1), spec)
+    codes, note = gptq_codes(weight, hessian, qparams, spec)
+    assert note == ""
+    found = float(hessian_error(weight, codes, qparams, hessian).sum())
+    variances = conditional_variances(hessian)
+    predicted = float(variances.sum() * qparams.scale.double().square().sum() / 12)
+    assert predicted == pytest.approx(found, rel=0.25)
+    # nearest rounding, which has the whole variance of every input to answer for
+    assert variances.sum() < 0.8 * hessian.diagonal().sum()
+
+
+def test_inputs_divided_by_a_factor_have_variances_divided_by_its_square():
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.eye(40) + 0.5 * torch.randn(40, 40, generator=generator) / 40**0.5
+    x = torch.randn(800, 40, generator=generator) @ mix * torch.linspace(2, 1, 40)
+    x = x[:, torch.argsort(x.square().mean(0), descending=True)]
+    before = conditional_variances(hessian_of(x))
+    assert torch.allclose(conditional_variances(hessian_of(x / 3)), before / 9, rtol=1e-4)
+    factor = torch.linspace(1, 1.6, 40)  # keeps the order of the diagonal
+    after = conditional_variances(hessian_of(x / factor))
+    assert torch.allclose(after, before / factor.double().square(), rtol=0.05)
+
+
+def test_variances_of_independent_and_of_copied_inputs():
+    diagonal = torch.tensor([1.0, 4.0, 9.0])
+    independent = conditional_variances(torch.diag(diagonal))
+    assert torch.allclose(independent, diagonal.double(), rtol=0.05)
+    x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    copied = conditional_variances(hessian_of(x[:, [0, 1, 1]]))
+    assert copied[1] + copied[2] < 1.1 * hessian_of(x)[1, 1]
+    assert torch.isfinite(conditional_variances(torch.zeros(3, 3))).all()
+
+
+# ---- the objective and its inputs ---------------------------------------------------------------
+
+
 def test_hessian_error_is_the_squared_output_error():
     x = correlated_inputs(50, 9).double()
     weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(3))
@@ -56,9 +127,9 @@ def test_hessian_error_is_the_squared_output_error():
 def test_with_an_identity_hessian_gptq_is_nearest():
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     spec = weight_spec(4)
-    qparams = minmax_weight_qparams(weight, spec)
-    codes, _ = gptq_codes(weight, torch.eye(40), qparams, spec)
-    assert torch.equal(codes, round_nearest(weight, spec).codes)
+    nearest = round_nearest(weight, spec)
+    codes, _ = gptq_codes(weight, torch.eye(40), nearest.qparams, spec)
+    assert torch.equal(codes, nearest.codes)
 
 
 def test_a_hessian_that_cannot_be_factored_falls_back_and_says_so():

@@ -1,10 +1,26 @@
+import copy
 import math
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qncd_cli.quant.smoothing import MAX_RATIO, clamp_factor, embedding_factor, fold
+from qncd_cli.quant.affine import choose_qparams, fake_quantize
+from qncd_cli.quant.rounding import round_nearest
+from qncd_cli.quant.smoothing import (
+    MAX_RATIO,
+    clamp_factor,
+    embedding_factor,
+    fold,
+    modulation_factor,
+    range_factor,
+    shifted_bias,
+    smooth,
+    smoothquant_factor,
+    split_factor,
+)
+from qncd_cli.spec import activation_spec, weight_spec
 
 
 def test_folding_changes_nothing_in_real_arithmetic():
@@ -31,24 +47,130 @@ def test_factor_follows_the_definition():
             part = row[g * 4 : g * 4 + 4]
             normed = (part - part.mean()) / torch.sqrt(part.var(unbiased=False) + 1e-5)
             expected[g * 4 : g * 4 + 4] += normed.clamp(min=1) / steps
-    factor, clamped = embedding_factor(embedding, -gamma, groups)
+    factor, clamped, shift = embedding_factor(embedding, -gamma, groups)
+    assert shift is None
     assert torch.allclose(factor, gamma * expected, rtol=1e-5)
     assert clamped == 0
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-30, 1.0, 1e30, math.inf, math.nan])
-@pytest.mark.parametrize("gamma", [0.0, -1.0, 1e-20])
-def test_factors_are_positive_and_finite_for_any_embedding(scale, gamma):
-    embedding = torch.randn(4, 16, generator=torch.Generator().manual_seed(2)) * scale
-    weights = torch.ones(16)
-    weights[3] = gamma
-    factor, clamped = embedding_factor(embedding, weights, 4)
+HUGE = 3e38  # close to the largest float32
+
+
+def embeddings() -> dict[str, Tensor]:
+    """[4, 16]: ordinary, constant, tiny, huge; a channel, or all, not finite."""
+    ordinary = torch.randn(4, 16, generator=torch.Generator().manual_seed(2))
+    found = {f"x{scale:g}": ordinary * scale for scale in (0.0, 1e-30, 1.0, 1e30)}
+    found |= {"huge": ordinary.sign() * HUGE, "constant": torch.full((4, 16), -3.0)}
+    for value in (math.inf, -math.inf, math.nan):
+        found |= {f"one {value}": ordinary.clone(), f"all {value}": torch.full((4, 16), value)}
+        found[f"one {value}"][:, 5] = value
+    found["both infinities"] = ordinary.sign() * math.inf
+    return found
+
+
+def check(factor: Tensor) -> None:
+    assert factor.dtype == torch.float32
     assert torch.isfinite(factor).all()
     assert (factor > 0).all()
     assert factor.max() / factor.min() <= MAX_RATIO**2 * 1.001
 
 
+@pytest.mark.parametrize("name", embeddings())
+@pytest.mark.parametrize("gamma", [0.0, -1.0, 1e-20])
+def test_embedding_factors_are_positive_and_finite(name, gamma):
+    weights = torch.ones(16)
+    weights[3] = gamma
+    check(embedding_factor(embeddings()[name], weights, 4).factor)
+    check(embedding_factor(embeddings()[name], None, 4).factor)
+    check(modulation_factor(embeddings()[name]).factor)
+
+
+@pytest.mark.parametrize("name", embeddings())
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_factors_of_ranges_are_positive_and_finite(name, strength):
+    x = embeddings()[name]
+    low, high = x.amin(0), x.amax(0)
+    weight = torch.randn(6, 16, generator=torch.Generator().manual_seed(3))
+    weight[:, 2] = 0
+    absmax = torch.maximum(-low, high)
+    check(smoothquant_factor(absmax, weight, strength).factor)
+    check(split_factor(low, high, 5).factor)
+    for shifted in (False, True):
+        factor, _, shift = range_factor(low, high, strength, shifted=shifted)
+        check(factor)
+        assert (shift is not None) == shifted
+        assert shift is None or torch.isfinite(shift).all()
+
+
+def test_at_full_strength_shifted_channels_fill_one_range():
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(200, 8, generator=generator) * torch.linspace(0.5, 2, 8) + torch.arange(8)
+    factor, clamped, shift = range_factor(x.amin(0), x.amax(0), 1.0, shifted=True)
+    y = smooth(x, factor, -1, shift)
+    assert clamped == 0
+    assert torch.allclose(y.amax(0), torch.ones(8), atol=1e-5)
+    assert torch.allclose(y.amin(0), -torch.ones(8), atol=1e-5)
+
+
+POINTWISE = [
+    (nn.Conv2d(8, 5, 1), (2, 8, 6, 6)),
+    (nn.Conv2d(8, 5, 1, stride=2, bias=False), (2, 8, 6, 6)),
+    (nn.Linear(8, 5), (2, 7, 8)),
+    (nn.Linear(8, 5, bias=False), (3, 8)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), POINTWISE, ids=[str(p[0]) for p in POINTWISE])
+def test_a_folded_shift_is_invisible_in_float(layer, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    axis = 1 if isinstance(layer, nn.Conv2d) else -1
+    flat = x.movedim(axis, 0).flatten(1)
+    factor, _, shift = range_factor(flat.amin(1), flat.amax(1), 0.75, shifted=True)
+    assert shift.abs().max() > 0.1
+    with torch.no_grad():
+        expected = layer(x)
+        layer = copy.deepcopy(layer)
+        layer.bias = nn.Parameter(shifted_bias(layer.weight, layer.bias, shift))
+        layer.weight.data = fold(layer.weight, factor)
+        found = layer(smooth(x, factor, axis, shift))
+    assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+def outputs(x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """Both operands quantized, W4A8."""
+    spec, inputs = weight_spec(4), activation_spec(8)
+    folded, y = fold(weight, factor), smooth(x, factor, -1)
+    y = fake_quantize(y, choose_qparams(y.min(), y.max(), inputs), inputs)
+    return F.linear(y, fake_quantize(folded, round_nearest(folded, spec).qparams, spec))
+
+
+def test_split_quantization_of_equal_ranges_is_unsplit_quantization_to_the_bit():
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(50, 12, generator=generator)
+    weight = torch.randn(6, 12, generator=generator)
+    x[3, 2] = x[7, 9] = 5.3  # the widest value of either part
+    factor, clamped, shift = split_factor(x.amin(0), x.amax(0), 7)
+    assert torch.equal(factor, torch.ones(12))
+    assert (clamped, shift) == (0, None)
+    assert torch.equal(outputs(x, weight, factor), outputs(x, weight, torch.ones(12)))
+
+
+def test_split_quantization_gives_each_part_its_own_range():
+    generator = torch.Generator().manual_seed(6)
+    x = torch.randn(50, 12, generator=generator)
+    x[:, 7:] *= 9
+    weight = torch.randn(6, 12, generator=generator)
+    weight[:, 7:] /= 9  # both parts matter alike
+    factor = split_factor(x.amin(0), x.amax(0), 7).factor
+    y = smooth(x, factor, -1)
+    assert torch.allclose(y[:, :7].abs().max(), y[:, 7:].abs().max())
+    assert len(factor.unique()) == 2
+    exact = F.linear(x, weight)
+    split, unsplit = (outputs(x, weight, f) - exact for f in (factor, torch.ones(12)))
+    assert split.norm() < 0.5 * unsplit.norm()
+
+
 def test_clamping_is_counted():
-    factor, clamped = clamp_factor(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-9]))
+    factor, clamped, _ = clamp_factor(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-9]))
     assert clamped == 1
     assert factor.min() > 1e-9

@@ -24,6 +24,7 @@ from qncd_cli.spec import weight_spec
 from qncd_cli.stages import budget, calibrate, quantize
 from qncd_cli.stages.assemble import Denoiser, full_denoiser, no_progress, quantized_denoiser
 from qncd_cli.stages.budget import WIDTHS, allocate, probe_rows
+from qncd_cli.stages.choose_smoothing import factors_of
 from qncd_cli.stages.plan import has_own_weight_bits, plan_layers
 
 RUN = Path("runs/tiny")
@@ -233,15 +234,15 @@ def test_sensitivity_is_the_error_of_the_whole_denoiser(calibrated):
     name = "down_blocks.1.resnets.0.conv2"
     config = calibrated.config()
     (plan,) = [p for p in plan_layers(config, calibrated.model.denoiser) if p.name == name]
-    factor = calibrated.smoothing.tensors[f"{name}.smoothing"]
+    smoothing = factors_of(calibrated.smoothing)[name]
     found = budget.measure_sensitivity(
-        config, calibrated.model, calibrated.calibration, [plan], {name: factor}, no_progress
+        config, calibrated.model, calibrated.calibration, [plan], {name: smoothing}, no_progress
     )[name]
     full = calibrated.predictions(full_denoiser(calibrated.model)).double().flatten(1)
-    exact, scale = plan.layer.weight.data.clone(), factor.reshape(1, -1, 1, 1)
+    exact, scale = plan.layer.weight.data.clone(), smoothing.factor.reshape(1, -1, 1, 1)
     for bits in (2, 4):
         spec = weight_spec(bits)
-        codes, (step, zero), _ = round_nearest(exact * scale, spec, "mse")
+        codes, (step, zero), _ = round_nearest(exact * scale, spec)
         rounded = (codes - zero.reshape(-1, 1, 1, 1)) * step.reshape(-1, 1, 1, 1)
         plan.layer.weight.data = rounded / scale
         changed = calibrated.predictions(full_denoiser(calibrated.model)).double().flatten(1)

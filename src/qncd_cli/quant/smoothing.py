@@ -88,10 +88,11 @@ def range_factor(
     channel_min, channel_max: [C] on calibration data; strength: a in [0, 1].
     """
     low, high = channel_min.to(torch.float32), channel_max.to(torch.float32)
-    shift = (low + high) / 2 if shifted else None
-    radius = (high - low) / 2 if shifted else torch.maximum(-low, high)
-    factor = clamp_factor(radius.clamp(min=TINY) ** strength)
-    return factor._replace(shift=shift)
+    if not shifted:
+        return clamp_factor(torch.maximum(-low, high).clamp(min=TINY) ** strength)
+    shift = low / 2 + high / 2  # halves first: their sum stays finite
+    shift = torch.where(torch.isfinite(shift), shift, 0)
+    return clamp_factor((high / 2 - low / 2).clamp(min=TINY) ** strength)._replace(shift=shift)
 
 
 def split_factor(channel_min: Tensor, channel_max: Tensor, boundary: int) -> SmoothingFactor:

@@ -62,7 +62,9 @@ def choose_factors(
     """
     intra = config.correction.intra
     split = config.quantization.split_skip_connections
-    plans = {p.name: p for p in plan_layers(config, model.denoiser) if not p.stays_float}
+    plans = {p.name: p for p in plan_layers(config, model.denoiser)}
+    if intra == "auto":  # the only choice that depends on the widths
+        plans = {name: plan for name, plan in plans.items() if not plan.stays_float}
     boundaries = skip_boundaries(model.denoiser) if split else {}
     embedded: Factors = {}
     if intra in ("embedding", "auto"):
@@ -76,7 +78,7 @@ def choose_factors(
     probes = collect_probes(config, model, denoiser, wanted, len(timesteps))
     chosen: Chosen = {}
     if intra == "embedding":
-        chosen = {name: ("embedding", f) for name, f in embedded.items() if name in plans}
+        chosen = {name: ("embedding", f) for name, f in embedded.items()}
     errors: dict[str, dict[str, float]] = {}
     for plan in track(wanted, "choosing smoothing factors", len(wanted)):
         probe = probes.pop(plan.name)

@@ -70,7 +70,8 @@ def _coverage_row(
 ) -> dict[str, Any]:
     weight_bits = entry["weight_bits"] if entry else FLOAT_BITS
     activation_bits = entry["activation_bits"] if entry else FLOAT_BITS
-    integer = weight_bits <= 8 and activation_bits <= MAX_ACTIVATION_BITS
+    widest = 8 if cost.kind == "matmul" else MAX_ACTIVATION_BITS  # two passes: layers only
+    integer = weight_bits <= 8 and activation_bits <= widest
     why = ""
     if cost.kind == "matmul" and reason:
         why = reason

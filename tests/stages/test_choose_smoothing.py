@@ -1,0 +1,94 @@
+"""Smoothing factors as the calibrate stage chooses them, on the tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+from torch import nn
+
+from qncd_cli.artifacts import Artifact
+from qncd_cli.config import parse_config
+from qncd_cli.models.loading import DiffusionModel, load_model
+from qncd_cli.models.topology import skip_boundaries
+from qncd_cli.stages.assemble import full_denoiser, no_progress
+from qncd_cli.stages.calibrate import sampler_timesteps
+from qncd_cli.stages.choose_smoothing import Described, Factors, choose_factors, factors_of
+from qncd_cli.stages.plan import plan_layers
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> DiffusionModel:
+    return load_model(str(tiny_model))
+
+
+def choose(model: DiffusionModel, intra: str, **changes) -> tuple[Factors, Described]:
+    quick = {"sampling__steps": 2, "calibration": {"trajectories": 2, "noise_trajectories": 2}}
+    tree = tiny_config(model.source, **quick, correction__intra=intra, **changes)
+    config = parse_config(tree, "test")
+    timesteps = sampler_timesteps(config, model)
+    return choose_factors(config, model, full_denoiser(model), timesteps, no_progress)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_auto_is_never_worse_than_none_by_its_own_measure(model, rounding):
+    factors, described = choose(model, "auto", quantization__weights__rounding=rounding)
+    assert factors.keys() == described.keys()
+    assert len({entry["chosen"] for entry in described.values()}) > 2
+    for name, entry in described.items():
+        errors = entry["relative_output_error"]
+        assert errors[entry["chosen"]] == min(errors.values()), name
+        assert errors[entry["chosen"]] <= errors["none"], name
+        assert ("split" in errors) == (name in skip_boundaries(model.denoiser)), name
+        assert all(0 < error < 1 for error in errors.values()), name
+
+
+def padded(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and (layer.padding != (0, 0) or layer.kernel_size != (1, 1))
+
+
+@pytest.mark.parametrize("intra", ["range", "auto"])
+def test_only_layers_without_padding_are_shifted(model, intra):
+    factors, described = choose(model, intra, correction__smoothing_strength=1.0)
+    layers = {name: model.denoiser.get_submodule(name) for name in factors}
+    shifted = {name for name, factor in factors.items() if factor.shift is not None}
+    assert shifted == {name for name, entry in described.items() if entry["shifted"]}
+    assert not any(padded(layers[name]) for name in shifted)
+    if intra == "range":  # every layer, and every one that may be is shifted
+        config = parse_config(tiny_config(model.source), "test")
+        assert list(factors) == [plan.name for plan in plan_layers(config, model.denoiser)]
+        assert shifted == {name for name, layer in layers.items() if not padded(layer)}
+    for factor in factors.values():
+        assert torch.isfinite(factor.factor).all() and (factor.factor > 0).all()
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+def test_layers_behind_a_skip_connection_are_split_whatever_the_widths(model, bits):
+    """The artifact serves every width: it is not made again when only the widths change."""
+    widths = {"quantization__weights__bits": bits, "quantization__activations__bits": bits}
+    boundaries = skip_boundaries(model.denoiser)
+    factors, described = choose(model, "none", **widths)
+    assert factors.keys() == boundaries.keys()
+    assert {entry["chosen"] for entry in described.values()} == {"split"}
+    for name, (factor, _, shift) in factors.items():
+        assert shift is None
+        parts = factor[: boundaries[name]], factor[boundaries[name] :]
+        assert all(len(part.unique()) == 1 for part in parts)
+    without = {"quantization__split_skip_connections": False}
+    assert choose(model, "none", **widths, **without) == ({}, {})
+    both, described = choose(model, "embedding", **widths)
+    assert {entry["chosen"] for entry in described.values()} == {"split", "embedding"}
+    assert boundaries.keys() < both.keys()
+
+
+def test_factors_of_an_artifact_are_those_that_went_in(model):
+    factors, described = choose(model, "range")
+    tensors = {f"{n}.smoothing": f.factor for n, f in factors.items()}
+    tensors |= {f"{n}.shift": f.shift for n, f in factors.items() if f.shift is not None}
+    found = factors_of(Artifact("smoothing", tensors, {"layers": described}, "c" * 16, "m" * 16))
+    assert found.keys() == factors.keys()
+    for name, (factor, clamped, shift) in factors.items():
+        assert torch.equal(found[name].factor, factor)
+        assert found[name].clamped == clamped
+        assert (found[name].shift is None) == (shift is None)
+        assert shift is None or torch.equal(found[name].shift, shift)
