@@ -509,7 +509,7 @@ def train_ddpm(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = make_pixel_unet()
     plain_attention(model)
-    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=True)
+    scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
 
     def save(ema: Ema) -> None:
         unet = make_pixel_unet()
