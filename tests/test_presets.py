@@ -64,11 +64,13 @@ def test_qncd_is_both_corrections_as_published_on_the_weights_of_qdiffusion(tmp_
     assert found == ("runtime", "injected", "tensor", 10, "none")
 
 
-def test_best_is_the_default(tmp_path):
-    plain, best = read(tmp_path, {}).to_dict(), read(tmp_path, preset("best")).to_dict()
-    assert best["quantization"].pop("preset") == "best"
-    plain["quantization"].pop("preset")
-    assert best == plain
+def test_a_preset_is_its_keys_written_out(tmp_path):
+    for name, found in PRESETS.items():
+        spelt = read(tmp_path, found.settings).to_dict()
+        named = read(tmp_path, preset(name, strict=True)).to_dict()
+        for tree in (spelt, named):
+            del tree["quantization"]["preset"], tree["quantization"]["strict"]
+        assert named == spelt, name
 
 
 def test_a_key_of_the_file_wins_over_the_preset_of_the_file(tmp_path):
@@ -116,11 +118,10 @@ def test_a_time_grouped_preset_has_no_more_groups_than_steps(tmp_path):
 
 
 def test_the_name_alone_makes_no_other_artifact(tmp_path):
-    plain, named = read(tmp_path, {}), read(tmp_path, preset("best", strict=True))
+    plain = read(tmp_path, PRESETS["best"].settings)
+    named = read(tmp_path, preset("best", strict=True))
     for stage in ("calibrate", "quantize"):
         assert plain.stage_digest(stage) == named.stage_digest(stage)
-        auto = [read(tmp_path, t, "correction.intra=auto") for t in ({}, preset("best"))]
-        assert auto[0].stage_digest(stage) == auto[1].stage_digest(stage)
 
 
 def test_an_unknown_preset_names_the_nearest(tmp_path):

@@ -63,6 +63,20 @@ _QDIFFUSION = merged(
         },
     },
 )
+_BEST: Tree = {
+    "quantization": {
+        "weights": {"rounding": "gptq"},
+        "activations": {"observer": "output", "timestep_groups": 20},
+        "attention": {"bits": 8, "probabilities_bits": 8},
+        "first_last_bits": 8,
+        "first_last_activation_bits": 16,
+        "first_last_observer": "minmax",
+        "bias_correction": False,
+        "sensitive": {"weights_share": 0.1, "macs_share": 0.2},
+        "split_skip_connections": False,
+    },
+    "correction": {"intra": "none", "inter": {"method": "none"}},
+}
 _INTRA: Tree = {"correction": {"intra": "embedding"}}
 _INTER: Tree = {
     "correction": {
@@ -112,7 +126,11 @@ PRESETS: dict[str, Preset] = {
         _TRANSFORMER_BLOCKS,
         _TRANSFORMER_NOTE,
     ),
-    "best": Preset("this tool's own defaults", {}),
+    "best": Preset(
+        "what measured best (docs/quality.md): ranges by the layer's output at every step, finer "
+        "codes for the few layers that matter most",
+        _BEST,
+    ),
 }
 
 
