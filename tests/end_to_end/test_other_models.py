@@ -28,7 +28,7 @@ def write_inputs(runner: Qncd, model: Path) -> None:
         Image.fromarray(pixels.numpy()).save(runner.folder / "reference" / f"{i}.png")
 
 
-@pytest.mark.parametrize("kind", ["pixel", "dit"])
+@pytest.mark.parametrize("kind", ["pixel"])
 def test_preset_best_from_calibration_to_evaluation(tmp_path, request, kind):
     runner = Qncd(tmp_path)
     write_inputs(runner, request.getfixturevalue(f"tiny_{kind}_model"))
