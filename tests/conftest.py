@@ -6,11 +6,13 @@ import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from click.testing import CliRunner
+from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the model is tiny: more threads only wait for each other
@@ -18,7 +20,7 @@ torch.set_num_threads(1)  # the model is tiny: more threads only wait for each o
 
 def save_tiny_pipeline(folder: Path, seed: int = 0, **unet_options) -> None:
     """A class-conditional latent diffusion pipeline with about 0.3 M random parameters."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel, VQModel
+    from diffusers import UNet2DConditionModel
 
     from qncd_cli.models.pipelines import ClassConditionalLDMPipeline, ClassEmbedder
 
@@ -36,7 +38,17 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **unet_options) -> None:
         "norm_num_groups": 8,
     }
     unet = UNet2DConditionModel(**{**options, **unet_options})
-    vqvae = VQModel(
+    vqvae, scheduler = tiny_vqvae(), ddim_scheduler()
+    ClassConditionalLDMPipeline(unet, vqvae, ClassEmbedder(4, 16), scheduler).save_pretrained(
+        folder
+    )
+
+
+def tiny_vqvae() -> nn.Module:
+    """A first stage with random weights: latents [3, n, n], images [1, 2n, 2n]."""
+    from diffusers import VQModel
+
+    return VQModel(
         in_channels=1,
         out_channels=1,
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -47,23 +59,85 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **unet_options) -> None:
         norm_num_groups=4,
         scaling_factor=1.0,
     )
-    scheduler = DDIMScheduler(
+
+
+def ddim_scheduler(**options) -> Any:
+    """LDM's schedule."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.0015,
         beta_end=0.0195,
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        **options,
     )
-    ClassConditionalLDMPipeline(unet, vqvae, ClassEmbedder(4, 16), scheduler).save_pretrained(
-        folder
+
+
+def save_tiny_pixel_pipeline(folder: Path) -> None:
+    """Pixel-space diffusion with scale-shift blocks and 4 classes, the layout of fashion-ddpm."""
+    from diffusers import UNet2DModel
+
+    from qncd_cli.models.pipelines import ClassConditionalPixelPipeline
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=16,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=5,  # the last is the null class
+        attention_head_dim=8,
+        norm_num_groups=4,
     )
+    ClassConditionalPixelPipeline(unet, ddim_scheduler()).save_pretrained(folder)
+
+
+def save_tiny_dit_pipeline(folder: Path) -> None:
+    """A v-predicting diffusion transformer in latents with 4 classes, the layout of fashion-dit."""
+    from diffusers import DiTTransformer2DModel
+
+    from qncd_cli.models.pipelines import ClassConditionalDiTPipeline
+
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=3,
+        out_channels=3,
+        num_layers=2,
+        sample_size=8,
+        patch_size=1,
+        num_embeds_ada_norm=4,
+    )
+    scheduler = ddim_scheduler(prediction_type="v_prediction")
+    ClassConditionalDiTPipeline(transformer, tiny_vqvae(), scheduler).save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"
     save_tiny_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pixel_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "pixel"
+    save_tiny_pixel_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_dit_model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "dit"
+    save_tiny_dit_pipeline(folder)
     return folder
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,15 @@ from safetensors.torch import load_file
 
 from qncd_cli.errors import ModelError
 from qncd_cli.models.loading import load_model
-from qncd_cli.models.pipelines import ClassConditionalLDMPipeline
+from qncd_cli.models.pipelines import (
+    ClassConditionalDiTPipeline,
+    ClassConditionalLDMPipeline,
+    ClassConditionalPixelPipeline,
+)
+from qncd_cli.models.random_models import RANDOM
+from qncd_cli.sampling.noise import generators_for
+from qncd_cli.sampling.samplers import denoise, make_scheduler
+from qncd_cli.stages.assemble import full_denoiser, guided_predict
 
 
 def test_labels_go_round_the_classes_by_seed(tiny_model):
@@ -122,3 +131,65 @@ def test_half_precision_weights_are_read_as_float32(tmp_path, tiny_model):
     assert {t.dtype for t in stored.values()} == {torch.float16}
     model = load_model(str(tmp_path / "half"))
     assert {p.dtype for p in model.denoiser.parameters()} == {torch.float32}
+
+
+# ---- full-size architectures --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("ldm5", "did you mean random:ldm4?"), ("unet", "known: ldm4")]
+)
+def test_an_unknown_architecture_names_the_nearest(name, hint):
+    with pytest.raises(ModelError, match=f"no architecture random:{name}") as caught:
+        load_model(f"random:{name}")
+    assert hint in str(caught.value)
+
+
+def test_random_ldm4_has_the_parameters_of_ldm4():
+    with torch.device("meta"):
+        pipeline = RANDOM["ldm4"]()
+    parameters = sum(p.numel() for p in pipeline.unet.parameters())
+    assert round(parameters / 1e6, 1) == 400.9
+    assert pipeline.class_embedder.null_class == 1000
+
+
+# ---- pipelines of other kinds -------------------------------------------------------------------
+
+
+@pytest.fixture(params=["pixel", "dit"])
+def other_model(request) -> Path:
+    return request.getfixturevalue(f"tiny_{request.param}_model")
+
+
+def test_a_class_conditional_model_of_another_kind_loads(other_model):
+    model = load_model(str(other_model))
+    pixel = other_model.name == "pixel"
+    assert model.digest == load_model(str(other_model)).digest
+    assert model.num_classes == 4
+    assert model.latent_shape == ((1, 16, 16) if pixel else (3, 8, 8))
+    assert model.condition(torch.tensor([2, 0]))["class_labels"].tolist() == [2, 0]
+    assert model.null_condition is not None
+    assert model.null_condition(2)["class_labels"].tolist() == [4, 4]
+    assert model.labels([0, 5], "all").tolist() == [0, 1]
+    with pytest.raises(ModelError, match="class 4 is out of range"):
+        model.labels([0], (4,))
+    images = model.decode(torch.zeros(2, *model.latent_shape))
+    assert (images.shape, images.dtype) == ((2, 1, 16, 16), torch.uint8)
+    if pixel:
+        assert set(images.flatten().tolist()) == {128}  # half of 255, rounded to even
+
+
+def test_the_other_pipelines_are_what_the_stages_compute(other_model):
+    model = load_model(str(other_model))
+    kinds = {"pixel": ClassConditionalPixelPipeline, "dit": ClassConditionalDiTPipeline}
+    pipeline = kinds[other_model.name].from_pretrained(other_model)
+    pipeline.set_progress_bar_config(disable=True)
+    seeds, labels = [7, 8, 9], torch.tensor([2, 0, 3])
+    theirs = pipeline(labels, 3.0, 3, generators_for(seeds), output_type="latent").images
+    predict = guided_predict(model, full_denoiser(model), labels, 3.0)
+    scheduler = make_scheduler("ddim", model.scheduler_config)
+    ours = denoise(predict, scheduler, 3, generators_for(seeds), model.latent_shape)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    images = pipeline(labels, 3.0, 3, generators_for(seeds), output_type="np").images
+    decoded = model.decode(ours).permute(0, 2, 3, 1).float() / 255
+    assert (decoded - torch.from_numpy(images)).abs().max() < 0.6 / 255

@@ -8,15 +8,17 @@ quantization.sensitive.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import capture_inputs, count_macs
+from ..models.topology import count_macs
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
 from ..quant.rounding import weight_qparams
@@ -125,13 +127,7 @@ def sensitivity(
             weight.requires_grad_(True)
         for t in picked:
             rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
-            inputs: dict[str, Tensor] = {}
-
-            def keep(name: str, x: Tensor, inputs=inputs) -> None:
-                if x.requires_grad:
-                    inputs[name] = x
-
-            with torch.enable_grad(), capture_inputs(model.denoiser, list(roundings), keep):
+            with torch.enable_grad(), _own_inputs(model.denoiser, list(roundings)) as inputs:
                 prediction = _prediction(config, model, calibration, rows, t)
             norm = prediction.detach().flatten(1).norm(dim=1).clamp(min=1e-15)
             norm = norm.reshape(-1, *[1] * (prediction.ndim - 1))
@@ -159,6 +155,31 @@ def sensitivity(
         for weight in weights.values():
             weight.requires_grad_(False)
     return result
+
+
+@contextmanager
+def _own_inputs(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, each named layer reads its input as a view of its own, kept by name.
+
+    Gradients in a view are those through that layer alone: q, k and v read one tensor, and so do
+    a shortcut and the normalization beside it.
+    """
+    inputs: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name in names:
+
+            def hook(module, args, name=name):
+                if not args[0].requires_grad:
+                    return None
+                inputs[name] = args[0].view_as(args[0])
+                return inputs[name], *args[1:]
+
+            handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _weight_error(plan: LayerPlan, factors: Factors) -> Tensor:

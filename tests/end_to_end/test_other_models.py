@@ -1,0 +1,56 @@
+"""All stages with preset best on models of other kinds than the packaged latent U-Net."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Qncd, tiny_config
+from PIL import Image
+from safetensors.torch import load_file
+
+RUN = Path("runs/tiny")
+
+
+def write_inputs(runner: Qncd, model: Path) -> None:
+    tree = tiny_config(model, sampling__steps=3)
+    tree["calibration"] = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 2}
+    tree["quantization"] = {"preset": "best", "weights": {"bits": 4}, "activations": {"bits": 8}}
+    del tree["correction"]
+    runner.write_config(tree)
+    (runner.folder / "reference").mkdir()
+    for i in range(4):
+        generator = torch.Generator().manual_seed(i)
+        pixels = torch.randint(40 * i, 256, (16, 16), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(runner.folder / "reference" / f"{i}.png")
+
+
+@pytest.mark.parametrize("kind", ["pixel"])
+def test_preset_best_from_calibration_to_evaluation(tmp_path, request, kind):
+    runner = Qncd(tmp_path)
+    write_inputs(runner, request.getfixturevalue(f"tiny_{kind}_model"))
+    runner("calibrate", "--config", "tiny.yaml")
+    runner("quantize")
+    runner("sample", "--num", "4")
+    metrics = runner(
+        "eval", "--fid", "--network", "fashion", "--reference", "reference", "--json"
+    ).data
+    assert metrics["protocol"]["num_samples"] == 4
+    assert 10 < metrics["fidelity"]["sqnr_latents_db"] < 100
+    coverage = json.loads((tmp_path / RUN / "coverage.json").read_text())
+    assert coverage["integer_macs_share"] > 0.9
+    widths = [(row["weight_bits"], row["activation_bits"]) for row in coverage["layers"]]
+    assert (4, 8) in widths
+    refined = [w for w in widths if w in ((8, 8), (4, 16))]
+    assert refined  # the layers that matter most
+    runner("sample", "--num", "4", "--inter", "runtime", "--name", "corrected")
+    plain, corrected = (
+        load_file(tmp_path / RUN / "samples" / name / "latents.safetensors")["latents"]
+        for name in ("quantized", "corrected")
+    )
+    assert plain.shape == corrected.shape and torch.isfinite(corrected).all()
+    change = float((corrected - plain).norm() / plain.norm())
+    assert not math.isclose(change, 0) and change < 0.5
