@@ -10,13 +10,17 @@ from conftest import tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qncd_cli import artifacts
 from qncd_cli.artifacts import Artifact
 from qncd_cli.config import Config, parse_config
+from qncd_cli.models.loading import load_model
 from qncd_cli.quant.affine import QParams, choose_qparams, fake_quantize
 from qncd_cli.quant.observers import RangeObserver, choose_range
 from qncd_cli.quant.rounding import round_nearest
 from qncd_cli.quant.smoothing import SmoothingFactor, fold, smooth
 from qncd_cli.spec import activation_spec, weight_spec
+from qncd_cli.stages import calibrate, quantize
+from qncd_cli.stages.assemble import quantized_denoiser
 from qncd_cli.stages.output_ranges import CLIP_WEIGHT, LayerOutput
 from qncd_cli.stages.plan import LayerPlan
 from qncd_cli.stages.probes import Probe
@@ -145,6 +149,33 @@ def config_of(tiny_model: Path, **changes) -> Config:
         "quantization__bias_correction": True,
     }
     return parse_config(tiny_config(tiny_model, **{**common, **changes}), "test")
+
+
+def test_corrected_layers_are_written_read_and_computed_alike(tiny_model, tmp_path):
+    model = load_model(str(tiny_model))
+    config = config_of(tiny_model)
+    quantized = quantize.run(config, model, *calibrate.run(config, model)).quantized
+    artifacts.write(tmp_path / "quantized.safetensors", quantized)
+    found = artifacts.read(tmp_path / "quantized.safetensors", "quantized")
+    assert found.digest == quantized.digest
+    corrections = [found.tensors[f"{name}.bias_correction"] for name in found.body["layers"]]
+    assert all(c.shape[0] == 2 and torch.isfinite(c).all() for c in corrections)
+    # all but those of the layers that read the condition, the same at every timestep
+    assert sum(bool((c[0] != c[1]).any()) for c in corrections) > 0.7 * len(corrections)
+    condition = model.condition(torch.tensor([0, 1]))
+    x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    simulated, integer = (
+        quantized_denoiser(model, found, backend, True) for backend in ("simulate", "int8")
+    )
+    outputs = []
+    for t in (501.0, 1.0):
+        ours, theirs = integer(x, t, condition), simulated(x, t, condition)
+        outputs.append(theirs)
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+    without = {k: torch.zeros_like(v) if "bias_corr" in k else v for k, v in found.tensors.items()}
+    bare = Artifact("quantized", without, found.body, found.config, found.model)
+    plain = quantized_denoiser(model, bare, "simulate", True)(x, 1.0, condition)
+    assert (plain - outputs[1]).norm() > 1e-3 * plain.norm()
 
 
 # ---- inputs of more than 8 bits -----------------------------------------------------------------

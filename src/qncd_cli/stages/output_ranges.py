@@ -51,7 +51,7 @@ class LayerOutput:
             x = torch.cat(parts)
             ends = [(low[group] * a, high[group] * b) for a in FRACTIONS for b in FRACTIONS]
             ends.append((tight[0][group], tight[1][group]))
-            if low[group] > -0.1 * high[group]:  # a short end (SiLU's) is never worth clipping
+            if low[group] > -0.1 * high[group]:  # a short end (SiLU's): in full, or mse's
                 ends = [pair for pair in ends if pair[0] <= low[group]] + ends[-1:]
             errors = [self._error(x, *pair) for pair in ends]
             low[group], high[group] = ends[errors.index(min(errors))]
