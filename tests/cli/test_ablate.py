@@ -128,7 +128,7 @@ def test_a_row_is_what_the_four_commands_measure(work):
     options = ("--set", "quantization.preset=minmax", "--set", "quantization.weights.bits=8")
     work("calibrate", "--config", "tiny.yaml", *options)
     work("quantize")
-    work("sample", "--num", "4", "--backend", "simulate")
+    work("sample", "--num", "4")
     metrics = work("eval", "--fid", *MEASURE[2:], "--json").data
     row = json.loads((work.folder / TABLE / "ablation.json").read_text())["rows"][0]
     assert row["psnr_db"] == metrics["fidelity"]["psnr_db"]
