@@ -493,7 +493,7 @@ def test_ranges_per_timestep_group_are_prepared_and_used(tmp_path, tiny_model):
     work.write_config(quick_config(tiny_model, **groups))
     work("calibrate", "--config", "tiny.yaml")
     work("quantize")
-    scales = stored(work, "quantized.safetensors")["conv_in.input_scale"]
+    scales = stored(work, "quantized.safetensors")["up_blocks.0.resnets.0.conv1.input_scale"]
     assert scales.shape == (2,)
     assert scales[0] != scales[1]
     seen = set()
