@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+# What is tested is tiny: more threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 CONFIGS := fashion_ldm_w8a8 fashion_ldm_w4a8 fashion_ldm_w4a6
 NUM ?= 300
 
@@ -28,14 +30,14 @@ demo: $(READY)
 
 # Everything that is tested.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # What a commit must pass: format, lint, types, import rules, fast tests.
 check: $(READY)
 	$(BIN)/ruff format --check src tests scripts
 	$(BIN)/ruff check src tests scripts
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 fmt: $(READY)
 	$(BIN)/ruff format src tests scripts
