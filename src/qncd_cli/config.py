@@ -177,14 +177,12 @@ class LayerOverride(_Section):
 class SensitiveConfig(_Section):
     """Finer codes for the layers whose rounding changes the denoiser's output most."""
 
-    weights_share: float = Field(
-        0.0, ge=0, le=1, description="share of the weights that may have 8 bits"
-    )
-    macs_share: float = Field(
+    weight_bits: float = Field(0.0, ge=0, le=4, description="extra bits, in the mean over weights")
+    activation_bits: float = Field(
         0.0,
         ge=0,
-        le=1,
-        description="share of the MACs whose inputs may have 16 bits, in two passes",
+        le=10,
+        description="extra bits of inputs, in the mean over MACs; above 8 bits in two passes",
     )
 
 

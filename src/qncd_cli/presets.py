@@ -48,7 +48,7 @@ _MINMAX: Tree = {
         "first_last_activation_bits": 8,
         "first_last_observer": "minmax",
         "bias_correction": False,
-        "sensitive": {"weights_share": 0.0, "macs_share": 0.0},
+        "sensitive": {"weight_bits": 0.0, "activation_bits": 0.0},
         "split_skip_connections": False,
     },
     "correction": {"intra": "none", "inter": {"method": "none"}},
@@ -72,7 +72,7 @@ _BEST: Tree = {
         "first_last_activation_bits": 16,
         "first_last_observer": "minmax",
         "bias_correction": False,
-        "sensitive": {"weights_share": 0.1, "macs_share": 0.2},
+        "sensitive": {"weight_bits": 0.4, "activation_bits": 1.0},
         "split_skip_connections": False,
     },
     "correction": {"intra": "none", "inter": {"method": "none"}},
@@ -127,8 +127,8 @@ PRESETS: dict[str, Preset] = {
         _TRANSFORMER_NOTE,
     ),
     "best": Preset(
-        "what measured best (docs/quality.md): ranges by the layer's output at every step, finer "
-        "codes for the few layers that matter most",
+        "what measured best (docs/quality.md): ranges by the layer's output at every step, "
+        "extra bits for the few layers that matter most",
         _BEST,
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from qncd_cli.stages.assemble import full_denoiser, guided_predict, timestep_gro
 from qncd_cli.stages.choose_smoothing import Factors, factors_of
 from qncd_cli.stages.plan import LayerPlan, plan_layers
 from qncd_cli.stages.quantize import input_qparams
-from qncd_cli.stages.sensitivity import ROWS_PER_STEP, Sensitivity, refine, sensitivity
+from qncd_cli.stages.sensitivity import ROWS_PER_STEP, Sensitivity, refine, sensitivity, spend
 
 ACTIVATION_BITS = 6
 
@@ -192,22 +193,35 @@ def test_an_error_leaves_no_trace_either(calibrated):
 # ---- what is made of it -------------------------------------------------------------------------
 
 
-def sensitive(weights_share: float, macs_share: float) -> dict:
-    return {"quantization__sensitive": {"weights_share": weights_share, "macs_share": macs_share}}
+def sensitive(weight_bits: float, activation_bits: float) -> dict:
+    both = {"weight_bits": weight_bits, "activation_bits": activation_bits}
+    return {"quantization__sensitive": both}
 
 
-def finer(calibrated: Calibrated, refined: list[LayerPlan]) -> set[str]:
+def widened(calibrated: Calibrated, refined: list[LayerPlan], what: str) -> dict[str, int]:
+    """New bits of the layers that have more of them than before."""
     pairs = list(zip(calibrated.plans, refined, strict=True))
     assert all(a.name == b.name for a, b in pairs)
-    assert all(b.weight_bits == 8 for a, b in pairs if b.weight_bits != a.weight_bits)
-    return {a.name for a, b in pairs if b.weight_bits != a.weight_bits}
+    found = {a.name: (getattr(a, what), getattr(b, what)) for a, b in pairs}
+    assert all(after >= before for before, after in found.values())
+    return {name: after for name, (before, after) in found.items() if after > before}
 
 
-def wider(calibrated: Calibrated, refined: list[LayerPlan]) -> set[str]:
-    pairs = list(zip(calibrated.plans, refined, strict=True))
-    changed = {a.name: b for a, b in pairs if b.activation_bits != a.activation_bits}
-    assert all((b.activation_bits, b.observer) == (16, "minmax") for b in changed.values())
-    return set(changed)
+def finer(calibrated: Calibrated, refined: list[LayerPlan]) -> dict[str, int]:
+    found = widened(calibrated, refined, "weight_bits")
+    assert set(found.values()) <= {6, 8}
+    return found
+
+
+def wider(calibrated: Calibrated, refined: list[LayerPlan]) -> dict[str, int]:
+    found = widened(calibrated, refined, "activation_bits")
+    assert set(found.values()) <= {8, 16}
+    before = {p.name: p.observer for p in calibrated.plans}
+    for plan in refined:
+        if plan.name in found:
+            same = plan.activation_bits == 8
+            assert plan.observer == (before[plan.name] if same else "minmax")
+    return found
 
 
 def macs_of(calibrated: Calibrated) -> dict[str, int]:
@@ -221,29 +235,51 @@ def macs_of(calibrated: Calibrated) -> dict[str, int]:
     return {cost.name: cost.macs for cost in count_macs(model.denoiser, call)}
 
 
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
-def test_shares_are_kept(calibrated, estimated, share):
-    refined = calibrated.refined(**sensitive(share, share))
+@pytest.mark.parametrize("extra", [0.1, 0.5, 1.5])
+def test_extra_bits_are_kept_to_and_used_up(calibrated, estimated, extra):
+    refined = calibrated.refined(**sensitive(extra, extra))
     sizes = {p.name: p.layer.weight.numel() for p in calibrated.plans}
     macs = macs_of(calibrated)
-    for chosen, costs, errors, left_out in (
-        (finer(calibrated, refined), sizes, estimated.weights, lambda p: p.weight_bits >= 8),
-        (wider(calibrated, refined), macs, estimated.inputs, lambda p: p.activation_bits > 8),
+    for found, costs, errors, what, widths in (
+        (finer(calibrated, refined), sizes, estimated.weights, "weight_bits", (4, 6, 8)),
+        (wider(calibrated, refined), macs, estimated.inputs, "activation_bits", (6, 8, 16)),
     ):
-        assert chosen
-        used, limit = sum(costs[n] for n in chosen), share * sum(costs.values())
-        assert used <= limit
-        others = {p.name for p in calibrated.plans if not left_out(p)} - chosen
-        assert all(costs[n] > limit - used for n in others if errors[n] > 0)  # no more fits
-        density = {n: errors[n] / costs[n] for n in chosen | others}
-        small = [n for n in others if costs[n] <= limit]
-        best = max(density, key=lambda n: density[n] if costs[n] <= limit else -1)
-        assert best in chosen
-        if small:
-            assert max(density[n] for n in chosen) >= max(density[n] for n in small)
+        before = {p.name: getattr(p, what) for p in calibrated.plans}
+        assert found
+        used = sum((bits - before[n]) * costs[n] for n, bits in found.items())
+        left = extra * sum(costs.values()) - used
+        assert left >= 0
+        for name, bits in before.items():
+            now = found.get(name, bits)
+            larger = [w for w in widths if w > now]
+            if larger and errors.get(name, 0) > 0:
+                assert (larger[0] - now) * costs[name] > left, name  # no widening fits any more
 
 
-def test_no_share_changes_nothing_and_calls_nothing(calibrated):
+def test_no_other_choice_of_bits_leaves_less_error():
+    """Against all choices, on costs where nothing remains."""
+    errors = {"a": 9.0, "b": 4.0, "c": 0.5, "d": 0.1}
+    costs = dict.fromkeys(errors, 3)
+    widths = (4, 6, 8)
+    found = spend(errors, dict.fromkeys(errors, 4), costs, widths, 2.0)
+
+    def left(bits: tuple[int, ...]) -> float:
+        return sum(e * 4.0 ** (4 - b) for e, b in zip(errors.values(), bits, strict=True))
+
+    choices = [c for c in itertools.product(widths, repeat=4) if sum(c) <= 24]
+    assert left(tuple(found.values())) == min(left(c) for c in choices)
+    assert found == {"a": 8, "b": 6, "c": 6, "d": 4}
+
+
+def test_what_costs_nothing_or_errs_nothing_is_left_alone():
+    bits = {"free": 6, "exact": 6, "top": 16, "other": 6}
+    errors = {"free": 1.0, "exact": 0.0, "top": 1.0, "other": 1.0}
+    costs = {"exact": 1, "top": 1, "other": 1}
+    found = spend(errors, bits, costs, (4, 6, 8, 16), 100.0)
+    assert found == {"free": 6, "exact": 6, "top": 16, "other": 16}
+
+
+def test_no_extra_bits_change_nothing_and_call_nothing(calibrated):
     def called(module: nn.Module, args: tuple) -> None:
         raise AssertionError("the model was called")
 
@@ -257,17 +293,17 @@ def test_no_share_changes_nothing_and_calls_nothing(calibrated):
     assert described == before
 
 
-def test_each_share_is_about_its_own_operand(calibrated):
-    both = calibrated.refined(**sensitive(0.1, 0.2))
-    weights = calibrated.refined(**sensitive(0.1, 0.0))
-    inputs = calibrated.refined(**sensitive(0.0, 0.2))
+def test_extra_bits_are_each_about_their_own_operand(calibrated):
+    both = calibrated.refined(**sensitive(0.4, 1.0))
+    weights = calibrated.refined(**sensitive(0.4, 0.0))
+    inputs = calibrated.refined(**sensitive(0.0, 1.0))
     assert finer(calibrated, weights) == finer(calibrated, both)
-    assert wider(calibrated, weights) == set()
+    assert wider(calibrated, weights) == {}
     assert wider(calibrated, inputs) == wider(calibrated, both)
-    assert finer(calibrated, inputs) == set()
+    assert finer(calibrated, inputs) == {}
 
 
 def test_a_budget_decides_about_the_weights_by_itself(calibrated):
-    refined = calibrated.refined(**sensitive(0.5, 0.2), quantization__weights__budget=4.5)
-    assert finer(calibrated, refined) == set()
+    refined = calibrated.refined(**sensitive(0.5, 1.0), quantization__weights__budget=4.5)
+    assert finer(calibrated, refined) == {}
     assert wider(calibrated, refined)

@@ -37,7 +37,7 @@ def quantize_attention(
     if attention.bits == attention.probabilities_bits == FLOAT_BITS:
         return {}, {}
     # there is no weight behind the operands whose output could be judged
-    observer = "mse" if activations.observer == "output" else activations.observer
+    observer = "minmax" if activations.observer == "output" else activations.observer
     tensors: dict[str, Tensor] = {}
     for name in calibration.body["attention"] if attention.bits != FLOAT_BITS else ():
         spec = activation_spec(attention.bits)

@@ -92,7 +92,8 @@ def run(
 
 
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
-    tensors = {f"{name}.smoothing": factor.factor for name, factor in factors.items()}
+    """Each a copy: layers that read one tensor share a factor, safetensors shares no memory."""
+    tensors = {f"{name}.smoothing": factor.factor.clone() for name, factor in factors.items()}
     return tensors | {
         f"{name}.shift": factor.shift
         for name, factor in factors.items()

@@ -1,13 +1,14 @@
 """Part of stage 2: the few layers whose rounding matters most, and finer codes for them.
 
 Layers near the output pass their rounding on to the prediction almost whole, and hold a small
-share of the weights and of the MACs. Their weights may have 8 bits, and their inputs two bytes,
-in two passes of 8-bit kernels: both stay within integer kernels, and within the shares of
-quantization.sensitive.
+share of the weights and of the MACs. Their weights may have up to 8 bits, and their inputs up to
+two bytes, in two passes of 8-bit kernels: all of it stays within integer kernels, and within the
+mean extra bits of quantization.sensitive.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,6 +29,8 @@ from .assemble import full_denoiser, timestep_group
 from .choose_smoothing import Factors
 from .plan import LayerPlan
 
+WEIGHT_WIDTHS = (4, 6, 8)
+ACTIVATION_WIDTHS = (4, 6, 8, MAX_ACTIVATION_BITS)
 ROWS_PER_STEP = 4
 STEPS = 8
 PROJECTIONS = 4
@@ -50,47 +53,70 @@ def refine(
     plans: list[LayerPlan],
     factors: Factors,
 ) -> list[LayerPlan]:
-    """The plans, the most sensitive layers with 8-bit weights or with 16-bit inputs.
+    """The plans, the most sensitive layers with more bits for their weights or inputs.
 
-    Layers are taken in the order of their sensitivity per weight (per MAC for the inputs) while
-    they stay within quantization.sensitive.weights_share (macs_share). A budget of bits decides
-    about the weights by itself.
+    Bits are spent where they remove most error per weight (per MAC for the inputs), up to
+    quantization.sensitive's mean extra bits. A budget of bits decides about the weights by itself.
     """
-    shares = config.quantization.sensitive
+    extra = config.quantization.sensitive
     budgeted = config.quantization.weights.budget is not None
-    weights_share = 0.0 if budgeted else shares.weights_share
-    coarse = [p for p in plans if p.weight_bits < 8]
-    narrow = [p for p in plans if p.activation_bits <= 8]
-    if not (weights_share and coarse) and not (shares.macs_share and narrow):
+    extra_weight_bits = 0.0 if budgeted else extra.weight_bits
+    coarse = {p.name: p.weight_bits for p in plans if p.weight_bits < 8}
+    narrow = {p.name: p.activation_bits for p in plans if p.activation_bits <= 8}
+    if not (extra_weight_bits and coarse) and not (extra.activation_bits and narrow):
         return plans
-    found = sensitivity(
-        config, model, calibration, [*{p.name: p for p in coarse + narrow}.values()], factors
-    )
+    concerned = [p for p in plans if p.name in coarse or p.name in narrow]
+    found = sensitivity(config, model, calibration, concerned, factors)
     sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
+    finer = spend(found.weights, coarse, sizes, WEIGHT_WIDTHS, extra_weight_bits)
     macs = _macs(config, model)
-    finer = _most(found.weights, sizes, [p.name for p in coarse], weights_share)
-    wider = _most(found.inputs, macs, [p.name for p in narrow], shares.macs_share)
+    wider = spend(found.inputs, narrow, macs, ACTIVATION_WIDTHS, extra.activation_bits)
     result = []
     for plan in plans:
-        if plan.name in finer:
-            plan = replace(plan, weight_bits=8)
-        if plan.name in wider:
-            plan = replace(plan, activation_bits=MAX_ACTIVATION_BITS, observer="minmax")
+        plan = replace(plan, weight_bits=finer.get(plan.name, plan.weight_bits))
+        plan = replace(plan, activation_bits=wider.get(plan.name, plan.activation_bits))
+        if plan.name in wider and plan.activation_bits > 8:
+            plan = replace(plan, observer="minmax")
         result.append(plan)
     return result
 
 
-def _most(
-    errors: dict[str, float], costs: dict[str, int], names: list[str], share: float
-) -> set[str]:
-    """Names in the order of error per cost, as many as fit into a share of all costs."""
-    left = share * sum(costs.values())
-    chosen = set()
-    for name in sorted(names, key=lambda n: -errors[n] / max(1, costs.get(n, 0))):
-        if 0 < costs.get(name, 0) <= left and errors[name] > 0:
-            chosen.add(name)
-            left -= costs[name]
-    return chosen
+def spend(
+    errors: dict[str, float],
+    bits: dict[str, int],
+    costs: dict[str, int],
+    widths: tuple[int, ...],
+    extra: float,
+) -> dict[str, int]:
+    """Bits of every name in `bits`, widened by at most `extra` bits in the mean over all costs.
+
+    errors: squared errors at `bits`; every bit more divides one by four. The widening that removes
+    most error per bit and cost comes first, until none fits: optimal but for the remainder, because
+    the error is convex in the bits.
+    """
+    left = extra * sum(costs.values())
+    result = dict(bits)
+    steps: list[tuple[float, str, int]] = []
+
+    def propose(name: str) -> None:
+        now = result[name]
+        wider = next((w for w in widths if w > now), None)
+        if wider is None or costs.get(name, 0) <= 0 or errors[name] <= 0:
+            return
+        error = errors[name] / 4.0 ** (now - bits[name])
+        gain = error * (1 - 0.25 ** (wider - now))
+        heapq.heappush(steps, (-gain / ((wider - now) * costs[name]), name, wider))
+
+    for name in bits:
+        propose(name)
+    while steps:
+        _, name, wider = heapq.heappop(steps)
+        cost = (wider - result[name]) * costs[name]
+        if cost <= left:
+            left -= cost
+            result[name] = wider
+            propose(name)
+    return result
 
 
 def _macs(config: Config, model: DiffusionModel) -> dict[str, int]:
