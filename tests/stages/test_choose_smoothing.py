@@ -34,9 +34,9 @@ def choose(model: DiffusionModel, intra: str, **changes) -> tuple[Factors, Descr
 def test_auto_is_never_worse_than_none_by_its_own_measure(model, rounding):
     factors, described = choose(model, "auto", quantization__weights__rounding=rounding)
     assert factors.keys() == described.keys()
-    assert len({entry["chosen"] for entry in described.values()}) > 2
+    assert len({entry["chosen"] for entry in described.values()}) > 1
     for name, entry in described.items():
-        errors = entry["relative_output_error"]
+        errors = entry["judged_error"]
         assert errors[entry["chosen"]] == min(errors.values()), name
         assert errors[entry["chosen"]] <= errors["none"], name
         assert ("split" in errors) == (name in skip_boundaries(model.denoiser)), name

@@ -49,7 +49,7 @@ class Calibrated:
 
     def refined(self, **changes) -> list[LayerPlan]:
         config = self.config(**changes)
-        return refine(config, self.model, self.calibration, self.plans, self.factors)
+        return refine(config, self.model, self.calibration, self.plans, self.factors)[0]
 
     def predictions(self) -> Tensor:
         """Guided predictions [n, values] at the first rows of every timestep."""

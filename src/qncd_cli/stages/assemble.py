@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from ..artifacts import Artifact
 from ..backends.base import get_backend
+from ..config import Config
 from ..errors import ArtifactError, ModelError
 from ..models.loading import DiffusionModel
 from ..models.topology import (
+    LayerCost,
+    count_macs,
     replace_module,
     time_layers,
     weight_layers,
@@ -99,6 +102,14 @@ def guided_predict(
 
 def full_denoiser(model: DiffusionModel) -> Denoiser:
     return Denoiser(model.denoiser, StepState())
+
+
+def denoiser_costs(config: Config, model: DiffusionModel) -> list[LayerCost]:
+    """Of one sample in one call of the full-precision denoiser, guidance not counted."""
+    denoiser = full_denoiser(model)
+    condition = model.condition(model.labels([0], config.sampling.classes))
+    x = torch.zeros(1, *model.latent_shape)
+    return count_macs(model.denoiser, lambda: denoiser(x, torch.tensor(0), condition))
 
 
 def quantized_denoiser(

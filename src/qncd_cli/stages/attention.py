@@ -15,6 +15,7 @@ from ..quant.attention import QuantizedAttnProcessor
 from ..quant.layers import StepState
 from ..quant.observers import RangeObserver, choose_range
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
+from .plan import range_observer
 
 
 def operand_observers(sites: list[AttentionSite], groups: int) -> dict[str, RangeObserver]:
@@ -36,8 +37,7 @@ def quantize_attention(
     attention, activations = config.quantization.attention, config.quantization.activations
     if attention.bits == attention.probabilities_bits == FLOAT_BITS:
         return {}, {}
-    # there is no weight behind the operands whose output could be judged
-    observer = "minmax" if activations.observer == "output" else activations.observer
+    observer = range_observer(activations.observer)
     tensors: dict[str, Tensor] = {}
     for name in calibration.body["attention"] if attention.bits != FLOAT_BITS else ():
         spec = activation_spec(attention.bits)

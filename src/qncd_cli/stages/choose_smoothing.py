@@ -147,7 +147,7 @@ def _describe(chosen: Chosen, errors: dict[str, dict[str, float]]) -> tuple[Fact
             "shifted": factor.shift is not None,
         }
         if name in errors:
-            described[name]["relative_output_error"] = errors[name]
+            described[name]["judged_error"] = errors[name]
     return {name: factor for name, (_, factor) in kept.items()}, described
 
 

@@ -9,20 +9,16 @@ import torch
 from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import LayerCost, count_macs, float_attention, time_layers
+from ..models.topology import LayerCost, float_attention, time_layers
 from ..presets import excluded_by
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS
-from .assemble import full_denoiser
+from .assemble import denoiser_costs
 from .attention import product_entries
 
 
 def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict[str, Any]:
     """What runs at which precision, and why the rest does not run in integers."""
-    denoiser = full_denoiser(model)
-    labels = model.labels([0], config.sampling.classes)
-    condition = model.condition(labels)
-    x = torch.zeros(1, *model.latent_shape)
-    costs = count_macs(model.denoiser, lambda: denoiser(x, torch.tensor(0), condition))
+    costs = denoiser_costs(config, model)
     entries = quantized.body["layers"]
     cached = config.quantization.cache_time_embeddings
     timed = time_layers(model.denoiser)
@@ -65,6 +61,13 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
     }
 
 
+def _kernel(cost: LayerCost, activation_bits: int) -> str:
+    """What computes integers where the backend int8 can be used; simulate: nothing yet."""
+    if cost.kind == "matmul":
+        return "simulate"
+    return "int8" if activation_bits <= 8 else "int8, two passes"
+
+
 def _coverage_row(
     cost: LayerCost, entry: dict[str, Any] | None, timed: bool, cached: bool, reason: str | None
 ) -> dict[str, Any]:
@@ -87,6 +90,6 @@ def _coverage_row(
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "integer": integer,
-        "kernel": "simulate" if integer else "float",
+        "kernel": _kernel(cost, activation_bits) if integer else "float",
         "why_not_integer": why,
     }

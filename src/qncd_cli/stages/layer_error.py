@@ -13,14 +13,19 @@ from ..quant.rounding import weight_qparams
 from ..quant.smoothing import SmoothingFactor, fold, smooth
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .assemble import timestep_group
-from .plan import LayerPlan
+from .plan import LayerPlan, range_observer
 from .probes import Probe
 
 HESSIAN_ROWS = 4096
+STEADY_WEIGHT = 10.0
+"""How often the weight's part counts: it is the same at every step and adds up over a trajectory,
+while rounding the inputs averages out. Counted once, factors that move error from the inputs to the
+weight look good here and are worse on the images."""
 
 
 class LayerError:
-    """Relative squared error of one layer's output on a probe, by smoothing factor.
+    """Relative squared error of one layer's output on a probe, by smoothing factor, the part that
+    the weight makes counted STEADY_WEIGHT times.
 
     Error of the activations: measured, with ranges per timestep group chosen by the layer's own
     observer (min-max where that is `output`). Error of the weights: measured where rounding is
@@ -41,7 +46,7 @@ class LayerError:
         self._variances: dict[bool, Tensor] = {}
 
     def of(self, factor: SmoothingFactor) -> float:
-        """||f(x^, W^) - f(x, W)||^2 / ||f(x, W)||^2."""
+        """(||f(x^ - x, W)||^2 + STEADY_WEIGHT ||f(x^, W^ - W)||^2) / ||f(x, W)||^2."""
         weight = fold(self.weight, factor.factor)
         parts = [
             (
@@ -56,10 +61,11 @@ class LayerError:
             spec = weight_spec(self.plan.weight_bits)
             qparams = weight_qparams(weight, spec)
             if self.predicted:
-                error += self._predicted_weight_error(factor, qparams)
+                error += STEADY_WEIGHT * self._predicted_weight_error(factor, qparams)
             else:
                 difference = fake_quantize(weight, qparams, spec) - weight
-                error += sum(self._energy(q, difference) for q in quantized)
+                energy = sum(self._energy(q, difference) for q in quantized)
+                error += STEADY_WEIGHT * energy
         return float(error / max(self.power, 1e-30))
 
     def _quantized(self, parts: list[tuple[int, Tensor]]) -> list[Tensor]:
@@ -70,8 +76,8 @@ class LayerError:
         observer = RangeObserver(channels, self.plan.channel_axis, len(self.bounds) + 1)
         for group, x in parts:
             observer.update(x, group)
-        named = "minmax" if self.plan.observer == "output" else self.plan.observer
-        low, high = choose_range(observer.state(), named, spec, self.percentile)
+        chosen_by = range_observer(self.plan.observer)
+        low, high = choose_range(observer.state(), chosen_by, spec, self.percentile)
         qparams = choose_qparams(low, high, spec)
         return [
             fake_quantize(x, QParams(qparams.scale[g], qparams.zero_point[g]), spec)

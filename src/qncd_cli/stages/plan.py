@@ -98,6 +98,11 @@ def plan_layers(config: Config, denoiser: nn.Module) -> list[LayerPlan]:
     return plans
 
 
+def range_observer(observer: str) -> str:
+    """What chooses a range where no layer's output is there to judge it."""
+    return "minmax" if observer == "output" else observer
+
+
 def has_own_weight_bits(plan: LayerPlan, config: Config) -> bool:
     """Whether first_last_bits or an override gives the layer its weight bits, not weights.bits."""
     override = _override(plan.name, config.quantization.overrides)

@@ -64,7 +64,7 @@ def run(
     if config.quantization.weights.budget is not None:
         assigned = assign_bits(config, model, calibration, plans, factors, track)
         plans = [replace(p, weight_bits=assigned.bits.get(p.name, p.weight_bits)) for p in plans]
-    plans = refine(config, model, calibration, plans, factors)
+    plans, sensitivity = refine(config, model, calibration, plans, factors)
     outputs = layer_outputs(config, model, calibration, plans, factors)
     qparams = {p.name: input_qparams(p, calibration, config, outputs.get(p.name)) for p in plans}
     rounding = config.quantization.weights.rounding
@@ -81,6 +81,11 @@ def run(
         if plan.name in assigned.sensitivity:
             widths = assigned.sensitivity[plan.name]
             entry["sensitivity"] = {str(bits): value for bits, value in widths.items()}
+        if plan.name in sensitivity.inputs:
+            entry["estimated_error"] = {
+                "input": sensitivity.inputs[plan.name],
+                "weight": sensitivity.weights[plan.name],
+            }
         entries[plan.name] = entry
     attention_tensors, attention_entries = quantize_attention(config, calibration)
     unsealed = Artifact(

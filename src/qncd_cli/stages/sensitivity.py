@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,14 @@ from torch import Tensor, nn
 from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import count_macs
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
 from ..quant.rounding import weight_qparams
 from ..quant.smoothing import fold, smooth
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, activation_spec, weight_spec
-from .assemble import full_denoiser, timestep_group
+from .assemble import denoiser_costs, timestep_group
 from .choose_smoothing import Factors
-from .plan import LayerPlan
+from .plan import LayerPlan, range_observer
 
 WEIGHT_WIDTHS = (4, 6, 8)
 ACTIVATION_WIDTHS = (4, 6, 8, MAX_ACTIVATION_BITS)
@@ -42,8 +41,8 @@ class Sensitivity:
     """Relative squared error of the guided prediction, by layer, that rounding makes in its
     inputs and in its weight."""
 
-    inputs: dict[str, float]
-    weights: dict[str, float]
+    inputs: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 def refine(
@@ -52,8 +51,9 @@ def refine(
     calibration: Artifact,
     plans: list[LayerPlan],
     factors: Factors,
-) -> list[LayerPlan]:
-    """The plans, the most sensitive layers with more bits for their weights or inputs.
+) -> tuple[list[LayerPlan], Sensitivity]:
+    """The plans, the most sensitive layers with more bits for their weights or inputs; and what
+    decided it, empty where nothing is to be spent.
 
     Bits are spent where they remove most error per weight (per MAC for the inputs), up to
     quantization.sensitive's mean extra bits. A budget of bits decides about the weights by itself.
@@ -64,12 +64,12 @@ def refine(
     coarse = {p.name: p.weight_bits for p in plans if p.weight_bits < 8}
     narrow = {p.name: p.activation_bits for p in plans if p.activation_bits <= 8}
     if not (extra_weight_bits and coarse) and not (extra.activation_bits and narrow):
-        return plans
+        return plans, Sensitivity()
     concerned = [p for p in plans if p.name in coarse or p.name in narrow]
     found = sensitivity(config, model, calibration, concerned, factors)
     sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
     finer = spend(found.weights, coarse, sizes, WEIGHT_WIDTHS, extra_weight_bits)
-    macs = _macs(config, model)
+    macs = {cost.name: cost.macs for cost in denoiser_costs(config, model)}
     wider = spend(found.inputs, narrow, macs, ACTIVATION_WIDTHS, extra.activation_bits)
     result = []
     for plan in plans:
@@ -78,7 +78,7 @@ def refine(
         if plan.name in wider and plan.activation_bits > 8:
             plan = replace(plan, observer="minmax")
         result.append(plan)
-    return result
+    return result, found
 
 
 def spend(
@@ -117,14 +117,6 @@ def spend(
             result[name] = wider
             propose(name)
     return result
-
-
-def _macs(config: Config, model: DiffusionModel) -> dict[str, int]:
-    denoiser = full_denoiser(model)
-    condition = model.condition(model.labels([0], config.sampling.classes))
-    x = torch.zeros(1, *model.latent_shape)
-    costs = count_macs(model.denoiser, lambda: denoiser(x, torch.tensor(0), condition))
-    return {cost.name: cost.macs for cost in costs}
 
 
 def sensitivity(
@@ -259,9 +251,9 @@ class _InputError:
             for key, value in calibration.tensors.items()
             if key.startswith(prefix)
         }
-        named = "minmax" if plan.observer == "output" else plan.observer
         percentile = config.quantization.activations.percentile
-        self.qparams = choose_qparams(*choose_range(state, named, self.spec, percentile), self.spec)
+        ends = choose_range(state, range_observer(plan.observer), self.spec, percentile)
+        self.qparams = choose_qparams(*ends, self.spec)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         if self.exact:
