@@ -18,7 +18,17 @@ import pytest
 PACKAGE = "qncd_cli"
 SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 
-GROUND = ["", "errors", "spec", "presets", "config", "artifacts", "distributed"]
+GROUND = [
+    "",
+    "errors",
+    "spec",
+    "presets",
+    "config",
+    "files",
+    "run_dir",
+    "artifacts",
+    "distributed",
+]
 MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
 SHARED = [
     f"stages.{s}"
@@ -49,7 +59,9 @@ EDGES: list[tuple[str, list[str]]] = [
     ("spec", []),
     ("presets", []),
     ("config", ["errors", "spec", "presets"]),
-    ("artifacts", ["", "errors", "spec", "config"]),
+    ("files", ["errors"]),
+    ("run_dir", ["errors", "files"]),
+    ("artifacts", ["", "errors", "spec", "config", "files"]),
     ("distributed", ["errors"]),
     ("quant.*", ["quant.*", "errors", "spec"]),
     ("sampling.*", ["sampling.*", *GROUND]),
@@ -256,6 +268,10 @@ def test_no_debuggers_devices_or_unsafe_loads(path):
         ("quant.gptq", "from .. import artifacts", "quant.gptq -> artifacts"),
         ("errors", "from . import spec", "errors -> spec"),
         ("config", "from .artifacts import read", "config -> artifacts"),
+        ("files", "from .artifacts import read", "files -> artifacts"),
+        ("files", "import torch", "files -> torch: its doors"),
+        ("run_dir", "from .artifacts import read", "run_dir -> artifacts"),
+        ("artifacts", "from .run_dir import RunDir", "artifacts -> run_dir"),
         ("stages.quantize", "def f():\n    from ..cli import main", "stages.quantize -> cli.main"),
         ("quant.gptq", "import diffusers", "quant.gptq -> diffusers: its doors"),
         ("stages.sample", "from safetensors import safe_open", "stages.sample -> safetensors"),
