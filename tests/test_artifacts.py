@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from qncd_cli import artifacts
 from qncd_cli.artifacts import Artifact
-from qncd_cli.config import canonical_json
+from qncd_cli.digests import canonical_json
 from qncd_cli.errors import ArtifactError
 from qncd_cli.files import write_bytes
 

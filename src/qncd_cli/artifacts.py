@@ -35,7 +35,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import __version__
-from .config import canonical_json
+from .digests import canonical_json
 from .errors import ArtifactError
 from .files import write_bytes
 from .spec import ATTENTION_OPERANDS

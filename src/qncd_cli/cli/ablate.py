@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import load_config
+from ..config_files import load_config
 from ..files import write_bytes
 from .console import Console
 from .evaluation import EvalOptions, protocol_of

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts
-from ..config import Config, load_config, parse_config
+from ..config import Config
+from ..config_files import load_config, parse_config
 from ..errors import ConfigError
 from ..files import read_json, write_bytes
 from ..run_dir import RunDir, find_run, set_current

@@ -25,7 +25,8 @@ from typing import Any
 
 from .. import __version__, artifacts
 from ..backends.base import get_backend
-from ..config import Config, digest_of
+from ..config import Config
+from ..digests import digest_of
 from ..errors import ArtifactError
 from ..files import read_json, write_json
 from ..metrics.image import Reference

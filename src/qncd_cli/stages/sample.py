@@ -22,7 +22,8 @@ from torch import Tensor
 from .. import artifacts
 from ..artifacts import Artifact
 from ..backends.base import Backend, get_backend
-from ..config import Config, digest_of
+from ..config import Config
+from ..digests import digest_of
 from ..errors import ArtifactError, ConfigError
 from ..files import read_json, remove_temporaries, write_bytes, write_json
 from ..metrics.report import contact_sheet
