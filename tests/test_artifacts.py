@@ -172,6 +172,13 @@ def test_a_channel_of_codes_takes_its_bits_rounded_up_to_bytes():
     assert artifacts.packed_width(7, 8) == 7
 
 
+def test_tensors_below_a_prefix_lose_it_once_and_keep_their_order():
+    tensors = {name: torch.ones(1) for name in ("a.b", "a.a.b", "b.a.", "a", "ab.c", "a.0")}
+    below = artifacts.tensors_below("a.", tensors)
+    assert list(below) == ["b", "a.b", "0"]
+    assert below["a.b"] is tensors["a.a.b"]
+
+
 # ---- damage -------------------------------------------------------------------------------------
 
 

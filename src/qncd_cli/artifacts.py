@@ -58,6 +58,11 @@ class Artifact:
     path: Path | None = None
 
 
+def tensors_below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 # ------------------------------------------------------------------ grammar
 
 

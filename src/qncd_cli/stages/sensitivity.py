@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Artifact
+from ..artifacts import Artifact, tensors_below
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import count_macs
@@ -253,12 +253,7 @@ class _InputError:
         self.bounds = tuple(calibration.body["group_bounds"])
         self.spec = activation_spec(min(plan.activation_bits, MAX_ACTIVATION_BITS))
         self.exact = plan.activation_bits == FLOAT_BITS
-        prefix = f"{plan.name}.input_"
-        state = {
-            key.removeprefix(prefix): value
-            for key, value in calibration.tensors.items()
-            if key.startswith(prefix)
-        }
+        state = tensors_below(f"{plan.name}.input_", calibration.tensors)
         named = "minmax" if plan.observer == "output" else plan.observer
         percentile = config.quantization.activations.percentile
         self.qparams = choose_qparams(*choose_range(state, named, self.spec, percentile), self.spec)
