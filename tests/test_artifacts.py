@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from qncd_cli import artifacts
-from qncd_cli.artifacts import Artifact, RunDir
-from qncd_cli.config import canonical_json
+from qncd_cli.artifacts import Artifact
+from qncd_cli.digests import canonical_json
 from qncd_cli.errors import ArtifactError
+from qncd_cli.files import write_bytes
 
 LAYERS = {
     "conv_in": {"in_channels": 3, "chosen": "range@1", "clamped": 0, "shifted": True},
@@ -169,6 +170,13 @@ def test_a_channel_of_codes_takes_its_bits_rounded_up_to_bytes():
     assert artifacts.packed_width(7, 5) == 5
     assert artifacts.packed_width(7, 6) == 6
     assert artifacts.packed_width(7, 8) == 7
+
+
+def test_tensors_below_a_prefix_lose_it_once_and_keep_their_order():
+    tensors = {name: torch.ones(1) for name in ("a.b", "a.a.b", "b.a.", "a", "ab.c", "a.0")}
+    below = artifacts.tensors_below("a.", tensors)
+    assert list(below) == ["b", "a.b", "0"]
+    assert below["a.b"] is tensors["a.a.b"]
 
 
 # ---- damage -------------------------------------------------------------------------------------
@@ -344,116 +352,6 @@ def test_an_interruption_while_writing_leaves_the_old_file_and_nothing_else(writ
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            artifacts.write_bytes(written, b"new")
+            write_bytes(written, b"new")
     assert written.read_bytes() == before
     assert list(written.parent.iterdir()) == [written]
-
-
-def test_a_file_is_synced_before_it_takes_its_place(tmp_path, monkeypatch):
-    calls = []
-    fsync, rename = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), rename(a, b)))
-    artifacts.write_bytes(tmp_path / "a", b"data")
-    assert calls == ["fsync", "replace"]
-
-
-def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ArtifactError, match="cannot be written"):
-        artifacts.write_bytes(tmp_path / "file" / "a", b"data")
-
-
-def test_written_files_are_readable_by_others(tmp_path):
-    artifacts.write_bytes(tmp_path / "a", b"data")
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
-
-
-def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
-    keep = ["000001.png", "manifest.json", ".hidden", ".keep.txt", ".parts"]
-    for name in keep:
-        (tmp_path / name).write_text("")
-    for name in [".000001.png.abcd_123", ".latents.safetensors.zzzzzzzz"]:
-        (tmp_path / name).write_text("")
-    artifacts.remove_temporaries(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(keep)
-
-
-def test_the_names_of_temporaries_are_those_that_are_removed(tmp_path, monkeypatch):
-    """A process killed between writing and renaming leaves a name that remove_temporaries knows."""
-    monkeypatch.setattr(os, "replace", lambda a, b: None)
-    monkeypatch.setattr(os, "unlink", lambda path: None)
-    artifacts.write_bytes(tmp_path / "000001.png", b"data")
-    monkeypatch.undo()
-    (left,) = tmp_path.iterdir()
-    assert left.name != "000001.png"
-    artifacts.remove_temporaries(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-# ---- JSON ---------------------------------------------------------------------------------------
-
-
-def test_json_reads_back_and_has_one_spelling(tmp_path):
-    artifacts.write_json(tmp_path / "a.json", {"b": 1, "a": [1.5, None]})
-    artifacts.write_json(tmp_path / "b.json", {"a": [1.5, None], "b": 1})
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert artifacts.read_json(tmp_path / "a.json", "qncd eval") == {"b": 1, "a": [1.5, None]}
-
-
-def test_json_that_is_missing_or_damaged_is_named_with_the_command(tmp_path):
-    path = tmp_path / "metrics.json"
-    with pytest.raises(ArtifactError, match=r'metrics\.json: missing \(make it with "qncd eval"'):
-        artifacts.read_json(path, "qncd eval")
-    for data in (b"", b"{", b"\xff\xfe"):
-        path.write_bytes(data)
-        with pytest.raises(ArtifactError, match=r'damaged: .*repeat "qncd eval"'):
-            artifacts.read_json(path, "qncd eval")
-
-
-# ---- the run directory --------------------------------------------------------------------------
-
-
-def make_run(path: Path) -> RunDir:
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text("model: {source: x}\n")
-    return RunDir(path)
-
-
-def test_the_current_run_is_found_from_the_same_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run = make_run(Path("runs") / "first")
-    artifacts.set_current(run)
-    assert artifacts.find_run(None) == run
-    other = make_run(Path("runs") / "second")
-    assert artifacts.find_run(str(other.path)) == other
-    artifacts.set_current(other)
-    assert artifacts.find_run(None) == other
-
-
-def test_a_copied_folder_finds_its_own_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    artifacts.set_current(make_run(Path("runs") / "first"))
-    (tmp_path / "runs").rename(tmp_path / "moved")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "moved").rename(tmp_path / "elsewhere" / "runs")
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert artifacts.find_run(None).config.is_file()
-
-
-def test_no_current_run_says_how_to_start(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ArtifactError, match=r'no current run in .*start with "qncd calibrate'):
-        artifacts.find_run(None)
-
-
-def test_a_current_run_that_is_gone_is_named(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    artifacts.set_current(RunDir(Path("runs") / "gone"))
-    with pytest.raises(ArtifactError, match=r"runs/gone/config\.yaml: missing"):
-        artifacts.find_run(None)
-
-
-def test_a_run_that_is_not_there_is_named_with_the_command(tmp_path):
-    with pytest.raises(ArtifactError, match=r"config\.yaml: missing .*--run-dir"):
-        artifacts.find_run(str(tmp_path / "no"))

@@ -18,7 +18,19 @@ import pytest
 PACKAGE = "qncd_cli"
 SOURCE = Path(__file__).resolve().parent.parent / "src" / PACKAGE
 
-GROUND = ["", "errors", "spec", "presets", "config", "artifacts", "distributed"]
+GROUND = [
+    "",
+    "errors",
+    "spec",
+    "presets",
+    "digests",
+    "config",
+    "config_files",
+    "files",
+    "run_dir",
+    "artifacts",
+    "distributed",
+]
 MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
 SHARED = [
     f"stages.{s}"
@@ -48,8 +60,12 @@ EDGES: list[tuple[str, list[str]]] = [
     ("errors", []),
     ("spec", []),
     ("presets", []),
-    ("config", ["errors", "spec", "presets"]),
-    ("artifacts", ["", "errors", "spec", "config"]),
+    ("digests", []),
+    ("config", ["spec", "presets", "digests"]),
+    ("config_files", ["errors", "presets", "config"]),
+    ("files", ["errors"]),
+    ("run_dir", ["errors", "files"]),
+    ("artifacts", ["", "errors", "spec", "digests", "files"]),
     ("distributed", ["errors"]),
     ("quant.*", ["quant.*", "errors", "spec"]),
     ("sampling.*", ["sampling.*", *GROUND]),
@@ -75,8 +91,8 @@ DOORS: dict[str, list[str]] = {
     "rich": ["cli.* (inside)"],
     "diffusers": ["models.*", "sampling.*", "cli.* (inside)"],
     "safetensors": ["artifacts", "models.*", "metrics.*"],
-    "yaml": ["config"],
-    "pydantic": ["config"],
+    "yaml": ["config", "config_files"],
+    "pydantic": ["config", "config_files"],
     "torch_fidelity": ["metrics.fidelity"],
     "torch": ["artifacts", "quant.*", *MIDDLE, "stages.*"],
     "numpy": ["metrics.*", "stages.sample"],
@@ -256,6 +272,13 @@ def test_no_debuggers_devices_or_unsafe_loads(path):
         ("quant.gptq", "from .. import artifacts", "quant.gptq -> artifacts"),
         ("errors", "from . import spec", "errors -> spec"),
         ("config", "from .artifacts import read", "config -> artifacts"),
+        ("config", "from .config_files import load_config", "config -> config_files"),
+        ("config_files", "from .files import read_json", "config_files -> files"),
+        ("files", "from .artifacts import read", "files -> artifacts"),
+        ("files", "import torch", "files -> torch: its doors"),
+        ("run_dir", "from .artifacts import read", "run_dir -> artifacts"),
+        ("artifacts", "from .run_dir import RunDir", "artifacts -> run_dir"),
+        ("artifacts", "from .config import Config", "artifacts -> config"),
         ("stages.quantize", "def f():\n    from ..cli import main", "stages.quantize -> cli.main"),
         ("quant.gptq", "import diffusers", "quant.gptq -> diffusers: its doors"),
         ("stages.sample", "from safetensors import safe_open", "stages.sample -> safetensors"),

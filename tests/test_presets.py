@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qncd_cli.config import Config, load_config
+from qncd_cli.config import Config
+from qncd_cli.config_files import load_config
 from qncd_cli.errors import ConfigError
 from qncd_cli.presets import PRESETS, merged
 

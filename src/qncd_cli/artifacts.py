@@ -1,13 +1,12 @@
-"""The files of a run: what they hold, how they are written, how they are checked.
+"""The tensor files of a run: what they hold, how they are written, how they are checked.
 
-This module is the only reader and writer of the run directory. Tensor files are safetensors with
-one metadata key, `qncd`, of canonical JSON: kind, schema version, digest of the configuration,
-digest of the model, digests of the parent artifacts, versions, a `body` that depends on the kind
-(BODY below), and `content`, a SHA-256 over all of that and every tensor. Same inputs, same bytes.
+This module is their only reader and writer. They are safetensors with one metadata key, `qncd`, of
+canonical JSON: kind, schema version, digest of the configuration, digest of the model, digests of
+the parent artifacts, versions, a `body` that depends on the kind (the table below), and `content`,
+a SHA-256 over all of that and every tensor. Same inputs, same bytes.
 
-A file is written beside its place, synced and renamed, so that it is either the old one or the
-new one. Reading is strict: the first missing, extra or mis-shaped tensor is named together with
-the command that makes a good file; a file changed by one byte does not pass its content digest.
+Reading is strict: the first missing, extra or mis-shaped tensor is named together with the command
+that makes a good file; a file changed by one byte does not pass its content digest.
 
 Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 
@@ -22,13 +21,9 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +35,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from . import __version__
-from .config import canonical_json
+from .digests import canonical_json
 from .errors import ArtifactError
+from .files import write_bytes
 from .spec import ATTENTION_OPERANDS
 
 HISTOGRAM_BINS = 2048
@@ -60,6 +56,11 @@ class Artifact:
     parents: dict[str, str] = field(default_factory=dict)
     digest: str = ""
     path: Path | None = None
+
+
+def tensors_below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names start with the prefix, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 # ------------------------------------------------------------------ grammar
@@ -174,49 +175,6 @@ KINDS: dict[str, _Kind] = {
 
 
 # ------------------------------------------------------------------ writing
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path` when the block ends well, and not before."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ArtifactError(
-                f"{path}: no room on disk", "free some space and repeat the command"
-            ) from error
-        raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Atomically. Raises ArtifactError when the disk is full or the place cannot be written."""
-    with _replacing(path) as file:
-        file.write(data)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """What a killed process left behind of files that it was writing."""
-    for path in folder.glob(".*.*.????????"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    write_bytes(path, text.encode())
 
 
 def _content_digest(meta: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -347,73 +305,3 @@ def check_lineage(
                 f"{where}: made from another {name} artifact than the one in this run",
                 f'repeat "{command}"',
             )
-
-
-def read_json(path: Path, command: str) -> Any:
-    """Raises ArtifactError when missing or damaged; command: what makes a good one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path}: missing", f'make it with "{command}"') from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path}: damaged: {error}", f'repeat "{command}"') from error
-
-
-# ------------------------------------------------------------------ the run directory
-
-
-@dataclass(frozen=True)
-class RunDir:
-    """Where the files of one run are."""
-
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def coverage(self) -> Path:
-        return self.path / "coverage.json"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
-
-    def tensors(self, kind: str) -> Path:
-        return self.path / f"{kind}.safetensors"
-
-    def samples(self, name: str) -> Path:
-        return self.path / "samples" / name
-
-
-def _pointer() -> Path:
-    return Path("runs") / ".current"
-
-
-def set_current(run: RunDir) -> None:
-    """Later commands in this folder find the run without being told."""
-    write_bytes(_pointer(), (str(run.path) + "\n").encode())
-
-
-def find_run(run_dir: str | None) -> RunDir:
-    """The run named on the command line, else the current one. Raises ArtifactError."""
-    if run_dir is not None:
-        run = RunDir(Path(run_dir))
-        hint = f'make it with "qncd calibrate --config CONFIG --run-dir {run_dir}"'
-    else:
-        pointer = _pointer()
-        if not pointer.is_file():
-            raise ArtifactError(
-                f"no current run in {Path.cwd()}",
-                'start with "qncd calibrate --config CONFIG", or name one with --run-dir',
-            )
-        run = RunDir(Path(pointer.read_text(encoding="utf-8").strip()))
-        hint = 'repeat "qncd calibrate", or name a run with --run-dir'
-    if not run.config.is_file():
-        raise ArtifactError(f"{run.config}: missing", hint)
-    return run

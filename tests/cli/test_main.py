@@ -17,7 +17,7 @@ from PIL import Image
 
 from qncd_cli import __version__
 from qncd_cli.cli.main import cli
-from qncd_cli.config import shipped_configs
+from qncd_cli.config_files import shipped_configs
 from qncd_cli.presets import PRESETS
 
 COMMANDS = [

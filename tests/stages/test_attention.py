@@ -10,7 +10,7 @@ from conftest import tiny_config
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from qncd_cli.artifacts import Artifact
-from qncd_cli.config import parse_config
+from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ArtifactError
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import attention_sites, capture_attention

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qncd_cli import artifacts
 from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config, parse_config
+from qncd_cli.config import Config
+from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.quant.rounding import round_nearest

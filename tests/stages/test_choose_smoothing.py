@@ -8,7 +8,7 @@ from conftest import tiny_config
 from torch import nn
 
 from qncd_cli.artifacts import Artifact
-from qncd_cli.config import parse_config
+from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import skip_boundaries
 from qncd_cli.stages.assemble import full_denoiser, no_progress

@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_config
 
 from qncd_cli import artifacts
-from qncd_cli.config import parse_config
+from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.noise_statistics import NoiseStatistics

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from qncd_cli import artifacts
 from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config, parse_config
+from qncd_cli.config import Config
+from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.affine import QParams, choose_qparams, fake_quantize
 from qncd_cli.quant.observers import RangeObserver, choose_range

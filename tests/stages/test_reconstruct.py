@@ -12,7 +12,8 @@ from torch import nn
 
 from qncd_cli import artifacts
 from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config, parse_config
+from qncd_cli.config import Config
+from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import reconstruction_blocks, weight_layers
 from qncd_cli.quant.packing import unpack

@@ -13,7 +13,8 @@ from conftest import tiny_config
 from torch import Tensor, nn
 
 from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config, parse_config
+from qncd_cli.config import Config
+from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
 from qncd_cli.quant.affine import QParams, fake_quantize

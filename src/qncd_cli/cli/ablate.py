@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts
-from ..config import load_config
+from ..config_files import load_config
+from ..files import write_bytes
 from .console import Console
 from .evaluation import EvalOptions, protocol_of
 from .shared import open_model
@@ -71,8 +71,8 @@ def ablate(console: Console, options: AblateOptions) -> None:
     page = folder / "ablation.html"
     sheets = [(row.label, stage.sheet(request, row)) for row in rows]
     there = [(label, path) for label, path in sheets if path.is_file()]
-    artifacts.write_bytes(folder / "ablation.md", ablation.markdown(table, title).encode())
-    artifacts.write_bytes(page, ablation.html(table, title, there, folder).encode())
+    write_bytes(folder / "ablation.md", ablation.markdown(table, title).encode())
+    write_bytes(page, ablation.html(table, title, there, folder).encode())
 
     def render() -> None:
         cells = [[line[c] for c in TERMINAL] for line in ablation.cells(table)]

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts
-from ..artifacts import RunDir
-from ..config import Config, load_config, parse_config
+from ..config import Config
+from ..config_files import load_config, parse_config
 from ..errors import ConfigError
+from ..files import read_json, write_bytes
+from ..run_dir import RunDir, find_run, set_current
 from .console import Console, show
 from .evaluation import EvalOptions, evaluate
 from .shared import open_model
@@ -76,8 +78,8 @@ def calibrate(
     start = time.perf_counter()
     model = open_model(config, device)
     calibration, _, skipped = chain.calibrate(run, config, model, console.track, force=force)
-    artifacts.write_bytes(run.config, config.to_yaml().encode())
-    artifacts.set_current(run)
+    write_bytes(run.config, config.to_yaml().encode())
+    set_current(run)
     _done(
         console,
         "calibrate",
@@ -99,7 +101,7 @@ def quantize(
     from ..stages import chain
 
     start = time.perf_counter()
-    run = artifacts.find_run(run_dir)
+    run = find_run(run_dir)
     config = load_config(str(run.config), overrides)
     model = open_model(config, device)
     smoothing = artifacts.read(run.tensors("smoothing"), "smoothing")
@@ -110,8 +112,8 @@ def quantize(
     artifacts.check_lineage(calibration, config=digest, model=model.digest, parents=parents)
     skipped = chain.quantize(run, config, model, calibration, smoothing, console.track, force=force)
     if overrides:
-        artifacts.write_bytes(run.config, config.to_yaml().encode())
-    coverage = artifacts.read_json(run.coverage, "qncd quantize --force")
+        write_bytes(run.config, config.to_yaml().encode())
+    coverage = read_json(run.coverage, "qncd quantize --force")
     size = run.tensors("quantized").stat().st_size
     _done(
         console,
@@ -177,7 +179,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
     from ..stages import sample as stage
 
     start = time.perf_counter()
-    run = artifacts.find_run(options.run_dir)
+    run = find_run(options.run_dir)
     config = sampling_config(_sampled_run(run, options.overrides), options)
     quantized = noise_stats = None
     if not options.full_precision:

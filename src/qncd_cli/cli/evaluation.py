@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import artifacts
-from ..artifacts import RunDir
-from ..config import Config, load_config, parse_config
+from ..config import Config
+from ..config_files import load_config, parse_config
 from ..errors import ArtifactError
+from ..files import read_json, write_bytes, write_json
+from ..run_dir import RunDir, find_run
 from .console import Console, finite
 from .shared import open_model
 
@@ -49,7 +51,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         metrics = stage.images_only(images, options.images, protocol)
         console.result(metrics, lambda: _render_images(console, metrics))
         return
-    run = artifacts.find_run(options.run_dir)
+    run = find_run(options.run_dir)
     config = load_config(str(run.config))
     quantized_set = stage.read_set(run.samples(options.name))
     made_from = quantized_set.manifest["digests"].get("quantized")
@@ -74,8 +76,8 @@ def evaluate(console: Console, options: EvalOptions) -> None:
     metrics, report = stage.run(full_set, quantized_set, sizes, protocol)
     suffix = "" if options.name == "quantized" else f"_{options.name}"
     report_path = run.report.with_name(f"report{suffix}.html")
-    artifacts.write_json(run.metrics.with_name(f"metrics{suffix}.json"), finite(metrics))
-    artifacts.write_bytes(report_path, report.encode())
+    write_json(run.metrics.with_name(f"metrics{suffix}.json"), finite(metrics))
+    write_bytes(report_path, report.encode())
 
     def render() -> None:
         _render_metrics(console, metrics)
@@ -113,7 +115,7 @@ def _full_folder(
     digest = stage.identify(config, model, subject)["digest"]
     own = run.samples("full")
     if own.is_dir():
-        manifest = artifacts.read_json(own / "manifest.json", "qncd sample --full-precision")
+        manifest = read_json(own / "manifest.json", "qncd sample --full-precision")
         if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
             return own
     count = seeds[-1] - seeds[0] + 1
@@ -170,8 +172,7 @@ def _render_images(console: Console, metrics: dict[str, Any]) -> None:
 def compare(console: Console, run_dirs: Sequence[str]) -> None:
     """Rows of several runs. Raises ArtifactError when they were measured differently."""
     evaluated = {
-        d: artifacts.read_json(RunDir(Path(d)).metrics, f"qncd eval --run-dir {d}")
-        for d in run_dirs
+        d: read_json(RunDir(Path(d)).metrics, f"qncd eval --run-dir {d}") for d in run_dirs
     }
     keys = ("network_sha256", "reference", "num_samples", "sampling", "first_seed", "metrics")
     for d, metrics in evaluated.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import artifacts
-from ..config import load_config, shipped_configs
+from ..config_files import load_config, shipped_configs
 from ..presets import PRESETS
 from .console import Console
 

@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, artifacts
-from ..artifacts import RunDir
 from ..backends.base import get_backend
-from ..config import Config, digest_of
+from ..config import Config
+from ..digests import digest_of
 from ..errors import ArtifactError
+from ..files import read_json, write_json
 from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
+from ..run_dir import RunDir
 from . import chain
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
@@ -104,11 +106,11 @@ def run(
         )
         if row is None:
             row = _measure(variant, identity, work)
-            artifacts.write_json(request.row(variant), row)
+            write_json(request.row(variant), row)
             tell(f"  done in {row['row']['seconds']:.1f} s")
         table["full"] = row["full"]
         table["rows"].append(row["row"])
-        artifacts.write_json(request.table, table)
+        write_json(request.table, table)
     return table
 
 
@@ -154,7 +156,7 @@ def _fingerprint(reference: Reference | None) -> str | None:
 def _finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The row on disk if it was made from just these inputs."""
     try:
-        found = artifacts.read_json(path, "qncd ablate")
+        found = read_json(path, "qncd ablate")
     except ArtifactError:
         return None
     if not isinstance(found, dict) or not {"row", "full"} <= found.keys():
@@ -216,7 +218,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
     row = {
         **_described(variant, metrics),
         "bytes": size,
-        "bit_operations": artifacts.read_json(made.coverage, "qncd ablate")["bit_operations"],
+        "bit_operations": read_json(made.coverage, "qncd ablate")["bit_operations"],
         "extra_calls": samples.manifest["extra_calls"],
         "seconds": round(sum(seconds.values()), 2),
         "seconds_by_stage": {name: round(value, 2) for name, value in seconds.items()},
@@ -258,7 +260,7 @@ def _digest_of_set(folder: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        return artifacts.read_json(path, "qncd ablate").get("digest", "")
+        return read_json(path, "qncd ablate").get("digest", "")
     except ArtifactError:
         return ""
 

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Artifact
+from ..artifacts import Artifact, tensors_below
 from ..backends.base import get_backend
 from ..config import Config
 from ..errors import ArtifactError, ModelError
@@ -131,12 +131,8 @@ def quantized_denoiser(
                 f"{artifact.path}: layer {name} does not fit {model.source}",
                 'repeat "qncd quantize"',
             )
-        prefix = f"{name}."
-        tensors = {
-            key.removeprefix(prefix): value
-            for key, value in artifact.tensors.items()
-            if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-        }
+        below = tensors_below(f"{name}.", artifact.tensors)
+        tensors = {key: value for key, value in below.items() if "." not in key}
         quantized = QuantizedLayer(
             layer, tensors, entry["weight_bits"], entry["activation_bits"], step, compute
         )

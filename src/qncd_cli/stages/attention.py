@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..artifacts import Artifact
+from ..artifacts import Artifact, tensors_below
 from ..config import Config
 from ..errors import ArtifactError
 from ..models.topology import AttentionSite, attention_sites
@@ -43,7 +43,7 @@ def quantize_attention(
         spec = activation_spec(attention.bits)
         for operand in ATTENTION_OPERANDS:
             prefix = f"{name}.{operand}_"
-            state = _below(prefix, calibration.tensors)
+            state = tensors_below(prefix, calibration.tensors)
             low, high = choose_range(state, observer, spec, activations.percentile)
             qparams = choose_qparams(low, high, spec)
             tensors[f"{prefix}scale"], tensors[f"{prefix}zero_point"] = qparams
@@ -69,7 +69,7 @@ def install_attention(denoiser: nn.Module, artifact: Artifact, step: StepState) 
             )
         site = sites[name]
         processor = QuantizedAttnProcessor(
-            _below(f"{name}.", artifact.tensors),
+            tensors_below(f"{name}.", artifact.tensors),
             entry["bits"],
             entry["probabilities_bits"],
             step,
@@ -90,7 +90,3 @@ def product_entries(artifact: Artifact) -> dict[str, dict[str, int]]:
         found[f"{name}.query_key"] = {"weight_bits": bits, "activation_bits": bits}
         found[f"{name}.probabilities_value"] = {"weight_bits": bits, "activation_bits": p_bits}
     return found
-
-
-def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

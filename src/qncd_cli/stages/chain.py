@@ -9,10 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from .. import artifacts
-from ..artifacts import Artifact, RunDir
+from ..artifacts import Artifact
 from ..config import Config
 from ..errors import ArtifactError
+from ..files import remove_temporaries, write_json
 from ..models.loading import DiffusionModel
+from ..run_dir import RunDir
 from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from . import sample as sample_stage
@@ -44,7 +46,7 @@ def calibrate(
         calibration = up_to_date(run.tensors("calibration"), "calibration", digest, model.digest)
         if smoothing and calibration:
             return calibration, smoothing, True
-    artifacts.remove_temporaries(run.path)
+    remove_temporaries(run.path)
     calibration, smoothing = calibrate_stage.run(config, model, track)
     smoothing = artifacts.write(run.tensors("smoothing"), smoothing)
     return artifacts.write(run.tensors("calibration"), calibration), smoothing, False
@@ -64,11 +66,11 @@ def quantize(
     parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
     if not force and _quantized(run, config, model.digest, parents):
         return True
-    artifacts.remove_temporaries(run.path)
+    remove_temporaries(run.path)
     result = quantize_stage.run(config, model, calibration, smoothing, track)
     artifacts.write(run.tensors("quantized"), result.quantized)
     artifacts.write(run.tensors("noise_stats"), result.noise_stats)
-    artifacts.write_json(run.coverage, result.coverage)
+    write_json(run.coverage, result.coverage)
     return False
 
 

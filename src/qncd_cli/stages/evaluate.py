@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import artifacts
 from ..artifacts import Artifact
 from ..errors import ArtifactError
+from ..files import read_json
 from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
     FeatureNetwork,
@@ -61,7 +62,7 @@ class SampleSet:
 
 def read_set(folder: Path) -> SampleSet:
     """Raises ArtifactError when the set is missing, incomplete or does not fit its manifest."""
-    manifest = artifacts.read_json(folder / "manifest.json", "qncd sample")
+    manifest = read_json(folder / "manifest.json", "qncd sample")
     if not manifest.get("complete"):
         raise ArtifactError(f"{folder}: the sample set is incomplete", 'repeat "qncd sample"')
     missing = [key for key in SET_KEYS if key not in manifest]

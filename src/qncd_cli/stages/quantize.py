@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifacts import Artifact, seal
+from ..artifacts import Artifact, seal, tensors_below
 from ..backends.reference import simulate
 from ..config import Config
 from ..models.loading import DiffusionModel
@@ -142,12 +142,7 @@ def input_qparams(
     """scale, zero_point [G] of the layer's input, None where it stays float."""
     if plan.activation_bits == FLOAT_BITS:
         return None
-    prefix = f"{plan.name}.input_"
-    state = {
-        key.removeprefix(prefix): value
-        for key, value in calibration.tensors.items()
-        if key.startswith(prefix)
-    }
+    state = tensors_below(f"{plan.name}.input_", calibration.tensors)
     spec = activation_spec(plan.activation_bits)
     percentile = config.quantization.activations.percentile
     if plan.activation_bits > 8:

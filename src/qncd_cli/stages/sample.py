@@ -22,8 +22,10 @@ from torch import Tensor
 from .. import artifacts
 from ..artifacts import Artifact
 from ..backends.base import Backend, get_backend
-from ..config import Config, digest_of
+from ..config import Config
+from ..digests import digest_of
 from ..errors import ArtifactError, ConfigError
+from ..files import read_json, remove_temporaries, write_bytes, write_json
 from ..metrics.report import contact_sheet
 from ..models.loading import DiffusionModel
 from ..quant.layers import QuantizedLayer
@@ -122,11 +124,11 @@ def run(
     finished = _finished(request.folder, identity)
     done = set(finished.tensors["seeds"].tolist()) if finished else set()
     scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
-    artifacts.write_json(
+    write_json(
         request.folder / MANIFEST,
         {**identity, "complete": False, "seeds": sorted(done), "batch_size": request.batch_size},
     )
-    artifacts.remove_temporaries(request.folder)
+    remove_temporaries(request.folder)
     pending = [b for b in chunks(request.seeds, request.batch_size) if not done.issuperset(b)]
     for seeds in track(pending, f"sampling ({subject.kind})", len(pending)):
         part = request.folder / PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
@@ -177,7 +179,7 @@ def _finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = artifacts.read_json(path, "qncd sample --force")
+    manifest = read_json(path, "qncd sample --force")
     if manifest.get("digest") != identity["digest"]:
         differing = [k for k in identity if k != "digest" and manifest.get(k) != identity[k]]
         raise ArtifactError(
@@ -306,7 +308,7 @@ def draw_batch(
     with torch.no_grad():
         images = model.decode(latents)
     for seed, image in zip(seeds, images, strict=True):
-        artifacts.write_bytes(image_path(folder, seed), png_bytes(image))
+        write_bytes(image_path(folder, seed), png_bytes(image))
     body = {
         "count": len(seeds),
         "latent_shape": list(model.latent_shape),
@@ -351,7 +353,7 @@ def _assemble(
     sheet = contact_sheet(torch.stack(arrays).permute(0, 3, 1, 2), columns=None, scale=2)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    artifacts.write_bytes(sheet_path(folder), buffer.getvalue())
+    write_bytes(sheet_path(folder), buffer.getvalue())
     manifest = {
         **identity,
         "complete": True,
@@ -361,7 +363,7 @@ def _assemble(
         "extra_calls": latents.body["extra_calls"],
         "steps": latents.body["steps"],
     }
-    artifacts.write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     return manifest
 

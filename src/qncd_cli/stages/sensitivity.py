@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Artifact
+from ..artifacts import Artifact, tensors_below
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..quant.affine import QParams, choose_qparams, fake_quantize
@@ -245,12 +245,7 @@ class _InputError:
         self.bounds = tuple(calibration.body["group_bounds"])
         self.spec = activation_spec(min(plan.activation_bits, MAX_ACTIVATION_BITS))
         self.exact = plan.activation_bits == FLOAT_BITS
-        prefix = f"{plan.name}.input_"
-        state = {
-            key.removeprefix(prefix): value
-            for key, value in calibration.tensors.items()
-            if key.startswith(prefix)
-        }
+        state = tensors_below(f"{plan.name}.input_", calibration.tensors)
         percentile = config.quantization.activations.percentile
         ends = choose_range(state, range_observer(plan.observer), self.spec, percentile)
         self.qparams = choose_qparams(*ends, self.spec)

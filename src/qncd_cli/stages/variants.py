@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import Config, load_config, parse_config
+from ..config import Config
+from ..config_files import load_config, parse_config
 from ..errors import ConfigError
 from ..presets import PRESETS
 from ..spec import FLOAT_BITS

@@ -1,0 +1,147 @@
+"""Configurations are read strictly from YAML files and `--set` overrides.
+
+Reading is inert: no model is opened, nothing seeded, no device asked. What to set is config.py's
+matter; here are the file lookup, the overrides and the suggestions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from . import presets
+from .config import Config, LayerOverride, SamplingConfig
+from .errors import ConfigError
+
+_PACKAGE = Path(__file__).resolve().parent
+_ALTERNATIVES = ("literal[", "tuple[")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configurations that the package ships, by name without the ending."""
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent.parent / "configs"):
+        if folder.is_dir():
+            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_config(name: str) -> Path:
+    """A path, or the name of a shipped configuration with or without .yaml. Raises ConfigError."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_configs()
+    stem = path.name.removesuffix(".yaml").removesuffix(".yml")
+    if path.name == name and stem in shipped:
+        return shipped[stem]
+    close = difflib.get_close_matches(stem, shipped, n=1)
+    hint = f"did you mean {close[0]}.yaml?" if close else f"shipped: {', '.join(shipped)}"
+    raise ConfigError(f"no configuration {name}", hint)
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration and apply `key.path=value` overrides (values are YAML).
+
+    A preset fills what the file does not set. A preset among the overrides comes before the file:
+    the file's values of the keys that presets set give way to it.
+    Raises ConfigError naming the file, the dotted key and the nearest known key.
+    """
+    path = find_config(name)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
+    assigned = {override.partition("=")[0] for override in overrides}
+    if "quantization.preset" in assigned:
+        tree = presets.without_settings(tree)
+    elif "quantization.strict" in assigned:
+        tree = presets.without_exclusions(tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(presets.filled(tree, _steps(tree)), str(path))
+
+
+def _steps(tree: dict[str, Any]) -> int:
+    """sampling.steps of a tree that nobody has validated yet."""
+    section = tree.get("sampling")
+    steps = section.get("steps") if isinstance(section, dict) else None
+    return steps if isinstance(steps, int) else SamplingConfig().steps
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Validate a tree of plain values. Raises ConfigError that lists every offender."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"--set {override}: expected key.path=value", "e.g. --set sampling.steps=50"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    node: Any = tree
+    *parents, last = key.split(".")
+    for i, part in enumerate(parents):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(parents[: i + 1])} has no keys below")
+    node[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as 'dotted.key: what is wrong'."""
+    # pydantic names the alternatives of a union as parts of the path; nobody can write those
+    location = [p for p in map(str, error["loc"]) if not p.startswith(_ALTERNATIVES)]
+    key = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        if close:
+            return f"unknown key {key}, did you mean {'.'.join([*location[:-1], close[0]])}?"
+        return f"unknown key {key} (known: {', '.join(known)})"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    text = error["msg"].removeprefix("Value error, ")
+    text = text[0].lower() + text[1:]
+    if error["type"] == "value_error":
+        return text if key == "configuration" else f"{key}: {text}"
+    return f"{key}: {text}, got {error['input']!r}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Keys of the section at a dotted path; [] where the path leads nowhere."""
+    section: Any = Config
+    for part in path:
+        if section is None:
+            return []
+        field = section.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if part == "overrides" and annotation is not None:
+            section = LayerOverride  # the next part is a free pattern
+            continue
+        if field is None and section is LayerOverride:
+            continue
+        candidates = [annotation, *get_args(annotation)]
+        section = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None
+        )
+    return list(section.model_fields) if section is not None else []

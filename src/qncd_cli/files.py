@@ -1,0 +1,72 @@
+"""Files are written whole or not at all, and JSON in one spelling.
+
+This module is the only writer of the run directory: artifacts.py adds what tensor files hold,
+run_dir.py where everything lies. A file is written beside its place, synced and renamed, so that
+it is either the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Any]:
+    """A binary file that takes the place of `path` when the block ends well, and not before."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"{path}: no room on disk", "free some space and repeat the command"
+            ) from error
+        raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Atomically. Raises ArtifactError when the disk is full or the place cannot be written."""
+    with _replacing(path) as file:
+        file.write(data)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a killed process left behind of files that it was writing."""
+    for path in folder.glob(".*.*.????????"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def read_json(path: Path, command: str) -> Any:
+    """Raises ArtifactError when missing or damaged; command: what makes a good one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing", f'make it with "{command}"') from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path}: damaged: {error}", f'repeat "{command}"') from error

@@ -1,0 +1,74 @@
+"""Files: written whole or not at all, nothing left beside them, JSON in one spelling."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from qncd_cli import files
+from qncd_cli.errors import ArtifactError
+
+# ---- atomic writing -----------------------------------------------------------------------------
+
+
+def test_a_file_is_synced_before_it_takes_its_place(tmp_path, monkeypatch):
+    calls = []
+    fsync, rename = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), rename(a, b)))
+    files.write_bytes(tmp_path / "a", b"data")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ArtifactError, match="cannot be written"):
+        files.write_bytes(tmp_path / "file" / "a", b"data")
+
+
+def test_written_files_are_readable_by_others(tmp_path):
+    files.write_bytes(tmp_path / "a", b"data")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
+    keep = ["000001.png", "manifest.json", ".hidden", ".keep.txt", ".parts"]
+    for name in keep:
+        (tmp_path / name).write_text("")
+    for name in [".000001.png.abcd_123", ".latents.safetensors.zzzzzzzz"]:
+        (tmp_path / name).write_text("")
+    files.remove_temporaries(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(keep)
+
+
+def test_the_names_of_temporaries_are_those_that_are_removed(tmp_path, monkeypatch):
+    """A process killed between writing and renaming leaves a name that remove_temporaries knows."""
+    monkeypatch.setattr(os, "replace", lambda a, b: None)
+    monkeypatch.setattr(os, "unlink", lambda path: None)
+    files.write_bytes(tmp_path / "000001.png", b"data")
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    assert left.name != "000001.png"
+    files.remove_temporaries(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---- JSON ---------------------------------------------------------------------------------------
+
+
+def test_json_reads_back_and_has_one_spelling(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": 1, "a": [1.5, None]})
+    files.write_json(tmp_path / "b.json", {"a": [1.5, None], "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert files.read_json(tmp_path / "a.json", "qncd eval") == {"b": 1, "a": [1.5, None]}
+
+
+def test_json_that_is_missing_or_damaged_is_named_with_the_command(tmp_path):
+    path = tmp_path / "metrics.json"
+    with pytest.raises(ArtifactError, match=r'metrics\.json: missing \(make it with "qncd eval"'):
+        files.read_json(path, "qncd eval")
+    for data in (b"", b"{", b"\xff\xfe"):
+        path.write_bytes(data)
+        with pytest.raises(ArtifactError, match=r'damaged: .*repeat "qncd eval"'):
+            files.read_json(path, "qncd eval")
