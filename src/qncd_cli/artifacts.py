@@ -67,8 +67,15 @@ def tensors_below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def packed_width(in_features: int, bits: int) -> int:
-    """Bytes of one output channel's codes: one stream of bits, filled up to a whole byte."""
-    return -(-in_features * bits // 8)
+    """Bytes of one output channel's codes: one stream of bits, filled up to a whole byte, or two
+    bytes for each code."""
+    return 2 * in_features if bits > 8 else -(-in_features * bits // 8)
+
+
+def _code_layout(out: int, in_features: int, bits: int) -> tuple[torch.dtype, tuple[int, ...]]:
+    if bits > 8:
+        return torch.int16, (out, in_features)
+    return torch.int8 if bits == 8 else torch.uint8, (out, packed_width(in_features, bits))
 
 
 def _calibration_layout(body: dict) -> Layout:
@@ -114,8 +121,7 @@ def _quantized_layout(body: dict) -> Layout:
         if bits == 32:
             layout[f"{name}.weight"] = (torch.float32, (out, *rest))
         else:
-            code_type = torch.int8 if bits == 8 else torch.uint8
-            layout[f"{name}.weight"] = (code_type, (out, packed_width(in_features, bits)))
+            layout[f"{name}.weight"] = _code_layout(out, in_features, bits)
             layout[f"{name}.weight_scale"] = (torch.float32, (out,))
             if bits < 8:
                 layout[f"{name}.weight_zero_point"] = (torch.uint8, (out,))

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from . import presets
 from .digests import digest_of
-from .spec import FLOAT_BITS, MAX_ACTIVATION_BITS
+from .spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
 
 MAX_STEPS = 1000
 
@@ -32,6 +32,13 @@ class _Section(BaseModel):
 def _check_bits(bits: int, what: str, most: int = 8) -> None:
     if most < bits < FLOAT_BITS:
         raise ValueError(f"{what} takes 2 to {most} bits, or {FLOAT_BITS} for floating point")
+
+
+def _check_weight_bits(bits: int, what: str) -> None:
+    if 8 < bits < FLOAT_BITS and bits != WIDE_WEIGHT_BITS:
+        raise ValueError(
+            f"{what} takes 2 to 8 or {WIDE_WEIGHT_BITS} bits, or {FLOAT_BITS} for floating point"
+        )
 
 
 class ModelConfig(_Section):
@@ -107,7 +114,7 @@ class WeightsConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> WeightsConfig:
-        _check_bits(self.bits, "weights")
+        _check_weight_bits(self.bits, "weights")
         if self.budget is not None and not 2 <= self.budget <= 8:
             raise ValueError(f"budget takes 2 to 8 bits on average, got {self.budget:g}")
         if self.budget is not None and self.bits == FLOAT_BITS:
@@ -162,7 +169,7 @@ class LayerOverride(_Section):
     @model_validator(mode="after")
     def _check(self) -> LayerOverride:
         if self.weights.bits is not None:
-            _check_bits(self.weights.bits, "weights")
+            _check_weight_bits(self.weights.bits, "weights")
         if self.activations.bits is not None:
             _check_bits(self.activations.bits, "activations", MAX_ACTIVATION_BITS)
         return self
@@ -186,7 +193,7 @@ class QuantizationConfig(_Section):
     weights: WeightsConfig = WeightsConfig()
     activations: ActivationsConfig = ActivationsConfig()
     attention: AttentionConfig = AttentionConfig()
-    first_last_bits: Bits = Field(8, description="weights of the outer layers")
+    first_last_bits: Bits = Field(8, description="weights of the outer layers; 15: two bytes")
     first_last_activation_bits: Bits = Field(
         16, description="their activations; above 8 bits in two passes of 8-bit kernels"
     )
@@ -207,7 +214,7 @@ class QuantizationConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> QuantizationConfig:
-        _check_bits(self.first_last_bits, "first_last_bits")
+        _check_weight_bits(self.first_last_bits, "first_last_bits")
         _check_bits(
             self.first_last_activation_bits, "first_last_activation_bits", MAX_ACTIVATION_BITS
         )

@@ -72,7 +72,7 @@ _BEST: Tree = {
         "first_last_activation_bits": 16,
         "first_last_observer": "minmax",
         "bias_correction": False,
-        "sensitive": {"weight_bits": 0.4, "activation_bits": 1.0},
+        "sensitive": {"weight_bits": 0.6, "activation_bits": 1.0},
         "split_skip_connections": False,
     },
     "correction": {"intra": "none", "inter": {"method": "none"}},

@@ -13,6 +13,8 @@ ATTENTION_OPERANDS = ("query", "key", "value")
 
 MAX_ACTIVATION_BITS = 16
 """Above 8 bits a layer's input is two bytes, and the layer two passes of an 8-bit kernel."""
+WIDE_WEIGHT_BITS = 15
+"""Weights of two bytes: 8 signed high bits and 7 low ones, each an int8 weight of its own pass."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class QSpec:
     [-(2^(b-1) - 1), 2^(b-1) - 1]; else codes are unsigned, in [0, 2^b - 1], with a zero_point.
     axis: None for one scale per tensor, 0 for one scale per output channel.
 
-    Weights of more than 7 bits must be symmetric: (q - zero_point) has to fit int8, so that
-    8-bit integer kernels compute the configuration exactly. Raises ValueError otherwise.
+    Weights of more than 7 bits are symmetric: (q - zero_point) has to fit int8 (two of them, at
+    WIDE_WEIGHT_BITS), so that 8-bit integer kernels compute the configuration exactly. Raises
+    ValueError for other bits than 2 to 16.
     """
 
     bits: int
@@ -46,9 +49,9 @@ class QSpec:
 
 def weight_spec(bits: int) -> QSpec:
     """Per output channel; asymmetric below 8 bits, where q - zero_point still fits int8."""
-    if bits > 8:
-        raise ValueError(f"weights have at most 8 bits in integer kernels, got {bits}")
-    return QSpec(bits=bits, symmetric=bits == 8, axis=0)
+    if bits > 8 and bits != WIDE_WEIGHT_BITS:
+        raise ValueError(f"weights take 2 to 8 or {WIDE_WEIGHT_BITS} bits, got {bits}")
+    return QSpec(bits=bits, symmetric=bits >= 8, axis=0)
 
 
 def activation_spec(bits: int) -> QSpec:

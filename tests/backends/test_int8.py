@@ -59,8 +59,11 @@ def layer_of(
     if smoothing is not None:
         tensors["smoothing"] = smoothing
     tensors |= more
-    if weight_bits == 8:
-        codes = torch.randint(-127, 128, shape, generator=generator) if weight is None else weight
+    if weight_bits >= 8:
+        top = 2 ** (weight_bits - 1) - 1
+        codes = torch.randint(-top, top + 1, shape, generator=generator)
+        codes = codes if weight is None else weight
+        tensors["weight_scale"] /= 2 ** (weight_bits - 8)
     else:
         low = torch.where(torch.arange(out) % 3 == 0, 0, 7)
         low[-1] = 2**weight_bits - 1
@@ -123,7 +126,7 @@ def test_fast_codes_leave_their_input_alone_and_keep_its_order():
 
 @needs_int8
 @pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
-@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("weight_bits", [4, 8, 15])
 @pytest.mark.parametrize(("activation_bits", "zero_point"), [(8, 0), (8, 201), (8, 255), (6, 40)])
 def test_a_layer_is_what_the_simulation_says(
     original, shape, weight_bits, activation_bits, zero_point
@@ -140,7 +143,7 @@ def test_a_layer_is_what_the_simulation_says(
 
 @needs_int8
 @pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
-@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("weight_bits", [4, 8, 15])
 @pytest.mark.parametrize(
     ("activation_bits", "zero_point"), [(9, 300), (12, 0), (12, 2049), (16, 33003), (16, 65535)]
 )
@@ -225,7 +228,7 @@ def test_half_precision_goes_in_and_comes_out(dtype):
 
 
 @needs_int8
-@pytest.mark.parametrize(("weight_bits", "top"), [(4, 15), (8, 127)])
+@pytest.mark.parametrize(("weight_bits", "top"), [(4, 15), (8, 127), (15, 16383)])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("x", [-1e6, 1e6])
 @pytest.mark.parametrize("zero_point", [0, 128, 255])

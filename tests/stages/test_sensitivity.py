@@ -210,7 +210,7 @@ def widened(calibrated: Calibrated, refined: list[LayerPlan], what: str) -> dict
 
 def finer(calibrated: Calibrated, refined: list[LayerPlan]) -> dict[str, int]:
     found = widened(calibrated, refined, "weight_bits")
-    assert set(found.values()) <= {6, 8}
+    assert set(found.values()) <= {6, 8, 15}
     return found
 
 
@@ -242,7 +242,7 @@ def test_extra_bits_are_kept_to_and_used_up(calibrated, estimated, extra):
     sizes = {p.name: p.layer.weight.numel() for p in calibrated.plans}
     macs = macs_of(calibrated)
     for found, costs, errors, what, widths in (
-        (finer(calibrated, refined), sizes, estimated.weights, "weight_bits", (4, 6, 8)),
+        (finer(calibrated, refined), sizes, estimated.weights, "weight_bits", (4, 6, 8, 15)),
         (wider(calibrated, refined), macs, estimated.inputs, "activation_bits", (6, 8, 16)),
     ):
         before = {p.name: getattr(p, what) for p in calibrated.plans}

@@ -3,7 +3,8 @@
 x ~ (q - zero_point) * scale with q uint8, W ~ w * weight_scale[o] with w int8: oneDNN adds up the
 products (q - zero_point) * w in int32 and scales the sums to float32. These are the integers that
 the simulate backend fakes, so the two differ by float rounding only (design.md section 4).
-Inputs of more than 8 bits are two bytes: q = 256 high + low, two passes over the same weight.
+Inputs of more than 8 bits are two bytes, q = 256 high + low, in two passes over the same weight;
+weights of 15 bits are two as well, w = 128 high + low.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ FLOAT_OUTPUT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
 class _Kernel:
     """What a layer needs at every call, made once.
 
-    weight: int8, in oneDNN's own order; weight_zero_point: zeros [O]; input_scale,
-    input_zero_point: one number per timestep group.
+    weights: int8 in oneDNN's own order and its scale [O], one pair or, for two bytes, two;
+    weight_zero_point: zeros [O]; input_scale, input_zero_point: one number per timestep group.
     """
 
-    weight: Tensor
+    weights: list[tuple[Tensor, Tensor]]
     weight_zero_point: Tensor
     input_scale: list[float]
     input_zero_point: list[int]
@@ -74,14 +75,30 @@ def _multiply(
     bias: Tensor | None,
 ) -> Tensor:
     """Codes uint8 times the layer's weight, float32."""
-    operands = (scale, zero_point, kernel.weight, layer.weight_scale, kernel.weight_zero_point)
+    codes = codes.contiguous(
+        memory_format=torch.channels_last if layer.is_conv else torch.contiguous_format
+    )
+    (weight, weight_scale), *more = kernel.weights
+    output = _pass(layer, kernel, codes, scale, zero_point, weight, weight_scale, bias)
+    for weight, weight_scale in more:
+        output += _pass(layer, kernel, codes, scale, zero_point, weight, weight_scale, None)
+    return output
+
+
+def _pass(
+    layer: QuantizedLayer,
+    kernel: _Kernel,
+    codes: Tensor,
+    scale: float,
+    zero_point: int,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    operands = (scale, zero_point, weight, weight_scale, kernel.weight_zero_point, bias)
     if layer.is_conv:
-        codes = codes.contiguous(memory_format=torch.channels_last)
-        return torch.ops.onednn.qconv_pointwise(
-            codes, *operands, bias, *_geometry(layer), *FLOAT_OUTPUT
-        )
-    codes = codes.contiguous()
-    return torch.ops.onednn.qlinear_pointwise(codes, *operands, bias, *FLOAT_OUTPUT)
+        return torch.ops.onednn.qconv_pointwise(codes, *operands, *_geometry(layer), *FLOAT_OUTPUT)
+    return torch.ops.onednn.qlinear_pointwise(codes, *operands, *FLOAT_OUTPUT)
 
 
 def why_not(layer: QuantizedLayer) -> str:
@@ -103,26 +120,32 @@ def _geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], i
     return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
 
 
+def _bytes(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """int8 weights with a scale [O] each whose sum is the weight; one, or high and low byte."""
+    if weight.dtype == torch.int8:
+        return [(weight, scale)]
+    return [((weight & 127).to(torch.int8), scale), ((weight >> 7).to(torch.int8), 128 * scale)]
+
+
+def _prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """weight int8 in the order that oneDNN wants for inputs of x's shape."""
+    if not layer.is_conv:
+        return torch.ops.onednn.qlinear_prepack(weight, [x.shape[:-1].numel(), x.shape[-1]])
+    input_scale, input_zero_point = float(layer.input_scale[0]), int(layer.input_zero_point[0])
+    return torch.ops.onednn.qconv_prepack(
+        weight, scale, input_scale, input_zero_point, *_geometry(layer), list(x.shape)
+    )
+
+
 def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
     """Prepared on first use, for inputs of x's shape (others work too), and kept."""
     kernel = layer.__dict__.get("_int8_kernel")
     if kernel is None:
-        weight = layer.integer_weight()
+        parts = _bytes(layer.integer_weight(), layer.weight_scale)
         scales, zero_points = layer.input_scale.tolist(), layer.input_zero_point.tolist()
-        if layer.is_conv:
-            packed = torch.ops.onednn.qconv_prepack(
-                weight,
-                layer.weight_scale,
-                scales[0],
-                zero_points[0],
-                *_geometry(layer),
-                list(x.shape),
-            )
-        else:
-            rows = x.shape[:-1].numel()
-            packed = torch.ops.onednn.qlinear_prepack(weight, [rows, x.shape[-1]])
-        zeros = torch.zeros(len(weight), dtype=torch.int64)
-        kernel = _Kernel(packed, zeros, scales, zero_points)
+        weights = [(_prepacked(layer, x, part, scale), scale) for part, scale in parts]
+        zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)
+        kernel = _Kernel(weights, zeros, scales, zero_points)
         layer.__dict__["_int8_kernel"] = kernel
     return kernel
 

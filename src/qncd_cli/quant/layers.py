@@ -105,12 +105,15 @@ class QuantizedLayer(nn.Module):
         return correction if self.bias is None else self.bias + correction
 
     def integer_weight(self) -> Tensor:
-        """q - zero_point, int8 [O, ...]: what an integer kernel multiplies with."""
+        """q - zero_point [O, ...]: what an integer kernel multiplies with.
+
+        int8, or int16 for codes of two bytes.
+        """
         codes = unpack(self.weight, self.weight_bits, self.weight_shape)
         if self.weight_zero_point is not None:
             zero_point = self.weight_zero_point.to(torch.int32)
             codes = codes - zero_point.reshape(-1, *[1] * (codes.ndim - 1))
-        return codes.to(torch.int8)
+        return codes.to(torch.int8 if self.weight_bits <= 8 else torch.int16)
 
     def float_weight(self) -> Tensor:
         """The weight that the codes stand for, float32, smoothing folded in."""

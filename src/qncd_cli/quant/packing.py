@@ -2,7 +2,8 @@
 
 Code i of a channel takes the bits [i b, (i + 1) b) of its stream, bit k of the stream is bit k % 8
 of byte k // 8, and the last byte is filled up with zeros. So 4-bit codes lie two to a byte, low
-nibble first, 2-bit codes four to a byte, and eight 3-bit codes in three bytes.
+nibble first, 2-bit codes four to a byte, and eight 3-bit codes in three bytes. The signed codes of
+8 and of 15 bits are stored as int8 and int16.
 """
 
 from __future__ import annotations
@@ -13,15 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..spec import WIDE_WEIGHT_BITS
+
+SIGNED = {8: torch.int8, WIDE_WEIGHT_BITS: torch.int16}
+
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """codes [O, ...] integer -> [O, ceil(I bits / 8)]: uint8, or int8 for the signed 8-bit codes.
+    """codes [O, ...] integer -> [O, ceil(I bits / 8)] uint8, or [O, I] of a signed type.
 
-    I: the flattened input dimension. bits: 2 to 8; below 8, codes are in [0, 2^bits - 1].
+    I: the flattened input dimension. bits: 2 to 8 or 15; below 8, codes are in [0, 2^bits - 1].
     """
     flat = codes.reshape(codes.shape[0], -1)
-    if bits == 8:
-        return flat.to(torch.int8)
+    if bits in SIGNED:
+        return flat.to(SIGNED[bits])
     per_word, word_bytes, word_type = _words(bits)
     words = _join(flat.to(word_type), bits, per_word)
     packed = _cut(words, 8, word_bytes).to(torch.uint8)
@@ -30,7 +35,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     """Inverse of pack; shape: of the weight, [O, ...]. Returns int32 codes."""
-    if bits == 8:
+    if bits in SIGNED:
         return packed.reshape(shape).to(torch.int32)
     per_word, word_bytes, word_type = _words(bits)
     codes = _cut(_join(packed.to(word_type), 8, word_bytes), bits, per_word)

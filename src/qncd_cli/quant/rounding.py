@@ -51,8 +51,8 @@ def mse_weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
 
 
 def weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
-    """Per output channel: clipped by squared error below 8 bits, min-max at 8."""
-    return (minmax_weight_qparams if spec.bits == 8 else mse_weight_qparams)(weight, spec)
+    """Per output channel: clipped by squared error below 8 bits, min-max from there."""
+    return (minmax_weight_qparams if spec.bits >= 8 else mse_weight_qparams)(weight, spec)
 
 
 def round_nearest(weight: Tensor, spec: QSpec) -> RoundedWeight:

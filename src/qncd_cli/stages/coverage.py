@@ -11,7 +11,7 @@ from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, float_attention, time_layers
 from ..presets import excluded_by
-from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
 from .assemble import denoiser_costs
 from .attention import product_entries
 
@@ -61,11 +61,12 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
     }
 
 
-def _kernel(cost: LayerCost, activation_bits: int) -> str:
+def _kernel(cost: LayerCost, weight_bits: int, activation_bits: int) -> str:
     """What computes integers where the backend int8 can be used; simulate: nothing yet."""
     if cost.kind == "matmul":
         return "simulate"
-    return "int8" if activation_bits <= 8 else "int8, two passes"
+    passes = (1 + (weight_bits > 8)) * (1 + (activation_bits > 8))
+    return "int8" if passes == 1 else f"int8, {passes} passes"
 
 
 def _coverage_row(
@@ -74,7 +75,7 @@ def _coverage_row(
     weight_bits = entry["weight_bits"] if entry else FLOAT_BITS
     activation_bits = entry["activation_bits"] if entry else FLOAT_BITS
     widest = 8 if cost.kind == "matmul" else MAX_ACTIVATION_BITS  # two passes: layers only
-    integer = weight_bits <= 8 and activation_bits <= widest
+    integer = weight_bits <= WIDE_WEIGHT_BITS and activation_bits <= widest
     why = ""
     if cost.kind == "matmul" and reason:
         why = reason
@@ -90,6 +91,6 @@ def _coverage_row(
         "weight_bits": weight_bits,
         "activation_bits": activation_bits,
         "integer": integer,
-        "kernel": _kernel(cost, activation_bits) if integer else "float",
+        "kernel": _kernel(cost, weight_bits, activation_bits) if integer else "float",
         "why_not_integer": why,
     }

@@ -22,8 +22,9 @@ from .plan import LayerPlan
 HESSIAN_MEMORY = 2 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
 HESSIAN_CALLS = 20
-HESSIAN_ROWS = 4096
-"""Input vectors in a Hessian, at least, and HESSIAN_ROWS_PER_INPUT for each of its inputs."""
+HESSIAN_ROWS = 16384
+"""Input vectors in a Hessian, at least, and HESSIAN_ROWS_PER_INPUT for each of its inputs. With a
+quarter of them GPTQ fits their noise: 0.7 dB less SQNR of the prediction (fashion-ldm, W4A8)."""
 HESSIAN_ROWS_PER_INPUT = 3
 
 

@@ -1,9 +1,9 @@
 """Part of stage 2: the few layers whose rounding matters most, and finer codes for them.
 
 Layers near the output pass their rounding on to the prediction almost whole, and hold a small
-share of the weights and of the MACs. Their weights may have up to 8 bits, and their inputs up to
-two bytes, in two passes of 8-bit kernels: all of it stays within integer kernels, and within the
-mean extra bits of quantization.sensitive.
+share of the weights and of the MACs. Their weights and inputs may have up to two bytes each, in
+several passes of 8-bit kernels: all of it stays within integer kernels, and within the mean extra
+bits of quantization.sensitive.
 """
 
 from __future__ import annotations
@@ -23,12 +23,18 @@ from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
 from ..quant.rounding import weight_qparams
 from ..quant.smoothing import fold, smooth
-from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, activation_spec, weight_spec
+from ..spec import (
+    FLOAT_BITS,
+    MAX_ACTIVATION_BITS,
+    WIDE_WEIGHT_BITS,
+    activation_spec,
+    weight_spec,
+)
 from .assemble import denoiser_costs, timestep_group
 from .choose_smoothing import Factors
 from .plan import LayerPlan, range_observer
 
-WEIGHT_WIDTHS = (4, 6, 8)
+WEIGHT_WIDTHS = (4, 6, 8, WIDE_WEIGHT_BITS)
 ACTIVATION_WIDTHS = (4, 6, 8, MAX_ACTIVATION_BITS)
 ROWS_PER_STEP = 4
 STEPS = 8
@@ -61,7 +67,7 @@ def refine(
     extra = config.quantization.sensitive
     budgeted = config.quantization.weights.budget is not None
     extra_weight_bits = 0.0 if budgeted else extra.weight_bits
-    coarse = {p.name: p.weight_bits for p in plans if p.weight_bits < 8}
+    coarse = {p.name: p.weight_bits for p in plans if p.weight_bits <= 8}
     narrow = {p.name: p.activation_bits for p in plans if p.activation_bits <= 8}
     if not (extra_weight_bits and coarse) and not (extra.activation_bits and narrow):
         return plans, Sensitivity()
