@@ -75,7 +75,7 @@ DOORS: dict[str, list[str]] = {
     "rich": ["cli.* (inside)"],
     "diffusers": ["models.*", "sampling.*", "cli.* (inside)"],
     "safetensors": ["artifacts", "models.*", "metrics.*"],
-    "yaml": ["config"],
+    "yaml": ["config", "models.compvis_config"],
     "pydantic": ["config"],
     "torch_fidelity": ["metrics.fidelity"],
     "torch": ["artifacts", "quant.*", *MIDDLE, "stages.*"],
