@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from pathlib import Path
@@ -383,6 +384,73 @@ def test_what_lightning_stores_beside_the_weights_is_passed_over(tmp_path, small
         callbacks = {module.ModelCheckpoint: {"best_model_score": np.float64(0.5)}}
         files = write(tmp_path, SMALL["cin256-v2"], small.state_dict(), callbacks=callbacks)
     assert load_model(files[0], compvis_config=files[1]).num_classes == 4
+
+
+# ---- qncd convert --------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["cin256-v2", "lsun_churches256"])
+def test_convert_writes_a_folder_that_loads_to_the_same_model(kind, tmp_path, qncd):
+    (tmp_path / "in").mkdir()
+    tensors = reference(SMALL[kind]).state_dict()
+    checkpoint, config = write(tmp_path / "in", SMALL[kind], tensors)
+    arguments = ["convert", checkpoint, "--compvis-config", config, "--out", "made/folder"]
+    data = qncd(*arguments, "--json").data
+    folder = tmp_path / "made/folder"
+    assert data["pipeline"] == json.loads((folder / "model_index.json").read_text())["_class_name"]
+    before = load_model(checkpoint, compvis_config=config)
+    after = load_model(str(folder))
+    assert data["parameters"]["unet"] == sum(p.numel() for p in before.denoiser.parameters())
+    theirs, ours = before.denoiser.state_dict(), after.denoiser.state_dict()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    schedules = [before.scheduler_config, after.scheduler_config]
+    public = [{k: v for k, v in s.items() if not k.startswith("_")} for s in schedules]
+    assert public[0] == public[1]
+    assert (before.num_classes, before.latent_shape) == (after.num_classes, after.latent_shape)
+    x = torch.randn(2, *before.latent_shape)
+    assert torch.equal(before.decode(x), after.decode(x))
+
+    first = contents(folder)
+    again = qncd(*arguments, ok=False)
+    assert (again.exit_code, "--force replaces it" in again.stderr) == (4, True)
+    assert contents(folder) == first
+    assert qncd(*arguments, "--force").stdout.startswith("made/folder: ")
+    assert contents(folder) == first
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+
+
+def test_convert_leaves_what_is_no_diffusers_folder(files, qncd):
+    (qncd.folder / "mine").mkdir()
+    (qncd.folder / "mine/letter.txt").write_text("dear")
+    arguments = ["convert", files[0], "--compvis-config", files[1], "--force", "--out"]
+    result = qncd(*arguments, "mine", ok=False)
+    assert (result.exit_code, "no diffusers folder" in result.stderr) == (4, True)
+    assert [p.name for p in (qncd.folder / "mine").iterdir()] == ["letter.txt"]
+    result = qncd(*arguments, "mine/letter.txt", ok=False)
+    assert (result.exit_code, "is a file" in result.stderr) == (4, True)
+
+
+def test_convert_writes_nothing_for_a_checkpoint_that_does_not_fit(files, qncd):
+    tensors = torch.load(files[0], weights_only=True)["state_dict"]
+    del tensors[CONV]
+    torch.save(tensors, files[0])
+    result = qncd("convert", files[0], "--compvis-config", files[1], "--out", "made", ok=False)
+    assert result.exit_code == 5
+    assert CONV in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (qncd.folder / "made").exists()
+
+
+def test_convert_tells_where_it_cannot_write(files, qncd):
+    (qncd.folder / "taken").write_text("")
+    arguments = ["convert", files[0], "--compvis-config", files[1], "--out", "taken/made"]
+    result = qncd(*arguments, ok=False)
+    assert result.exit_code == 4
+    assert "cannot be written" in result.stderr
 
 
 # ---- at full size --------------------------------------------------------------------------------
