@@ -91,7 +91,7 @@ DOORS: dict[str, list[str]] = {
     "rich": ["cli.* (inside)"],
     "diffusers": ["models.*", "sampling.*", "cli.* (inside)"],
     "safetensors": ["artifacts", "models.*", "metrics.*"],
-    "yaml": ["config", "config_files"],
+    "yaml": ["config", "config_files", "models.compvis_config"],
     "pydantic": ["config", "config_files"],
     "torch_fidelity": ["metrics.fidelity"],
     "torch": ["artifacts", "quant.*", *MIDDLE, "stages.*"],

@@ -348,6 +348,33 @@ def ablate(**options):
     command.ablate(console, command.AblateOptions(**options))
 
 
+@cli.command(
+    epilog="\b\nExample:\n  qncd convert models/ldm/cin256-v2/model.ckpt \\\n"
+    "      --compvis-config models/ldm/cin256-v2/cin256-v2.yaml --out models/cin256-v2"
+)
+@click.argument("checkpoint", type=click.Path())
+@click.option(
+    "--compvis-config",
+    metavar="YAML",
+    required=True,
+    help="The YAML that CompVis published with the checkpoint.",
+)
+@click.option(
+    "--out", metavar="DIR", required=True, help="The folder to make; model.source can name it."
+)
+@_force("Replace the diffusers folder that is there.")
+@_json
+def convert(checkpoint, compvis_config, out, force, as_json, debug):
+    """Turn a CompVis latent-diffusion checkpoint into a diffusers folder.
+
+    Every tensor of the checkpoint must have its place, or nothing is written. Weights keep their
+    precision; where the checkpoint has moving averages (EMA) of the U-Net, these are taken.
+    """
+    from . import convert as command
+
+    command.convert(Console(as_json), checkpoint, compvis_config, out, force=force)
+
+
 @cli.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
 @click.argument("file", type=click.Path())
 @_json

@@ -9,10 +9,16 @@ from ..config import Config
 
 def open_model(config: Config, device: str = "auto") -> Any:
     """The configured model, with diffusers silenced: what it has to say is said by our errors."""
-    from diffusers.utils import logging
-
     from ..models.loading import load_model
+
+    silence_diffusers()
+    model = config.model
+    return load_model(model.source, model.dtype, device, compvis_config=model.compvis_config)
+
+
+def silence_diffusers() -> None:
+    """For the rest of this process."""
+    from diffusers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load_model(config.model.source, config.model.dtype, device)

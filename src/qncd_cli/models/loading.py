@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
+from .compvis import compvis_pipeline
+from .compvis_file import checkpoint_digest, is_checkpoint
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .random_models import SEED, random_pipeline
 from .zoo import zoo_path
@@ -72,21 +74,20 @@ class DiffusionModel:
         return 4 * sum(p.numel() for p in self.denoiser.parameters())
 
 
-def load_model(source: str, dtype: str = "float32", device: str = "cpu") -> DiffusionModel:
-    """zoo:NAME, random:NAME, a diffusers folder, or a hub id.
+def load_model(
+    source: str,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    compvis_config: str | None = None,
+) -> DiffusionModel:
+    """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
-    device: auto takes a CUDA device if there is one. Raises ModelError, or BackendUnavailable for
-    a device that is not there.
+    device: auto takes a CUDA device if there is one. compvis_config: the YAML of a checkpoint; no
+    other source reads it. Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place = find_device(device)
-    if source.startswith("random:"):
-        pipeline = random_pipeline(source.removeprefix("random:"))
-        digest = hashlib.sha256(f"{source} {SEED} {torch.__version__}".encode()).hexdigest()[:16]
-    else:
-        zoo = source.startswith("zoo:")
-        folder = zoo_path(source.removeprefix("zoo:")) if zoo else _find_folder(source)
-        pipeline = _load_pipeline(folder, source)
-        digest = _digest(folder)
+    pipeline, digest = _open(source, compvis_config)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.to(place, DTYPES[dtype]).eval().requires_grad_(False)
@@ -104,6 +105,22 @@ def load_model(source: str, dtype: str = "float32", device: str = "cpu") -> Diff
         device=place,
         **parts,
     )
+
+
+def _open(source: str, compvis_config: str | None) -> tuple[DiffusionPipeline, str]:
+    """The pipeline, and the digest of what it was read from."""
+    if source.startswith("random:"):
+        pipeline = random_pipeline(source.removeprefix("random:"))
+        made_from = f"{source} {SEED} {torch.__version__}"
+        return pipeline, hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    if source.startswith("zoo:"):
+        folder = zoo_path(source.removeprefix("zoo:"))
+    elif is_checkpoint(source):
+        pipeline = compvis_pipeline(source, compvis_config)
+        return pipeline, checkpoint_digest(source, str(compvis_config))
+    else:
+        folder = _find_folder(source)
+    return _load_pipeline(folder, source), _digest(folder)
 
 
 def find_device(name: str) -> torch.device:
@@ -131,7 +148,10 @@ def _find_folder(source: str) -> Path:
             )
         return path
     if path.is_file():
-        raise ModelError(f"{source}: is a file", "give a diffusers folder, a hub id or zoo:NAME")
+        raise ModelError(
+            f"{source}: is a file",
+            "give a diffusers folder, a hub id, zoo:NAME, or a checkpoint (.ckpt, .safetensors)",
+        )
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such folder", "give a diffusers folder, hub id or zoo:NAME")
     try:
@@ -201,7 +221,7 @@ def _class_conditional(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
     }
 
 
-def _unconditional_pixels(pipeline: Any) -> dict[str, Any]:
+def _unconditional(pipeline: Any) -> dict[str, Any]:
     config = pipeline.unet.config
     return {
         "denoiser": pipeline.unet,
@@ -213,8 +233,20 @@ def _unconditional_pixels(pipeline: Any) -> dict[str, Any]:
     }
 
 
+def _unconditional_latents(pipeline: Any) -> dict[str, Any]:
+    first_stage = pipeline.vqvae.to(torch.float32)
+
+    def decode(latents: Tensor) -> Tensor:
+        scaled = latents.to(first_stage.device, torch.float32) / first_stage.config.scaling_factor
+        parts = scaled.split(DECODE_BATCH)
+        return torch.cat([to_uint8(first_stage.decode(part).sample) for part in parts])
+
+    return {**_unconditional(pipeline), "decode": decode}
+
+
 _ADAPTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
     **dict.fromkeys(CLASS_CONDITIONAL, _class_conditional),
-    "DDPMPipeline": _unconditional_pixels,
-    "DDIMPipeline": _unconditional_pixels,
+    "DDPMPipeline": _unconditional,
+    "DDIMPipeline": _unconditional,
+    "LDMPipeline": _unconditional_latents,
 }

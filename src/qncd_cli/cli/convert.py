@@ -1,0 +1,41 @@
+"""The command convert: a CompVis checkpoint becomes a diffusers folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from .console import Console
+from .shared import silence_diffusers
+
+
+def convert(console: Console, checkpoint: str, config: str, out: str, *, force: bool) -> None:
+    from ..models.compvis import compvis_pipeline
+    from ..models.saving import check_target, save_folder
+
+    silence_diffusers()
+    start = time.perf_counter()
+    folder = Path(out)
+    check_target(folder, force=force)
+    pipeline = compvis_pipeline(checkpoint, config)
+    save_folder(pipeline, folder, force=force)
+    parameters = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in pipeline.components.items()
+        if hasattr(part, "parameters")
+    }
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    payload = {
+        "folder": str(folder),
+        "pipeline": type(pipeline).__name__,
+        "parameters": parameters,
+        "bytes": size,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+    def render() -> None:
+        print(f"{folder}: {payload['pipeline']}, {size / 1e6:,.1f} MB")
+        for name, count in parameters.items():
+            print(f"  {name}: {count:,} parameters")
+
+    console.result(payload, render)
