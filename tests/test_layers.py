@@ -25,6 +25,7 @@ SHARED = [
     for s in (
         "assemble",
         "attention",
+        "bench_row",
         "block_calls",
         "budget",
         "choose_smoothing",
