@@ -37,6 +37,7 @@ SHARED = [
     for s in (
         "assemble",
         "attention",
+        "bench_row",
         "block_calls",
         "budget",
         "choose_smoothing",

@@ -145,12 +145,33 @@ def test_an_unknown_architecture_names_the_nearest(name, hint):
     assert hint in str(caught.value)
 
 
-def test_random_ldm4_has_the_parameters_of_ldm4():
+@pytest.mark.parametrize(
+    ("name", "millions", "null_class", "latent", "image"),
+    [
+        ("ldm4", 400.9, 1000, (3, 64, 64), (3, 256, 256)),
+        ("sd15", 859.5, 16, (4, 64, 64), (3, 512, 512)),
+        ("dit-xl", 749.8, 1000, (4, 32, 32), (3, 256, 256)),
+    ],
+)
+def test_a_random_model_has_the_published_shapes(name, millions, null_class, latent, image):
+    with torch.device("meta"), torch.no_grad():
+        pipeline = RANDOM[name]()
+        denoiser, labels = pipeline.denoiser, torch.zeros(2, dtype=torch.int64)
+        x = torch.zeros(2, *latent)
+        output = denoiser(x, labels, **pipeline.condition(labels)).sample
+        images = pipeline.decode(x[:1])
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    assert round(parameters / 1e6, 1) == millions
+    assert pipeline.null_class == null_class
+    assert output.shape == x.shape
+    assert images.shape == (1, *image)
+
+
+def test_random_sd15_attends_to_prompts_of_77_tokens():
     with torch.device("meta"):
-        pipeline = RANDOM["ldm4"]()
-    parameters = sum(p.numel() for p in pipeline.unet.parameters())
-    assert round(parameters / 1e6, 1) == 400.9
-    assert pipeline.class_embedder.null_class == 1000
+        pipeline = RANDOM["sd15"]()
+        condition = pipeline.condition(torch.zeros(2, dtype=torch.int64))
+    assert condition["encoder_hidden_states"].shape == (2, 77, 768)
 
 
 # ---- pipelines of other kinds -------------------------------------------------------------------

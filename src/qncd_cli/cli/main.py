@@ -375,6 +375,66 @@ def convert(checkpoint, compvis_config, out, force, as_json, debug):
     command.convert(Console(as_json), checkpoint, compvis_config, out, force=force)
 
 
+@cli.command(
+    epilog="\b\nExamples:\n  qncd bench random:ldm4\n"
+    "  qncd bench zoo:fashion-ldm --batch-size 50 --rounds 20\n"
+    "  qncd bench random:ldm4 --rows float32-eager,int8-w4a8 --no-memory --profile\n"
+    "  qncd bench --config fashion_ldm_w4a8.yaml --json"
+)
+@click.argument("source", required=False)
+@click.option(
+    "--config",
+    "config_name",
+    metavar="FILE|NAME",
+    help="Take model, dtype and classes from a configuration instead of SOURCE.",
+)
+@click.option(
+    "--rows",
+    metavar="NAME,NAME,...",
+    default="float32-eager,float32-compiled,bfloat16-eager,bfloat16-compiled,"
+    "simulate-w4a8,int8-w4a8,int8-w8a8",
+    show_default=True,
+    help="What to measure; quantized rows take any widths of 2 to 8 bits.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="Samples in a call of the denoiser, both halves of guidance counted.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=9,
+    show_default=True,
+    metavar="N",
+    help="How often every row is timed, in turn with the others.",
+)
+@click.option(
+    "--memory/--no-memory",
+    default=True,
+    show_default=True,
+    help="Also load every row alone in a process: its memory, loading and preparing.",
+)
+@click.option("--profile", is_flag=True, help="Also say where a call's time goes.")
+@click.option("--out", metavar="DIR", help="Where to write (default: runs/bench_<model>).")
+@_json
+def bench(source, config_name, as_json, debug, **options):
+    """Speed, memory and size of a model's denoiser on this CPU, full precision beside quantized.
+
+    SOURCE: zoo:NAME, random:NAME, a diffusers folder or hub id. Quantized rows are made on the
+    spot from one calibration input (preset minmax): good for speed and size, not for images.
+    Writes bench.json and bench.md. A row that this machine cannot run is listed with the reason.
+    """
+    if (source is None) == (config_name is None):
+        raise click.UsageError("give either SOURCE or --config")
+    from . import bench as command
+
+    command.bench(Console(as_json), command.BenchOptions(source, config_name, **options))
+
+
 @cli.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
 @click.argument("file", type=click.Path())
 @_json

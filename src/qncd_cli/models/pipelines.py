@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DiffusionPipeline,
     DiTTransformer2DModel,
     ImagePipelineOutput,
@@ -27,23 +28,23 @@ from torch import Tensor, nn
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):
-    """Learned class embedding as a cross-attention context of one token.
+    """Learned class embedding as a cross-attention context, of one token unless told otherwise.
 
     class_labels: [N] int64 in [0, num_classes]; num_classes itself is the null class of
-    classifier-free guidance. Returns [N, 1, embed_dim]. Raises IndexError for other labels.
+    classifier-free guidance. Returns [N, tokens, embed_dim]. Raises IndexError for other labels.
     """
 
     @register_to_config
-    def __init__(self, num_classes: int = 1000, embed_dim: int = 512):
+    def __init__(self, num_classes: int = 1000, embed_dim: int = 512, tokens: int = 1):
         super().__init__()
-        self.embedding = nn.Embedding(num_classes + 1, embed_dim)
+        self.embedding = nn.Embedding(num_classes + 1, tokens * embed_dim)
 
     @property
     def null_class(self) -> int:
         return self.config.num_classes
 
     def forward(self, class_labels: Tensor) -> Tensor:
-        return self.embedding(class_labels)[:, None, :]
+        return self.embedding(class_labels).unflatten(1, (self.config.tokens, -1))
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -126,7 +127,7 @@ class ClassConditionalLDMPipeline(ClassConditionalPipeline):
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        vqvae: VQModel,
+        vqvae: VQModel | AutoencoderKL,
         class_embedder: ClassEmbedder,
         scheduler: SchedulerMixin,
     ):
@@ -183,7 +184,10 @@ class ClassConditionalDiTPipeline(ClassConditionalPipeline):
     model_cpu_offload_seq = "transformer->vqvae"
 
     def __init__(
-        self, transformer: DiTTransformer2DModel, vqvae: VQModel, scheduler: SchedulerMixin
+        self,
+        transformer: DiTTransformer2DModel,
+        vqvae: VQModel | AutoencoderKL,
+        scheduler: SchedulerMixin,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, vqvae=vqvae, scheduler=scheduler)

@@ -1,6 +1,14 @@
 """Full-size architectures with random weights: for time, memory and size, never for images.
 
-random:ldm4 has the shapes of LDM-4 ImageNet (cin256-v2; method.md section 7): 400.9 M parameters.
+| name | shapes of | parameters of the denoiser |
+|---|---|---|
+| ldm4 | LDM-4 ImageNet (cin256-v2; method.md section 7) | 400.9 M |
+| sd15 | Stable Diffusion 1.x at 512 x 512 | 859.5 M |
+| dit-xl | DiT-XL/2 at 256 x 256 (arXiv 2212.09748), without its variance | 749.8 M |
+
+sd15 has no text encoder: its "classes" are PROMPTS random embeddings of 77 tokens, and the null
+class stands for the empty prompt. What the denoiser computes is that of a prompt. dit-xl has more
+than the 675 M of the paper because diffusers gives every block embeddings of its own.
 """
 
 from __future__ import annotations
@@ -9,12 +17,24 @@ import difflib
 from collections.abc import Callable
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+    VQModel,
+)
 
 from ..errors import ModelError
-from .pipelines import ClassConditionalLDMPipeline, ClassEmbedder
+from .pipelines import (
+    ClassConditionalDiTPipeline,
+    ClassConditionalLDMPipeline,
+    ClassEmbedder,
+)
 
 SEED = 0
+PROMPTS = 16
 
 
 def _ldm4() -> DiffusionPipeline:
@@ -52,7 +72,63 @@ def _ldm4() -> DiffusionPipeline:
     return ClassConditionalLDMPipeline(unet, vqvae, ClassEmbedder(1000, 512), scheduler)
 
 
-RANDOM: dict[str, Callable[[], DiffusionPipeline]] = {"ldm4": _ldm4}
+def _sd15() -> DiffusionPipeline:
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(320, 640, 1280, 1280),
+        layers_per_block=2,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        cross_attention_dim=768,
+        attention_head_dim=8,  # diffusers takes it for the number of heads
+    )
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    prompts = ClassEmbedder(PROMPTS, 768, tokens=77)
+    return ClassConditionalLDMPipeline(unet, _kl_autoencoder(512), prompts, scheduler)
+
+
+def _dit_xl() -> DiffusionPipeline:
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=4,
+        num_layers=28,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+    )
+    scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=True)
+    return ClassConditionalDiTPipeline(transformer, _kl_autoencoder(256), scheduler)
+
+
+def _kl_autoencoder(sample_size: int) -> AutoencoderKL:
+    """The first stage of Stable Diffusion 1.x, which DiT shares: 4 channels at an eighth."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=sample_size,
+        scaling_factor=0.18215,
+    )
+
+
+RANDOM: dict[str, Callable[[], DiffusionPipeline]] = {
+    "ldm4": _ldm4,
+    "sd15": _sd15,
+    "dit-xl": _dit_xl,
+}
 
 
 def random_pipeline(name: str) -> DiffusionPipeline:

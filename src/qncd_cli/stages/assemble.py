@@ -120,15 +120,25 @@ def quantized_denoiser(
     The model's own denoiser stays as it is. Raises ArtifactError naming the first layer that the
     model and the artifact do not share, BackendUnavailable.
     """
+    return with_artifact(model.denoiser, model.source, artifact, backend, cache_time_embeddings)
+
+
+def with_artifact(
+    original: nn.Module, source: str, artifact: Artifact, backend: str, cache_time_embeddings: bool
+) -> Denoiser:
+    """quantized_denoiser for a denoiser alone; source: where it is from, for messages."""
     step = StepState()
-    compute = get_backend(backend, model.device).compute
-    module = copy.deepcopy(model.denoiser)
-    layers = weight_layers(module)
+    device = next(original.parameters()).device
+    compute = get_backend(backend, device).compute
+    layers = weight_layers(original)
+    # what is replaced below need not be copied: the largest part of the model
+    replaced = [layers[name] for name in artifact.body["layers"] if name in layers]
+    module = copy.deepcopy(original, {id(layer): layer for layer in replaced})
     for name, entry in artifact.body["layers"].items():
         layer = layers.get(name)
         if layer is None or list(layer.weight.shape) != entry["weight_shape"]:
             raise ArtifactError(
-                f"{artifact.path}: layer {name} does not fit {model.source}",
+                f"{artifact.path}: layer {name} does not fit {source}",
                 'repeat "qncd quantize"',
             )
         below = tensors_below(f"{name}.", artifact.tensors)
@@ -139,6 +149,7 @@ def quantized_denoiser(
         replace_module(module, name, quantized)
     install_attention(module, artifact, step)
     if cache_time_embeddings:
-        for name in sorted(time_layers(model.denoiser)):
+        layers = weight_layers(module)
+        for name in sorted(time_layers(original)):
             replace_module(module, name, CachedTimestepLayer(layers[name], step))
-    return Denoiser(module.to(model.device), step, tuple(artifact.body["group_bounds"]))
+    return Denoiser(module.to(device), step, tuple(artifact.body["group_bounds"]))

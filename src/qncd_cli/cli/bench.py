@@ -1,0 +1,84 @@
+"""The command bench: one model's denoiser, full precision beside quantized."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .. import files
+from ..config import Config
+from ..config_files import load_config, parse_config
+from .console import Console
+from .shared import open_model
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """One of source and config_name is None."""
+
+    source: str | None
+    config_name: str | None
+    rows: str
+    batch_size: int
+    rounds: int
+    memory: bool
+    profile: bool
+    out: str | None
+
+
+def bench(console: Console, options: BenchOptions) -> None:
+    from ..metrics import benchmark
+    from ..stages import bench as stage
+    from ..stages.bench_row import parse_rows
+
+    if options.config_name is not None:
+        config, name = load_config(options.config_name), Path(options.config_name).stem
+    else:
+        config = parse_config({"model": {"source": options.source}}, "bench")
+        name = re.sub(r"[^\w.-]+", "-", config.model.source).strip("-.") or "model"
+    names = [part.strip().lower() for part in options.rows.split(",") if part.strip()]
+    request = stage.BenchRequest(
+        parse_rows(names, config.model.dtype),
+        options.batch_size,
+        options.rounds,
+        options.memory,
+        options.profile,
+    )
+    folder = Path(options.out) if options.out else Path("runs") / f"bench_{name}"
+    model = open_model(_in_float32(config), "cpu")
+    report = stage.run(config, model, request, _teller(), console.track)
+    files.write_json(folder / "bench.json", report)
+    page = folder / "bench.md"
+    files.write_bytes(page, benchmark.markdown(report, f"Bench of {name}").encode())
+
+    def render() -> None:
+        lines = benchmark.cells(report)
+        console.table(benchmark.COLUMNS, [list(line.values()) for line in lines])
+        for line in benchmark.missing(report):
+            print(line)
+        if report["profile"]:
+            shares = benchmark.profile_cells(report)
+            console.table(
+                benchmark.profile_columns(report), [list(line.values()) for line in shares]
+            )
+        print(benchmark.conditions(report))
+        print(f"bench: done in {report['seconds']:.1f} s, {page}")
+
+    console.result({**report, "out": str(folder)}, render)
+
+
+def _in_float32(config: Config) -> Config:
+    """All rows are made from the model in float32, whatever quantized rows leave in between."""
+    tree = config.to_dict()
+    tree["model"]["dtype"] = "float32"
+    return parse_config(tree, "bench")
+
+
+def _teller() -> Callable[[str], None]:
+    """Remarks on stderr; silent when that is no terminal."""
+    if not sys.stderr.isatty():
+        return lambda line: None
+    return lambda line: print(line, file=sys.stderr, flush=True)
