@@ -249,6 +249,7 @@ def test_a_denoiser_comes_back_from_disk_in_the_dtype_asked_for(tiny_model, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools")
 def test_every_row_in_a_process_of_its_own(tmp_path):
     save_tiny_pipeline(tmp_path / "model", block_out_channels=(64, 128))
     names = (*FLOATS, "float32-compiled", "bfloat16-compiled", "simulate-w4a8")
