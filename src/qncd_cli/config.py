@@ -178,7 +178,12 @@ class LayerOverride(_Section):
 class SensitiveConfig(_Section):
     """Finer codes for the layers whose rounding changes the denoiser's output most."""
 
-    weight_bits: float = Field(0.0, ge=0, le=4, description="extra bits, in the mean over weights")
+    weight_bits: float = Field(
+        0.0,
+        ge=0,
+        le=4,
+        description="extra bits of weights, in the mean over all; above 8 bits in two passes",
+    )
     activation_bits: float = Field(
         0.0,
         ge=0,
