@@ -15,7 +15,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
 | quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: entry}, attention {name: entry}, groups, group_bounds |
-| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope [T] | channels, steps, sampling, target |
+| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T] | channels, steps, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 """
 
@@ -146,7 +146,8 @@ def _quantized_layout(body: dict) -> Layout:
 def _noise_stats_layout(body: dict) -> Layout:
     steps, channels = body["steps"], body["channels"]
     per_channel = ("mean", "variance", "residual_mean", "affine_a", "affine_b", "runtime_mean")
-    per_step = ("correlation_k", "residual_variance", "runtime_variance", "runtime_slope")
+    runtime = ("variance", "slope", "tensor_gain", "channel_gain", "slope_gain")
+    per_step = ("correlation_k", "residual_variance", *[f"runtime_{name}" for name in runtime])
     layout: Layout = {"timesteps": (torch.int64, (steps,))}
     layout |= dict.fromkeys(per_channel, (torch.float32, (steps, channels)))
     layout |= dict.fromkeys(per_step, (torch.float32, (steps,)))
@@ -175,7 +176,7 @@ KINDS: dict[str, _Kind] = {
     "calibration": _Kind(2, _calibration_layout, "qncd calibrate"),
     "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate"),
     "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
-    "noise_stats": _Kind(1, _noise_stats_layout, "qncd quantize"),
+    "noise_stats": _Kind(2, _noise_stats_layout, "qncd quantize"),
     "latents": _Kind(1, _latents_layout, "qncd sample"),
 }
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from qncd_cli.quant.noise_correction import RuntimeCorrection, baseline_of
+from qncd_cli.quant.estimator_baseline import EstimatorBaseline
+from qncd_cli.quant.noise_correction import RuntimeCorrection
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 
@@ -50,7 +51,7 @@ def runtime(seeds=SEEDS, **options):
 def full_precision_baseline(predict, seeds=range(100, 116), **options):
     recorder = runtime(seeds, interval=1, apply=False, **options)
     sample(predict, recorder, seeds)
-    return baseline_of(recorder.estimates)
+    return EstimatorBaseline.of(recorder.estimates)
 
 
 def distance(x, y):

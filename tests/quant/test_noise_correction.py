@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from qncd_cli.errors import ConfigError
+from qncd_cli.quant.estimator_baseline import EstimatorBaseline, StepError, fit_gains
 from qncd_cli.quant.noise_correction import (
     SLOPE_RATIOS,
     contained_noise,
@@ -108,20 +110,19 @@ def test_baseline_takes_the_models_own_error_off(target, left):
     """Approximately: the baseline is an average over other seeds, the chance mean of z remains."""
     full_precision = gaussian(1.0, bias=5 * BIAS)  # a systematic error that is nobody's fault
     options = {"interval": 1, "granularity": "channel", "target": target}
-    means, variances, _ = full_precision_baseline(
-        full_precision, target=target, granularity="channel"
-    )
+    baseline = full_precision_baseline(full_precision, target=target, granularity="channel")
     plain = sample(full_precision)
     without = sample(full_precision, runtime(**options))
-    correction = runtime(**options, baseline=means, baseline_variance=variances)
+    correction = runtime(**options, baseline=baseline)
     with_baseline = sample(full_precision, correction)
     assert 0 < distance(with_baseline, plain) < left * distance(without, plain)
-    first = max(means)
-    assert means[first].shape == (3,) and variances[first].shape == ()
-    scalar = runtime(baseline=means)  # per-channel baseline, scalar correction
+    first = max(baseline.mean)
+    assert baseline.mean[first].shape == (3,) and baseline.variance[first].shape == ()
+    scalar = runtime(baseline=baseline)  # per-channel baseline, scalar correction
     assert sample(full_precision, scalar).shape == plain.shape
+    elsewhere = EstimatorBaseline({1: baseline.mean[first]}, {}, {})
     with pytest.raises(ConfigError, match="other steps"):
-        sample(full_precision, runtime(baseline={1: means[first]}))
+        sample(full_precision, runtime(baseline=elsewhere))
 
 
 @pytest.mark.parametrize("target", ["total", "injected"])
@@ -249,7 +250,7 @@ def test_runtime_options_are_checked(option):
 @pytest.mark.parametrize("k", [-0.1, 0.15])
 @pytest.mark.parametrize("target", ["total", "injected"])
 def test_slope_over_the_baseline_finds_a_planted_factor(target, k):
-    _, _, slopes = full_precision_baseline(gaussian(1.0), target=target)
+    slopes = full_precision_baseline(gaussian(1.0), target=target).slope
     correction = runtime(interval=1, target=target, apply=False)
     sample(gaussian(1.0, k=k), correction)
     ratios = torch.stack([e.slope / slopes[e.t] for e in correction.estimates])
@@ -261,21 +262,21 @@ def test_slope_over_the_baseline_finds_a_planted_factor(target, k):
 def test_slope_correction_removes_most_of_a_factor(target, share):
     seeds = range(6)
     exact = sample(gaussian(1.0), seeds=seeds)
-    _, _, slopes = full_precision_baseline(gaussian(1.0), target=target)
+    baseline = full_precision_baseline(gaussian(1.0), target=target)
 
     def left(k, **options):
         correction = runtime(seeds, interval=5, target=target, **options)
         return distance(sample(gaussian(1.0, k=k), correction, seeds), exact)
 
-    assert left(0.1, baseline_slope=slopes) < share * left(0.1)
+    assert left(0.1, baseline=baseline, slope=True) < share * left(0.1)
 
 
 def test_a_failed_slope_estimate_is_clamped():
     """A full-precision slope near zero, or far from the quantized one, is not followed."""
-    for baseline in (0.0, 1e-6, 1e6):
-        correction = runtime(
-            interval=1, baseline_slope=dict.fromkeys(range(1000), torch.tensor(baseline))
-        )
+    found = full_precision_baseline(gaussian(1.0))
+    for own in (0.0, 1e-6, 1e6):
+        slopes = dict.fromkeys(found.slope, torch.tensor(own))
+        correction = runtime(interval=1, baseline=replace(found, slope=slopes), slope=True)
         x = sample(gaussian(1.0), correction)
         assert torch.isfinite(x).all()
         assert set(correction.slope_ratio.tolist()) <= set(SLOPE_RATIOS)
@@ -287,10 +288,69 @@ def test_variance_for_stochastic_sampling_excludes_the_models_own():
     def quantized(x, t):
         return gaussian(1.0)(x, t) + sigma * torch.randn(x.shape, generator=noisy)
 
-    _, variances, _ = full_precision_baseline(gaussian(1.0))
-    correction = runtime(seeds, interval=1, baseline_variance=variances)
+    baseline = full_precision_baseline(gaussian(1.0))
+    correction = runtime(seeds, interval=1, baseline=baseline)
     sample(quantized, correction, seeds, eta=1.0)
     last = correction.deductible_variance(None)
     assert last.shape == (8,)
     assert last.mean().item() == pytest.approx(sigma**2, abs=0.05)
     assert runtime(deduct_variance=False).deductible_variance(None) is None
+
+
+# ---- how much of a reading is believed ---------------------------------------------------
+
+
+def with_gains(baseline, quantized, full, seeds=range(200, 216), **options):
+    """The baseline with its gains, from the quantized model's own trajectories."""
+    recorder, errors = runtime(seeds, interval=1, apply=False, **options), []
+
+    def on_step(i, t, x, prediction):
+        errors.append(StepError.of(round(float(t)), i, full(x, t), prediction))
+
+    sample(quantized, recorder, seeds, on_step=on_step)
+    gains = fit_gains(baseline, [(recorder.estimates, errors)], SLOPE_RATIOS)
+    variances = {e.t: torch.zeros(()) for e in errors}  # what is planted here has none
+    slope_gain = gains.pop("slope")
+    return replace(baseline, gain=gains, slope_gain=slope_gain, largest_variance=variances)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+@pytest.mark.parametrize(("slope", "eta"), [(False, 0.0), (True, 0.0), (False, 1.0)])
+@pytest.mark.parametrize("target", ["total", "injected"])
+def test_a_model_without_noise_is_left_exactly_as_it_is(target, slope, eta, granularity):
+    full = gaussian(1.0)
+    baseline = with_gains(full_precision_baseline(full, target=target), full, full, target=target)
+    options = {"interval": 1, "target": target, "granularity": granularity, "slope": slope}
+    corrected = sample(full, runtime(baseline=baseline, **options), eta=eta)
+    assert torch.equal(corrected, sample(full, eta=eta))
+
+
+def test_a_gain_is_the_part_of_a_reading_that_is_real():
+    """At the first step, where no shift has moved the trajectory yet: large ones are believed."""
+    full, options = gaussian(1.0), {"target": "injected"}
+    own = full_precision_baseline(full, **options)
+
+    def gains(bias):
+        found = with_gains(own, gaussian(1.0, bias=bias), full, **options).gain["channel"]
+        assert all(0 <= gain <= 1 for gain in found.values())
+        return [found[t].item() for t in sorted(found, reverse=True)]
+
+    assert gains(4 * BIAS)[0] > 0.9
+    assert max(gains(0.02 * BIAS)) < 0.2
+
+
+def test_believed_readings_repair_more_than_published_ones():
+    full, shifted = gaussian(1.0), gaussian(1.0, bias=BIAS)
+    exact = sample(full)
+    published = runtime(interval=5, target="injected")
+    believed = runtime(
+        interval=5,
+        target="injected",
+        granularity="channel",
+        baseline=with_gains(
+            full_precision_baseline(full, target="injected"), shifted, full, target="injected"
+        ),
+    )
+    left = distance(sample(shifted, believed), exact)
+    assert left < distance(sample(shifted), exact)
+    assert left < distance(sample(shifted, published), exact)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from qncd_cli.errors import ConfigError
-from qncd_cli.quant.noise_correction import RuntimeCorrection, baseline_of
+from qncd_cli.quant.estimator_baseline import EstimatorBaseline
+from qncd_cli.quant.noise_correction import RuntimeCorrection
 from qncd_cli.quant.noise_statistics import NoiseStatistics
 from qncd_cli.quant.offline_correction import AffineCorrection, PtqdCorrection
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
@@ -95,8 +96,7 @@ def correction_for(method, name, eta):
     if method == "runtime slope":
         recorder = RuntimeCorrection(generators_for([9], "baseline"), interval=1, apply=False)
         draw(name, "epsilon", eta, recorder, seeds=[9])
-        names = "baseline", "baseline_variance", "baseline_slope"
-        options |= dict(zip(names, baseline_of(recorder.estimates), strict=True))
+        options |= {"baseline": EstimatorBaseline.of(recorder.estimates), "slope": True}
     return RuntimeCorrection(generators_for(SEEDS, "correction"), **options)
 
 

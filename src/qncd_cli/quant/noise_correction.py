@@ -27,18 +27,17 @@ eps_s, a part of n, carries the factor. So z serves here, whatever the target.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .noise_statistics import at_timestep, timestep_key
+from .estimator_baseline import GRANULARITIES, Estimate, EstimatorBaseline
+from .noise_statistics import timestep_key
 
 TARGETS = ("injected", "total")
-GRANULARITIES = ("tensor", "channel")
 SLOPE_RATIOS = (0.5, 2.0)
 """A slope farther from the full-precision one says that the estimate failed; it is clamped."""
 
@@ -110,32 +109,6 @@ def slope(e: Tensor, z: Tensor) -> Tensor:
     return torch.stack([torch.dot(a, b) / torch.dot(b, b) for a, b in pairs])
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """One run-time estimate at t before any baseline: mean of q [N, C], its variance [N], k [N]."""
-
-    t: int
-    mean: Tensor
-    variance: Tensor
-    slope: Tensor
-
-
-def baseline_of(
-    estimates: Iterable[Estimate],
-) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, Tensor]]:
-    """What a model's own estimator scores per timestep: t -> mean [C], variance [], slope [].
-
-    Feed it the estimates of the full-precision model (`apply=False, interval=1`).
-    """
-    by_time: dict[int, list[Estimate]] = {}
-    for estimate in estimates:
-        by_time.setdefault(estimate.t, []).append(estimate)
-    means = {t: torch.cat([e.mean for e in group]).mean(0) for t, group in by_time.items()}
-    variances = {t: torch.cat([e.variance for e in group]).mean() for t, group in by_time.items()}
-    slopes = {t: torch.cat([e.slope for e in group]).mean() for t, group in by_time.items()}
-    return means, variances, slopes
-
-
 class RuntimeCorrection:
     """Estimate q with an extra denoiser call every `interval` steps, subtract its mean (QNCD).
 
@@ -145,13 +118,10 @@ class RuntimeCorrection:
     interval: estimates follow steps 0, interval, 2 * interval, ... and act from the next step on,
         until replaced. A step that does not lower the noise level (PNDM repeats timesteps) cannot
         be estimated; its turn passes to the next one.
-    baseline, baseline_variance: full-precision scores per timestep, t -> [C] or [], t -> []
-        (`baseline_of`); without them, as published, the model's own error counts as
-        quantization noise. With them an unquantized model is left unchanged only
-        approximately: a baseline is the mean over other samples and other draws of z.
-    baseline_slope: full-precision slope per timestep, t -> []; with it the prediction is also
-        divided by the sample's own slope over it (not in the paper). Without: no division. A
-        slope is a chance quantity, too: with no factor to find, it adds noise of its own.
+    baseline: what the full-precision model scores, and how much of an excess over it is real;
+        without it, as published, the model's own error and all chance count as quantization noise.
+    slope: also divide the prediction by the sample's own slope over the baseline's (not in the
+        paper). A slope is a chance quantity, too: with no factor to find, it adds noise of its own.
     apply: False only records `estimates`. deduct_variance: see `deductible_variance`.
     """
 
@@ -162,9 +132,8 @@ class RuntimeCorrection:
         target: str = "total",
         granularity: str = "tensor",
         interval: int = 10,
-        baseline: Mapping[int, Tensor] | None = None,
-        baseline_variance: Mapping[int, Tensor] | None = None,
-        baseline_slope: Mapping[int, Tensor] | None = None,
+        baseline: EstimatorBaseline | None = None,
+        slope: bool = False,
         apply: bool = True,
         deduct_variance: bool = True,
     ):
@@ -174,8 +143,7 @@ class RuntimeCorrection:
             raise ConfigError(f"correction interval {interval} is not positive", "use 1 or more")
         self.generators = list(generators)
         self.target, self.granularity, self.interval = target, granularity, interval
-        self.baseline, self.baseline_variance = baseline, baseline_variance
-        self.baseline_slope = baseline_slope
+        self.baseline, self.slope = baseline, slope
         self.apply, self.deduct_variance = apply, deduct_variance
         self.extra_calls = 0
         self.estimates: list[Estimate] = []
@@ -234,15 +202,11 @@ class RuntimeCorrection:
         variance = reduce_mean((q - mean).square(), "tensor").flatten()
         self.estimates.append(Estimate(t, reduce_mean(q, "channel").flatten(1), variance, k))
         if self.baseline is not None:
-            own = at_timestep(self.baseline, t).to(q)
-            own = own.mean() if self.granularity == "tensor" else own
-            mean = mean - own.reshape(1, -1, *[1] * (q.ndim - 2))
-        if self.baseline_variance is not None:
-            variance = (variance - at_timestep(self.baseline_variance, t).to(variance)).clamp(min=0)
+            mean = self.baseline.excess(t, mean, self.granularity)
+            variance = self.baseline.excess_variance(t, variance)
+            if self.slope:
+                self.slope_ratio = self.baseline.slope_ratio(t, k, SLOPE_RATIOS)
         self.q_mean, self.q_variance = mean, variance
-        if self.baseline_slope is not None:
-            ratio = k / at_timestep(self.baseline_slope, t).to(k)
-            self.slope_ratio = ratio.clamp(*SLOPE_RATIOS)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,9 @@ from ..artifacts import KINDS, Artifact
 from ..config import Config
 from ..errors import ConfigError
 from ..models.loading import DiffusionModel
-from ..quant.noise_correction import Estimate, RuntimeCorrection, baseline_of
-from ..quant.noise_statistics import NoiseStatistics
+from ..quant.estimator_baseline import Estimate, EstimatorBaseline, StepError, fit_gains
+from ..quant.noise_correction import SLOPE_RATIOS, RuntimeCorrection
+from ..quant.noise_statistics import NoiseStatistics, timestep_key
 from ..sampling.levels import StepInfo, plan_steps, with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.parametrization import prediction_type, to_eps
@@ -27,10 +28,10 @@ def measure_noise(
     """Quantization noise per timestep, and what the run-time estimator reads without any.
 
     Pairs (eps, eps~) are taken along the quantized model's own trajectories, where corrections
-    will meet them. The run-time estimator runs on the full-precision model at every step: what
-    it reads there is the model's own error, the baseline of method.md section 3. Both are in eps,
-    whatever the model predicts. Where corrections have no meaning (`plan_steps`) the artifact
-    holds no timestep, and its body says why.
+    will meet them. The run-time estimator runs on both models at every step: what it reads on the
+    full-precision one is the model's own error, the baseline of method.md section 3; how well it
+    foretells the pairs is its gain. All in eps, whatever the model predicts. Where corrections
+    have no meaning (`plan_steps`) the artifact holds no timestep, and its body says why.
     """
     sampling = config.sampling
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
@@ -74,7 +75,8 @@ def _measure(
     cache = config.quantization.cache_time_embeddings
     simulated = quantized_denoiser(model, quantized, "simulate", cache)
     statistics, kind = NoiseStatistics(), prediction_type(scheduler)
-    estimates: list[Estimate] = []
+    own: list[Estimate] = []
+    readings: list[tuple[list[Estimate], list[StepError]]] = []
     seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
     batches = chunks(seeds, calibration.batch_size)
     for batch in track(batches, "measuring quantization noise", len(batches)):
@@ -82,35 +84,54 @@ def _measure(
         predict_full = guided_predict(model, full, labels, sampling.guidance_scale)
         predict_quantized = guided_predict(model, simulated, labels, sampling.guidance_scale)
 
-        def draw(predict: Predict, batch: list[int] = batch, **options: Any) -> None:
-            generators = generators_for(batch)
-            options["eta"] = sampling.eta
-            denoise(predict, scheduler, sampling.steps, generators, model.latent_shape, **options)
+        def estimates(
+            predict: Predict, batch: list[int] = batch, on_step: OnStep | None = None
+        ) -> list[Estimate]:
+            """The estimator's readings along one batch of trajectories of the model."""
+            target = config.correction.inter.target
+            generators = generators_for(batch, "baseline")
+            estimator = RuntimeCorrection(generators, target=target, interval=1, apply=False)
+            denoise(
+                predict,
+                scheduler,
+                sampling.steps,
+                generators_for(batch),
+                model.latent_shape,
+                eta=sampling.eta,
+                correction=estimator,
+                on_step=on_step,
+            )
+            return estimator.estimates
 
-        draw(predict_quantized, on_step=pair_recorder(statistics, plan, kind, predict_full))
-        estimator = RuntimeCorrection(
-            generators_for(batch, "baseline"),
-            target=config.correction.inter.target,
-            interval=1,
-            apply=False,
-        )
-        draw(predict_full, correction=estimator)
-        estimates += estimator.estimates
+        errors: list[StepError] = []
+        record = pair_recorder(statistics, errors, plan, kind, predict_full)
+        readings.append((estimates(predict_quantized, on_step=record), errors))
+        own += estimates(predict_full)
     tensors = statistics.finish()
-    means, variances, slopes = baseline_of(estimates)
-    times = tensors["timesteps"].tolist()
-    unseen = torch.zeros(model.latent_shape[0]), torch.zeros(()), torch.ones(())
-    for name, table, default in zip(
-        ("mean", "variance", "slope"), (means, variances, slopes), unseen, strict=True
-    ):
-        tensors[f"runtime_{name}"] = torch.stack([table.get(t, default).float() for t in times])
+    baseline = EstimatorBaseline.of(own)
+    gains = fit_gains(baseline, readings, SLOPE_RATIOS)
+    tables: dict[str, Mapping[int, Tensor]] = {
+        "mean": baseline.mean,
+        "variance": baseline.variance,
+        "slope": baseline.slope,
+        **{f"{name}_gain": table for name, table in gains.items()},
+    }
+    unseen = {"mean": torch.zeros(model.latent_shape[0]), "slope": torch.ones(())}
+    for name, table in tables.items():
+        default = unseen.get(name, torch.zeros(()))
+        rows = [table.get(t, default).float() for t in tensors["timesteps"].tolist()]
+        tensors[f"runtime_{name}"] = torch.stack(rows)
     return tensors
 
 
 def pair_recorder(
-    statistics: NoiseStatistics, plan: Sequence[StepInfo], kind: str, predict_full: Predict
+    statistics: NoiseStatistics,
+    errors: list[StepError],
+    plan: Sequence[StepInfo],
+    kind: str,
+    predict_full: Predict,
 ) -> OnStep:
-    """on_step that adds (eps, eps~) at the quantized trajectory's own inputs to `statistics`.
+    """on_step that adds (eps, eps~) at the quantized trajectory's own inputs to both records.
 
     kind: what both models predict; plan: of the sampler whose steps are recorded.
     """
@@ -119,5 +140,6 @@ def pair_recorder(
         predictions = predict_full(x, t), prediction
         eps, eps_q = (to_eps(p, x, plan[index].abar_t, kind) for p in predictions)
         statistics.update(t, eps, eps_q)
+        errors.append(StepError.of(timestep_key(t), index, eps, eps_q))
 
     return record

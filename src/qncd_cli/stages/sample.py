@@ -28,9 +28,9 @@ from ..errors import ArtifactError, ConfigError
 from ..files import read_json, remove_temporaries, write_bytes, write_json
 from ..metrics.report import contact_sheet
 from ..models.loading import DiffusionModel
+from ..quant.estimator_baseline import EstimatorBaseline
 from ..quant.layers import QuantizedLayer
 from ..quant.noise_correction import RuntimeCorrection
-from ..quant.noise_statistics import by_timestep
 from ..quant.offline_correction import AffineCorrection, PtqdCorrection
 from ..sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
 from ..sampling.noise import chunks, generators_for
@@ -256,19 +256,14 @@ def make_correction(
         return PtqdCorrection(statistics, deduct_variance=deduct)
     if inter.method == "affine":
         return AffineCorrection(statistics)
-    baseline = baseline_variance = baseline_slope = None
-    if inter.baseline == "full_precision":
-        baseline = by_timestep(statistics, "runtime_mean")
-        baseline_variance = by_timestep(statistics, "runtime_variance")
-        baseline_slope = by_timestep(statistics, "runtime_slope") if inter.slope else None
+    compared = inter.baseline == "full_precision"
     return RuntimeCorrection(
         generators_for(seeds, "correction"),
         target=inter.target,
         granularity=inter.granularity,
         interval=inter.interval,
-        baseline=baseline,
-        baseline_variance=baseline_variance,
-        baseline_slope=baseline_slope,
+        baseline=EstimatorBaseline.from_statistics(statistics) if compared else None,
+        slope=inter.slope,
         deduct_variance=deduct,
     )
 
