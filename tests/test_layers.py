@@ -42,6 +42,7 @@ SHARED = [
         "budget",
         "choose_smoothing",
         "coverage",
+        "graphs",
         "hessians",
         "layer_error",
         "measure_noise",
@@ -50,6 +51,7 @@ SHARED = [
         "probes",
         "reconstruct",
         "sensitivity",
+        "subject",
     )
 ]
 

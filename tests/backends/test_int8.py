@@ -15,8 +15,9 @@ from conftest import Qncd
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from qncd_cli.backends import base, int8
+from qncd_cli.backends import base, int8, traced
 from qncd_cli.backends.reference import simulate
 from qncd_cli.errors import BackendUnavailable
 from qncd_cli.quant.affine import QParams, quantize, quantize_uint8
@@ -215,6 +216,34 @@ def test_smoothing_strides_batch_size_and_timestep_group(channels_last):
     linear = layer_of(nn.Linear(6, 5), smoothing=factor)
     x = random(2, 6, 9).transpose(1, 2)
     assert relative(linear(x), simulate(linear, x)) < 1e-6
+
+
+@needs_int8
+@pytest.mark.parametrize("activation_bits", [6, 8, 16])
+@pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
+def test_what_a_graph_is_traced_from_is_what_the_layer_computes(original, shape, activation_bits):
+    """Bit for bit, at every timestep group; the operator's fake has the output's layout."""
+    out, channels = original.weight.shape[0], shape[1] if len(shape) == 4 else shape[-1]
+    zero_points = (7, 2**activation_bits - 20)
+    extras = {"shift": random(channels, seed=4), "bias_correction": random(2, out, seed=5)}
+    factor = random(channels, seed=3).abs() + 0.2
+    layer = layer_of(original, 4, activation_bits, zero_points, smoothing=factor, **extras)
+    x, layers = random(*shape) * 2, {f"test:{id(layer)}": layer}
+    x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+    traced.register(layers)
+    codes = layer.weight
+    for group in (0, 1):
+        layer.step.group = group
+        expected = layer(x)
+        with traced.traceable(layers):
+            layer.step.group = torch.tensor([group])
+            assert torch.equal(layer(x), expected)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fake = layer(mode.from_tensor(x))
+        assert fake.shape == expected.shape
+        assert fake.dtype == expected.dtype
+        assert fake.stride() == expected.stride()
+    assert layer.weight is codes
 
 
 @needs_int8

@@ -27,6 +27,7 @@ needs_int8 = pytest.mark.skipif(
     bool(int8.why_unavailable(CPU)), reason="this CPU has no integer kernels"
 )
 FLOATS = ("float32-eager", "bfloat16-eager")
+GRAPH = () if int8.why_unavailable(CPU) else ("int8-w4a8", "int8-w4a8-compiled")
 
 
 def benched(folder, rows, **options):
@@ -228,7 +229,7 @@ def test_what_a_row_takes_alone(tiny_model, tmp_path):
     inputs.save(tmp_path / "inputs.pt")
     (row,) = parse_rows(["float32-eager"])
     threads = torch.get_num_threads()
-    job = Alone(row, tmp_path / "float32", None, tmp_path / "inputs.pt", True, threads)
+    job = Alone(row, tmp_path / "float32", None, tmp_path / "inputs.pt", tmp_path, True, threads)
     found = measure_alone(job)
     assert tuple(found) == FACTS
     assert found["load_seconds"] > 0
@@ -249,17 +250,18 @@ def test_a_denoiser_comes_back_from_disk_in_the_dtype_asked_for(tiny_model, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # three compilations
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools")
 def test_every_row_in_a_process_of_its_own(tmp_path):
     save_tiny_pipeline(tmp_path / "model", block_out_channels=(64, 128))
-    names = (*FLOATS, "float32-compiled", "bfloat16-compiled", "simulate-w4a8")
+    names = (*FLOATS, "float32-compiled", "simulate-w4a8", *GRAPH)
     report = benched(tmp_path / "model", names, rounds=2, alone=True)
     assert report["unavailable"] == {}
     rows = by_name(report)
     assert list(rows) == list(names)
     whole = rows["float32-eager"]
     assert whole["peak_bytes"] > whole["disk_bytes"]
-    for kind in ("float32", "bfloat16"):
-        compiled, eager = rows[f"{kind}-compiled"], rows[f"{kind}-eager"]
+    for compiled, eager in [("float32-compiled", "float32-eager"), *[GRAPH[::-1]] * bool(GRAPH)]:
+        compiled, eager = rows[compiled], rows[eager]
         assert compiled["prepare_seconds"] > eager["prepare_seconds"]
         assert compiled["peak_bytes"] > eager["peak_bytes"]  # the compiler's own memory

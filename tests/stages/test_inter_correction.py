@@ -18,6 +18,7 @@ from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 from qncd_cli.stages import calibrate, quantize, sample
+from qncd_cli.stages import subject as subjects
 from qncd_cli.stages.assemble import guided_predict
 
 STEPS, GUIDANCE = 3, 2.0
@@ -54,7 +55,7 @@ def quantized(folder, **scheduler_config):
     calibration, smoothing = calibrate.run(config, model)
     result = quantize.run(config, model, calibration, smoothing)
     noise_stats = artifacts.seal(result.noise_stats)
-    return model, sample.quantized(model, result.quantized, noise_stats)
+    return model, subjects.quantized(model, result.quantized, noise_stats)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_noise_is_measured_in_eps_along_the_quantized_trajectory(v_model):
     model, subject = v_model
     measured = subject.noise_stats
     labels = model.labels([0, 1], "all")
-    full = guided_predict(model, sample.full_precision(model).denoiser, labels, GUIDANCE)
+    full = guided_predict(model, subjects.full_precision(model).denoiser, labels, GUIDANCE)
     simulated = guided_predict(model, subject.denoiser, labels, GUIDANCE)
     scheduler = make_scheduler("ddim", model.scheduler_config)
     abar = [step.abar_t for step in plan_steps(with_timesteps(scheduler, STEPS))]

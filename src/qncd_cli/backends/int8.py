@@ -50,20 +50,33 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """x of any float dtype -> output of the same dtype; simulated where why_not has a reason."""
     if why_not(layer):
         return simulate(layer, x)
-    kernel = _kernel(layer, x)
-    scale = kernel.input_scale[layer.step.group]
-    zero_point = kernel.input_zero_point[layer.step.group]
-    y = layer.smoothed(x.to(torch.float32))
-    bias = layer.bias_now()
-    if layer.activation_bits <= 8:
-        codes = quantize_uint8(y, scale, zero_point, layer.activation_bits)
-        return _multiply(layer, kernel, codes, scale, zero_point, bias).to(x.dtype)
+    group = layer.step.group
+    assert isinstance(group, int)
     qparams = layer.input_qparams()
-    codes = quantize(y, qparams, activation_spec(layer.activation_bits))
-    high, low = (codes >> 8).to(torch.uint8), (codes & 255).to(torch.uint8)
+    y = layer.smoothed(x.to(torch.float32))
+    bits, high = layer.activation_bits, None
+    if bits <= 8:
+        low = quantize_uint8(y, float(qparams.scale), int(qparams.zero_point), bits)
+    else:
+        codes = quantize(y, qparams, activation_spec(bits))
+        high, low = (codes >> 8).to(torch.uint8), (codes & 255).to(torch.uint8)
+    return multiply(layer, low, high, layer.bias_now(), group).to(x.dtype)
+
+
+def multiply(
+    layer: QuantizedLayer, low: Tensor, high: Tensor | None, bias: Tensor | None, group: int
+) -> Tensor:
+    """Codes uint8 [N, C, ...] or [..., C], of one or two bytes, times the layer's weight: float32.
+
+    group: the timestep group whose scale and zero-point the codes have.
+    """
+    kernel = _kernel(layer, low)
+    scale, zero_point = kernel.input_scale[group], kernel.input_zero_point[group]
+    if high is None:
+        return _multiply(layer, kernel, low, scale, zero_point, bias)
     output = _multiply(layer, kernel, low, scale, zero_point & 255, bias)
     output += _multiply(layer, kernel, high, 256 * scale, zero_point >> 8, None)
-    return output.to(x.dtype)
+    return output
 
 
 def _multiply(
@@ -97,7 +110,7 @@ def _pass(
 ) -> Tensor:
     operands = (scale, zero_point, weight, weight_scale, kernel.weight_zero_point, bias)
     if layer.is_conv:
-        return torch.ops.onednn.qconv_pointwise(codes, *operands, *_geometry(layer), *FLOAT_OUTPUT)
+        return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *FLOAT_OUTPUT)
     return torch.ops.onednn.qlinear_pointwise(codes, *operands, *FLOAT_OUTPUT)
 
 
@@ -114,7 +127,7 @@ def why_not(layer: QuantizedLayer) -> str:
     return ""
 
 
-def _geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
+def geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
     """stride, padding, dilation, groups."""
     assert not isinstance(layer.padding, str)  # why_not has refused it
     return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
@@ -133,7 +146,7 @@ def _prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) 
         return torch.ops.onednn.qlinear_prepack(weight, [x.shape[:-1].numel(), x.shape[-1]])
     input_scale, input_zero_point = float(layer.input_scale[0]), int(layer.input_zero_point[0])
     return torch.ops.onednn.qconv_prepack(
-        weight, scale, input_scale, input_zero_point, *_geometry(layer), list(x.shape)
+        weight, scale, input_scale, input_zero_point, *geometry(layer), list(x.shape)
     )
 
 

@@ -34,6 +34,7 @@ class SampleOptions:
     inter: str | None = None
     full_precision: bool = False
     backend: str = "auto"
+    compiled: bool | None = None
     name: str | None = None
     overrides: tuple[str, ...] = ()
     run_dir: str | None = None
@@ -177,6 +178,8 @@ def _parse_classes(text: str) -> str | list[int]:
 
 def sample(console: Console, options: SampleOptions) -> Path:
     from ..stages import sample as stage
+    from ..stages import subject as subjects
+    from ..stages.graphs import FOLDER
 
     start = time.perf_counter()
     run = find_run(options.run_dir)
@@ -189,9 +192,9 @@ def sample(console: Console, options: SampleOptions) -> Path:
         noise_stats = artifacts.read(run.tensors("noise_stats"), "noise_stats")
     model = open_model(config, options.device)
     if quantized is None or noise_stats is None:
-        subject = stage.full_precision(model)
+        subject = subjects.full_precision(model)
     else:
-        subject = stage.quantized(model, quantized, noise_stats, options.backend)
+        subject = subjects.quantized(model, quantized, noise_stats, options.backend)
         _note_backend(console, subject)
     folder = run.samples(options.name or subject.kind)
     request = stage.SampleRequest(
@@ -200,6 +203,14 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if options.force:
         stage.check(config, model, subject, request)
         stage.clear(folder)
+    begun = stage.begun(folder)
+    how = subjects.Compiling(
+        run.path / FOLDER,
+        console.note,
+        options.compiled,
+        bool(begun.get("compiled", False)) if begun else None,
+    )
+    subject = subjects.compiled(config, model, subject, request.seeds, request.batch_size, how)
     manifest = stage.run(config, model, subject, request, console.track)
     _done(
         console,

@@ -106,12 +106,13 @@ def _full_folder(
     """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
     from ..stages import chain
     from ..stages import sample as stage
+    from ..stages.subject import full_precision
 
     tree = config.to_dict()
     seeds = quantized_set.seeds
     tree["sampling"] = {**quantized_set.manifest["sampling"], "seed": seeds[0]}
     config = parse_config(tree, str(quantized_set.folder))
-    subject = stage.full_precision(model)
+    subject = full_precision(model)
     digest = stage.identify(config, model, subject)["digest"]
     own = run.samples("full")
     if own.is_dir():

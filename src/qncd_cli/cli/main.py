@@ -219,6 +219,12 @@ def quantize(budget, overrides, run_dir, device, force, as_json, debug):
     type=click.Choice(["none", "runtime", "ptqd", "affine"]),
     help="Correction of the noise that accumulates over the steps.",
 )
+@click.option(
+    "--compile/--no-compile",
+    "compiled",
+    default=None,
+    help="Compile the int8 denoiser, once per artifact (default: where it saves time).",
+)
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
 @click.option("--name", metavar="NAME", help="Name of the sample set (default: quantized, full).")
 @_set
@@ -392,7 +398,7 @@ def convert(checkpoint, compvis_config, out, force, as_json, debug):
     "--rows",
     metavar="NAME,NAME,...",
     default="float32-eager,float32-compiled,bfloat16-eager,bfloat16-compiled,"
-    "simulate-w4a8,int8-w4a8,int8-w8a8",
+    "simulate-w4a8,int8-w4a8,int8-w4a8-compiled,int8-w8a8-compiled",
     show_default=True,
     help="What to measure; quantized rows take any widths of 2 to 8 bits.",
 )

@@ -46,6 +46,8 @@ class QuantizedAttnProcessor(nn.Module):
         self.step = step
         self.scale = scale
         self.qk_norm = qk_norm
+        if probabilities_bits != FLOAT_BITS:
+            self.probabilities = probabilities_qparams(probabilities_bits)
         for operand in ATTENTION_OPERANDS if bits != FLOAT_BITS else ():
             for part in ("scale", "zero_point"):
                 self.register_buffer(f"{operand}_{part}", tensors[f"{operand}_{part}"])
@@ -78,13 +80,13 @@ class QuantizedAttnProcessor(nn.Module):
             if attn.norm_cross is not None:
                 context = attn.norm_encoder_hidden_states(context)
         query, key, value = self._heads(attn, x, context)
-        mask = _mask_per_head(attn, attention_mask, len(context), context.shape[1])
+        mask = _mask_per_head(attn, attention_mask, *context.shape[:2])
         y = self.products(query.float(), key.float(), value.float(), mask).to(query.dtype)
         y = y.transpose(1, 2).flatten(2)  # [N, L, heads * d]
         for layer in attn.to_out:
             y = layer(y)
         if image_shape is not None:
-            y = y.transpose(1, 2).reshape(len(y), -1, *image_shape[2:])
+            y = y.transpose(1, 2).unflatten(2, image_shape[2:])
         if attn.residual_connection:
             y = y + hidden_states
         return y / attn.rescale_output_factor
@@ -115,16 +117,14 @@ class QuantizedAttnProcessor(nn.Module):
             scores = scores + mask
         probabilities = scores.softmax(-1)
         if self.probabilities_bits != FLOAT_BITS:
-            qparams = probabilities_qparams(self.probabilities_bits)
             spec = activation_spec(self.probabilities_bits)
-            probabilities = fake_quantize(probabilities, qparams, spec)
+            probabilities = fake_quantize(probabilities, self.probabilities, spec)
         return probabilities @ self._quantized(value, "value")
 
     def operand_qparams(self, operand: str) -> QParams:
         """Of the query, key or value, at the current timestep group."""
-        group = self.step.group
-        scale = self.get_buffer(f"{operand}_scale")
-        return QParams(scale[group], self.get_buffer(f"{operand}_zero_point")[group])
+        tables = (self.get_buffer(f"{operand}_{part}") for part in ("scale", "zero_point"))
+        return QParams(*(self.step.pick(table) for table in tables))
 
     def _quantized(self, x: Tensor, operand: str) -> Tensor:
         if self.bits == FLOAT_BITS:

@@ -25,11 +25,22 @@ Compute = Callable[["QuantizedLayer", Tensor], Tensor]
 class StepState:
     """Which timestep the running call of the denoiser is at.
 
-    timestep: of the noise schedule; group: index of the activation ranges that hold there.
+    timestep: of the noise schedule; group: index of the activation ranges that hold there, a
+    tensor [1] int64 while a graph is traced that has it as an input.
     """
 
     timestep: float = 0.0
-    group: int = 0
+    group: int | Tensor = 0
+
+    def pick(self, table: Tensor) -> Tensor:
+        """The row of a table [G, ...] that holds at the current timestep group.
+
+        In a graph the row of a table [G] is [1], which costs the compiler less than [].
+        """
+        if isinstance(self.group, int):
+            return table[self.group]
+        row = table.index_select(0, self.group)
+        return row if table.ndim == 1 else row.squeeze(0)
 
 
 class QuantizedLayer(nn.Module):
@@ -88,8 +99,7 @@ class QuantizedLayer(nn.Module):
 
     def input_qparams(self) -> QParams:
         """Of the current timestep group."""
-        group = self.step.group
-        return QParams(self.input_scale[group], self.input_zero_point[group])
+        return QParams(self.step.pick(self.input_scale), self.step.pick(self.input_zero_point))
 
     def smoothed(self, x: Tensor) -> Tensor:
         """(x - shift) / S along the channels ([N, C, H, W] or [..., C])."""
@@ -101,7 +111,7 @@ class QuantizedLayer(nn.Module):
         """bias and its correction at the current timestep group, [O]."""
         if self.bias_correction is None:
             return self.bias
-        correction = self.bias_correction[self.step.group]
+        correction = self.step.pick(self.bias_correction)
         return correction if self.bias is None else self.bias + correction
 
     def integer_weight(self) -> Tensor:
@@ -144,8 +154,15 @@ class CachedTimestepLayer(nn.Module):
         self._rows: dict[float, Tensor] = {}
 
     def forward(self, x: Tensor, *args) -> Tensor:
+        if isinstance(self.step.group, Tensor):  # a graph has no memory, and one row costs little
+            row = self.original(x[:1], *args)
+        else:
+            row = self._row(x, *args)
+        return row.expand(x.shape[0], *row.shape[1:])
+
+    def _row(self, x: Tensor, *args) -> Tensor:
         row = self._rows.get(self.step.timestep)
         if row is None:
             row = self.original(x[:1], *args).detach()
             self._rows[self.step.timestep] = row
-        return row.expand(x.shape[0], *row.shape[1:])
+        return row

@@ -32,11 +32,12 @@ from ..files import read_json, write_json
 from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
 from ..run_dir import RunDir
-from . import chain
+from . import chain, graphs
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
 from .assemble import Track, no_progress
 from .evaluate import Measured, Protocol
+from .subject import Compiling, compiled, quantized
 from .variants import Variant
 
 Tell = Callable[[str], None]
@@ -70,6 +71,7 @@ class _Work:
     request: AblateRequest
     model: DiffusionModel
     protocol: Protocol
+    tell: Tell
     track: Track
     full: Measured | None = None
     redone: set[Path] = field(default_factory=set)
@@ -95,7 +97,7 @@ def run(
     protocol = evaluate_stage.prepared(protocol)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
-    work = _Work(request, model, protocol, track)
+    work = _Work(request, model, protocol, tell, track)
     table = _table(variants[0].config, work)
     for number, variant in enumerate(variants, start=1):
         identity = identify(variant.config, work)
@@ -202,7 +204,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
     with _clock(seconds, "quantize"):
         made = RunDir(request.folder / "quantized" / identity["quantize"])
         force = work.force(made.path)
-        quantized = chain.quantize(
+        reused = chain.quantize(
             made, config, model, calibration, smoothing, work.track, force=force
         )
     with _clock(seconds, "sample"):
@@ -222,7 +224,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
         "extra_calls": samples.manifest["extra_calls"],
         "seconds": round(sum(seconds.values()), 2),
         "seconds_by_stage": {name: round(value, 2) for name, value in seconds.items()},
-        "reused": [n for n, was in (("calibrate", calibrated), ("quantize", quantized)) if was],
+        "reused": [n for n, was in (("calibrate", calibrated), ("quantize", reused)) if was],
         "digests": identity,
     }
     full = _distribution(metrics["full"])
@@ -241,28 +243,29 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     config, request = variant.config, work.request
     artifact = artifacts.read(made.tensors("quantized"), "quantized")
     noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
-    subject = sample_stage.quantized(work.model, artifact, noise_stats, request.backend)
+    subject = quantized(work.model, artifact, noise_stats, request.backend)
     folder = request.samples(variant)
     drawing = sample_stage.SampleRequest(
         folder, config.sampling.seed, request.count, request.batch_size
     )
     sample_stage.check(config, work.model, subject, drawing)
+    begun = _manifest(folder)
+    was = bool(begun.get("compiled", False)) if begun else None
+    how = Compiling(made.path / graphs.FOLDER, work.tell, begun=was)
+    subject = compiled(config, work.model, subject, drawing.seeds, drawing.batch_size, how)
     digest = sample_stage.identify(config, work.model, subject)["digest"]
-    if work.force(folder) or _digest_of_set(folder) not in (None, digest):
+    if work.force(folder) or (begun is not None and begun.get("digest") != digest):
         sample_stage.clear(folder)
     sample_stage.run(config, work.model, subject, drawing, work.track)
     return folder
 
 
-def _digest_of_set(folder: Path) -> str | None:
-    """What the samples in a folder were made from; "" where their manifest does not say."""
-    path = folder / sample_stage.MANIFEST
-    if not path.exists():
-        return None
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Of the samples in a folder; empty where it is damaged."""
     try:
-        return read_json(path, "qncd ablate").get("digest", "")
+        return sample_stage.begun(folder)
     except ArtifactError:
-        return ""
+        return {}
 
 
 def _full_set(config: Config, work: _Work) -> Measured:

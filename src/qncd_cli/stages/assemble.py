@@ -67,7 +67,10 @@ class Denoiser:
             }
             x = x.to(self._device, self._dtype)
             t = torch.as_tensor(t, device=self._device).expand(len(x))
-            return self.module(x, t, **condition).sample.float().cpu()
+            return self._predict(x, t, condition).float().cpu()
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        return self.module(x, t, **condition).sample
 
 
 def group_bounds(timesteps: list[float], groups: int) -> tuple[float, ...]:

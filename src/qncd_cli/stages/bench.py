@@ -36,8 +36,19 @@ from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from .assemble import Denoiser, Track, denoiser_costs, no_progress
 from .bench_profile import profiled
-from .bench_row import BASELINE, FACTS, Alone, Inputs, Row, build, measure_alone, reason
+from .bench_row import (
+    BASELINE,
+    FACTS,
+    Alone,
+    Inputs,
+    Row,
+    build,
+    measure_alone,
+    reason,
+    with_graph,
+)
 from .bench_time import time_rows, timings
+from .graphs import FOLDER
 
 Tell = Callable[[str], None]
 TIMESTEP = 500.0
@@ -249,7 +260,8 @@ def _measure_alone(work: _Work) -> dict[str, dict[str, Any]]:
         made = work.made[row.widths][0].path if row.widths is not None else None
         cached = work.config.quantization.cache_time_embeddings
         threads = torch.get_num_threads()
-        job = Alone(row, work.folder / row.dtype, made, path, cached, threads)
+        graphs = work.folder / FOLDER
+        job = Alone(row, work.folder / row.dtype, made, path, graphs, cached, threads)
         try:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 found = pool.submit(measure_alone, job).result()
@@ -277,6 +289,7 @@ def _warm(work: _Work) -> dict[str, Denoiser]:
         cached = work.config.quantization.cache_time_embeddings
         try:
             denoiser = build(row, module, artifact, cached)
+            denoiser = with_graph(row, denoiser, work.inputs, work.folder / FOLDER)
             for _ in range(WARM_UP):
                 work.inputs.call(denoiser)()
         except Exception as error:  # as when the row runs alone

@@ -2,7 +2,8 @@
 
 Every operator counts for the innermost module around it that says what kind of work it is:
 quantized layer, float layer, attention, norm or activation function. The rest is residual
-additions, embeddings, concatenations and Python.
+additions, embeddings, concatenations and Python. In a compiled graph, which has no modules, all
+that is not an operator is one kind: norms, activation functions, quantization, attention.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ KINDS = (
     "float layers",
     "attention products",
     "norms and activations",
+    "compiled code",
     "rest",
 )
 _RANGE = "qncd: "
 _INTEGER_KERNEL = "onednn::q"
+_GRAPH = "AOTIModelContainerRunner"
 _ACTIVATIONS = ("SiLU", "GELU", "GEGLU", "ApproximateGELU", "SwiGLU", "Mish", "ReLU")
 
 
@@ -53,6 +56,8 @@ def profiled(module: nn.Module, call: Callable[[], Tensor], calls: int = 3) -> d
 def _kind_of(event: Any) -> str:
     if event.name.startswith(_INTEGER_KERNEL):
         return "integer kernels"
+    if event.name.startswith(_GRAPH):
+        return "compiled code"
     if event.name.startswith(_RANGE):
         return "rest"  # what is left of a range without its operators is Python
     around = event.cpu_parent

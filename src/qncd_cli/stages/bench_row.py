@@ -7,10 +7,7 @@ be: what a row holds shows in a process that holds nothing else.
 from __future__ import annotations
 
 import difflib
-import os
 import re
-import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,16 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from .. import artifacts
+from ..backends import graph
 from ..backends.base import BACKENDS
 from ..errors import ConfigError, QncdError
 from ..models.loading import DTYPES
 from ..models.stored import load_denoiser
 from ..quant.layers import StepState
+from . import graphs
 from .assemble import Denoiser, with_artifact
 
 FLOAT_ROWS = tuple(f"{d}-{how}" for d in ("float32", "bfloat16") for how in ("eager", "compiled"))
 BASELINE = FLOAT_ROWS[0]
-_QUANTIZED_ROWS = tuple(f"{b}-{w}" for b in BACKENDS for w in ("w8a8", "w4a8", "w4a6", "w4a4"))
+_WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
+_QUANTIZED_ROWS = (
+    *(f"{backend}-{w}" for backend in BACKENDS for w in _WIDTHS),
+    *(f"int8-{w}-compiled" for w in _WIDTHS),
+)
 FACTS = ("load_seconds", "prepare_seconds", "peak_bytes", "running_bytes")
 _PROC = Path("/proc/self")
 
@@ -57,12 +60,10 @@ class Row:
 
     def why_unavailable(self) -> str:
         """Why the row cannot be measured on this machine; empty where it can."""
+        why = ""
         if self.backend is not None:
-            return BACKENDS[self.backend].why_unavailable(torch.device("cpu"))
-        if not self.compiled:
-            return ""
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        return "" if shutil.which(compiler) else f"no C++ compiler {compiler} (CXX names another)"
+            why = BACKENDS[self.backend].why_unavailable(torch.device("cpu"))
+        return why or (graph.why_unavailable() if self.compiled else "")
 
 
 def parse_rows(names: Sequence[str], dtype: str = "float32") -> list[Row]:
@@ -77,11 +78,12 @@ def _parse(name: str, dtype: str) -> Row:
         kind, _, how = name.partition("-")
         return Row(name, kind, kind, how == "compiled")
     backend, _, widths = name.partition("-")
-    match = re.fullmatch(r"w([2-8])a([2-8])", widths)
-    if backend in BACKENDS and match:
+    match = re.fullmatch(r"w([2-8])a([2-8])(-compiled)?", widths)
+    compiled = match is not None and match[3] is not None
+    if backend in BACKENDS and match and (backend == "int8" or not compiled):
         arithmetic = "int8" if backend == "int8" else "float32"
         pair = int(match[1]), int(match[2])
-        return Row(name, dtype, arithmetic, backend=backend, widths=pair)
+        return Row(name, dtype, arithmetic, compiled, backend, pair)
     close = difflib.get_close_matches(name, [*FLOAT_ROWS, *_QUANTIZED_ROWS], n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {_known()}"
     raise ConfigError(f"--rows {name}: unknown row", hint)
@@ -89,24 +91,7 @@ def _parse(name: str, dtype: str) -> Row:
 
 def _known() -> str:
     backends = (f"{backend}-w4a8 and other widths of 2 to 8 bits" for backend in BACKENDS)
-    return ", ".join([*FLOAT_ROWS, *backends])
-
-
-def build(
-    row: Row, module: nn.Module, artifact: artifacts.Artifact | None, cached: bool
-) -> Denoiser:
-    """The row's denoiser. module: full precision in row.dtype; a float row may lay it out anew.
-
-    artifact: of a quantized row; cached: whether its time embeddings are.
-    """
-    if row.backend is not None:
-        assert artifact is not None
-        return with_artifact(module, "the model", artifact, row.backend, cached)
-    if row.channels_last:
-        module = cast(nn.Module, module.to(memory_format=torch.channels_last))  # type: ignore
-    if row.compiled:
-        module = cast(nn.Module, torch.compile(module, dynamic=False))
-    return Denoiser(module, StepState())
+    return ", ".join([*FLOAT_ROWS, *backends, "int8-w4a8-compiled"])
 
 
 @dataclass(frozen=True)
@@ -128,6 +113,31 @@ class Inputs:
         return cls(**torch.load(path, weights_only=True))
 
 
+def build(
+    row: Row, module: nn.Module, artifact: artifacts.Artifact | None, cached: bool
+) -> Denoiser:
+    """The row's denoiser. module: full precision in row.dtype; a float row may lay it out anew.
+
+    artifact: of a quantized row; cached: whether its time embeddings are.
+    """
+    if row.backend is not None:
+        assert artifact is not None
+        return with_artifact(module, "the model", artifact, row.backend, cached)
+    if row.channels_last:
+        module = cast(nn.Module, module.to(memory_format=torch.channels_last))  # type: ignore
+    if row.compiled:
+        module = cast(nn.Module, torch.compile(module, dynamic=False))
+    return Denoiser(module, StepState())
+
+
+def with_graph(row: Row, denoiser: Denoiser, inputs: Inputs, folder: Path) -> Denoiser:
+    """A compiled int8 row's denoiser as its graph, which the folder keeps; others as they are."""
+    if row.backend is None or not row.compiled:
+        return denoiser
+    example = inputs.x.to(DTYPES[row.dtype]), inputs.condition
+    return graphs.compiled(denoiser, {"row": row.name}, example, folder, lambda line: None)
+
+
 # ------------------------------------------------------------------ alone
 
 
@@ -135,13 +145,15 @@ class Inputs:
 class Alone:
     """What measure_alone needs, small enough to be sent to another process.
 
-    weights: folder of the denoiser in row.dtype; artifact: of a quantized row.
+    weights: folder of the denoiser in row.dtype; artifact: of a quantized row; graphs: folder of
+    what is compiled.
     """
 
     row: Row
     weights: Path
     artifact: Path | None
     inputs: Path
+    graphs: Path
     cached: bool
     threads: int
 
@@ -169,8 +181,9 @@ def _measure(job: Alone) -> dict[str, Any]:
     seconds = [time.perf_counter()]
     module = load_denoiser(job.weights, DTYPES[job.row.dtype])
     artifact = None if job.artifact is None else artifacts.read(job.artifact, "quantized")
-    call = inputs.call(build(job.row, module, artifact, job.cached))
+    denoiser = build(job.row, module, artifact, job.cached)
     seconds.append(time.perf_counter())
+    call = inputs.call(with_graph(job.row, denoiser, inputs, job.graphs))
     for _ in range(2):
         call()
         seconds.append(time.perf_counter())

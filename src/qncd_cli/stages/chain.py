@@ -19,6 +19,7 @@ from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from . import sample as sample_stage
 from .assemble import Track, no_progress
+from .subject import full_precision
 
 
 def up_to_date(path: Path, kind: str, config: str, model: str) -> Artifact | None:
@@ -97,7 +98,7 @@ def full_precision_samples(
     They belong to the model and the sampler, not to one run, so that runs beside each other
     share them: <runs>/full-precision/<digest>.
     """
-    subject = sample_stage.full_precision(model)
+    subject = full_precision(model)
     folder = runs / "full-precision" / sample_stage.identify(config, model, subject)["digest"]
     request = sample_stage.SampleRequest(folder, config.sampling.seed, count, batch_size)
     sample_stage.run(config, model, subject, request, track)

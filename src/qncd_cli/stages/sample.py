@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .. import artifacts
 from ..artifacts import Artifact
-from ..backends.base import Backend, get_backend
 from ..config import Config
 from ..digests import digest_of
 from ..errors import ArtifactError, ConfigError
@@ -29,20 +28,13 @@ from ..files import read_json, remove_temporaries, write_bytes, write_json
 from ..metrics.report import contact_sheet
 from ..models.loading import DiffusionModel
 from ..quant.estimator_baseline import EstimatorBaseline
-from ..quant.layers import QuantizedLayer
 from ..quant.noise_correction import RuntimeCorrection
 from ..quant.offline_correction import AffineCorrection, PtqdCorrection
 from ..sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction, denoise, make_scheduler
-from .assemble import (
-    Denoiser,
-    Track,
-    full_denoiser,
-    guided_predict,
-    no_progress,
-    quantized_denoiser,
-)
+from .assemble import Track, guided_predict, no_progress
+from .subject import Subject
 
 TRACED = 32
 """Seeds whose predictions are kept at every step, for the SQNR over the steps."""
@@ -63,48 +55,6 @@ class SampleRequest:
     @property
     def seeds(self) -> list[int]:
         return list(range(self.first_seed, self.first_seed + self.count))
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Whose samples: the denoiser, and the digests of what it was made from.
-
-    noise_stats: needed by every correction that uses statistics; backend: computes the quantized
-    layers. None for full precision.
-    """
-
-    kind: str  # "quantized" or "full"
-    denoiser: Denoiser
-    digests: dict[str, str]
-    noise_stats: Artifact | None = None
-    backend: Backend | None = None
-
-    def fallbacks(self) -> dict[str, str]:
-        """Quantized layers that the backend leaves to the simulation, with the reason."""
-        if self.backend is None:
-            return {}
-        layers = self.denoiser.module.named_modules()
-        reasons = {n: self.backend.why_not(m) for n, m in layers if isinstance(m, QuantizedLayer)}
-        return {name: reason for name, reason in reasons.items() if reason}
-
-
-def full_precision(model: DiffusionModel) -> Subject:
-    return Subject("full", full_denoiser(model), {"model": model.digest})
-
-
-def quantized(
-    model: DiffusionModel, artifact: Artifact, noise_stats: Artifact, backend: str = "simulate"
-) -> Subject:
-    """backend: a name or auto. Raises BackendUnavailable, and ArtifactError where artifact, noise
-    statistics and model do not belong together.
-    """
-    artifacts.check_lineage(artifact, model=model.digest)
-    artifacts.check_lineage(noise_stats, model=model.digest, parents={"quantized": artifact.digest})
-    cache = artifact.body["cache_time_embeddings"]
-    chosen = get_backend(backend, model.device)
-    denoiser = quantized_denoiser(model, artifact, chosen.name, cache)
-    digests = {"model": model.digest, "quantized": artifact.digest}
-    return Subject("quantized", denoiser, digests, noise_stats, chosen)
 
 
 def run(
@@ -168,6 +118,8 @@ def identify(config: Config, model: DiffusionModel, subject: Subject) -> dict[st
     }
     if subject.backend is not None:
         identity["backend"] = subject.backend.name  # equal to others only up to float rounding
+    if subject.compiled:
+        identity["compiled"] = True  # the same
     return {**identity, "digest": digest_of(identity)}
 
 
@@ -176,12 +128,12 @@ def _finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
 
     Raises ArtifactError when they were made with other settings.
     """
-    path = folder / MANIFEST
-    if not path.exists():
+    manifest = begun(folder)
+    if manifest is None:
         return None
-    manifest = read_json(path, "qncd sample --force")
     if manifest.get("digest") != identity["digest"]:
-        differing = [k for k in identity if k != "digest" and manifest.get(k) != identity[k]]
+        keys = [key for key in {**identity, "compiled": None} if key != "digest"]
+        differing = [key for key in keys if manifest.get(key) != identity.get(key)]
         raise ArtifactError(
             f"{folder}: holds samples made with other settings (different: {', '.join(differing)})",
             "add --force to replace them, or --name NAME to keep both",
@@ -192,6 +144,12 @@ def _finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
     finished = artifacts.read(latents, "latents")
     seeds = finished.tensors["seeds"].tolist()
     return finished if all(image_path(folder, seed).is_file() for seed in seeds) else None
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the set in the folder, finished or not."""
+    path = folder / MANIFEST
+    return read_json(path, "qncd sample --force") if path.exists() else None
 
 
 def image_path(folder: Path, seed: int) -> Path:

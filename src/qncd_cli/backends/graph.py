@@ -1,0 +1,95 @@
+"""A quantized denoiser as one compiled graph for the CPU, in a file (torch.export, AOTInductor).
+
+Compiling takes a minute, loading the file milliseconds. What the file holds is fixed: the layers
+by key (`traced`), the unquantized weights, a range of batch sizes. The timestep and its group are
+inputs. The number of threads is that of the process that runs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quant.layers import QuantizedLayer, StepState
+from .traced import traceable
+
+Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
+"""(x, timesteps [N] float32, group [1] int64, condition) -> prediction."""
+BATCHES = ((2, 63), (64, 4096))
+"""Batch sizes that one graph serves; diffusers' upsampling treats those from 64 on otherwise."""
+
+
+def why_unavailable() -> str:
+    """Why nothing can be compiled on this machine; empty where it can."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return "" if shutil.which(compiler) else f"no C++ compiler {compiler} (CXX names another)"
+
+
+def batch_range(rows: int) -> tuple[int, int]:
+    """Of the graph that serves this many rows, of which there are at most BATCHES[-1][1]."""
+    return next((low, high) for low, high in BATCHES if rows <= high)
+
+
+OPTIONS = {"cpp.dynamic_threads": True}
+
+
+class _Traced(nn.Module):
+    """The denoiser with everything that varies as an argument."""
+
+    def __init__(self, module: nn.Module, step: StepState):
+        super().__init__()
+        self.module, self.step = module, step
+
+    def forward(self, x: Tensor, t: Tensor, group: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        self.step.group = group
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.module(x, t, **condition).sample
+
+
+def compile_graph(
+    module: nn.Module,
+    step: StepState,
+    layers: Mapping[str, QuantizedLayer],
+    example: tuple[Tensor, Mapping[str, Tensor]],
+    rows: tuple[int, int],
+) -> bytes:
+    """Trace the denoiser on x [N, ...] and its condition and compile it: the file's content.
+
+    layers: registered, by the keys that the graph will know them by; rows: smallest and largest
+    N to serve. Raises whatever torch raises where a model cannot be traced.
+    """
+    x, condition = example
+    batch = {0: torch.export.Dim("batch", min=rows[0], max=rows[1])}
+    inputs = (x, x.new_zeros(len(x)), torch.zeros(1, dtype=torch.int64), dict(condition))
+    shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
+    group = step.group
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad(), traceable(layers):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(
+                _Traced(module, step), inputs, dynamic_shapes=shapes, strict=False
+            )
+        finally:
+            step.group = group
+        with tempfile.TemporaryDirectory() as folder:
+            package = torch._inductor.aoti_compile_and_package(
+                program, package_path=f"{folder}/graph.pt2", inductor_configs=OPTIONS
+            )
+            return Path(package).read_bytes()
+
+
+def load_graph(path: Path) -> Graph:
+    """Raises RuntimeError where the file is damaged or made by another version of torch."""
+    return torch._inductor.aoti_load_package(str(path))

@@ -1,0 +1,108 @@
+"""The int8 backend inside a compiled graph: one operator per layer, everything else is open.
+
+The compiler sees smoothing and the quantization of the input and fuses them with what comes
+before (normalization, activation function, residual sum) into one pass over memory. The integer
+product is an operator that finds its layer by name: packed weights cannot enter a graph.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..quant.layers import QuantizedLayer
+from . import int8
+
+_layers: weakref.WeakValueDictionary[str, QuantizedLayer] = weakref.WeakValueDictionary()
+
+
+def register(layers: Mapping[str, QuantizedLayer]) -> None:
+    """Let graphs call the layers by these keys, as long as they live."""
+    for key, layer in layers.items():
+        _layers[key] = layer
+
+
+@contextmanager
+def traceable(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
+    """In this block the layers compute for a tracer: integer products as operators by key.
+
+    Their packed codes, which only the operators read, are out of sight meanwhile.
+    """
+    before = {key: (layer.compute, layer.weight) for key, layer in layers.items()}
+    try:
+        for key, layer in layers.items():
+            if int8.why_not(layer):
+                continue  # simulated, in floating point that the compiler sees
+            layer.compute = _traced(key)
+            layer.weight = layer.weight.new_empty(0)
+        yield
+    finally:
+        for key, layer in layers.items():
+            layer.compute, layer.weight = before[key]
+
+
+def _traced(key: str):
+    def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
+        """As int8.compute, where the timestep group is a tensor."""
+        y = layer.smoothed(x if x.dtype == torch.float32 else x.to(torch.float32))
+        if layer.is_conv:
+            y = y.contiguous(memory_format=torch.channels_last)
+        scale, zero_point = layer.input_qparams()
+        codes = (torch.round(y / scale) + zero_point).clamp(0, 2**layer.activation_bits - 1)
+        low, high = codes, None
+        if layer.activation_bits > 8:
+            whole = codes.to(torch.int32)
+            low, high = whole & 255, (whole >> 8).to(torch.uint8)
+        product = torch.ops.qncd.multiply(
+            low.to(torch.uint8), high, layer.bias_now(), torch.as_tensor(layer.step.group), key
+        )
+        return product if x.dtype == torch.float32 else product.to(x.dtype)
+
+    return compute
+
+
+# ------------------------------------------------------------------ the operator
+
+_library = torch.library.Library("qncd", "DEF")
+_library.define(
+    "multiply(Tensor low, Tensor? high, Tensor? bias, Tensor group, str layer) -> Tensor"
+)
+
+
+def _multiply(
+    low: Tensor, high: Tensor | None, bias: Tensor | None, group: Tensor, layer: str
+) -> Tensor:
+    """Codes uint8, of one or two bytes, times the weight of the layer of that key: float32."""
+    return int8.multiply(_layers[layer], low, high, bias, int(group))
+
+
+def _multiply_fake(
+    low: Tensor, high: Tensor | None, bias: Tensor | None, group: Tensor, layer: str
+) -> Tensor:
+    """Shape and memory order of the kernel's output."""
+    called = _layers[layer]
+    out = called.weight_shape[0]
+    if not called.is_conv:
+        return low.new_empty([*low.shape[:-1], out], dtype=torch.float32)
+    stride, padding, dilation, _ = int8.geometry(called)
+    kernel = called.weight_shape[2:]
+    sides = [
+        (side + 2 * pad - dilate * (width - 1) - 1) // step + 1
+        for side, pad, dilate, width, step in zip(
+            low.shape[2:], padding, dilation, kernel, stride, strict=True
+        )
+    ]
+    return torch.empty(
+        [low.shape[0], out, *sides],
+        dtype=torch.float32,
+        device=low.device,
+        memory_format=torch.channels_last,
+    )
+
+
+_library.impl("multiply", _multiply, "CPU")
+torch.library.register_fake("qncd::multiply", _multiply_fake, lib=_library)

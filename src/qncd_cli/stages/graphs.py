@@ -1,0 +1,103 @@
+"""The quantized denoiser compiled: made once per artifact and machine, kept on disk beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backends import graph, traced
+from ..digests import digest_of
+from ..errors import ArtifactError, BackendUnavailable
+from ..files import write_bytes
+from ..quant.layers import QuantizedLayer
+from .assemble import Denoiser
+
+VERSION = 1
+"""Of what a graph contains and how it is called."""
+FOLDER = "compiled"
+"""Below the run directory. What lies there is machine code: it is run, like the package itself."""
+Tell = Callable[[str], None]
+
+
+class GraphDenoiser(Denoiser):
+    """A denoiser whose calls run one compiled graph, which serves a range of batch sizes.
+
+    Smaller batches are filled up by repeating their last row, larger ones cut.
+    """
+
+    def __init__(self, eager: Denoiser, run: graph.Graph, rows: tuple[int, int]):
+        super().__init__(eager.module, eager.step, eager.group_bounds)
+        self._run, self._rows = run, rows
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        parts = []
+        for start in range(0, len(x), self._rows[1]):
+            part = slice(start, start + self._rows[1])
+            cut = {name: value[part] for name, value in condition.items()}
+            parts.append(self._part(x[part], t[part], cut))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _part(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        rows, missing = len(x), self._rows[0] - len(x)
+        if missing > 0:
+            x, t = _filled(x, missing), _filled(t, missing)
+            condition = {name: _filled(value, missing) for name, value in condition.items()}
+        group = torch.tensor([self.step.group])
+        return self._run(x, t.to(torch.float32), group, condition)[:rows]
+
+
+def compiled(
+    eager: Denoiser,
+    digests: Mapping[str, str],
+    example: tuple[Tensor, Mapping[str, Tensor]],
+    folder: Path,
+    tell: Tell,
+) -> GraphDenoiser:
+    """The denoiser compiled for batches like the example's: from `folder`, else made there.
+
+    digests: of what its constants come from; example: x [N, ...] and condition; tell hears when
+    it is compiled. The module of `eager` must not be called elsewhere meanwhile.
+    Raises BackendUnavailable where this model cannot be compiled on this machine.
+    """
+    why = graph.why_unavailable()
+    if why:
+        raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
+    rows = graph.batch_range(len(example[0]))
+    key = _key(digests)
+    modules = eager.module.named_modules()
+    layers = {f"{key}:{n}": layer for n, layer in modules if isinstance(layer, QuantizedLayer)}
+    traced.register(layers)
+    path = graph_path(folder, digests, len(example[0]))
+    if not path.is_file():
+        tell("compiling the denoiser, once for this artifact and machine")
+        try:
+            content = graph.compile_graph(eager.module, eager.step, layers, example, rows)
+        except Exception as error:  # whatever a tracer and a compiler can stumble over
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise BackendUnavailable(
+                f"the denoiser cannot be compiled: {reason[:160]}", "use --no-compile"
+            ) from error
+        write_bytes(path, content)
+    try:
+        run = graph.load_graph(path)
+    except RuntimeError as error:
+        raise ArtifactError(f"{path}: damaged: {error}", "delete it and repeat") from error
+    return GraphDenoiser(eager, run, rows)
+
+
+def graph_path(folder: Path, digests: Mapping[str, str], rows: int) -> Path:
+    """Where the graph for batches of that many rows is kept."""
+    low, high = graph.batch_range(rows)
+    return folder / f"{_key(digests)}_{low}_{high}.pt2"
+
+
+def _key(digests: Mapping[str, str]) -> str:
+    machine = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
+    return digest_of({"version": VERSION, **digests, **machine})
+
+
+def _filled(value: Tensor, missing: int) -> Tensor:
+    return torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])

@@ -1,0 +1,127 @@
+"""Whose samples are drawn: a model at full precision or quantized, and what computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .. import artifacts
+from ..artifacts import Artifact
+from ..backends.base import Backend, get_backend
+from ..config import Config
+from ..errors import BackendUnavailable
+from ..models.loading import DiffusionModel
+from ..quant.layers import QuantizedLayer
+from . import graphs
+from .assemble import Denoiser, denoiser_costs, full_denoiser, quantized_denoiser
+
+WORTH_COMPILING = 1e13
+"""Multiply-accumulates of all calls from which on the minute of compiling is won back."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose samples: the denoiser, and the digests of what it was made from.
+
+    noise_stats: needed by every correction that uses statistics; backend: computes the quantized
+    layers. None for full precision. compiled: whether the denoiser is one compiled graph.
+    """
+
+    kind: str  # "quantized" or "full"
+    denoiser: Denoiser
+    digests: dict[str, str]
+    noise_stats: Artifact | None = None
+    backend: Backend | None = None
+    compiled: bool = False
+
+    def fallbacks(self) -> dict[str, str]:
+        """Quantized layers that the backend leaves to the simulation, with the reason."""
+        if self.backend is None:
+            return {}
+        layers = self.denoiser.module.named_modules()
+        reasons = {n: self.backend.why_not(m) for n, m in layers if isinstance(m, QuantizedLayer)}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+
+def full_precision(model: DiffusionModel) -> Subject:
+    return Subject("full", full_denoiser(model), {"model": model.digest})
+
+
+def quantized(
+    model: DiffusionModel, artifact: Artifact, noise_stats: Artifact, backend: str = "simulate"
+) -> Subject:
+    """backend: a name or auto. Raises BackendUnavailable, and ArtifactError where artifact, noise
+    statistics and model do not belong together.
+    """
+    artifacts.check_lineage(artifact, model=model.digest)
+    artifacts.check_lineage(noise_stats, model=model.digest, parents={"quantized": artifact.digest})
+    cache = artifact.body["cache_time_embeddings"]
+    chosen = get_backend(backend, model.device)
+    denoiser = quantized_denoiser(model, artifact, chosen.name, cache)
+    digests = {"model": model.digest, "quantized": artifact.digest}
+    return Subject("quantized", denoiser, digests, noise_stats, chosen)
+
+
+@dataclass(frozen=True)
+class Compiling:
+    """Whether to compile and where graphs are kept; tell hears what a user should know.
+
+    wish: True, False, or None for "where it pays": a graph that lies in the folder is used, a new
+    one is made for WORTH_COMPILING or more; begun: whether the set that is being continued was
+    drawn by a graph, None for a new set. What was begun goes on as it began.
+    """
+
+    folder: Path
+    tell: graphs.Tell
+    wish: bool | None = None
+    begun: bool | None = None
+
+
+def compiled(
+    config: Config,
+    model: DiffusionModel,
+    subject: Subject,
+    seeds: list[int],
+    batch_size: int,
+    how: Compiling,
+) -> Subject:
+    """The subject with its denoiser compiled, or as it is where that is not wanted.
+
+    seeds: all that will be drawn. Raises BackendUnavailable where compiling is wished for by name
+    and cannot be done.
+    """
+    if subject.backend is None or subject.backend.name != "int8":
+        if how.wish and subject.backend is not None:
+            raise BackendUnavailable(
+                f"--compile: backend {subject.backend.name} has no graph", "only int8 has one"
+            )
+        return subject
+    batch = min(len(seeds), batch_size)
+    with torch.no_grad():
+        condition = model.condition(model.labels(seeds[:batch], config.sampling.classes))
+    guided = model.null_condition is not None and config.sampling.guidance_scale != 1.0
+    copies = 2 if guided else 1
+    wanted = how.begun if how.wish is None else how.wish
+    if wanted is None:
+        kept = graphs.graph_path(how.folder, subject.digests, copies * batch).is_file()
+        wanted = kept or copies * _work(config, model, len(seeds)) >= WORTH_COMPILING
+    if not wanted:
+        return subject
+    x = torch.zeros(copies * batch, *model.latent_shape, dtype=model.dtype)
+    rows = {name: torch.cat([value] * copies) for name, value in condition.items()}
+    try:
+        graph = graphs.compiled(subject.denoiser, subject.digests, (x, rows), how.folder, how.tell)
+    except BackendUnavailable as error:
+        if how.wish:
+            raise
+        how.tell(f"{error.message}; it runs uncompiled, more slowly")
+        return subject
+    return replace(subject, denoiser=graph, compiled=True)
+
+
+def _work(config: Config, model: DiffusionModel, samples: int) -> float:
+    """Multiply-accumulates of the calls of the denoiser, guidance not counted."""
+    macs = sum(cost.macs for cost in denoiser_costs(config, model))
+    return float(macs) * config.sampling.steps * samples

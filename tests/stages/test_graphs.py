@@ -1,0 +1,144 @@
+"""A compiled denoiser computes what the eager one does, and is compiled once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from qncd_cli.backends import graph, int8
+from qncd_cli.config_files import parse_config
+from qncd_cli.errors import ArtifactError, BackendUnavailable
+from qncd_cli.metrics.tensor import sqnr_db
+from qncd_cli.models.loading import load_model
+from qncd_cli.quant.layers import QuantizedLayer
+from qncd_cli.stages import calibrate, graphs, quantize
+from qncd_cli.stages.assemble import quantized_denoiser
+
+CPU = torch.device("cpu")
+DIGESTS = {"quantized": "a", "model": "b"}
+STEPS = [900.0, 500.0, 100.0]  # one in each timestep group
+
+why = int8.why_unavailable(CPU) or graph.why_unavailable()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1200),  # whichever test is first waits for the compiler
+    pytest.mark.skipif(bool(why), reason=why),
+]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model):
+    """Model, quantized artifact: layers of one and of two bytes, a range for every step."""
+    model = load_model(str(tiny_model))
+    tree = tiny_config(
+        tiny_model,
+        sampling__steps=3,
+        calibration={"trajectories": 2, "batch_size": 2, "noise_trajectories": 2},
+        quantization__weights={"bits": 4, "rounding": "nearest"},
+        quantization__activations={"bits": 8, "observer": "minmax", "timestep_groups": 3},
+        quantization__first_last_activation_bits=16,
+        quantization__bias_correction=True,
+    )
+    config = parse_config(tree, "test")
+    calibration, smoothing = calibrate.run(config, model)
+    return model, quantize.run(config, model, calibration, smoothing).quantized
+
+
+def eager(made):
+    return quantized_denoiser(*made, "int8", True)
+
+
+def rows_of(model, count):
+    """x and condition; the same first rows whatever the count."""
+    draws = [torch.Generator().manual_seed(seed) for seed in range(count)]
+    x = torch.cat([torch.randn(1, *model.latent_shape, generator=draw) for draw in draws])
+    with torch.no_grad():
+        return x, model.condition(model.labels(list(range(count)), "all"))
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+    """Holds the graph for small batches. Do not change."""
+    folder, said = tmp_path_factory.mktemp("graphs"), []
+    compile_into(folder, made, said)
+    assert len(said) == 1 and "compiling" in said[0]
+    assert [path.name for path in folder.iterdir()] == [graphs.graph_path(folder, DIGESTS, 2).name]
+    return folder
+
+
+def compile_into(folder, made, said, rows=4, digests=DIGESTS):
+    return graphs.compiled(eager(made), digests, rows_of(made[0], rows), folder, said.append)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 63, 70])
+def test_a_graph_computes_what_the_layers_do_at_every_step_and_batch_size(made, folder, count):
+    said = []
+    compiled, plain = compile_into(folder, made, said), eager(made)
+    assert said == []  # it was there
+    x, condition = rows_of(made[0], count)
+    for t in STEPS:
+        expected = plain(x, t, condition)
+        # a code at the border of two may flip, and its step is then an error of this size
+        assert sqnr_db(expected, compiled(x, t, condition)) > 40
+    assert compiled.calls == plain.calls == len(STEPS)
+
+
+def test_a_row_does_not_depend_on_its_batch_nor_on_the_number_of_threads(made, folder):
+    compiled, threads = compile_into(folder, made, []), torch.get_num_threads()
+    x, condition = rows_of(made[0], 9)
+    together = compiled(x, STEPS[1], condition)
+    first = {name: value[:2] for name, value in condition.items()}
+    assert torch.equal(compiled(x[:2], STEPS[1], first), together[:2])
+    try:
+        torch.set_num_threads(threads + 1)
+        assert torch.equal(compiled(x, STEPS[1], condition), together)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_tracing_leaves_the_eager_layers_as_they_were(made, folder):
+    plain = eager(made)
+    x, condition = rows_of(made[0], 2)
+    before = plain(x, STEPS[0], condition)
+    graphs.compiled(plain, DIGESTS, rows_of(made[0], 2), folder, print)
+    layers = [m for m in plain.module.modules() if isinstance(m, QuantizedLayer)]
+    assert layers and all(m.compute is int8.compute and m.weight.numel() for m in layers)
+    assert torch.equal(plain(x, STEPS[0], condition), before)
+
+
+def test_other_artifacts_and_models_have_graphs_of_their_own(tmp_path):
+    paths = {
+        graphs.graph_path(tmp_path, digests, rows)
+        for digests in (DIGESTS, {**DIGESTS, "quantized": "c"}, {**DIGESTS, "model": "c"})
+        for rows in (2, 63, 64)
+    }
+    assert len(paths) == 3 * 2
+
+
+def test_a_damaged_graph_is_named(made, tmp_path):
+    path = graphs.graph_path(tmp_path, DIGESTS, 4)
+    path.write_bytes(b"no graph")
+    with pytest.raises(ArtifactError, match="damaged") as refused:
+        compile_into(tmp_path, made, [])
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_without_a_compiler_it_says_so(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailable, match="no-such-compiler"):
+        compile_into(tmp_path, made, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_cannot_be_traced_is_refused_in_one_line(made, tmp_path, monkeypatch):
+    denoiser = eager(made)
+
+    def forward(x, t, **condition):
+        return made[0].denoiser(x, t, **condition) if x.sum() > 0 else None
+
+    monkeypatch.setattr(denoiser.module, "forward", forward)
+    with pytest.raises(BackendUnavailable, match="cannot be compiled") as refused:
+        graphs.compiled(denoiser, DIGESTS, rows_of(made[0], 2), tmp_path, lambda line: None)
+    assert "\n" not in refused.value.message
+    assert list(tmp_path.iterdir()) == []
