@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# What is tested is tiny: more threads only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# What is tested is tiny: two processes help, more threads only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 CONFIGS := fashion_ldm_w8a8 fashion_ldm_w4a8 fashion_ldm_w4a6
 NUM ?= 300
 
