@@ -336,7 +336,7 @@ def test_a_gain_is_the_part_of_a_reading_that_is_real():
         return [found[t].item() for t in sorted(found, reverse=True)]
 
     assert gains(4 * BIAS)[0] > 0.9
-    assert max(gains(0.02 * BIAS)) < 0.2
+    assert sum(gains(0.02 * BIAS)) < 0.2  # mostly 0: chance does not count
 
 
 def test_believed_readings_repair_more_than_published_ones():

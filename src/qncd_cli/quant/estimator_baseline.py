@@ -5,7 +5,7 @@ chance. The full-precision model's mean reading b takes the second off (method.m
 third stays, and subtracting it puts noise into every following step. So the rest counts only as
 far as it foretold, on trajectories where both models were asked, the error of the steps that
 followed: q ~ gain (m - b), least squares through the origin. An unquantized model has no error,
-hence gain 0: the correction leaves it exactly as it is.
+hence gain 0: the correction leaves it exactly as it is. A gain that chance could have made is 0.
 """
 
 from __future__ import annotations
@@ -148,12 +148,25 @@ def fit_gains(
                 "slope": (k, baseline.slope_ratio(estimate.t, estimate.slope, limits) - 1),
             }
             for name, (true, reading) in pairs.items():
-                found = torch.stack([(true * reading).sum(), reading.square().sum()]).double()
-                sums[name][estimate.t] = sums[name].get(estimate.t, torch.zeros(2)) + found
+                found = [(true * reading).sum(), reading.square().sum(), true.square().sum()]
+                count = torch.tensor(float(true.numel()))
+                added = torch.stack([*found, count]).double()
+                sums[name][estimate.t] = sums[name].get(estimate.t, torch.zeros(4)) + added
     return {
-        name: {t: (s[0] / s[1]).nan_to_num(0.0).clamp(0, 1).float() for t, s in table.items()}
+        name: {t: _gain(*total.unbind()) for t, total in table.items()}
         for name, table in sums.items()
     }
+
+
+def _gain(qm: Tensor, mm: Tensor, qq: Tensor, count: Tensor) -> Tensor:
+    """Slope of q over m through the origin in [0, 1]; 0 unless twice its standard error or more.
+
+    From sums over `count` pairs: q m, m m, q q.
+    """
+    gain = (qm / mm).nan_to_num(0.0)
+    residual = (qq - gain * qm).clamp(min=0) / (count - 1).clamp(min=1)
+    certain = gain.square() * mm >= 4 * residual
+    return torch.where(certain, gain.clamp(0, 1), 0.0).float()
 
 
 def _by_time(estimates: Sequence[Estimate]) -> dict[int, list[Estimate]]:
