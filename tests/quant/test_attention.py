@@ -10,7 +10,9 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
+from qncd_cli.backends import int8, traced
 from qncd_cli.models.topology import attention_sites
+from qncd_cli.quant import attention
 from qncd_cli.quant.affine import choose_qparams, quantize
 from qncd_cli.quant.attention import QuantizedAttnProcessor, probabilities_qparams
 from qncd_cli.quant.layers import StepState
@@ -243,3 +245,70 @@ def test_ranges_move_with_the_module():
     attn.to("meta")
     assert {b.device.type for b in attn.processor.buffers()} == {"meta"}
     assert len(list(attn.processor.buffers())) == 6
+
+
+# ---- integer products ---------------------------------------------------------------------------
+
+
+def exact_matmul(a, zero_point, b):
+    """What the kernel has to compute, in integers."""
+    assert a.dtype == torch.uint8
+    assert b.dtype == torch.int8
+    return ((a.long() - int(zero_point)) @ b.long().transpose(1, 2)).float()
+
+
+MATMULS = [exact_matmul]
+if not int8.why_unavailable(torch.device("cpu")):
+    MATMULS.append(traced.matmul)
+
+
+@pytest.mark.parametrize("matmul", MATMULS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize(("bits", "p_bits"), [(8, 8), (6, 8), (8, 6)])
+@pytest.mark.parametrize("kind", ["none", "added", "boolean"])
+def test_integer_products_are_what_the_simulation_says(monkeypatch, matmul, bits, p_bits, kind):
+    """Ranges in which neither key nor value has its zero-point in the middle."""
+    made, step = processor(bits, p_bits, groups=2)
+    query, key, value = (randn(2, 3, n, 16, seed=n) * 2 for n in (7, 9, 9))
+    mask = {
+        "none": None,
+        "added": randn(2, 1, 1, 9, seed=5),
+        "boolean": torch.arange(9).expand(2, 1, 1, 9) < 6,
+    }[kind]
+    for group in (0, 1):
+        step.group = group
+        expected = made.products(query, key, value, mask)
+        monkeypatch.setattr(attention, "WORTH_INTEGERS", 0)
+        made.matmul = matmul
+        found = made.products(query, key, value, mask)
+        made.matmul = None
+        assert found.shape == expected.shape
+        # a probability between two codes may fall to the other one: at most one code of one value
+        assert float((found - expected).norm() / expected.norm()) < 2e-3
+        assert float((found - expected).abs().median()) < 1e-6
+
+
+def test_small_and_wide_products_stay_in_floating_point():
+    def refuse(*operands):
+        raise AssertionError("an integer product")
+
+    small, query = processor()[0], randn(1, 1, 4, 4)
+    small.matmul = refuse
+    small.products(query, query, query, None)
+    large = randn(1, 1, 256, 64)
+    for bits, p_bits in [(32, 32), (8, 16)]:
+        wide = processor(bits, p_bits)[0]
+        wide.matmul = refuse
+        wide.products(large, large, large, None)
+    small.matmul = exact_matmul
+    assert torch.isfinite(small.products(large, large, large, None)).all()
+
+
+@pytest.mark.skipif(len(MATMULS) < 2, reason="no int8 here")
+@pytest.mark.parametrize("zero_point", [0, 100, 255])
+def test_the_kernel_is_exact_at_the_ends_of_the_codes(zero_point):
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 256, (3, 17, 70), generator=generator, dtype=torch.uint8)
+    b = torch.randint(-128, 128, (3, 11, 70), generator=generator, dtype=torch.int8)
+    a[0], b[0] = 255, -128
+    zero = torch.tensor([zero_point], dtype=torch.int32)
+    assert torch.equal(traced.matmul(a, zero, b), exact_matmul(a, zero, b))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendUnavailable
+from ..quant.attention import Matmul
 from ..quant.layers import QuantizedLayer
-from . import int8
+from . import int8, traced
 from .reference import simulate
 
 
@@ -20,7 +21,8 @@ class Backend:
     """compute: (layer, x) -> output; remark: what a user should know before choosing it.
 
     why_unavailable: why it cannot be used for a model on this device, empty where it can;
-    why_not: why one layer is simulated instead, empty where it is not.
+    why_not: why one layer is simulated instead, empty where it is not; matmul: computes attention's
+    products in integers.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Backend:
     remark: str
     why_unavailable: Callable[[torch.device], str] = lambda device: ""
     why_not: Callable[[QuantizedLayer], str] = lambda layer: ""
+    matmul: Matmul | None = None
 
 
 AUTO = "auto"
@@ -38,6 +41,7 @@ BACKENDS = {
         "integer kernels of oneDNN on the CPU",
         int8.why_unavailable,
         int8.why_not,
+        traced.matmul,
     ),
     "simulate": Backend(
         "simulate", simulate, "fake quantization in float32, slower than full precision"

@@ -114,6 +114,20 @@ def _pass(
     return torch.ops.onednn.qlinear_pointwise(codes, *operands, *FLOAT_OUTPUT)
 
 
+def matmul(a: Tensor, zero_point: int, b: Tensor) -> Tensor:
+    """a uint8 [B, M, K], b int8 [B, N, K] -> (a - zero_point) b^T [B, M, N] float32."""
+    batch, rows, width = a.shape
+    columns = b.shape[1]
+    ones, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
+    output = a.new_empty([batch, rows, columns], dtype=torch.float32)
+    for i in range(batch):
+        packed = torch.ops.onednn.qlinear_prepack(b[i], [rows, width])
+        output[i] = torch.ops.onednn.qlinear_pointwise(
+            a[i], 1.0, zero_point, packed, ones, zeros, None, *FLOAT_OUTPUT
+        )
+    return output
+
+
 def why_not(layer: QuantizedLayer) -> str:
     """Why a layer is simulated instead; empty where integer kernels compute it."""
     if layer.weight_bits == FLOAT_BITS:

@@ -4,18 +4,30 @@ Per head (Vaswani et al. 2017, eq. 1): p = softmax(scale * q k^T + mask), output
 q, k, v are quantized per tensor, with ranges per timestep group; p lies in [0, 1], so its range
 is fixed and its zero-point is 0. The softmax and the scale stay in float32, outside of the
 integers. With a single key p is exactly 1, which every width represents.
+
+Integer kernels multiply unsigned codes a, less their zero-point, with signed ones, so the other
+operand enters as b - 128, and with its zero-point z
+    sum_d (a_d - z_a) (b_d - z) = sum_d (a_d - z_a) (b_d - 128) + (128 - z) sum_d (a_d - z_a).
+In the scores the second term is one number per query, which the softmax does not see; in the
+output it is (128 - z) times the sum of the row's probabilities.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
-from .affine import QParams, choose_qparams, fake_quantize
+from .affine import QParams, choose_qparams, fake_quantize, round_to_codes
 from .layers import StepState
+
+Matmul = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(a uint8 [B, M, K], its zero-point, b int8 [B, N, K]) -> (a - zero_point) b^T, float32"""
+WORTH_INTEGERS = 2**22
+"""Multiply-accumulates of one head's product from which on integer kernels are the faster ones."""
 
 
 def probabilities_qparams(bits: int) -> QParams:
@@ -28,7 +40,8 @@ class QuantizedAttnProcessor(nn.Module):
 
     Buffers, absent where bits is 32: query_scale, query_zero_point, key_..., value_..., all [G].
     bits: of q, k and v; probabilities_bits: of p. scale: of the scores; qk_norm: whether the
-    module's norm_q and norm_k apply (AttnProcessor leaves them out).
+    module's norm_q and norm_k apply (AttnProcessor leaves them out); matmul: an integer kernel for
+    large products of 8 bits, None: the same in floating point.
     """
 
     def __init__(
@@ -39,8 +52,10 @@ class QuantizedAttnProcessor(nn.Module):
         step: StepState,
         scale: float,
         qk_norm: bool,
+        matmul: Matmul | None = None,
     ):
         super().__init__()
+        self.matmul = matmul
         self.bits = bits
         self.probabilities_bits = probabilities_bits
         self.step = step
@@ -109,17 +124,46 @@ class QuantizedAttnProcessor(nn.Module):
         The operands of both products are the values (q - zero_point) * scale that integer
         kernels multiply.
         """
+        if self._integers_pay(query, key):
+            return self._integer_products(query, key, value, mask)
         scores = self._quantized(query, "query") @ self._quantized(key, "key").transpose(-1, -2)
-        scores = scores * self.scale
-        if mask is not None and mask.dtype == torch.bool:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        elif mask is not None:
-            scores = scores + mask
-        probabilities = scores.softmax(-1)
+        probabilities = _softmax(scores * self.scale, mask)
         if self.probabilities_bits != FLOAT_BITS:
             spec = activation_spec(self.probabilities_bits)
             probabilities = fake_quantize(probabilities, self.probabilities, spec)
         return probabilities @ self._quantized(value, "value")
+
+    def _integers_pay(self, query: Tensor, key: Tensor) -> bool:
+        fits = max(self.bits, self.probabilities_bits) <= 8
+        macs = query.shape[-2] * key.shape[-2] * key.shape[-1]
+        return self.matmul is not None and fits and macs >= WORTH_INTEGERS
+
+    def _integer_products(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """`products` by the integer kernel, up to float rounding."""
+        assert self.matmul is not None
+        heads = query.shape[:2]
+        q_scale, q_zero_point = self.operand_qparams("query")
+        k_scale, _ = self.operand_qparams("key")
+        v_scale, v_zero_point = self.operand_qparams("value")
+        q, k, v = (
+            self._codes(x, operand).flatten(0, 1)
+            for x, operand in ((query, "query"), (key, "key"), (value, "value"))
+        )
+        scores = self.matmul(q.to(torch.uint8), q_zero_point, (k - 128).to(torch.int8))
+        scores = scores.unflatten(0, heads) * (q_scale * k_scale * self.scale)
+        probabilities = _softmax(scores, mask)
+        p_spec = activation_spec(self.probabilities_bits)
+        p = round_to_codes(probabilities, self.probabilities, p_spec).flatten(0, 1)
+        v = (v - 128).to(torch.int8).transpose(1, 2).contiguous()
+        output = self.matmul(p.to(torch.uint8), torch.zeros_like(q_zero_point), v)
+        output = output + (128 - v_zero_point) * p.sum(-1, keepdim=True)
+        return output.unflatten(0, heads) * (self.probabilities.scale * v_scale)
+
+    def _codes(self, x: Tensor, operand: str) -> Tensor:
+        """Integers in a float tensor."""
+        return round_to_codes(x, self.operand_qparams(operand), activation_spec(self.bits))
 
     def operand_qparams(self, operand: str) -> QParams:
         """Of the query, key or value, at the current timestep group."""
@@ -133,6 +177,15 @@ class QuantizedAttnProcessor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"qkv {self.bits} bits, probabilities {self.probabilities_bits} bits"
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """mask: added to the scores, or boolean with True where attention is allowed."""
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    elif mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1)
 
 
 def _mask_per_head(attn: Any, mask: Tensor | None, rows: int, keys: int) -> Tensor | None:

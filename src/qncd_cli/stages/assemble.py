@@ -132,7 +132,7 @@ def with_artifact(
     """quantized_denoiser for a denoiser alone; source: where it is from, for messages."""
     step = StepState()
     device = next(original.parameters()).device
-    compute = get_backend(backend, device).compute
+    chosen = get_backend(backend, device)
     layers = weight_layers(original)
     # what is replaced below need not be copied: the largest part of the model
     replaced = [layers[name] for name in artifact.body["layers"] if name in layers]
@@ -147,10 +147,10 @@ def with_artifact(
         below = tensors_below(f"{name}.", artifact.tensors)
         tensors = {key: value for key, value in below.items() if "." not in key}
         quantized = QuantizedLayer(
-            layer, tensors, entry["weight_bits"], entry["activation_bits"], step, compute
+            layer, tensors, entry["weight_bits"], entry["activation_bits"], step, chosen.compute
         )
         replace_module(module, name, quantized)
-    install_attention(module, artifact, step)
+    install_attention(module, artifact, step, chosen.matmul)
     if cache_time_embeddings:
         layers = weight_layers(module)
         for name in sorted(time_layers(original)):

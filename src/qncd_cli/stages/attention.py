@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import ArtifactError
 from ..models.topology import AttentionSite, attention_sites
 from ..quant.affine import choose_qparams
-from ..quant.attention import QuantizedAttnProcessor
+from ..quant.attention import Matmul, QuantizedAttnProcessor
 from ..quant.layers import StepState
 from ..quant.observers import RangeObserver, choose_range
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
@@ -55,9 +55,12 @@ def quantize_attention(
     return tensors, {name: dict(entry) for name in calibration.body["attention"]}
 
 
-def install_attention(denoiser: nn.Module, artifact: Artifact, step: StepState) -> None:
+def install_attention(
+    denoiser: nn.Module, artifact: Artifact, step: StepState, matmul: Matmul | None = None
+) -> None:
     """Give the attention modules that the artifact names their quantized processors.
 
+    matmul: the backend's integer product, if it has one.
     Raises ArtifactError naming the first module that the denoiser does not have.
     """
     sites = {site.name: site for site in attention_sites(denoiser)}
@@ -75,6 +78,7 @@ def install_attention(denoiser: nn.Module, artifact: Artifact, step: StepState) 
             step,
             site.scale,
             site.qk_norm,
+            matmul,
         )
         denoiser.get_submodule(name).set_processor(processor)  # type: ignore[operator]
 

@@ -62,9 +62,9 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
 
 
 def _kernel(cost: LayerCost, weight_bits: int, activation_bits: int) -> str:
-    """What computes integers where the backend int8 can be used; simulate: nothing yet."""
+    """What computes integers where the backend int8 can be used."""
     if cost.kind == "matmul":
-        return "simulate"
+        return "int8, or float where the product is small"
     passes = (1 + (weight_bits > 8)) * (1 + (activation_bits > 8))
     return "int8" if passes == 1 else f"int8, {passes} passes"
 
