@@ -250,11 +250,10 @@ def test_ranges_move_with_the_module():
 # ---- integer products ---------------------------------------------------------------------------
 
 
-def exact_matmul(a, zero_point, b):
+def exact_matmul(a, b):
     """What the kernel has to compute, in integers."""
-    assert a.dtype == torch.uint8
-    assert b.dtype == torch.int8
-    return ((a.long() - int(zero_point)) @ b.long().transpose(1, 2)).float()
+    assert a.dtype == b.dtype == torch.int8
+    return (a.long() @ b.long().transpose(1, 2)).int()
 
 
 MATMULS = [exact_matmul]
@@ -277,7 +276,7 @@ def test_integer_products_are_what_the_simulation_says(monkeypatch, matmul, bits
     for group in (0, 1):
         step.group = group
         expected = made.products(query, key, value, mask)
-        monkeypatch.setattr(attention, "WORTH_INTEGERS", 0)
+        monkeypatch.setattr(attention, "WORTH_INTEGERS", {"macs": 0, "width": 0})
         made.matmul = matmul
         found = made.products(query, key, value, mask)
         made.matmul = None
@@ -294,7 +293,7 @@ def test_small_and_wide_products_stay_in_floating_point():
     small, query = processor()[0], randn(1, 1, 4, 4)
     small.matmul = refuse
     small.products(query, query, query, None)
-    large = randn(1, 1, 256, 64)
+    large = randn(1, 1, 256, 256)
     for bits, p_bits in [(32, 32), (8, 16)]:
         wide = processor(bits, p_bits)[0]
         wide.matmul = refuse
@@ -304,11 +303,12 @@ def test_small_and_wide_products_stay_in_floating_point():
 
 
 @pytest.mark.skipif(len(MATMULS) < 2, reason="no int8 here")
-@pytest.mark.parametrize("zero_point", [0, 100, 255])
-def test_the_kernel_is_exact_at_the_ends_of_the_codes(zero_point):
+@pytest.mark.parametrize(("rows", "columns", "width"), [(17, 11, 70), (1, 1, 1), (64, 33, 1024)])
+def test_the_kernel_is_exact_at_the_ends_of_the_codes(rows, columns, width):
     generator = torch.Generator().manual_seed(0)
-    a = torch.randint(0, 256, (3, 17, 70), generator=generator, dtype=torch.uint8)
-    b = torch.randint(-128, 128, (3, 11, 70), generator=generator, dtype=torch.int8)
-    a[0], b[0] = 255, -128
-    zero = torch.tensor([zero_point], dtype=torch.int32)
-    assert torch.equal(traced.matmul(a, zero, b), exact_matmul(a, zero, b))
+    a, b = (
+        torch.randint(-128, 128, (3, n, width), generator=generator).to(torch.int8)
+        for n in (rows, columns)
+    )
+    a[0], b[0], b[1] = -128, -128, 127
+    assert torch.equal(traced.matmul(a, b), exact_matmul(a, b))

@@ -114,17 +114,11 @@ def _pass(
     return torch.ops.onednn.qlinear_pointwise(codes, *operands, *FLOAT_OUTPUT)
 
 
-def matmul(a: Tensor, zero_point: int, b: Tensor) -> Tensor:
-    """a uint8 [B, M, K], b int8 [B, N, K] -> (a - zero_point) b^T [B, M, N] float32."""
-    batch, rows, width = a.shape
-    columns = b.shape[1]
-    ones, zeros = torch.ones(columns), torch.zeros(columns, dtype=torch.int64)
-    output = a.new_empty([batch, rows, columns], dtype=torch.float32)
-    for i in range(batch):
-        packed = torch.ops.onednn.qlinear_prepack(b[i], [rows, width])
-        output[i] = torch.ops.onednn.qlinear_pointwise(
-            a[i], 1.0, zero_point, packed, ones, zeros, None, *FLOAT_OUTPUT
-        )
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a int8 [B, M, K], b int8 [B, N, K] -> a b^T [B, M, N] int32."""
+    output = a.new_empty([a.shape[0], a.shape[1], b.shape[1]], dtype=torch.int32)
+    for left, right, product in zip(a, b, output, strict=True):
+        torch._int_mm(left, right.t(), out=product)
     return output
 
 

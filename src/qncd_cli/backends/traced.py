@@ -71,20 +71,16 @@ _library = torch.library.Library("qncd", "DEF")
 _library.define(
     "multiply(Tensor low, Tensor? high, Tensor? bias, Tensor group, str layer) -> Tensor"
 )
-_library.define("matmul(Tensor a, Tensor zero_point, Tensor b) -> Tensor")
+_library.define("matmul(Tensor a, Tensor b) -> Tensor")
 
 
-def matmul(a: Tensor, zero_point: Tensor, b: Tensor) -> Tensor:
-    """a uint8 [B, M, K], b int8 [B, N, K] -> (a - zero_point) b^T [B, M, N] float32; traceable."""
-    return torch.ops.qncd.matmul(a, zero_point, b)
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a int8 [B, M, K], b int8 [B, N, K] -> a b^T [B, M, N] int32; traceable."""
+    return torch.ops.qncd.matmul(a, b)
 
 
-def _matmul(a: Tensor, zero_point: Tensor, b: Tensor) -> Tensor:
-    return int8.matmul(a, int(zero_point), b)
-
-
-def _matmul_fake(a: Tensor, zero_point: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty([a.shape[0], a.shape[1], b.shape[1]], dtype=torch.float32)
+def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty([a.shape[0], a.shape[1], b.shape[1]], dtype=torch.int32)
 
 
 def _multiply(
@@ -120,5 +116,5 @@ def _multiply_fake(
 
 _library.impl("multiply", _multiply, "CPU")
 torch.library.register_fake("qncd::multiply", _multiply_fake, lib=_library)
-_library.impl("matmul", _matmul, "CPU")
+_library.impl("matmul", int8.matmul, "CPU")
 torch.library.register_fake("qncd::matmul", _matmul_fake, lib=_library)

@@ -5,11 +5,10 @@ q, k, v are quantized per tensor, with ranges per timestep group; p lies in [0, 
 is fixed and its zero-point is 0. The softmax and the scale stay in float32, outside of the
 integers. With a single key p is exactly 1, which every width represents.
 
-Integer kernels multiply unsigned codes a, less their zero-point, with signed ones, so the other
-operand enters as b - 128, and with its zero-point z
-    sum_d (a_d - z_a) (b_d - z) = sum_d (a_d - z_a) (b_d - 128) + (128 - z) sum_d (a_d - z_a).
-In the scores the second term is one number per query, which the softmax does not see; in the
-output it is (128 - z) times the sum of the row's probabilities.
+Integer kernels multiply signed bytes, so codes enter less 128. With a' = a - 128, b' = b - 128 and
+the zero-points y and z
+    sum_d (a_d - y) (b_d - z) = sum_d a'_d b'_d + (128 - y) sum_d b'_d + (128 - z) sum_d (a_d - y).
+In the scores the last term is one number per query, which the softmax does not see.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
 from .affine import QParams, choose_qparams, fake_quantize, round_to_codes
 from .layers import StepState
 
-Matmul = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(a uint8 [B, M, K], its zero-point, b int8 [B, N, K]) -> (a - zero_point) b^T, float32"""
-WORTH_INTEGERS = 2**22
-"""Multiply-accumulates of one head's product from which on integer kernels are the faster ones."""
+Matmul = Callable[[Tensor, Tensor], Tensor]
+"""(a int8 [B, M, K], b int8 [B, N, K]) -> a b^T, int32 [B, M, N], exact"""
+WORTH_INTEGERS = {"macs": 2**24, "width": 256}
+"""Size of one head's product, and its width, from which on integer kernels are the faster ones."""
 
 
 def probabilities_qparams(bits: int) -> QParams:
@@ -135,8 +134,10 @@ class QuantizedAttnProcessor(nn.Module):
 
     def _integers_pay(self, query: Tensor, key: Tensor) -> bool:
         fits = max(self.bits, self.probabilities_bits) <= 8
-        macs = query.shape[-2] * key.shape[-2] * key.shape[-1]
-        return self.matmul is not None and fits and macs >= WORTH_INTEGERS
+        width = key.shape[-1]
+        macs = query.shape[-2] * key.shape[-2] * width
+        large = macs >= WORTH_INTEGERS["macs"] and width >= WORTH_INTEGERS["width"]
+        return self.matmul is not None and fits and large
 
     def _integer_products(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
@@ -148,22 +149,24 @@ class QuantizedAttnProcessor(nn.Module):
         k_scale, _ = self.operand_qparams("key")
         v_scale, v_zero_point = self.operand_qparams("value")
         q, k, v = (
-            self._codes(x, operand).flatten(0, 1)
+            self._signed(x, self.operand_qparams(operand), self.bits)
             for x, operand in ((query, "query"), (key, "key"), (value, "value"))
         )
-        scores = self.matmul(q.to(torch.uint8), q_zero_point, (k - 128).to(torch.int8))
-        scores = scores.unflatten(0, heads) * (q_scale * k_scale * self.scale)
+        sums = self.matmul(q, k)
+        sums = sums + (128 - q_zero_point) * k.to(torch.int32).sum(-1).to(torch.int32).unsqueeze(1)
+        scores = sums.unflatten(0, heads).float() * (q_scale * k_scale * self.scale)
         probabilities = _softmax(scores, mask)
-        p_spec = activation_spec(self.probabilities_bits)
-        p = round_to_codes(probabilities, self.probabilities, p_spec).flatten(0, 1)
-        v = (v - 128).to(torch.int8).transpose(1, 2).contiguous()
-        output = self.matmul(p.to(torch.uint8), torch.zeros_like(q_zero_point), v)
-        output = output + (128 - v_zero_point) * p.sum(-1, keepdim=True)
-        return output.unflatten(0, heads) * (self.probabilities.scale * v_scale)
+        p = self._signed(probabilities, self.probabilities, self.probabilities_bits)
+        v = v.transpose(1, 2).contiguous()
+        sums = self.matmul(p, v) + 128 * v.to(torch.int32).sum(-1).to(torch.int32).unsqueeze(1)
+        p_sums = (p.to(torch.int32) + 128).sum(-1, keepdim=True).to(torch.int32)
+        sums = sums + (128 - v_zero_point) * p_sums
+        return sums.unflatten(0, heads).float() * (self.probabilities.scale * v_scale)
 
-    def _codes(self, x: Tensor, operand: str) -> Tensor:
-        """Integers in a float tensor."""
-        return round_to_codes(x, self.operand_qparams(operand), activation_spec(self.bits))
+    def _signed(self, x: Tensor, qparams: QParams, bits: int) -> Tensor:
+        """Codes less 128, int8, all heads in one dimension: [N * heads, ...]."""
+        codes = round_to_codes(x, qparams, activation_spec(bits)) - 128
+        return codes.to(torch.int8).flatten(0, 1)
 
     def operand_qparams(self, operand: str) -> QParams:
         """Of the query, key or value, at the current timestep group."""
