@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,13 @@ def why_unavailable() -> str:
     """Why nothing can be compiled on this machine; empty where it can."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return "" if shutil.which(compiler) else f"no C++ compiler {compiler} (CXX names another)"
+
+
+def silence_compiler() -> None:
+    """For the rest of this process: what torch's tracer and compiler warn of is not for users."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for module in ("torch._dynamo", "torch._inductor", "torch.export", "torch.fx", "copyreg"):
+        warnings.filterwarnings("ignore", module=rf"{re.escape(module)}(\..*)?$")
 
 
 def batch_range(rows: int) -> tuple[int, int]:
@@ -74,9 +82,8 @@ def compile_graph(
     inputs = (x, x.new_zeros(len(x)), torch.zeros(1, dtype=torch.int64), dict(condition))
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
     group = step.group
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad(), traceable(layers):
-        warnings.simplefilter("ignore")
+    silence_compiler()
+    with torch.no_grad(), traceable(layers):
         try:
             program = torch.export.export(
                 _Traced(module, step), inputs, dynamic_shapes=shapes, strict=False

@@ -398,7 +398,7 @@ def convert(checkpoint, compvis_config, out, force, as_json, debug):
     "--rows",
     metavar="NAME,NAME,...",
     default="float32-eager,float32-compiled,bfloat16-eager,bfloat16-compiled,"
-    "simulate-w4a8,int8-w4a8,int8-w4a8-compiled,int8-w8a8-compiled",
+    "simulate-w4a8,int8-w4a8,int8-w4a8-compiled",
     show_default=True,
     help="What to measure; quantized rows take any widths of 2 to 8 bits.",
 )

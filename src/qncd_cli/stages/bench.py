@@ -27,6 +27,7 @@ from torch import nn
 
 from .. import __version__, artifacts, presets
 from ..artifacts import Artifact
+from ..backends.graph import silence_compiler
 from ..config import Config
 from ..config_files import parse_config
 from ..errors import BackendUnavailable
@@ -110,6 +111,7 @@ def run(
     A row that cannot be measured here is listed with the reason; BackendUnavailable if none can.
     """
     start = time.perf_counter()
+    silence_compiler()
     macs = sum(cost.macs for cost in denoiser_costs(config, model))
     with tempfile.TemporaryDirectory(prefix="qncd-bench-") as name, _compile_cache(Path(name)):
         inputs = _inputs(config, model, request.batch_size)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import artifacts
 from ..backends import graph
+from ..backends.graph import silence_compiler
 from ..backends.base import BACKENDS
 from ..errors import ConfigError, QncdError
 from ..models.loading import DTYPES
@@ -167,6 +168,7 @@ def measure_alone(job: Alone) -> dict[str, Any]:
     None where the system does not tell them. Where the row fails: why, and nothing else.
     """
     torch.set_num_threads(job.threads)
+    silence_compiler()
     try:
         return _measure(job)
     except QncdError as error:
