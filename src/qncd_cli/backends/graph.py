@@ -39,7 +39,7 @@ def why_unavailable() -> str:
 def silence_compiler() -> None:
     """For the rest of this process: what torch's tracer and compiler warn of is not for users."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    for module in ("torch._dynamo", "torch._inductor", "torch.export", "torch.fx", "copyreg"):
+    for module in ("torch._dynamo", "torch._inductor"):
         warnings.filterwarnings("ignore", module=rf"{re.escape(module)}(\..*)?$")
 
 
@@ -83,7 +83,8 @@ def compile_graph(
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
     group = step.group
     silence_compiler()
-    with torch.no_grad(), traceable(layers):
+    with warnings.catch_warnings(), torch.no_grad(), traceable(layers):
+        warnings.simplefilter("ignore")
         try:
             program = torch.export.export(
                 _Traced(module, step), inputs, dynamic_shapes=shapes, strict=False

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .. import artifacts
 from ..backends import graph
-from ..backends.graph import silence_compiler
 from ..backends.base import BACKENDS
+from ..backends.graph import silence_compiler
 from ..errors import ConfigError, QncdError
 from ..models.loading import DTYPES
 from ..models.stored import load_denoiser
