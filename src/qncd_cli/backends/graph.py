@@ -1,6 +1,6 @@
 """A quantized denoiser as one compiled graph for the CPU, in a file (torch.export, AOTInductor).
 
-Compiling takes a minute, loading the file milliseconds. What the file holds is fixed: the layers
+Compiling takes minutes, loading the file milliseconds. What the file holds is fixed: the layers
 by key (`traced`), the unquantized weights, a range of batch sizes. The timestep and its group are
 inputs. The number of threads is that of the process that runs it.
 """
