@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -52,4 +51,6 @@ def test_preset_best_from_calibration_to_evaluation(tmp_path, request, kind, int
     )
     assert plain.shape == corrected.shape and torch.isfinite(corrected).all()
     change = float((corrected - plain).norm() / plain.norm())
-    assert not math.isclose(change, 0) and change < 0.5
+    assert change < 0.5  # 0 where no reading is believed
+    manifest = json.loads((tmp_path / RUN / "samples" / "corrected" / "manifest.json").read_text())
+    assert manifest["extra_calls"] > 0

@@ -392,6 +392,8 @@ RUNTIME = {
     for baseline in ("none", "full_precision")
     if (target, baseline) != ("injected", "full_precision")
 }
+BELIEVED = [name for name in RUNTIME if name.endswith("full_precision")]
+"""Here a reading counts only as far as it foretold an error, on this model perhaps not at all."""
 CORRECTIONS = {
     "none": ("--inter", "none"),
     "ptqd": ("--inter", "ptqd"),
@@ -419,13 +421,19 @@ def test_the_correction_of_one_batch_does_not_reach_the_next(drawn, name):
     assert torch.equal(latents(drawn, f"{name} alone"), latents(drawn, name)[3:])
 
 
-@pytest.mark.parametrize("name", [name for name in CORRECTIONS if name != "none"])
+@pytest.mark.parametrize("name", [n for n in CORRECTIONS if n not in ("none", *BELIEVED)])
 def test_every_correction_changes_the_images(drawn, name):
     assert relative(latents(drawn, name), latents(drawn, "none")) > 1e-4
 
 
+@pytest.mark.parametrize("name", BELIEVED)
+def test_what_is_believed_is_less_than_what_is_read(drawn, name):
+    plain, read = latents(drawn, "none"), latents(drawn, name.replace("full_precision", "none"))
+    assert relative(latents(drawn, name), plain) < relative(read, plain)
+
+
 def test_corrections_differ_from_each_other(drawn):
-    names = list(CORRECTIONS)
+    names = [name for name in CORRECTIONS if name not in BELIEVED]
     for i, name in enumerate(names):
         for other in names[i + 1 :]:
             assert relative(latents(drawn, name), latents(drawn, other)) > 1e-5, (name, other)
@@ -443,7 +451,7 @@ def test_a_run_time_estimate_acts_from_the_next_step_on(drawn):
     for name in RUNTIME:
         predictions = stored(drawn, path.format(name))["predictions"]
         assert torch.equal(predictions[:, 0], plain[:, 0])
-        assert not torch.equal(predictions[:, 1], plain[:, 1])
+        assert name in BELIEVED or not torch.equal(predictions[:, 1], plain[:, 1])
 
 
 def test_a_set_holds_the_predictions_of_every_step(sampled):
