@@ -207,3 +207,27 @@ def sampled(tmp_path_factory, tiny_model) -> Path:
     runner("quantize")
     runner("sample", "--num", "6", "--batch-size", "4")
     return folder
+
+
+# ---- configurations -----------------------------------------------------------------------------
+
+MODEL = {"model": {"source": "zoo:fashion-ldm"}}
+
+
+@pytest.fixture
+def minimal(tmp_path) -> str:
+    """A configuration file that says no more than it must."""
+    path = tmp_path / "minimal.yaml"
+    path.write_text(yaml.safe_dump(MODEL))
+    return str(path)
+
+
+def refused(minimal: str, *overrides: str) -> str:
+    """The one line that the configuration is refused with."""
+    from qncd_cli.config_files import load_config
+    from qncd_cli.errors import ConfigError
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(minimal, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

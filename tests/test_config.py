@@ -5,30 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
-import yaml
+from conftest import MODEL, refused
 from pydantic import ValidationError
 
 from qncd_cli.config import Config
 from qncd_cli.config_files import load_config, parse_config, shipped_configs
-from qncd_cli.errors import ConfigError
-
-MODEL = {"model": {"source": "zoo:fashion-ldm"}}
-
-
-@pytest.fixture
-def minimal(tmp_path) -> str:
-    path = tmp_path / "minimal.yaml"
-    path.write_text(yaml.safe_dump(MODEL))
-    return str(path)
-
-
-def refused(minimal: str, *overrides: str) -> str:
-    """The one line that the configuration is refused with."""
-    with pytest.raises(ConfigError) as caught:
-        load_config(minimal, overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
 
 # ---- strictness ---------------------------------------------------------------------------------
 

@@ -111,7 +111,7 @@ def test_other_artifacts_and_models_have_graphs_of_their_own(tmp_path):
     paths = {
         graphs.graph_path(tmp_path, digests, rows)
         for digests in (DIGESTS, {**DIGESTS, "quantized": "c"}, {**DIGESTS, "model": "c"})
-        for rows in (2, 63, 64)
+        for rows in (1, 2, 63, 64, 4096, 10_000)
     }
     assert len(paths) == 3 * 2
 
@@ -124,8 +124,9 @@ def test_a_damaged_graph_is_named(made, tmp_path):
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_without_a_compiler_it_says_so(made, tmp_path, monkeypatch):
+def test_only_a_new_graph_needs_a_compiler(made, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compile_into(folder, made, []).calls == 0
     with pytest.raises(BackendUnavailable, match="no-such-compiler"):
         compile_into(tmp_path, made, [])
     assert list(tmp_path.iterdir()) == []

@@ -44,8 +44,8 @@ def silence_compiler() -> None:
 
 
 def batch_range(rows: int) -> tuple[int, int]:
-    """Of the graph that serves this many rows, of which there are at most BATCHES[-1][1]."""
-    return next((low, high) for low, high in BATCHES if rows <= high)
+    """Of the graph that serves this many rows, the last one's for more than it takes at once."""
+    return next((sizes for sizes in BATCHES if rows <= sizes[1]), BATCHES[-1])
 
 
 OPTIONS = {"cpp.dynamic_threads": True}

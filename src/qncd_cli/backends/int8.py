@@ -58,9 +58,16 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     if bits <= 8:
         low = quantize_uint8(y, float(qparams.scale), int(qparams.zero_point), bits)
     else:
-        codes = quantize(y, qparams, activation_spec(bits))
-        high, low = (codes >> 8).to(torch.uint8), (codes & 255).to(torch.uint8)
+        low, high = in_bytes(quantize(y, qparams, activation_spec(bits)), bits)
     return multiply(layer, low, high, layer.bias_now(), group).to(x.dtype)
+
+
+def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Codes of up to 16 bits, in any type that holds them -> low byte and high byte, if any."""
+    if bits <= 8:
+        return codes.to(torch.uint8), None
+    codes = codes.to(torch.int32)
+    return (codes & 255).to(torch.uint8), (codes >> 8).to(torch.uint8)
 
 
 def multiply(

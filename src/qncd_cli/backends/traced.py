@@ -14,7 +14,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..quant.affine import round_to_codes
 from ..quant.layers import QuantizedLayer
+from ..spec import activation_spec
 from . import int8
 
 _layers: weakref.WeakValueDictionary[str, QuantizedLayer] = weakref.WeakValueDictionary()
@@ -51,15 +53,10 @@ def _traced(key: str):
         y = layer.smoothed(x if x.dtype == torch.float32 else x.to(torch.float32))
         if layer.is_conv:
             y = y.contiguous(memory_format=torch.channels_last)
-        scale, zero_point = layer.input_qparams()
-        codes = (torch.round(y / scale) + zero_point).clamp(0, 2**layer.activation_bits - 1)
-        low, high = codes, None
-        if layer.activation_bits > 8:
-            whole = codes.to(torch.int32)
-            low, high = whole & 255, (whole >> 8).to(torch.uint8)
-        product = torch.ops.qncd.multiply(
-            low.to(torch.uint8), high, layer.bias_now(), torch.as_tensor(layer.step.group), key
-        )
+        codes = round_to_codes(y, layer.input_qparams(), activation_spec(layer.activation_bits))
+        low, high = int8.in_bytes(codes, layer.activation_bits)
+        group = torch.as_tensor(layer.step.group)
+        product = torch.ops.qncd.multiply(low, high, layer.bias_now(), group, key)
         return product if x.dtype == torch.float32 else product.to(x.dtype)
 
     return compute

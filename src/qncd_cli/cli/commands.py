@@ -203,14 +203,16 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if options.force:
         stage.check(config, model, subject, request)
         stage.clear(folder)
-    begun = stage.begun(folder)
-    how = subjects.Compiling(
-        run.path / FOLDER,
-        console.note,
-        options.compiled,
-        bool(begun.get("compiled", False)) if begun else None,
-    )
-    subject = subjects.compiled(config, model, subject, request.seeds, request.batch_size, how)
+    if quantized is not None:
+        begun = stage.begun(folder)
+        how = subjects.Compiling(
+            run.path / FOLDER,
+            console.note,
+            read_json(run.coverage, "qncd quantize --force")["macs"],
+            options.compiled,
+            bool(begun.get("compiled", False)) if begun else None,
+        )
+        subject = subjects.compiled(config, model, subject, request.seeds, request.batch_size, how)
     manifest = stage.run(config, model, subject, request, console.track)
     _done(
         console,

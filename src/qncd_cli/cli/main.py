@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
 from .. import __version__
+from . import options
 from .console import Console, ErrorReportingGroup
 
 EPILOG = """\b
@@ -41,134 +39,18 @@ def cli() -> None:
     """
 
 
-Command = Callable[..., Any]
-
-
-def _json(command: Command) -> Command:
-    help_text = "Print one JSON object on stdout, nothing else."
-    command = click.option("--json", "as_json", is_flag=True, help=help_text)(command)
-    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
-
-
-def _run_dir(command: Command) -> Command:
-    return click.option(
-        "--run-dir",
-        metavar="DIR",
-        help="Run directory (default: runs/<config name>; later stages: the current run).",
-    )(command)
-
-
-def _device(command: Command) -> Command:
-    return click.option(
-        "--device",
-        metavar="auto|cpu|cuda",
-        default="auto",
-        show_default=True,
-        help="Where the model runs; auto takes a CUDA device if there is one.",
-    )(command)
-
-
-def _config(command: Command) -> Command:
-    return click.option(
-        "--config",
-        "config_name",
-        metavar="FILE|NAME",
-        required=True,
-        help='A YAML file, or a shipped configuration (see "qncd models").',
-    )(command)
-
-
-def _set(command: Command) -> Command:
-    return click.option(
-        "--set",
-        "overrides",
-        metavar="KEY.PATH=VALUE",
-        multiple=True,
-        help="Override a key of the configuration; may be repeated.",
-    )(command)
-
-
-def _force(what: str) -> Callable[[Command], Command]:
-    return click.option("--force", is_flag=True, help=what)
-
-
-def _sampling(command: Command) -> Command:
-    options = [
-        click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps."),
-        click.option("--num", type=click.IntRange(1), metavar="N", help="How many samples."),
-        click.option("--seed", type=click.IntRange(0), help="Seed of the first sample."),
-        click.option("--classes", metavar="C,C,...|all", help="Class labels, in turn by seed."),
-        click.option(
-            "--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N"
-        ),
-    ]
-    command = _backend(command)
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _backend(command: Command) -> Command:
-    return click.option(
-        "--backend",
-        type=click.Choice(["auto", "int8", "simulate"]),
-        default="auto",
-        show_default=True,
-        help="What computes quantized layers; auto: int8 where the CPU can, else simulate.",
-    )(command)
-
-
-def _metrics(command: Command) -> Command:
-    options = [
-        click.option("--fid", is_flag=True, help="Frechet distance (default when none is named)."),
-        click.option("--isc", is_flag=True, help="Inception score."),
-        click.option("--kid", is_flag=True, help="Kernel distance."),
-        click.option("--prc", is_flag=True, help="Precision and recall."),
-    ]
-    command = _features(command)
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _features(command: Command) -> Command:
-    options = [
-        click.option(
-            "--reference",
-            metavar="DIR|NPZ|zoo",
-            help="What to compare with: images, statistics, or the packaged ones.",
-        ),
-        click.option(
-            "--network",
-            type=click.Choice(["auto", "fashion", "inception"]),
-            default="auto",
-            show_default=True,
-            help="Feature network; auto: the packaged one for packaged models, else Inception.",
-        ),
-        click.option(
-            "--inception-weights",
-            type=click.Path(dir_okay=False),
-            metavar="FILE",
-            help="Inception weights on disk instead of torch-fidelity's download.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
 @cli.command(
     epilog="\b\nExamples:\n  qncd calibrate --config fashion_ldm_w4a8.yaml\n"
     "  qncd calibrate --config my.yaml --set calibration.trajectories=256\n"
     "  qncd calibrate --config my.yaml --dry-run"
 )
-@_config
-@_set
-@_run_dir
-@_device
-@_force("Calibrate again although nothing has changed.")
+@options.config
+@options.overrides
+@options.run_dir
+@options.device
+@options.force("Calibrate again although nothing has changed.")
 @click.option("--dry-run", is_flag=True, help="Check and print the configuration, run nothing.")
-@_json
+@options.json_output
 def calibrate(config_name, overrides, run_dir, device, force, dry_run, as_json, debug):
     """Collect calibration inputs, activation statistics and smoothing factors."""
     from . import commands
@@ -190,11 +72,11 @@ def calibrate(config_name, overrides, run_dir, device, force, dry_run, as_json, 
     help="Average bits of the quantized weights; each layer gets 2, 3, 4, 6 or 8 of them by its "
     "measured sensitivity.",
 )
-@_set
-@_run_dir
-@_device
-@_force("Quantize again although nothing has changed.")
-@_json
+@options.overrides
+@options.run_dir
+@options.device
+@options.force("Quantize again although nothing has changed.")
+@options.json_output
 def quantize(budget, overrides, run_dir, device, force, as_json, debug):
     """Round the weights to integers, set activation ranges, measure the quantization noise."""
     from . import commands
@@ -210,7 +92,7 @@ def quantize(budget, overrides, run_dir, device, force, as_json, debug):
     "  qncd sample --full-precision --num 64\n"
     "  qncd sample --steps 50 --inter none --name steps50"
 )
-@_sampling
+@options.sampling
 @click.option("--scheduler", metavar="NAME", help="ddim, ddpm, pndm, plms, dpmsolver++, euler, ...")
 @click.option("--eta", type=click.FloatRange(0, 1), help="Stochasticity of DDIM.")
 @click.option("--guidance", type=click.FloatRange(0), help="Classifier-free guidance scale.")
@@ -227,11 +109,11 @@ def quantize(budget, overrides, run_dir, device, force, as_json, debug):
 )
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
 @click.option("--name", metavar="NAME", help="Name of the sample set (default: quantized, full).")
-@_set
-@_run_dir
-@_device
-@_force("Replace samples made with other settings.")
-@_json
+@options.overrides
+@options.run_dir
+@options.device
+@options.force("Replace samples made with other settings.")
+@options.json_output
 def sample(**options):
     """Draw images from the quantized model; a repeated command resumes."""
     from . import commands
@@ -250,12 +132,12 @@ def sample(**options):
     epilog="\b\nExamples:\n  qncd eval --fid\n  qncd eval --fid --isc --kid --prc\n"
     "  qncd eval --images my_images --reference val_images --network inception --fid",
 )
-@_metrics
+@options.metrics
 @click.option("--images", metavar="DIR", help="Measure these images instead of the run's samples.")
 @click.option("--name", default="quantized", show_default=True, help="Which sample set.")
-@_run_dir
-@_device
-@_json
+@options.run_dir
+@options.device
+@options.json_output
 def evaluate(**options):
     """Measure the samples against a reference and against full precision on the same seeds.
 
@@ -272,14 +154,14 @@ def evaluate(**options):
     epilog="\b\nExamples:\n  qncd run --config fashion_ldm_w4a8.yaml --num 64\n"
     "  qncd run --config fashion_ldm_w8a8.yaml --num 1000 --fid --kid"
 )
-@_config
-@_set
-@_sampling
-@_metrics
-@_run_dir
-@_device
-@_force("Redo every stage.")
-@_json
+@options.config
+@options.overrides
+@options.sampling
+@options.metrics
+@options.run_dir
+@options.device
+@options.force("Redo every stage.")
+@options.json_output
 def run(config_name, overrides, run_dir, device, force, as_json, debug, **options):
     """All four stages; each is skipped when its inputs are unchanged."""
     from . import commands
@@ -291,7 +173,7 @@ def run(config_name, overrides, run_dir, device, force, as_json, debug, **option
 
 @cli.command(epilog="\b\nExample:\n  qncd compare runs/fashion_ldm_w8a8 runs/fashion_ldm_w4a8")
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...")
-@_json
+@options.json_output
 def compare(run_dirs, as_json, debug):
     """One table over several evaluated runs; refuses runs measured in different protocols."""
     from . import evaluation
@@ -305,7 +187,7 @@ def compare(run_dirs, as_json, debug):
     "  qncd ablate --config my.yaml --presets none,intra,inter,both\n"
     "  qncd ablate --config my.yaml --presets none+runtime,none+ptqd --bits fp,w4a8"
 )
-@_config
+@options.config
 @click.option(
     "--presets",
     metavar="NAME,NAME,...",
@@ -333,13 +215,13 @@ def compare(run_dirs, as_json, debug):
     help="Leave in floating point what each preset's paper does; otherwise all rows are quantized "
     "alike.",
 )
-@_backend
-@_features
-@_set
-@_run_dir
-@_device
-@_force("Measure every row again although nothing has changed.")
-@_json
+@options.backend
+@options.features
+@options.overrides
+@options.run_dir
+@options.device
+@options.force("Measure every row again although nothing has changed.")
+@options.json_output
 def ablate(**options):
     """Compare presets and corrections on the same seeds, one row each; trains nothing.
 
@@ -368,8 +250,8 @@ def ablate(**options):
 @click.option(
     "--out", metavar="DIR", required=True, help="The folder to make; model.source can name it."
 )
-@_force("Replace the diffusers folder that is there.")
-@_json
+@options.force("Replace the diffusers folder that is there.")
+@options.json_output
 def convert(checkpoint, compvis_config, out, force, as_json, debug):
     """Turn a CompVis latent-diffusion checkpoint into a diffusers folder.
 
@@ -426,7 +308,7 @@ def convert(checkpoint, compvis_config, out, force, as_json, debug):
 )
 @click.option("--profile", is_flag=True, help="Also say where a call's time goes.")
 @click.option("--out", metavar="DIR", help="Where to write (default: runs/bench_<model>).")
-@_json
+@options.json_output
 def bench(source, config_name, as_json, debug, **options):
     """Speed, memory and size of a model's denoiser on this CPU, full precision beside quantized.
 
@@ -443,7 +325,7 @@ def bench(source, config_name, as_json, debug, **options):
 
 @cli.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
 @click.argument("file", type=click.Path())
-@_json
+@options.json_output
 def inspect(file, as_json, debug):
     """What an artifact holds and where it comes from; checks it completely."""
     from . import listing
@@ -452,7 +334,7 @@ def inspect(file, as_json, debug):
 
 
 @cli.command(epilog="\b\nExamples:\n  qncd models\n  qncd models --json")
-@_json
+@options.json_output
 def models(as_json, debug):
     """Packaged models, shipped configurations, presets."""
     from . import listing

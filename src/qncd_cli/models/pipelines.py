@@ -8,6 +8,7 @@ pixel space; diffusers has the parts but no pipeline that joins them. Its DiTPip
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
         return self.embedding(class_labels).unflatten(1, (self.config.tokens, -1))
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(DiffusionPipeline, ABC):
     """What the class-conditional pipelines below share: the guided sampling loop.
 
     A subclass names its components and says what the denoiser is, how a class enters it, which
@@ -55,16 +56,18 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """
 
     @property
+    @abstractmethod
     def denoiser(self) -> nn.Module:
-        raise NotImplementedError
+        """The component that predicts."""
 
     @property
+    @abstractmethod
     def null_class(self) -> int:
-        raise NotImplementedError
+        """The label that stands for no class."""
 
+    @abstractmethod
     def condition(self, labels: Tensor) -> dict[str, Tensor]:
         """Class labels [N] -> keyword arguments of the denoiser, batch first."""
-        raise NotImplementedError
 
     def decode(self, latents: Tensor) -> Tensor:
         """[N, C, h, w] -> images [N, C, H, W] in about [-1, 1]."""

@@ -251,7 +251,8 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     sample_stage.check(config, work.model, subject, drawing)
     begun = _manifest(folder)
     was = bool(begun.get("compiled", False)) if begun else None
-    how = Compiling(made.path / graphs.FOLDER, work.tell, begun=was)
+    macs = read_json(made.coverage, "qncd ablate")["macs"]
+    how = Compiling(made.path / graphs.FOLDER, work.tell, macs, begun=was)
     subject = compiled(config, work.model, subject, drawing.seeds, drawing.batch_size, how)
     digest = sample_stage.identify(config, work.model, subject)["digest"]
     if work.force(folder) or (begun is not None and begun.get("digest") != digest):

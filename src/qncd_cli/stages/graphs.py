@@ -62,9 +62,6 @@ def compiled(
     it is compiled. The module of `eager` must not be called elsewhere meanwhile.
     Raises BackendUnavailable where this model cannot be compiled on this machine.
     """
-    why = graph.why_unavailable()
-    if why:
-        raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
     rows = graph.batch_range(len(example[0]))
     key = _key(digests)
     modules = eager.module.named_modules()
@@ -72,6 +69,8 @@ def compiled(
     traced.register(layers)
     path = graph_path(folder, digests, len(example[0]))
     if not path.is_file():
+        if why := graph.why_unavailable():
+            raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
         tell("compiling the denoiser, once for this artifact and machine")
         try:
             content = graph.compile_graph(eager.module, eager.step, layers, example, rows)

@@ -15,11 +15,10 @@ from ..errors import BackendUnavailable
 from ..models.loading import DiffusionModel
 from ..quant.layers import QuantizedLayer
 from . import graphs
-from .assemble import Denoiser, denoiser_costs, full_denoiser, quantized_denoiser
+from .assemble import Denoiser, full_denoiser, quantized_denoiser
 
 WORTH_COMPILING = 1e14
-"""Multiply-accumulates of all calls from which on the minutes of compiling are won back: about 50
-samples of LDM-4 in 20 steps."""
+"""Multiply-accumulates of all calls from which on the minutes of compiling are won back."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ def quantized(
 class Compiling:
     """Whether to compile and where graphs are kept; tell hears what a user should know.
 
+    macs: of one call on one sample, as the coverage of the quantized model says.
     wish: True, False, or None for "where it pays": a graph that lies in the folder is used, a new
     one is made for WORTH_COMPILING or more; begun: whether the set that is being continued was
     drawn by a graph, None for a new set. What was begun goes on as it began.
@@ -76,6 +76,7 @@ class Compiling:
 
     folder: Path
     tell: graphs.Tell
+    macs: int
     wish: bool | None = None
     begun: bool | None = None
 
@@ -107,7 +108,8 @@ def compiled(
     wanted = how.begun if how.wish is None else how.wish
     if wanted is None:
         kept = graphs.graph_path(how.folder, subject.digests, copies * batch).is_file()
-        wanted = kept or copies * _work(config, model, len(seeds)) >= WORTH_COMPILING
+        work = copies * how.macs * config.sampling.steps * len(seeds)
+        wanted = kept or work >= WORTH_COMPILING
     if not wanted:
         return subject
     x = torch.zeros(copies * batch, *model.latent_shape, dtype=model.dtype)
@@ -120,9 +122,3 @@ def compiled(
         how.tell(f"{error.message}; it runs uncompiled, more slowly")
         return subject
     return replace(subject, denoiser=graph, compiled=True)
-
-
-def _work(config: Config, model: DiffusionModel, samples: int) -> float:
-    """Multiply-accumulates of the calls of the denoiser, guidance not counted."""
-    macs = sum(cost.macs for cost in denoiser_costs(config, model))
-    return float(macs) * config.sampling.steps * samples

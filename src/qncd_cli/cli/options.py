@@ -1,0 +1,123 @@
+"""Options that several commands share, as decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def json_output(command: Command) -> Command:
+    help_text = "Print one JSON object on stdout, nothing else."
+    command = click.option("--json", "as_json", is_flag=True, help=help_text)(command)
+    return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
+
+
+def run_dir(command: Command) -> Command:
+    return click.option(
+        "--run-dir",
+        metavar="DIR",
+        help="Run directory (default: runs/<config name>; later stages: the current run).",
+    )(command)
+
+
+def device(command: Command) -> Command:
+    return click.option(
+        "--device",
+        metavar="auto|cpu|cuda",
+        default="auto",
+        show_default=True,
+        help="Where the model runs; auto takes a CUDA device if there is one.",
+    )(command)
+
+
+def config(command: Command) -> Command:
+    return click.option(
+        "--config",
+        "config_name",
+        metavar="FILE|NAME",
+        required=True,
+        help='A YAML file, or a shipped configuration (see "qncd models").',
+    )(command)
+
+
+def overrides(command: Command) -> Command:
+    return click.option(
+        "--set",
+        "overrides",
+        metavar="KEY.PATH=VALUE",
+        multiple=True,
+        help="Override a key of the configuration; may be repeated.",
+    )(command)
+
+
+def force(what: str) -> Callable[[Command], Command]:
+    return click.option("--force", is_flag=True, help=what)
+
+
+def sampling(command: Command) -> Command:
+    options = [
+        click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps."),
+        click.option("--num", type=click.IntRange(1), metavar="N", help="How many samples."),
+        click.option("--seed", type=click.IntRange(0), help="Seed of the first sample."),
+        click.option("--classes", metavar="C,C,...|all", help="Class labels, in turn by seed."),
+        click.option(
+            "--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N"
+        ),
+    ]
+    command = backend(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def backend(command: Command) -> Command:
+    return click.option(
+        "--backend",
+        type=click.Choice(["auto", "int8", "simulate"]),
+        default="auto",
+        show_default=True,
+        help="What computes quantized layers; auto: int8 where the CPU can, else simulate.",
+    )(command)
+
+
+def metrics(command: Command) -> Command:
+    options = [
+        click.option("--fid", is_flag=True, help="Frechet distance (default when none is named)."),
+        click.option("--isc", is_flag=True, help="Inception score."),
+        click.option("--kid", is_flag=True, help="Kernel distance."),
+        click.option("--prc", is_flag=True, help="Precision and recall."),
+    ]
+    command = features(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def features(command: Command) -> Command:
+    options = [
+        click.option(
+            "--reference",
+            metavar="DIR|NPZ|zoo",
+            help="What to compare with: images, statistics, or the packaged ones.",
+        ),
+        click.option(
+            "--network",
+            type=click.Choice(["auto", "fashion", "inception"]),
+            default="auto",
+            show_default=True,
+            help="Feature network; auto: the packaged one for packaged models, else Inception.",
+        ),
+        click.option(
+            "--inception-weights",
+            type=click.Path(dir_okay=False),
+            metavar="FILE",
+            help="Inception weights on disk instead of torch-fidelity's download.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
