@@ -250,6 +250,19 @@ def test_corrections_are_switched_on_the_same_weights(tmp_path):
     assert runtime.correction.inter.target == rows[3].correction.inter.target
 
 
+def test_an_ingredient_changes_one_thing_and_wins(tmp_path):
+    overrides = ("quantization.weights.rounding=adaround",)
+    rows = configs(tmp_path, "best,best+nearest,best+bias,best+bias+auto", "", *overrides)
+    trees = [c.to_dict() for c in rows]
+    roundings = [tree["quantization"]["weights"].pop("rounding") for tree in trees]
+    assert roundings == ["adaround", "nearest", "adaround", "adaround"]
+    assert [tree["quantization"].pop("bias_correction") for tree in trees] == [False] * 2 + [
+        True
+    ] * 2
+    assert [tree["correction"].pop("intra") for tree in trees] == ["none"] * 3 + ["auto"]
+    assert all(tree == trees[0] for tree in trees)
+
+
 def test_all_rows_are_quantized_alike_unless_published(tmp_path):
     (strict,) = configs(tmp_path, "qncd")
     assert strict.quantization.overrides == {}
@@ -289,7 +302,7 @@ def test_what_a_preset_leaves_in_float_is_listed_with_its_name(qncd):
     ("arguments", "said"),
     [
         (("--presets", "qncd,minmx"), "did you mean minmax"),
-        (("--presets", "qncd+filter"), "+METHOD is one of none, runtime"),
+        (("--presets", "qncd+filter"), "unknown +filter (known: none, runtime"),
         (("--presets", ""), "no row is named"),
         (("--bits", "w4a8,4x8"), "--bits 4x8"),
         (("--bits", "w4a16"), "2 to 8 bits"),

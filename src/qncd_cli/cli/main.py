@@ -185,7 +185,8 @@ def compare(run_dirs, as_json, debug):
     epilog="\b\nExamples:\n  qncd ablate --config fashion_ldm_w4a8.yaml --num 300\n"
     "  qncd ablate --config fashion_ldm_w4a8 --presets minmax,qncd,best --bits w8a8,w4a8,w4a6\n"
     "  qncd ablate --config my.yaml --presets none,intra,inter,both\n"
-    "  qncd ablate --config my.yaml --presets none+runtime,none+ptqd --bits fp,w4a8"
+    "  qncd ablate --config my.yaml --presets none+runtime,none+ptqd --bits fp,w4a8\n"
+    "  qncd ablate --config my.yaml --presets best,best+brecq,best+bias"
 )
 @options.config
 @click.option(
@@ -194,7 +195,9 @@ def compare(run_dirs, as_json, debug):
     default="minmax,qdiffusion,ptqd,tdq,qncd-intra,qncd-inter,qncd,best",
     show_default=True,
     help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
-    "of its corrections. NAME+METHOD takes another inter correction.",
+    "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
+    "ptqd, affine), the intra correction (embedding, smoothquant, auto), the rounding (nearest, "
+    "gptq, adaround, brecq) or bias.",
 )
 @click.option(
     "--bits",

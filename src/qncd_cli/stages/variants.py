@@ -2,12 +2,13 @@
 
 A row is a variant of one configuration at one pair of widths. A variant is a preset, or one of
 CORRECTIONS: the configuration's own settings with its two corrections switched on and off. Either
-takes a suffix `+METHOD`, which puts another inter correction in the place of its own.
+takes suffixes `+INGREDIENT`, each of which changes one thing.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,16 @@ CORRECTIONS = {
 }
 """Name: whether the intra and the inter correction of the configuration stay."""
 _KNOWN = [*PRESETS, *CORRECTIONS]
-INTER_METHODS = ("none", "runtime", "ptqd", "affine")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "correction.inter.method": ("none", "runtime", "ptqd", "affine"),
+    "correction.intra": ("embedding", "smoothquant", "auto"),
+    "quantization.weights.rounding": ("nearest", "gptq", "adaround", "brecq"),
+}
+INGREDIENTS: dict[str, tuple[str, Any]] = {
+    **{value: (path, value) for path, values in _CHOICES.items() for value in values},
+    "bias": ("quantization.bias_correction", True),
+}
+"""Suffix: the key that it sets, whatever the row's preset and --set say of it, and the value."""
 FULL_PRECISION = "fp"
 Widths = tuple[int, int]
 
@@ -55,7 +65,7 @@ def variants(
 ) -> list[Variant]:
     """Every name at every pair of widths, each once, in the order of the widths, then the names.
 
-    names: presets and CORRECTIONS, with or without +METHOD; widths: w4a8, ..., or fp; none: the
+    names: presets and CORRECTIONS, with or without +INGREDIENT; widths: w4a8, ..., or fp; none: the
     configuration's own. overrides hold for every row; of a preset's keys too, they win.
     published: keep in floating point what each preset's paper does. Raises ConfigError.
     """
@@ -94,9 +104,11 @@ def _own_widths(config: Config) -> str:
 
 def _tree(config_name: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The configuration of a variant, before its widths. Raises ConfigError."""
-    base, plus, method = name.partition("+")
-    if plus and method not in INTER_METHODS:
-        raise ConfigError(f"--presets {name}: +METHOD is one of {', '.join(INTER_METHODS)}")
+    base, *ingredients = name.split("+")
+    for ingredient in ingredients:
+        if ingredient not in INGREDIENTS:
+            known = ", ".join(INGREDIENTS)
+            raise ConfigError(f"--presets {name}: unknown +{ingredient}", f"known: {known}")
     if base in PRESETS:
         tree = load_config(config_name, [f"quantization.preset={base}", *overrides]).to_dict()
     elif base in CORRECTIONS:
@@ -110,8 +122,10 @@ def _tree(config_name: str, name: str, overrides: Sequence[str]) -> dict[str, An
         close = difflib.get_close_matches(base, _KNOWN, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KNOWN)}"
         raise ConfigError(f"--presets {name}: unknown preset {base}", hint)
-    if plus:
-        tree["correction"]["inter"]["method"] = method
+    for ingredient in ingredients:
+        path, value = INGREDIENTS[ingredient]
+        *sections, key = path.split(".")
+        functools.reduce(dict.__getitem__, sections, tree)[key] = value
     return tree
 
 
@@ -127,6 +141,6 @@ def _at_widths(tree: dict[str, Any], widths: Widths | None, where: str) -> Confi
     activations |= {"bits": FLOAT_BITS, "observer": "minmax", "timestep_groups": 1}
     quantization |= {"first_last_bits": FLOAT_BITS, "overrides": {}}
     quantization |= {"attention": {"bits": FLOAT_BITS, "probabilities_bits": FLOAT_BITS}}
-    quantization["split_skip_connections"] = False
+    quantization |= {"split_skip_connections": False, "bias_correction": False}
     tree["correction"]["intra"] = "none"
     return parse_config(tree, where)
