@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +18,18 @@ from ..quant.layers import QuantizedLayer
 from . import graphs
 from .assemble import Denoiser, full_denoiser, quantized_denoiser
 
-WORTH_COMPILING = 1e14
-"""Multiply-accumulates of all calls from which on the minutes of compiling are won back."""
+WORTH_COMPILING = 2e4
+"""From which gain (see worth) on the minutes of compiling are won back."""
+
+
+def worth(rows: int, macs: int) -> float:
+    """What a graph saves over that many rows of calls of so many MACs each, in units without name.
+
+    A row gains with the square root of its arithmetic: larger models do more of it per value. That
+    is rough, but right within a factor of two or three for the packaged models and LDM-4, whose
+    gain per row differs by a factor of 100 (docs/performance.md).
+    """
+    return rows * math.sqrt(macs / 1e9)
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,7 @@ class Compiling:
 
     macs: of one call on one sample, as the coverage of the quantized model says.
     wish: True, False, or None for "where it pays": a graph that lies in the folder is used, a new
-    one is made for WORTH_COMPILING or more; begun: whether the set that is being continued was
+    one is made where it is worth it; begun: whether the set that is being continued was
     drawn by a graph, None for a new set. What was begun goes on as it began.
     """
 
@@ -108,8 +119,8 @@ def compiled(
     wanted = how.begun if how.wish is None else how.wish
     if wanted is None:
         kept = graphs.graph_path(how.folder, subject.digests, copies * batch).is_file()
-        work = copies * how.macs * config.sampling.steps * len(seeds)
-        wanted = kept or work >= WORTH_COMPILING
+        calls = copies * config.sampling.steps * len(seeds)
+        wanted = kept or worth(calls, how.macs) >= WORTH_COMPILING
     if not wanted:
         return subject
     x = torch.zeros(copies * batch, *model.latent_shape, dtype=model.dtype)
