@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from qncd_cli.backends import base, int8, traced
+from qncd_cli.backends import base, graph, int8, traced
 from qncd_cli.backends.reference import simulate
 from qncd_cli.errors import BackendUnavailable
 from qncd_cli.quant.affine import QParams, quantize, quantize_uint8
@@ -231,15 +231,16 @@ def test_what_a_graph_is_traced_from_is_what_the_layer_computes(original, shape,
     x, layers = random(*shape) * 2, {f"test:{id(layer)}": layer}
     x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
     traced.register(layers)
-    codes = layer.weight
+    codes, tables = layer.weight, graph.Tables(layer)
     for group in (0, 1):
         layer.step.group = group
         expected = layer(x)
         with traced.traceable(layers):
-            layer.step.group = torch.tensor([group])
+            layer.step.traced = tables.cut(tables.values[group])
             assert torch.equal(layer(x), expected)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = layer(mode.from_tensor(x))
+        layer.step.traced = None
         assert fake.shape == expected.shape
         assert fake.dtype == expected.dtype
         assert fake.stride() == expected.stride()
@@ -247,13 +248,13 @@ def test_what_a_graph_is_traced_from_is_what_the_layer_computes(original, shape,
 
 
 @needs_int8
+@pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_goes_in_and_comes_out(dtype):
-    layer = layer_of(nn.Linear(6, 5))
-    x = random(4, 6).to(dtype)
-    output = layer(x)
-    assert output.dtype == dtype
-    assert relative(output, simulate(layer, x)) < 1e-2
+@pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
+def test_half_precision_is_the_float32_result_rounded_once(original, shape, dtype, activation_bits):
+    layer = layer_of(original, 4, activation_bits, (7, 2**activation_bits - 20))
+    x = (random(*shape) * 2).to(dtype)
+    assert torch.equal(layer(x), layer(x.float()).to(dtype))
 
 
 @needs_int8

@@ -144,6 +144,14 @@ def test_an_unknown_row_names_the_nearest(name, hint):
     assert hint in str(caught.value)
 
 
+def test_a_quantized_row_may_name_the_type_of_what_stays_unquantized():
+    names = ("int8-w4a8", "int8-w4a8-bfloat16", "int8-w4a8-bfloat16-compiled", "simulate-w4a6")
+    rows = parse_rows(names, dtype="float16")
+    assert [row.dtype for row in rows] == ["float16", "bfloat16", "bfloat16", "float16"]
+    assert [row.compiled for row in rows] == [False, False, True, False]
+    assert [row.arithmetic for row in rows] == ["int8", "int8", "int8", "float32"]
+
+
 def test_a_missing_backend_or_compiler_is_a_line_and_the_rest_is_measured(tiny_model, monkeypatch):
     monkeypatch.setenv(int8.SWITCH, "1")
     monkeypatch.setenv("CXX", "no-such-compiler")

@@ -1,8 +1,9 @@
 """A quantized denoiser as one compiled graph for the CPU, in a file (torch.export, AOTInductor).
 
 Compiling takes minutes, loading the file milliseconds. What the file holds is fixed: the layers
-by key (`traced`), the unquantized weights, a range of batch sizes. The timestep and its group are
-inputs. The number of threads is that of the process that runs it.
+by key (`traced`), the unquantized weights, a range of batch sizes. Inputs are the timestep and the
+row of all tables that holds there (`Tables`). The number of threads is that of the process that
+runs it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..quant.layers import QuantizedLayer, StepState
+from ..quant.layers import QuantizedLayer, SteppedModule, StepState
 from .traced import traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
-"""(x, timesteps [N] float32, group [1] int64, condition) -> prediction."""
+"""(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""
 BATCHES = ((2, 63), (64, 4096))
 """Batch sizes that one graph serves; diffusers' upsampling treats those from 64 on otherwise."""
 
@@ -51,15 +52,36 @@ def batch_range(rows: int) -> tuple[int, int]:
 OPTIONS = {"cpp.dynamic_threads": True}
 
 
+class Tables:
+    """The tables of all modules of a denoiser, side by side: values float32 [G, K]."""
+
+    def __init__(self, module: nn.Module):
+        stepped = [m for m in module.modules() if isinstance(m, SteppedModule)]
+        self._tables = [(m, name) for m in stepped for name in m.tables]
+        found = [m.get_buffer(name).to(torch.float32) for m, name in self._tables]
+        flat = [table.reshape(len(table), -1) for table in found]
+        self.values = torch.cat(flat, dim=1) if flat else torch.zeros(1, 0)
+
+    def cut(self, row: Tensor) -> dict[tuple[nn.Module, str], Tensor]:
+        """A row of values -> that of every table, [1] where a table is [G]."""
+        widths = [m.get_buffer(name)[0].numel() for m, name in self._tables]
+        parts = row.split(widths)
+        return {
+            (m, n): part.to(m.get_buffer(n).dtype)
+            for (m, n), part in zip(self._tables, parts, strict=True)
+        }
+
+
 class _Traced(nn.Module):
     """The denoiser with everything that varies as an argument."""
 
     def __init__(self, module: nn.Module, step: StepState):
         super().__init__()
         self.module, self.step = module, step
+        self.tables = Tables(module)
 
-    def forward(self, x: Tensor, t: Tensor, group: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        self.step.group = group
+    def forward(self, x: Tensor, t: Tensor, row: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        self.step.traced = self.tables.cut(row)
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         return self.module(x, t, **condition).sample
@@ -79,18 +101,16 @@ def compile_graph(
     """
     x, condition = example
     batch = {0: torch.export.Dim("batch", min=rows[0], max=rows[1])}
-    inputs = (x, x.new_zeros(len(x)), torch.zeros(1, dtype=torch.int64), dict(condition))
+    denoiser = _Traced(module, step)
+    inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
-    group = step.group
     silence_compiler()
     with warnings.catch_warnings(), torch.no_grad(), traceable(layers):
         warnings.simplefilter("ignore")
         try:
-            program = torch.export.export(
-                _Traced(module, step), inputs, dynamic_shapes=shapes, strict=False
-            )
+            program = torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)
         finally:
-            step.group = group
+            step.traced = None
         with tempfile.TemporaryDirectory() as folder:
             package = torch._inductor.aoti_compile_and_package(
                 program, package_path=f"{folder}/graph.pt2", inductor_configs=OPTIONS

@@ -25,8 +25,11 @@ from .reference import simulate
 SWITCH = "QNCD_DISABLE_INT8"
 """Environment variable; 1 makes the backend unavailable."""
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
-# What the operators are told about their output: float32, unscaled, nothing applied afterwards.
-FLOAT_OUTPUT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+
+
+def output_as(dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the operators are told about their output: type, unscaled, nothing applied to it."""
+    return (1.0, 0, dtype, "none", [], "")
 
 
 # ------------------------------------------------------------------ one layer
@@ -50,8 +53,6 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """x of any float dtype -> output of the same dtype; simulated where why_not has a reason."""
     if why_not(layer):
         return simulate(layer, x)
-    group = layer.step.group
-    assert isinstance(group, int)
     qparams = layer.input_qparams()
     y = layer.smoothed(x.to(torch.float32))
     bits, high = layer.activation_bits, None
@@ -59,7 +60,7 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
         low = quantize_uint8(y, float(qparams.scale), int(qparams.zero_point), bits)
     else:
         low, high = in_bytes(quantize(y, qparams, activation_spec(bits)), bits)
-    return multiply(layer, low, high, layer.bias_now(), group).to(x.dtype)
+    return multiply(layer, low, high, layer.bias_now(), x.dtype)
 
 
 def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
@@ -71,38 +72,28 @@ def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 
 
 def multiply(
-    layer: QuantizedLayer, low: Tensor, high: Tensor | None, bias: Tensor | None, group: int
-) -> Tensor:
-    """Codes uint8 [N, C, ...] or [..., C], of one or two bytes, times the layer's weight: float32.
-
-    group: the timestep group whose scale and zero-point the codes have.
-    """
-    kernel = _kernel(layer, low)
-    scale, zero_point = kernel.input_scale[group], kernel.input_zero_point[group]
-    if high is None:
-        return _multiply(layer, kernel, low, scale, zero_point, bias)
-    output = _multiply(layer, kernel, low, scale, zero_point & 255, bias)
-    output += _multiply(layer, kernel, high, 256 * scale, zero_point >> 8, None)
-    return output
-
-
-def _multiply(
     layer: QuantizedLayer,
-    kernel: _Kernel,
-    codes: Tensor,
-    scale: float,
-    zero_point: int,
+    low: Tensor,
+    high: Tensor | None,
     bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Codes uint8 times the layer's weight, float32."""
-    codes = codes.contiguous(
-        memory_format=torch.channels_last if layer.is_conv else torch.contiguous_format
-    )
-    (weight, weight_scale), *more = kernel.weights
-    output = _pass(layer, kernel, codes, scale, zero_point, weight, weight_scale, bias)
-    for weight, weight_scale in more:
-        output += _pass(layer, kernel, codes, scale, zero_point, weight, weight_scale, None)
-    return output
+    """Codes uint8 [N, C, ...] or [..., C], of one or two bytes, times the layer's weight.
+
+    The codes have the scale and zero-point of the current timestep group. dtype: of the result,
+    which is rounded to it once; sums of several passes are float32 until then.
+    """
+    kernel, group = _kernel(layer, low), layer.step.group
+    scale, zero_point = kernel.input_scale[group], kernel.input_zero_point[group]
+    inputs = [(low, scale, zero_point & 255)]
+    if high is not None:
+        inputs.append((high, 256 * scale, zero_point >> 8))
+    passes = [(*codes, *weight) for codes in inputs for weight in kernel.weights]
+    native = torch.bfloat16 if dtype == torch.bfloat16 and len(passes) == 1 else torch.float32
+    output = _pass(layer, kernel, *passes[0], bias, native)
+    for operands in passes[1:]:
+        output += _pass(layer, kernel, *operands, None, native)
+    return output.to(dtype)
 
 
 def _pass(
@@ -114,11 +105,14 @@ def _pass(
     weight: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:
+    """One product of bytes, in dtype."""
     operands = (scale, zero_point, weight, weight_scale, kernel.weight_zero_point, bias)
-    if layer.is_conv:
-        return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *FLOAT_OUTPUT)
-    return torch.ops.onednn.qlinear_pointwise(codes, *operands, *FLOAT_OUTPUT)
+    if not layer.is_conv:
+        return torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *operands, *output_as(dtype))
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *output_as(dtype))
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -209,12 +203,13 @@ def _largest_products_are_exact() -> bool:
     x = torch.full((4, 64), 255, dtype=torch.uint8)
     weight = torch.full((16, 64), 127, dtype=torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(weight, [4, 64])
-    linear = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, ones, zeros, None, *FLOAT_OUTPUT)
+    output = output_as(torch.float32)
+    linear = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, ones, zeros, None, *output)
     image = x.reshape(4, 64, 1, 1).contiguous(memory_format=torch.channels_last)
     kernel, geometry = weight.reshape(16, 64, 1, 1), ([1, 1], [0, 0], [1, 1], 1)
     packed = torch.ops.onednn.qconv_prepack(kernel, ones, 1.0, 0, *geometry, [4, 64, 1, 1])
     conv = torch.ops.onednn.qconv_pointwise(
-        image, 1.0, 0, packed, ones, zeros, None, *geometry, *FLOAT_OUTPUT
+        image, 1.0, 0, packed, ones, zeros, None, *geometry, *output
     )
     exact = 64 * 255 * 127
     return bool((linear == exact).all() and (conv == exact).all())

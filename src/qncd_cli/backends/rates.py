@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .int8 import FLOAT_OUTPUT
+from .int8 import output_as
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHANNELS, SIDE, IMAGES = 256, 64, 2  # of the 3 x 3 convolution
@@ -64,7 +64,7 @@ def _int8_conv() -> Callable[[], Tensor]:
     weight = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=torch.int8)
     scale, zeros = torch.ones(CHANNELS), torch.zeros(CHANNELS, dtype=torch.int64)
     packed = torch.ops.onednn.qconv_prepack(weight, scale, 1.0, 0, *GEOMETRY, list(shape))
-    operands = (x, 1.0, 0, packed, scale, zeros, None, *GEOMETRY, *FLOAT_OUTPUT)
+    operands = (x, 1.0, 0, packed, scale, zeros, None, *GEOMETRY, *output_as(torch.float32))
     return lambda: torch.ops.onednn.qconv_pointwise(*operands)
 
 
@@ -72,5 +72,5 @@ def _int8_linear() -> Callable[[], Tensor]:
     x, weight = torch.ones(ROWS, WIDTH, dtype=torch.uint8), torch.ones(WIDTH, WIDTH).to(torch.int8)
     scale, zeros = torch.ones(WIDTH), torch.zeros(WIDTH, dtype=torch.int64)
     packed = torch.ops.onednn.qlinear_prepack(weight, [ROWS, WIDTH])
-    operands = (x, 1.0, 0, packed, scale, zeros, None, *FLOAT_OUTPUT)
+    operands = (x, 1.0, 0, packed, scale, zeros, None, *output_as(torch.float32))
     return lambda: torch.ops.onednn.qlinear_pointwise(*operands)

@@ -49,15 +49,13 @@ def traceable(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
 
 def _traced(key: str):
     def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """As int8.compute, where the timestep group is a tensor."""
+        """As int8.compute, as operations that the compiler sees."""
         y = layer.smoothed(x if x.dtype == torch.float32 else x.to(torch.float32))
         if layer.is_conv:
             y = y.contiguous(memory_format=torch.channels_last)
         codes = round_to_codes(y, layer.input_qparams(), activation_spec(layer.activation_bits))
         low, high = int8.in_bytes(codes, layer.activation_bits)
-        group = torch.as_tensor(layer.step.group)
-        product = torch.ops.qncd.multiply(low, high, layer.bias_now(), group, key)
-        return product if x.dtype == torch.float32 else product.to(x.dtype)
+        return torch.ops.qncd.multiply(low, high, layer.bias_now(), key, x.dtype)
 
     return compute
 
@@ -66,7 +64,7 @@ def _traced(key: str):
 
 _library = torch.library.Library("qncd", "DEF")
 _library.define(
-    "multiply(Tensor low, Tensor? high, Tensor? bias, Tensor group, str layer) -> Tensor"
+    "multiply(Tensor low, Tensor? high, Tensor? bias, str layer, ScalarType dtype) -> Tensor"
 )
 _library.define("matmul(Tensor a, Tensor b) -> Tensor")
 
@@ -81,20 +79,23 @@ def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiply(
-    low: Tensor, high: Tensor | None, bias: Tensor | None, group: Tensor, layer: str
+    low: Tensor, high: Tensor | None, bias: Tensor | None, layer: str, dtype: torch.dtype
 ) -> Tensor:
-    """Codes uint8, of one or two bytes, times the weight of the layer of that key: float32."""
-    return int8.multiply(_layers[layer], low, high, bias, int(group))
+    """Codes uint8, of one or two bytes, times the weight of the layer of that key.
+
+    Their scale is that of the layer's current timestep group, set by who calls the graph.
+    """
+    return int8.multiply(_layers[layer], low, high, bias, dtype)
 
 
 def _multiply_fake(
-    low: Tensor, high: Tensor | None, bias: Tensor | None, group: Tensor, layer: str
+    low: Tensor, high: Tensor | None, bias: Tensor | None, layer: str, dtype: torch.dtype
 ) -> Tensor:
     """Shape and memory order of the kernel's output."""
     called = _layers[layer]
     out = called.weight_shape[0]
     if not called.is_conv:
-        return low.new_empty([*low.shape[:-1], out], dtype=torch.float32)
+        return low.new_empty([*low.shape[:-1], out], dtype=dtype)
     stride, padding, dilation, _ = int8.geometry(called)
     kernel = called.weight_shape[2:]
     sides = [
@@ -105,7 +106,7 @@ def _multiply_fake(
     ]
     return torch.empty(
         [low.shape[0], out, *sides],
-        dtype=torch.float32,
+        dtype=dtype,
         device=low.device,
         memory_format=torch.channels_last,
     )

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
 from .affine import QParams, choose_qparams, fake_quantize, round_to_codes
-from .layers import StepState
+from .layers import SteppedModule, StepState
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """(a int8 [B, M, K], b int8 [B, N, K]) -> a b^T, int32 [B, M, N], exact"""
@@ -34,7 +34,7 @@ def probabilities_qparams(bits: int) -> QParams:
     return choose_qparams(torch.zeros(()), torch.ones(()), activation_spec(bits))
 
 
-class QuantizedAttnProcessor(nn.Module):
+class QuantizedAttnProcessor(SteppedModule):
     """Takes the place of diffusers' AttnProcessor or AttnProcessor2_0 in one Attention module.
 
     Buffers, absent where bits is 32: query_scale, query_zero_point, key_..., value_..., all [G].
@@ -53,18 +53,17 @@ class QuantizedAttnProcessor(nn.Module):
         qk_norm: bool,
         matmul: Matmul | None = None,
     ):
-        super().__init__()
+        super().__init__(step)
         self.matmul = matmul
         self.bits = bits
         self.probabilities_bits = probabilities_bits
-        self.step = step
         self.scale = scale
         self.qk_norm = qk_norm
         if probabilities_bits != FLOAT_BITS:
             self.probabilities = probabilities_qparams(probabilities_bits)
         for operand in ATTENTION_OPERANDS if bits != FLOAT_BITS else ():
             for part in ("scale", "zero_point"):
-                self.register_buffer(f"{operand}_{part}", tensors[f"{operand}_{part}"])
+                self.register_table(f"{operand}_{part}", tensors[f"{operand}_{part}"])
 
     # diffusers reads from this signature which arguments to pass; forward would hide it
     def __call__(
@@ -170,8 +169,7 @@ class QuantizedAttnProcessor(nn.Module):
 
     def operand_qparams(self, operand: str) -> QParams:
         """Of the query, key or value, at the current timestep group."""
-        tables = (self.get_buffer(f"{operand}_{part}") for part in ("scale", "zero_point"))
-        return QParams(*(self.step.pick(table) for table in tables))
+        return QParams(self.now(f"{operand}_scale"), self.now(f"{operand}_zero_point"))
 
     def _quantized(self, x: Tensor, operand: str) -> Tensor:
         if self.bits == FLOAT_BITS:

@@ -7,7 +7,7 @@ denoising call sets. forward never calibrates.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,25 +25,36 @@ Compute = Callable[["QuantizedLayer", Tensor], Tensor]
 class StepState:
     """Which timestep the running call of the denoiser is at.
 
-    timestep: of the noise schedule; group: index of the activation ranges that hold there, a
-    tensor [1] int64 while a graph is traced that has it as an input.
+    timestep: of the noise schedule; group: index of the activation ranges that hold there. traced:
+    while a graph is traced, its inputs in the place of the rows of tables, by module and name.
     """
 
     timestep: float = 0.0
-    group: int | Tensor = 0
-
-    def pick(self, table: Tensor) -> Tensor:
-        """The row of a table [G, ...] that holds at the current timestep group.
-
-        In a graph the row of a table [G] is [1], which costs the compiler less than [].
-        """
-        if isinstance(self.group, int):
-            return table[self.group]
-        row = table.index_select(0, self.group)
-        return row if table.ndim == 1 else row.squeeze(0)
+    group: int = 0
+    traced: Mapping[tuple[nn.Module, str], Tensor] | None = None
 
 
-class QuantizedLayer(nn.Module):
+class SteppedModule(nn.Module):
+    """A module with tables: buffers [G, ...], of which one row holds at each timestep group."""
+
+    def __init__(self, step: StepState):
+        super().__init__()
+        self.step = step
+        self.tables: list[str] = []
+
+    def register_table(self, name: str, table: Tensor | None) -> None:
+        self.register_buffer(name, table)
+        if table is not None:
+            self.tables.append(name)
+
+    def now(self, name: str) -> Tensor:
+        """The row of a table that holds at the current timestep group."""
+        if self.step.traced is not None:
+            return self.step.traced[self, name]
+        return self.get_buffer(name)[self.step.group]
+
+
+class QuantizedLayer(SteppedModule):
     """One Conv2d or Linear layer with integer weights and quantized input.
 
     Buffers: weight (packed codes), weight_scale [O], weight_zero_point [O] or None,
@@ -73,7 +84,7 @@ class QuantizedLayer(nn.Module):
         step: StepState,
         compute: Compute,
     ):
-        super().__init__()
+        super().__init__(step)
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.weight_shape = tuple(original.weight.shape)
@@ -82,12 +93,11 @@ class QuantizedLayer(nn.Module):
             self.stride: tuple[int, ...] = original.stride
             self.padding = original.padding
             self.dilation, self.groups = original.dilation, original.groups
-        self.step = step
         self.compute = compute
-        for name in ("weight", "weight_scale", "weight_zero_point", "input_scale"):
+        for name in ("weight", "weight_scale", "weight_zero_point", "smoothing", "shift", "bias"):
             self.register_buffer(name, tensors.get(name))
-        for name in ("input_zero_point", "smoothing", "shift", "bias", "bias_correction"):
-            self.register_buffer(name, tensors.get(name))
+        for name in ("input_scale", "input_zero_point", "bias_correction"):
+            self.register_table(name, tensors.get(name))
 
     @property
     def in_channels(self) -> int:
@@ -99,7 +109,7 @@ class QuantizedLayer(nn.Module):
 
     def input_qparams(self) -> QParams:
         """Of the current timestep group."""
-        return QParams(self.step.pick(self.input_scale), self.step.pick(self.input_zero_point))
+        return QParams(self.now("input_scale"), self.now("input_zero_point"))
 
     def smoothed(self, x: Tensor) -> Tensor:
         """(x - shift) / S along the channels ([N, C, H, W] or [..., C])."""
@@ -111,7 +121,7 @@ class QuantizedLayer(nn.Module):
         """bias and its correction at the current timestep group, [O]."""
         if self.bias_correction is None:
             return self.bias
-        correction = self.step.pick(self.bias_correction)
+        correction = self.now("bias_correction")
         return correction if self.bias is None else self.bias + correction
 
     def integer_weight(self) -> Tensor:
@@ -154,7 +164,7 @@ class CachedTimestepLayer(nn.Module):
         self._rows: dict[float, Tensor] = {}
 
     def forward(self, x: Tensor, *args) -> Tensor:
-        if isinstance(self.step.group, Tensor):  # a graph has no memory, and one row costs little
+        if self.step.traced is not None:  # a graph has no memory, and one row costs little
             row = self.original(x[:1], *args)
         else:
             row = self._row(x, *args)

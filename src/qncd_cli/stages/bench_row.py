@@ -33,7 +33,7 @@ BASELINE = FLOAT_ROWS[0]
 _WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
 _QUANTIZED_ROWS = (
     *(f"{backend}-{w}" for backend in BACKENDS for w in _WIDTHS),
-    *(f"int8-{w}-compiled" for w in _WIDTHS),
+    *(f"int8-{w}{dtype}-compiled" for w in _WIDTHS for dtype in ("", "-bfloat16")),
 )
 FACTS = ("load_seconds", "prepare_seconds", "peak_bytes", "running_bytes")
 _PROC = Path("/proc/self")
@@ -79,12 +79,12 @@ def _parse(name: str, dtype: str) -> Row:
         kind, _, how = name.partition("-")
         return Row(name, kind, kind, how == "compiled")
     backend, _, widths = name.partition("-")
-    match = re.fullmatch(r"w([2-8])a([2-8])(-compiled)?", widths)
-    compiled = match is not None and match[3] is not None
+    match = re.fullmatch(r"w([2-8])a([2-8])(-bfloat16)?(-compiled)?", widths)
+    compiled = match is not None and match[4] is not None
     if backend in BACKENDS and match and (backend == "int8" or not compiled):
         arithmetic = "int8" if backend == "int8" else "float32"
         pair = int(match[1]), int(match[2])
-        return Row(name, dtype, arithmetic, compiled, backend, pair)
+        return Row(name, "bfloat16" if match[3] else dtype, arithmetic, compiled, backend, pair)
     close = difflib.get_close_matches(name, [*FLOAT_ROWS, *_QUANTIZED_ROWS], n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {_known()}"
     raise ConfigError(f"--rows {name}: unknown row", hint)
@@ -92,7 +92,7 @@ def _parse(name: str, dtype: str) -> Row:
 
 def _known() -> str:
     backends = (f"{backend}-w4a8 and other widths of 2 to 8 bits" for backend in BACKENDS)
-    return ", ".join([*FLOAT_ROWS, *backends, "int8-w4a8-compiled"])
+    return ", ".join([*FLOAT_ROWS, *backends, "int8-w4a8[-bfloat16]-compiled"])
 
 
 @dataclass(frozen=True)

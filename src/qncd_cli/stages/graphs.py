@@ -15,7 +15,7 @@ from ..files import write_bytes
 from ..quant.layers import QuantizedLayer
 from .assemble import Denoiser
 
-VERSION = 1
+VERSION = 2
 """Of what a graph contains and how it is called."""
 FOLDER = "compiled"
 """Below the run directory. What lies there is machine code: it is run, like the package itself."""
@@ -31,6 +31,7 @@ class GraphDenoiser(Denoiser):
     def __init__(self, eager: Denoiser, run: graph.Graph, rows: tuple[int, int]):
         super().__init__(eager.module, eager.step, eager.group_bounds)
         self._run, self._rows = run, rows
+        self._tables = graph.Tables(eager.module).values
 
     def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         parts = []
@@ -45,8 +46,8 @@ class GraphDenoiser(Denoiser):
         if missing > 0:
             x, t = _filled(x, missing), _filled(t, missing)
             condition = {name: _filled(value, missing) for name, value in condition.items()}
-        group = torch.tensor([self.step.group])
-        return self._run(x, t.to(torch.float32), group, condition)[:rows]
+        row = self._tables[self.step.group]
+        return self._run(x, t.to(torch.float32), row, condition)[:rows]
 
 
 def compiled(
