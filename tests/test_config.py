@@ -126,6 +126,8 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.guidance_scale": (1.5, BOTH),
     "sampling.seed": (7, NEITHER),
     "sampling.classes": ([1, 2], BOTH),
+    "sampling.prompts": (["a bag"], BOTH),
+    "sampling.negative_prompt": ("blur", BOTH),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),

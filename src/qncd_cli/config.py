@@ -56,20 +56,27 @@ class SamplingConfig(_Section):
     guidance_scale: float = Field(3.0, ge=0, description="1 turns classifier-free guidance off")
     seed: int = Field(0, ge=0, description="seed of the first sample; the next ones count up")
     classes: Literal["all"] | tuple[int, ...] = Field(
-        "all", description="class labels, taken in turn by seed"
+        "all", description="class labels (prompts by number), taken in turn by seed"
     )
+    prompts: tuple[str, ...] | None = Field(
+        None, description="of a text model: a list, or a file with one a line; in turn by seed"
+    )
+    negative_prompt: str = Field("", description="what guidance leads a text model away from")
 
     @model_validator(mode="before")
     @classmethod
     def _list_is_a_tuple(cls, data: Any) -> Any:
-        if isinstance(data, dict) and isinstance(data.get("classes"), list):
-            data = {**data, "classes": tuple(data["classes"])}
-        return data
+        if not isinstance(data, dict):
+            return data
+        lists = {k: tuple(v) for k in ("classes", "prompts") if isinstance(v := data.get(k), list)}
+        return {**data, **lists}
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
         if self.classes == ():
             raise ValueError("classes must not be empty; 'all' takes every class in turn")
+        if self.prompts == ():
+            raise ValueError("prompts must not be empty")
         if self.eta > 0 and self.scheduler != "ddim":
             raise ValueError(f"eta applies to the ddim scheduler, not to {self.scheduler}")
         return self

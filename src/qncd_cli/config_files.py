@@ -67,7 +67,24 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         tree = presets.without_exclusions(tree)
     for override in overrides:
         _apply_override(tree, override)
+    _read_prompts(tree, path.parent)
     return parse_config(presets.filled(tree, _steps(tree)), str(path))
+
+
+def _read_prompts(tree: dict[str, Any], beside: Path) -> None:
+    """Put the lines of a file of prompts in the place of its name. Raises ConfigError."""
+    section = tree.get("sampling")
+    if not isinstance(section, dict) or not isinstance(section.get("prompts"), str):
+        return
+    name = section["prompts"]
+    path = next((p for p in (Path(name), beside / name) if p.is_file()), None)
+    if path is None:
+        raise ConfigError(f"sampling.prompts: no file {name}", "one prompt a line, or a YAML list")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"sampling.prompts: {path}: cannot be read: {error}") from error
+    section["prompts"] = [line.strip() for line in lines if line.strip()]
 
 
 def _steps(tree: dict[str, Any]) -> int:

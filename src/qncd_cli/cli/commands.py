@@ -27,6 +27,7 @@ class SampleOptions:
     num: int | None
     seed: int | None
     classes: str | None
+    prompts: tuple[str, ...]
     batch_size: int
     scheduler: str | None = None
     eta: float | None = None
@@ -146,6 +147,8 @@ def sampling_config(config: Config, options: SampleOptions) -> Config:
     sampling.update({key: value for key, value in wishes.items() if value is not None})
     if options.classes is not None:
         sampling["classes"] = _parse_classes(options.classes)
+    if options.prompts:
+        sampling["prompts"] = list(options.prompts)
     if options.inter is not None:
         tree["correction"]["inter"]["method"] = options.inter
     groups = tree["quantization"]["activations"]
@@ -251,7 +254,8 @@ def run_all(
     run = calibrate(quiet, config_name, overrides, run_dir, device, force=force)
     where = str(run.path)
     quantize(quiet, (), where, device, force=force)
-    drawing = {k: options[k] for k in ("steps", "num", "seed", "classes", "batch_size", "backend")}
+    names = ("steps", "num", "seed", "classes", "prompts", "batch_size", "backend")
+    drawing = {name: options[name] for name in names}
     if drawing["num"] is None:
         drawing["num"] = load_config(str(run.config)).evaluation.num_samples
     sample(quiet, SampleOptions(**drawing, run_dir=where, device=device, force=force))

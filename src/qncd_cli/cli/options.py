@@ -65,6 +65,13 @@ def sampling(command: Command) -> Command:
         click.option("--seed", type=click.IntRange(0), help="Seed of the first sample."),
         click.option("--classes", metavar="C,C,...|all", help="Class labels, in turn by seed."),
         click.option(
+            "--prompt",
+            "prompts",
+            metavar="TEXT",
+            multiple=True,
+            help="Of a text model, instead of the configured ones; several are taken in turn.",
+        ),
+        click.option(
             "--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N"
         ),
     ]

@@ -10,10 +10,20 @@ from ..config import Config
 def open_model(config: Config, device: str = "auto") -> Any:
     """The configured model, with diffusers silenced: what it has to say is said by our errors."""
     from ..models.loading import load_model
+    from ..models.text import Prompts
 
     silence_diffusers()
-    model = config.model
-    return load_model(model.source, model.dtype, device, compvis_config=model.compvis_config)
+    model, sampling = config.model, config.sampling
+    prompts = None
+    if sampling.prompts is not None:
+        prompts = Prompts(sampling.prompts, sampling.negative_prompt)
+    return load_model(
+        model.source,
+        model.dtype,
+        device,
+        compvis_config=model.compvis_config,
+        prompts=prompts,
+    )
 
 
 def silence_diffusers() -> None:

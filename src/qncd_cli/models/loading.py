@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -15,15 +16,16 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
+from .adapters import ADAPTERS, Condition
+from .calling import level
 from .compvis import compvis_pipeline
 from .compvis_file import checkpoint_digest, is_checkpoint
-from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
+from .pipelines import CLASS_CONDITIONAL
 from .random_models import SEED, random_pipeline
+from .text import TEXT_TABLES, Prompts
 from .zoo import zoo_path
 
-Condition = dict[str, Tensor]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DECODE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class DiffusionModel:
     condition: class labels [N] -> keyword arguments of the denoiser, batch first.
     null_condition: number of rows -> the same for the null class; None: no guidance possible.
     decode: latents [N, *latent_shape] -> images uint8 [N, C, H, W].
-    num_classes: None for an unconditional model.
+    num_classes: of a text model, the number of prompts; None for an unconditional model.
     digest: of the files that the model was read from.
     """
 
@@ -80,11 +82,13 @@ def load_model(
     device: str = "cpu",
     *,
     compvis_config: str | None = None,
+    prompts: Prompts | None = None,
 ) -> DiffusionModel:
     """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
     device: auto takes a CUDA device if there is one. compvis_config: the YAML of a checkpoint; no
-    other source reads it. Raises ModelError, or BackendUnavailable for a device that is not there.
+    other source reads it. prompts: of text models, and of no others.
+    Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place = find_device(device)
     pipeline, digest = _open(source, compvis_config)
@@ -92,11 +96,16 @@ def load_model(
         if isinstance(component, nn.Module):
             component.to(place, DTYPES[dtype]).eval().requires_grad_(False)
     kind = type(pipeline).__name__
-    if kind not in _ADAPTERS:
+    if kind not in ADAPTERS:
         raise ModelError(
-            f"{source}: pipeline {kind} is not supported", f"supported: {', '.join(_ADAPTERS)}"
+            f"{source}: pipeline {kind} is not supported", f"supported: {', '.join(ADAPTERS)}"
         )
-    parts = _ADAPTERS[kind](pipeline)
+    if kind in TEXT_TABLES and prompts is None:
+        raise ModelError(f"{source}: a text model needs prompts", "set sampling.prompts")
+    if kind not in TEXT_TABLES and prompts is not None:
+        raise ModelError(f"{source}: {kind} takes no prompts", "leave sampling.prompts out")
+    parts = ADAPTERS[kind](pipeline, prompts)
+    level(parts["denoiser"])
     return DiffusionModel(
         source=source,
         digest=digest,
@@ -167,7 +176,17 @@ def _find_folder(source: str) -> Path:
 
 def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
     try:
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        index = json.loads((folder / "model_index.json").read_text())
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source}: model_index.json is damaged: {error}") from error
+    libraries = {part[0] for part in index.values() if isinstance(part, list)}
+    if "transformers" in libraries and importlib.util.find_spec("transformers") is None:
+        raise ModelError(
+            f"{source}: its text encoder needs the package transformers",
+            'pip install "qncd-cli[text]"',
+        )
+    try:
         loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
         return loader.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # a broken folder fails in as many ways as it can be broken
@@ -189,64 +208,3 @@ def _digest(folder: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] float -> [0, 255] uint8, on the CPU."""
-    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-
-
-# ------------------------------------------------------------------ pipeline classes
-
-
-def _class_conditional(pipeline: ClassConditionalPipeline) -> dict[str, Any]:
-    denoiser: Any = pipeline.denoiser
-    null_class = pipeline.null_class
-    first_stage = pipeline.components.get("vqvae")
-    if first_stage is not None:
-        first_stage.to(torch.float32)
-
-    def decode(latents: Tensor) -> Tensor:
-        latents = latents.to(denoiser.device, torch.float32)
-        return torch.cat([to_uint8(pipeline.decode(part)) for part in latents.split(DECODE_BATCH)])
-
-    config = denoiser.config
-    return {
-        "denoiser": denoiser,
-        "latent_shape": (config.in_channels, config.sample_size, config.sample_size),
-        "num_classes": null_class,
-        "condition": pipeline.condition,
-        "null_condition": lambda n: pipeline.condition(torch.full((n,), null_class)),
-        "decode": decode,
-    }
-
-
-def _unconditional(pipeline: Any) -> dict[str, Any]:
-    config = pipeline.unet.config
-    return {
-        "denoiser": pipeline.unet,
-        "latent_shape": (config.in_channels, config.sample_size, config.sample_size),
-        "num_classes": None,
-        "condition": lambda labels: {},
-        "null_condition": None,
-        "decode": to_uint8,
-    }
-
-
-def _unconditional_latents(pipeline: Any) -> dict[str, Any]:
-    first_stage = pipeline.vqvae.to(torch.float32)
-
-    def decode(latents: Tensor) -> Tensor:
-        scaled = latents.to(first_stage.device, torch.float32) / first_stage.config.scaling_factor
-        parts = scaled.split(DECODE_BATCH)
-        return torch.cat([to_uint8(first_stage.decode(part).sample) for part in parts])
-
-    return {**_unconditional(pipeline), "decode": decode}
-
-
-_ADAPTERS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    **dict.fromkeys(CLASS_CONDITIONAL, _class_conditional),
-    "DDPMPipeline": _unconditional,
-    "DDIMPipeline": _unconditional,
-    "LDMPipeline": _unconditional_latents,
-}

@@ -10,6 +10,8 @@ from diffusers import AutoModel
 from diffusers.utils import logging
 from torch import nn
 
+from .calling import level
+
 
 def save_denoiser(denoiser: Any, folder: Path) -> None:
     """config.json and safetensors, in the dtype that the denoiser has."""
@@ -20,4 +22,4 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
     """What save_denoiser wrote, in eval mode and without gradients, on the CPU."""
     logging.set_verbosity_error()
     denoiser = AutoModel.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
-    return denoiser.eval().requires_grad_(False)
+    return level(denoiser.eval().requires_grad_(False))

@@ -1,0 +1,129 @@
+"""What the stages need of each pipeline class that can be quantized, found by role."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
+from .text import TEXT_TABLES, Prompts
+
+Condition = dict[str, Tensor]
+Parts = dict[str, Any]
+"""The fields of DiffusionModel that depend on the pipeline class."""
+DECODE_PIXELS = 64 * 32 * 32
+"""Of the images that are decoded at once, at least one: memory grows with them."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] float -> [0, 255] uint8, on the CPU."""
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+
+
+def _class_conditional(pipeline: ClassConditionalPipeline, _: None) -> Parts:
+    denoiser: Any = pipeline.denoiser
+    null_class = pipeline.null_class
+    first_stage = pipeline.components.get("vqvae")
+    if first_stage is not None:
+        first_stage.to(torch.float32)
+
+    def decode(latents: Tensor) -> Tensor:
+        return _decoded(latents.to(denoiser.device, torch.float32), pipeline.decode, first_stage)
+
+    return {
+        **_shape(denoiser),
+        "num_classes": null_class,
+        "condition": pipeline.condition,
+        "null_condition": lambda n: pipeline.condition(torch.full((n,), null_class)),
+        "decode": decode,
+    }
+
+
+def _dit(pipeline: Any, _: None) -> Parts:
+    """DiTPipeline, whose null class comes after the last class."""
+    transformer = pipeline.transformer
+    null_class = transformer.config.num_embeds_ada_norm
+
+    def condition(labels: Tensor) -> Condition:
+        return {"class_labels": labels.to(transformer.device)}
+
+    return {
+        **_shape(transformer),
+        "num_classes": null_class,
+        "condition": condition,
+        "null_condition": lambda n: condition(torch.full((n,), null_class)),
+        "decode": _decoder(pipeline.vae),
+    }
+
+
+def _unconditional(pipeline: Any, _: None) -> Parts:
+    return {
+        **_shape(pipeline.unet),
+        "num_classes": None,
+        "condition": lambda labels: {},
+        "null_condition": None,
+        "decode": to_uint8,
+    }
+
+
+def _unconditional_latents(pipeline: Any, _: None) -> Parts:
+    return {**_unconditional(pipeline, None), "decode": _decoder(pipeline.vqvae)}
+
+
+def _text(pipeline: Any, prompts: Prompts) -> Parts:
+    table, negative = TEXT_TABLES[type(pipeline).__name__](pipeline, prompts)
+
+    def condition(labels: Tensor) -> Condition:
+        return {name: value[labels.to(value.device)] for name, value in table.items()}
+
+    def null_condition(rows: int) -> Condition:
+        return {name: value.expand(rows, *value.shape[1:]) for name, value in negative.items()}
+
+    return {
+        **_shape(pipeline.unet),
+        "num_classes": len(prompts.texts),
+        "condition": condition,
+        "null_condition": null_condition,
+        "decode": _decoder(pipeline.vae),
+    }
+
+
+def _shape(denoiser: Any) -> Parts:
+    config = denoiser.config
+    sides = config.sample_size
+    height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
+    return {"denoiser": denoiser, "latent_shape": (config.in_channels, height, width)}
+
+
+def _decoder(first_stage: Any) -> Callable[[Tensor], Tensor]:
+    """latents -> images uint8; the first stage computes in float32, as SDXL's has to."""
+    first_stage.to(torch.float32)
+    config = first_stage.config
+    shift = getattr(config, "shift_factor", None) or 0.0
+
+    def decode(latents: Tensor) -> Tensor:
+        latents = latents.to(first_stage.device, torch.float32) / config.scaling_factor + shift
+        return _decoded(latents, lambda part: first_stage.decode(part).sample, first_stage)
+
+    return decode
+
+
+def _decoded(latents: Tensor, decode: Callable[[Tensor], Tensor], first_stage: Any) -> Tensor:
+    """At most DECODE_PIXELS at once. first_stage: tells how many pixels a latent becomes."""
+    blocks = getattr(first_stage.config, "block_out_channels", (1,)) if first_stage else (1,)
+    pixels = latents[0, 0].numel() * 4 ** (len(blocks) - 1)
+    parts = latents.split(max(1, DECODE_PIXELS // pixels))
+    return torch.cat([to_uint8(decode(part)) for part in parts])
+
+
+ADAPTERS: dict[str, Callable[[Any, Any], Parts]] = {
+    **dict.fromkeys(CLASS_CONDITIONAL, _class_conditional),
+    **dict.fromkeys(TEXT_TABLES, _text),
+    "DiTPipeline": _dit,
+    "DDPMPipeline": _unconditional,
+    "DDIMPipeline": _unconditional,
+    "LDMPipeline": _unconditional_latents,
+}

@@ -1,0 +1,79 @@
+"""Text-to-image pipelines: a prompt is to them what a class is to the others.
+
+Every prompt is encoded once, when the model is opened; the labels of samples are indices into the
+list of prompts, and the negative prompt is the null class of classifier-free guidance. The text
+encoders are let go afterwards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ENCODED_AT_ONCE = 16
+Table = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """texts: taken in turn by seed; negative: what guidance leads away from."""
+
+    texts: tuple[str, ...]
+    negative: str = ""
+
+
+def stable_diffusion_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+    """Stable Diffusion 1.x and 2.x: encoder_hidden_states [P, L, C], and [1, L, C] negative."""
+
+    def encode(texts: list[str]) -> Table:
+        embeddings, _ = pipeline.encode_prompt(texts, pipeline.unet.device, 1, False)
+        return {"encoder_hidden_states": embeddings}
+
+    return _in_parts(encode, prompts.texts), encode([prompts.negative])
+
+
+def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+    """SDXL: text_embeds [P, C'] and time_ids [P, 6] as well (arXiv 2307.01952, sec. 2.2).
+
+    time_ids: original height and width, top and left of the crop, height and width of the image;
+    here the model's own size, uncropped. Without a negative prompt its embeddings are zeros where
+    the pipeline was trained so.
+    """
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    device = pipeline.unet.device
+
+    def encode(texts: list[str]) -> Table:
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
+            texts, device=device, do_classifier_free_guidance=False
+        )
+        ids = torch.tensor([size, size, 0, 0, size, size], dtype=pooled.dtype, device=device)
+        return {
+            "encoder_hidden_states": embeddings,
+            "text_embeds": pooled,
+            "time_ids": ids.expand(len(texts), -1),
+        }
+
+    negative = encode([prompts.negative])
+    if not prompts.negative and pipeline.config.force_zeros_for_empty_prompt:
+        zeros = ("encoder_hidden_states", "text_embeds")
+        negative |= {name: torch.zeros_like(negative[name]) for name in zeros}
+    return _in_parts(encode, prompts.texts), negative
+
+
+@torch.no_grad()
+def _in_parts(encode: Any, texts: tuple[str, ...]) -> Table:
+    parts = [
+        encode(list(texts[start : start + ENCODED_AT_ONCE]))
+        for start in range(0, len(texts), ENCODED_AT_ONCE)
+    ]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+TEXT_TABLES = {
+    "StableDiffusionPipeline": stable_diffusion_table,
+    "StableDiffusionXLPipeline": stable_diffusion_xl_table,
+}
+"""Pipeline class: what encodes prompts -> condition of each [P, ...], of the negative one."""

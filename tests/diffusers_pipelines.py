@@ -1,0 +1,194 @@
+"""Tiny random instances of diffusers' own pipeline classes, saved as folders."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import ddim_scheduler
+
+WORDS = ("a", "red", "blue", "shoe", "bag")
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+
+
+def _tokenizer(folder: Path) -> Any:
+    """CLIP's, with a vocabulary of letters."""
+    from transformers import CLIPTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=9)
+
+
+def _text_config(width: int) -> Any:
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=9,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
+
+
+def _unet(**options: Any) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        **options,
+    )
+
+
+def _vae() -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.5,
+    )
+
+
+def stable_diffusion(folder: Path, **schedule: Any) -> None:
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTextModel
+
+    StableDiffusionPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(16)),
+        tokenizer=_tokenizer(folder / "tokens"),
+        unet=_unet(cross_attention_dim=16),
+        scheduler=ddim_scheduler(**schedule),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def stable_diffusion_v(folder: Path) -> None:
+    """Stable Diffusion 2.x, which predicts v."""
+    stable_diffusion(folder, prediction_type="v_prediction")
+
+
+def stable_diffusion_xl(folder: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    unet = _unet(
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=24 + 6 * 4,
+        use_linear_projection=True,
+    )
+    tokenizer = _tokenizer(folder / "tokens")
+    StableDiffusionXLPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=ddim_scheduler(),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+
+
+def dit(folder: Path) -> None:
+    """With learned variances, as DiT-XL/2 has them."""
+    from diffusers import DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,  # DiTPipeline's null class is 1000 whatever the model
+    )
+    DiTPipeline(transformer, _vae(), ddim_scheduler()).save_pretrained(folder)
+
+
+def _pixel_unet(channels: int) -> Any:
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8,
+        norm_num_groups=4,
+    )
+
+
+def ddim(folder: Path) -> None:
+    from diffusers import DDIMPipeline
+
+    DDIMPipeline(_pixel_unet(3), ddim_scheduler()).save_pretrained(folder)
+
+
+def ddpm(folder: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    DDPMPipeline(_pixel_unet(3), DDPMScheduler()).save_pretrained(folder)
+
+
+def ldm(folder: Path) -> None:
+    from diffusers import LDMPipeline, VQModel
+
+    vqvae = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        sample_size=16,
+    )
+    LDMPipeline(vqvae, _pixel_unet(3), ddim_scheduler()).save_pretrained(folder)
+
+
+TEXT = {
+    "StableDiffusionPipeline": stable_diffusion,
+    "StableDiffusionPipeline, v": stable_diffusion_v,
+    "StableDiffusionXLPipeline": stable_diffusion_xl,
+}
+CLASSES = {"DiTPipeline": dit}
+UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
+
+
+def save(name: str, folder: Path) -> Path:
+    """The same weights every time."""
+    torch.manual_seed(0)
+    {**TEXT, **CLASSES, **UNCONDITIONAL}[name](folder)
+    return folder
