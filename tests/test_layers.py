@@ -70,6 +70,7 @@ EDGES: list[tuple[str, list[str]]] = [
     ("run_dir", ["errors", "files"]),
     ("artifacts", ["", "errors", "spec", "digests", "files"]),
     ("distributed", ["errors"]),
+    ("exported", ["artifacts", "errors", "backends.*", "models.*", "quant.*", "stages.assemble"]),
     ("quant.*", ["quant.*", "errors", "spec"]),
     ("sampling.*", ["sampling.*", *GROUND]),
     ("metrics.*", ["metrics.*", *GROUND]),
@@ -80,7 +81,7 @@ EDGES: list[tuple[str, list[str]]] = [
     ("stages.ablate", ["stages.*", *MIDDLE, "quant.*", *GROUND]),
     ("stages.bench", ["stages.*", *MIDDLE, "quant.*", *GROUND]),
     ("stages.*", [*SHARED, *MIDDLE, "quant.*", *GROUND]),
-    ("cli.*", ["cli.*", "stages.*", *MIDDLE, *GROUND]),
+    ("cli.*", ["cli.*", "exported", "stages.*", *MIDDLE, *GROUND]),
 ]
 # What these may import while they are being imported themselves: --help must be instant.
 TOP_LEVEL: dict[str, list[str]] = {
@@ -93,12 +94,12 @@ TOP_LEVEL: dict[str, list[str]] = {
 DOORS: dict[str, list[str]] = {
     "click": ["cli.*"],
     "rich": ["cli.* (inside)"],
-    "diffusers": ["models.*", "sampling.*", "cli.* (inside)"],
-    "safetensors": ["artifacts", "models.*", "metrics.*"],
+    "diffusers": ["exported", "models.*", "sampling.*", "cli.* (inside)"],
+    "safetensors": ["artifacts", "exported", "models.*", "metrics.*"],
     "yaml": ["config", "config_files", "models.compvis_config"],
     "pydantic": ["config", "config_files"],
     "torch_fidelity": ["metrics.fidelity"],
-    "torch": ["artifacts", "quant.*", *MIDDLE, "stages.*"],
+    "torch": ["artifacts", "exported", "quant.*", *MIDDLE, "stages.*"],
     "numpy": ["metrics.*", "stages.sample"],
     "PIL": ["metrics.*", "stages.sample"],
 }

@@ -215,11 +215,15 @@ def seal(artifact: Artifact) -> Artifact:
     return replace(artifact, tensors=tensors, digest=digest)
 
 
+def description(artifact: Artifact) -> str:
+    """What a file says of a sealed artifact beside its tensors: canonical JSON."""
+    return canonical_json(_meta(artifact, artifact.digest))
+
+
 def write(path: Path, artifact: Artifact) -> Artifact:
     """Seal, write atomically, return the artifact with its digest and path."""
     sealed = seal(artifact)
-    metadata = {"qncd": canonical_json(_meta(sealed, sealed.digest))}
-    write_bytes(path, save(sealed.tensors, metadata=metadata))
+    write_bytes(path, save(sealed.tensors, metadata={"qncd": description(sealed)}))
     return replace(sealed, path=path)
 
 
@@ -239,13 +243,12 @@ def _compare(tensors: dict[str, Tensor], layout: Layout) -> str | None:
     return f"unexpected tensor {extra}" if extra else None
 
 
-def _load(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _load(path: Path) -> tuple[str, dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        meta = json.loads(metadata["qncd"])
-        if len(metadata) != 1 or canonical_json(meta) != metadata["qncd"]:
-            raise KeyError("metadata")  # a float may be spelled in two ways, canonically in one
-        return meta, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if len(metadata) != 1:
+            raise KeyError("metadata")
+        return metadata["qncd"], {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read(path: Path, kind: str | None = None) -> Artifact:
@@ -254,16 +257,31 @@ def read(path: Path, kind: str | None = None) -> Artifact:
     Raises ArtifactError: missing, not an artifact, truncated, changed, of another kind or
     version, or with tensors that its own description does not announce.
     """
-    command = KINDS[kind].command if kind else "the stage that writes it"
-    again = f'make it with "{command}"' if kind else f"repeat {command}"
+    again = _again(kind)
     if not path.is_file():
         raise ArtifactError(f"{path}: missing", again)
     try:
-        meta, tensors = _load(path)
+        text, tensors = _load(path)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+        raise ArtifactError(f"{path}: truncated or not a qncd artifact", again) from error
+    return checked(path, text, tensors, kind)
+
+
+def _again(kind: str | None) -> str:
+    return f'make it with "{KINDS[kind].command}"' if kind else "repeat the stage that writes it"
+
+
+def checked(path: Path, text: str, tensors: dict[str, Tensor], kind: str | None = None) -> Artifact:
+    """The artifact of a description and tensors found at path. Raises ArtifactError as read does."""
+    again = _again(kind)
+    try:
+        meta = json.loads(text)
+        if canonical_json(meta) != text:  # a float may be spelled in two ways, canonically in one
+            raise ValueError("not canonical")
         found = KINDS[meta["kind"]]
         good_digest = _content_digest(meta, tensors) == meta["content"]
         version = meta["schema"]
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path}: truncated or not a qncd artifact", again) from error
     if kind and meta["kind"] != kind:
         raise ArtifactError(f"{path}: holds {meta['kind']}, expected {kind}", again)

@@ -267,6 +267,27 @@ def convert(checkpoint, compvis_config, out, force, as_json, debug):
 
 
 @cli.command(
+    epilog="\b\nExamples:\n  qncd export --to diffusers exported/fashion-ldm-w4a8\n"
+    "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6"
+)
+@click.argument("out", metavar="DIR", type=click.Path())
+@click.option("--to", type=click.Choice(["diffusers"]), required=True, help="The format.")
+@options.run_dir
+@options.force("Replace the diffusers folder that is there.")
+@options.json_output
+def export(out, to, run_dir, force, as_json, debug):
+    """Write the quantized model as a pipeline folder that diffusers loads.
+
+    In the code that loads it: import qncd_cli.exported once, then
+    DiffusionPipeline.from_pretrained(DIR) (needs the package accelerate). It computes with
+    integers where the CPU can; corrections of the sampling loop are not part of it.
+    """
+    from . import export as command
+
+    command.export(Console(as_json), out, run_dir, force=force)
+
+
+@cli.command(
     epilog="\b\nExamples:\n  qncd bench random:ldm4\n"
     "  qncd bench zoo:fashion-ldm --batch-size 50 --rounds 20\n"
     "  qncd bench random:ldm4 --rows float32-eager,int8-w4a8 --no-memory --profile\n"

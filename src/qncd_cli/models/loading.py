@@ -91,7 +91,7 @@ def load_model(
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place = find_device(device)
-    pipeline, digest = _open(source, compvis_config)
+    pipeline, digest = open_pipeline(source, compvis_config)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.to(place, DTYPES[dtype]).eval().requires_grad_(False)
@@ -116,8 +116,8 @@ def load_model(
     )
 
 
-def _open(source: str, compvis_config: str | None) -> tuple[DiffusionPipeline, str]:
-    """The pipeline, and the digest of what it was read from."""
+def open_pipeline(source: str, compvis_config: str | None) -> tuple[DiffusionPipeline, str]:
+    """The pipeline, and the digest of what it was read from. Raises ModelError."""
     if source.startswith("random:"):
         pipeline = random_pipeline(source.removeprefix("random:"))
         made_from = f"{source} {SEED} {torch.__version__}"

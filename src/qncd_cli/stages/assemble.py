@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import Artifact, tensors_below
-from ..backends.base import get_backend
+from ..backends.base import Backend, get_backend
 from ..config import Config
 from ..errors import ArtifactError, ModelError
 from ..models.loading import DiffusionModel
@@ -130,13 +130,23 @@ def with_artifact(
     original: nn.Module, source: str, artifact: Artifact, backend: str, cache_time_embeddings: bool
 ) -> Denoiser:
     """quantized_denoiser for a denoiser alone; source: where it is from, for messages."""
-    step = StepState()
     device = next(original.parameters()).device
-    chosen = get_backend(backend, device)
     layers = weight_layers(original)
     # what is replaced below need not be copied: the largest part of the model
     replaced = [layers[name] for name in artifact.body["layers"] if name in layers]
     module = copy.deepcopy(original, {id(layer): layer for layer in replaced})
+    step = install(module, source, artifact, get_backend(backend, device))
+    if cache_time_embeddings:
+        install_time_cache(module, step)
+    return Denoiser(module.to(device), step, tuple(artifact.body["group_bounds"]))
+
+
+def install(module: nn.Module, source: str, artifact: Artifact, backend: Backend) -> StepState:
+    """Put the artifact's layers and attention in the place of a denoiser's own.
+
+    The state that they follow comes back. Raises ArtifactError as quantized_denoiser does.
+    """
+    step, layers = StepState(), weight_layers(module)
     for name, entry in artifact.body["layers"].items():
         layer = layers.get(name)
         if layer is None or list(layer.weight.shape) != entry["weight_shape"]:
@@ -147,12 +157,15 @@ def with_artifact(
         below = tensors_below(f"{name}.", artifact.tensors)
         tensors = {key: value for key, value in below.items() if "." not in key}
         quantized = QuantizedLayer(
-            layer, tensors, entry["weight_bits"], entry["activation_bits"], step, chosen.compute
+            layer, tensors, entry["weight_bits"], entry["activation_bits"], step, backend.compute
         )
         replace_module(module, name, quantized)
-    install_attention(module, artifact, step, chosen.matmul)
-    if cache_time_embeddings:
-        layers = weight_layers(module)
-        for name in sorted(time_layers(original)):
-            replace_module(module, name, CachedTimestepLayer(layers[name], step))
-    return Denoiser(module.to(device), step, tuple(artifact.body["group_bounds"]))
+    install_attention(module, artifact, step, backend.matmul)
+    return step
+
+
+def install_time_cache(module: nn.Module, step: StepState) -> None:
+    """Layers that depend on the timestep alone are evaluated once per timestep from now on."""
+    layers = weight_layers(module)
+    for name in sorted(time_layers(module)):
+        replace_module(module, name, CachedTimestepLayer(layers[name], step))

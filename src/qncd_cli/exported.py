@@ -1,0 +1,172 @@
+"""Quantized models in diffusers' own folders (`qncd export`). Once this is imported, it loads them:
+
+    import qncd_cli.exported
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained("DIR")
+
+The denoiser's weights file holds the quantized artifact, tensor by tensor under PREFIX and its
+description in the metadata, beside what stays unquantized; config.json names the method. Saving a
+loaded pipeline writes the same again. Loading needs the package accelerate, as every quantizer of
+diffusers does. Corrections of the sampling loop are not part of a pipeline.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import safetensors
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from safetensors import safe_open
+from torch import nn
+
+from . import artifacts
+from .artifacts import Artifact
+from .backends.base import AUTO, get_backend
+from .errors import ArtifactError
+from .models.pipelines import CLASS_CONDITIONAL
+from .quant.layers import SteppedModule, StepState
+from .stages.assemble import install, install_time_cache, timestep_group
+
+PREFIX = "qncd."
+KEY = "qncd"
+"""Of the weights file's metadata."""
+CACHED = ".original."
+"""In the names of what a CachedTimestepLayer holds."""
+
+
+class Method(enum.StrEnum):
+    """diffusers asks for an enumeration."""
+
+    QNCD = "qncd"
+
+
+class QncdConfig(QuantizationConfigMixin):
+    """What config.json says of a denoiser. backend: as of `qncd sample`, chosen on loading."""
+
+    def __init__(self, backend: str = AUTO, quant_method: str = Method.QNCD.value):
+        self.quant_method = Method(quant_method)
+        self.backend = backend
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class QncdQuantizer(DiffusersQuantizer):
+    """Puts the artifact's layers into a denoiser that diffusers is loading, and back on saving."""
+
+    required_packages = ["accelerate"]
+
+    def __init__(self, quantization_config: QncdConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.artifact: Artifact | None = None
+        self.step = StepState()
+        self.own: set[str] = set()  # names of what the artifact brought into the model
+
+    def install(self, model: nn.Module, artifact: Artifact) -> None:
+        self.artifact = artifact
+        backend = get_backend(self.quantization_config.backend)
+        self.step = install(model, str(artifact.path), artifact, backend)
+        own = [(n, m) for n, m in model.named_modules() if isinstance(m, SteppedModule)]
+        self.own = {f"{name}.{buffer}" for name, m in own for buffer, _ in m.named_buffers()}
+
+    # ---- loading, in the order of the calls
+
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: Sequence[str] | str
+    ) -> list[str]:
+        files = [checkpoint_files] if isinstance(checkpoint_files, str) else checkpoint_files
+        self.artifact = _read([Path(file) for file in files])
+        return [key for key in loaded_keys if not key.startswith(PREFIX)]
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        assert self.artifact is not None
+        self.install(model, self.artifact)
+
+    def update_missing_keys(
+        self, model: nn.Module, missing_keys: list[str], prefix: str
+    ) -> list[str]:
+        return [key for key in missing_keys if key not in self.own]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        assert self.artifact is not None
+        if self.artifact.body["cache_time_embeddings"]:
+            install_time_cache(model, self.step)
+        model.register_forward_pre_hook(self._follow, with_kwargs=True)
+
+    def _follow(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Tell the layers which timestep a call is at."""
+        assert self.artifact is not None
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        self.step.timestep = float(torch.as_tensor(timestep).flatten()[0])
+        bounds = tuple(self.artifact.body["group_bounds"])
+        self.step.group = timestep_group(self.step.timestep, bounds)
+
+    # ---- saving
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Any], safe_serialization: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The unquantized tensors under diffusers' names, the artifact's under ours."""
+        assert self.artifact is not None
+        kept = {n.replace(CACHED, "."): t for n, t in state_dict.items() if n not in self.own}
+        added = {f"{PREFIX}{name}": tensor for name, tensor in self.artifact.tensors.items()}
+        return {**kept, **added}, {KEY: artifacts.description(self.artifact)}
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _read(files: Sequence[Path]) -> Artifact:
+    """The artifact in a denoiser's weights files. Raises ArtifactError."""
+    text, tensors = "", dict[str, torch.Tensor]()
+    try:
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {})[KEY]
+                names = [name for name in file.keys() if name.startswith(PREFIX)]  # noqa: SIM118
+                tensors |= {name.removeprefix(PREFIX): file.get_tensor(name) for name in names}
+    except (safetensors.SafetensorError, KeyError, OSError) as error:
+        raise ArtifactError(f"{path}: no quantized weights", 'repeat "qncd export"') from error
+    return artifacts.checked(files[0], text, tensors, "quantized")
+
+
+def exported_pipeline(
+    pipeline: DiffusionPipeline, artifact: Artifact, scheduler: Any
+) -> DiffusionPipeline:
+    """The pipeline with the artifact in its denoiser and that scheduler, ready to be saved.
+
+    Raises ArtifactError where artifact and pipeline do not belong together.
+    """
+    name = next(n for n in ("transformer", "unet") if n in pipeline.components)
+    denoiser = pipeline.components[name]
+    quantizer = QncdQuantizer(QncdConfig())
+    quantizer.install(denoiser, artifact)
+    denoiser.hf_quantizer = quantizer
+    denoiser.register_to_config(quantization_config=quantizer.quantization_config)
+    pipeline.register_modules(scheduler=scheduler)
+    return pipeline
+
+
+def register() -> None:
+    """Let diffusers know the method and our pipeline classes."""
+    auto.AUTO_QUANTIZER_MAPPING[Method.QNCD.value] = QncdQuantizer
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.QNCD.value] = QncdConfig
+    for name, kind in CLASS_CONDITIONAL.items():
+        setattr(diffusers, name, kind)
+
+
+register()

@@ -1,0 +1,148 @@
+"""An exported folder is loaded by diffusers in a process of its own and draws the same images."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import diffusers_pipelines as tiny
+import numpy as np
+import pytest
+import torch
+from conftest import Qncd, tiny_config
+from PIL import Image
+from safetensors import safe_open
+
+SEEDS = [0, 1, 2]
+DRAW = """
+import sys, torch
+from diffusers import DiffusionPipeline
+import qncd_cli.exported
+from qncd_cli.sampling.noise import generators_for
+
+folder, out, again, arguments = sys.argv[1:5]
+pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline.set_progress_bar_config(disable=True)
+images = pipeline(**eval(arguments), generator=generators_for([0, 1, 2]), output_type="np").images
+torch.save(torch.from_numpy(images), out)
+pipeline.save_pretrained(again)
+"""
+
+
+def drawn_by_diffusers(folder, tmp_path, **arguments):
+    """Images [N, H, W, C] in [0, 1], and the folder that the loaded pipeline saved again."""
+    out, again = tmp_path / "images.pt", tmp_path / "again"
+    command = [sys.executable, "-c", DRAW, str(folder), str(out), str(again), repr(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "newly initialized" not in done.stderr
+    assert "not used" not in done.stderr
+    return torch.load(out), again
+
+
+def exported(tmp_path, config):
+    work = Qncd(tmp_path)
+    work.write_config(config)
+    work("calibrate", "--config", "tiny.yaml")
+    work("quantize")
+    work("sample", "--num", str(len(SEEDS)))
+    said = work("export", "--to", "diffusers", "out", "--json").data
+    assert said["folder"] == "out"
+    return work
+
+
+def images_of(work):
+    folder = work.folder / "runs" / "tiny" / "samples" / "quantized"
+    found = [np.atleast_3d(np.array(Image.open(folder / f"{seed:06d}.png"))) for seed in SEEDS]
+    return torch.from_numpy(np.stack(found))
+
+
+def tensors_of(folder, part):
+    files = sorted((folder / part).glob("*.safetensors"))
+    found = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found["metadata"] = file.metadata()["qncd"]
+    return found
+
+
+# best's ranges for every step, bias corrections, smoothing and two-byte inputs: all that there is
+EVERYTHING = {
+    "quantization__activations": {"bits": 8, "observer": "minmax", "timestep_groups": 4},
+    "quantization__bias_correction": True,
+    "quantization__first_last_activation_bits": 16,
+    "correction__inter__method": "none",
+}
+
+
+@pytest.mark.parametrize("model", ["tiny_model", "tiny_pixel_model", "tiny_dit_model"])
+def test_a_fresh_process_draws_the_same_images_and_saves_the_same_file(request, tmp_path, model):
+    work = exported(tmp_path, tiny_config(request.getfixturevalue(model), **EVERYTHING))
+    found, again = drawn_by_diffusers(
+        tmp_path / "out", tmp_path, class_labels=SEEDS, guidance_scale=2.0, num_inference_steps=4
+    )
+    expected = images_of(work)
+    assert torch.equal((found * 255).round().to(torch.uint8), expected)
+    part = "transformer" if "dit" in model else "unet"
+    before, after = tensors_of(tmp_path / "out", part), tensors_of(again, part)
+    assert before.keys() == after.keys()
+    assert before.pop("metadata") == after.pop("metadata")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_stable_diffusion_is_exported(tmp_path):
+    folder = tiny.save("StableDiffusionPipeline", tmp_path / "model")
+    prompts = ["a red shoe", "a blue bag", "a bag"]
+    changes = {**EVERYTHING, "sampling__prompts": prompts, "sampling__guidance_scale": 2.0}
+    work = exported(tmp_path, tiny_config(folder, **changes))
+    found, _ = drawn_by_diffusers(
+        tmp_path / "out", tmp_path, prompt=prompts, guidance_scale=2.0, num_inference_steps=4
+    )
+    difference = (found * 255).round() - images_of(work)
+    assert difference.abs().max() <= 1
+
+
+def test_a_scale_survives_half_precision(tmp_path, tiny_model):
+    from diffusers import DiffusionPipeline
+
+    import qncd_cli.exported  # noqa: F401
+
+    exported(tmp_path, tiny_config(tiny_model, **EVERYTHING))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    layer = pipeline.unet.conv_out
+    exact = tensors_of(tmp_path / "out", "unet")["qncd.conv_out.weight_scale"]
+    assert torch.equal(layer.weight_scale, exact)
+    assert pipeline.unet.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="quantized model"):
+        pipeline.to(torch.float16)
+
+
+def test_what_is_wrong_is_one_line(tmp_path, tiny_model, tiny_pixel_model):
+    work = exported(tmp_path, tiny_config(tiny_model, **EVERYTHING))
+    assert "is there already" in work("export", "--to", "diffusers", "out", ok=False).stderr
+    work("export", "--to", "diffusers", "out", "--force")
+    config = tmp_path / "runs" / "tiny" / "config.yaml"
+    config.write_text(config.read_text().replace(str(tiny_model), str(tiny_pixel_model)))
+    other = work("export", "--to", "diffusers", "new", ok=False)
+    assert other.exit_code == 4
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_folder_is_refused(tmp_path, tiny_model):
+    from diffusers import DiffusionPipeline
+
+    import qncd_cli.exported  # noqa: F401
+    from qncd_cli.errors import ArtifactError
+
+    exported(tmp_path, tiny_config(tiny_model, **EVERYTHING))
+    path = next((tmp_path / "out" / "unet").glob("*.safetensors"))
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start = 8 + length + header["qncd.conv_in.weight_scale"]["data_offsets"][0]
+    content[start] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="damaged"):
+        DiffusionPipeline.from_pretrained(tmp_path / "out")
