@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qncd_cli.errors import ModelError
 from qncd_cli.models.loading import load_model
@@ -85,8 +85,24 @@ def test_digest_follows_the_weights_and_nothing_else(tiny_model, tmp_path):
     assert load_model(str(copy)).digest != load_model(str(tiny_model)).digest
 
 
+def _rename(folder, old, new):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors[new] = tensors.pop(old)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 def _break(folder, what):
-    if what == "no index":
+    if what == "tensor renamed":
+        _rename(folder, "conv_in.bias", "conv_in.bais")
+    elif what == "tensor added":
+        save = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(save)
+        save_file({**tensors, "extra": torch.zeros(1)}, save, metadata={"format": "pt"})
+    elif what == "LoRA":
+        layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+        _rename(folder, f"{layer}.weight", f"{layer}.base_layer.weight")
+    elif what == "no index":
         (folder / "model_index.json").unlink()
     elif what == "component missing":
         shutil.rmtree(folder / "vqvae")
@@ -103,10 +119,19 @@ def _break(folder, what):
 
 
 @pytest.mark.parametrize(
-    "what",
-    ["no index", "component missing", "weights truncated", "index damaged", "other class"],
+    ("what", "said"),
+    [
+        ("no index", "no model_index.json"),
+        ("component missing", "cannot be loaded"),
+        ("weights truncated", "cannot be loaded"),
+        ("index damaged", "model_index.json is damaged"),
+        ("other class", "ConsistencyModelPipeline is not supported"),
+        ("tensor renamed", "1 of 208 tensors missing (first: conv_in.bias)"),
+        ("tensor added", "1 of 208 tensors unexpected (first: extra)"),
+        ("LoRA", "holds LoRA weights (first: mid_block"),
+    ],
 )
-def test_a_broken_folder_is_one_clear_line(tiny_model, tmp_path, what):
+def test_a_broken_folder_is_one_clear_line(tiny_model, tmp_path, what, said):
     folder = tmp_path / "broken"
     shutil.copytree(tiny_model, folder)
     _break(folder, what)
@@ -114,6 +139,7 @@ def test_a_broken_folder_is_one_clear_line(tiny_model, tmp_path, what):
         load_model(str(folder))
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("source", ["./nowhere", "zoo:fashion-lmd", "no-such-owner/no-such-model"])

@@ -22,6 +22,7 @@ from .compvis import compvis_pipeline
 from .compvis_file import checkpoint_digest, is_checkpoint
 from .pipelines import CLASS_CONDITIONAL
 from .random_models import SEED, random_pipeline
+from .stored import check_weights
 from .text import TEXT_TABLES, Prompts
 from .zoo import zoo_path
 
@@ -188,7 +189,12 @@ def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
         )
     try:
         loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
-        return loader.from_pretrained(str(folder), local_files_only=True)
+        pipeline = loader.from_pretrained(str(folder), local_files_only=True)
+        for part, module in pipeline.components.items():
+            check_weights(module, folder / part)
+        return pipeline
+    except ModelError:
+        raise
     except Exception as error:  # a broken folder fails in as many ways as it can be broken
         reason = str(error).strip().splitlines()
         raise ModelError(

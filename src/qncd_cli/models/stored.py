@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoModel
-from diffusers.utils import logging
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
+from safetensors import safe_open
 from torch import nn
 
+from ..errors import ModelError
 from .calling import level
 
 
@@ -23,3 +27,41 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
     logging.set_verbosity_error()
     denoiser = AutoModel.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
     return level(denoiser.eval().requires_grad_(False))
+
+
+def check_weights(part: Any, folder: Path) -> None:
+    """Raise ModelError unless the folder's weights are those of the part, name by name.
+
+    diffusers fills what is missing with random numbers and leaves the rest out, with a warning.
+    """
+    names = _stored_names(folder)
+    if names is None or not isinstance(part, ModelMixin):
+        return
+    adapted = sorted(name for name in names if "lora_" in name or ".base_layer." in name)
+    if adapted:
+        raise ModelError(
+            f"{folder}: holds LoRA weights (first: {adapted[0]})",
+            "fuse them into the model first (diffusers: fuse_lora, unload_lora_weights)",
+        )
+    found: Any = dict.fromkeys(names)
+    part._fix_state_dict_keys_on_load(found)  # attention of old checkpoints goes by other names
+    expected = set(part.state_dict())
+    problems = {"missing": expected - set(found), "unexpected": set(found) - expected}
+    for problem, which in problems.items():
+        if which:
+            raise ModelError(
+                f"{folder}: {len(which)} of {len(expected)} tensors {problem} "
+                f"(first: {min(which)})",
+                "is it another architecture than its config.json says?",
+            )
+
+
+def _stored_names(folder: Path) -> list[str] | None:
+    """Of the tensors in the weights that diffusers reads by default; None: in another format."""
+    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    if index.is_file():
+        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not whole.is_file():
+        return None
+    with safe_open(whole, framework="pt") as file:
+        return list(file.keys())
