@@ -9,8 +9,10 @@ runs it.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -21,8 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.layers import QuantizedLayer, SteppedModule, StepState
-from . import native
-from .traced import open_norms, traceable
+from .traced import traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""
@@ -32,8 +33,8 @@ BATCHES = ((2, 63), (64, 4096))
 
 def why_unavailable() -> str:
     """Why nothing can be compiled on this machine; empty where it can."""
-    name = native.compiler()
-    return "" if shutil.which(name) else f"no C++ compiler {name} (CXX names another)"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return "" if shutil.which(compiler) else f"no C++ compiler {compiler} (CXX names another)"
 
 
 def silence_compiler() -> None:
@@ -104,7 +105,7 @@ def compile_graph(
     inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
     silence_compiler()
-    with warnings.catch_warnings(), torch.no_grad(), traceable(layers), open_norms(module):
+    with warnings.catch_warnings(), torch.no_grad(), traceable(layers):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)

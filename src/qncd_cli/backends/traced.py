@@ -7,18 +7,17 @@ product is an operator that finds its layer by name: packed weights cannot enter
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..quant.affine import round_to_codes
 from ..quant.layers import QuantizedLayer
 from ..spec import activation_spec
-from . import int8, native
+from . import int8
 
 _layers: weakref.WeakValueDictionary[str, QuantizedLayer] = weakref.WeakValueDictionary()
 
@@ -48,28 +47,6 @@ def traceable(layers: Mapping[str, QuantizedLayer]) -> Iterator[None]:
             layer.compute, layer.weight = before[key]
 
 
-@contextmanager
-def open_norms(module: nn.Module) -> Iterator[None]:
-    """In this block group norms are an operator for their statistics and a product and a sum that
-    the compiler fuses with what follows."""
-    norms = [norm for norm in module.modules() if isinstance(norm, nn.GroupNorm) and norm.affine]
-    try:
-        for norm in norms:
-            norm.forward = functools.partial(_group_norm, norm)  # type: ignore[method-assign]
-        yield
-    finally:
-        for norm in norms:
-            del norm.forward
-
-
-def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    weight, bias = norm.weight.float(), norm.bias.float()
-    found = torch.ops.qncd.group_norm_statistics(x, weight, norm.num_groups, norm.eps)
-    ones = [1] * (x.ndim - 2)
-    shift, factor = (statistic.view(*statistic.shape, *ones) for statistic in found)
-    return ((x.float() - shift) * factor + bias.view(-1, *ones)).to(x.dtype)
-
-
 def _traced(key: str):
     def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
         """As int8.compute, as operations that the compiler sees."""
@@ -90,9 +67,6 @@ _library.define(
     "multiply(Tensor low, Tensor? high, Tensor? bias, str layer, ScalarType dtype) -> Tensor"
 )
 _library.define("matmul(Tensor a, Tensor b) -> Tensor")
-_library.define(
-    "group_norm_statistics(Tensor x, Tensor weight, int groups, float eps) -> (Tensor, Tensor)"
-)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -138,13 +112,7 @@ def _multiply_fake(
     )
 
 
-def _statistics_fake(x: Tensor, weight: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(x.shape[:2]), weight.new_empty(x.shape[:2])
-
-
 _library.impl("multiply", _multiply, "CPU")
 torch.library.register_fake("qncd::multiply", _multiply_fake, lib=_library)
 _library.impl("matmul", int8.matmul, "CPU")
 torch.library.register_fake("qncd::matmul", _matmul_fake, lib=_library)
-_library.impl("group_norm_statistics", native.group_norm_statistics, "CPU")
-torch.library.register_fake("qncd::group_norm_statistics", _statistics_fake, lib=_library)
