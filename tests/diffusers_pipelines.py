@@ -135,6 +135,59 @@ def dit(folder: Path) -> None:
     DiTPipeline(transformer, _vae(), ddim_scheduler()).save_pretrained(folder)
 
 
+def _t5(width: int) -> tuple[Any, Any]:
+    """An encoder and a tokenizer that knows WORDS."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    tokens = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokens.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = T5Config(
+        vocab_size=len(words), d_model=width, d_kv=8, d_ff=2 * width, num_layers=2, num_heads=2
+    )
+    return T5EncoderModel(config), tokenizer
+
+
+def _pixart(folder: Path, kind: str, sample_size: int) -> None:
+    import diffusers
+
+    encoder, tokenizer = _t5(16)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        in_channels=4,
+        out_channels=8,
+        num_layers=2,
+        sample_size=sample_size,
+        patch_size=2,
+        caption_channels=16,
+    )
+    getattr(diffusers, kind)(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=_vae(),
+        transformer=transformer,
+        scheduler=ddim_scheduler(),
+    ).save_pretrained(folder)
+
+
+def pixart_alpha(folder: Path) -> None:
+    """The size of the 1024-pixel model, which takes the size of the image as well."""
+    _pixart(folder, "PixArtAlphaPipeline", 128)
+
+
+def pixart_sigma(folder: Path) -> None:
+    _pixart(folder, "PixArtSigmaPipeline", 8)
+
+
 def _pixel_unet(channels: int) -> Any:
     from diffusers import UNet2DModel
 
@@ -182,6 +235,8 @@ TEXT = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionPipeline, v": stable_diffusion_v,
     "StableDiffusionXLPipeline": stable_diffusion_xl,
+    "PixArtAlphaPipeline": pixart_alpha,
+    "PixArtSigmaPipeline": pixart_sigma,
 }
 CLASSES = {"DiTPipeline": dit}
 UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}

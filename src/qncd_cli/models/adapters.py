@@ -75,6 +75,7 @@ def _unconditional_latents(pipeline: Any, _: None) -> Parts:
 
 def _text(pipeline: Any, prompts: Prompts) -> Parts:
     table, negative = TEXT_TABLES[type(pipeline).__name__](pipeline, prompts)
+    denoiser = pipeline.components.get("transformer") or pipeline.unet
 
     def condition(labels: Tensor) -> Condition:
         return {name: value[labels.to(value.device)] for name, value in table.items()}
@@ -83,7 +84,7 @@ def _text(pipeline: Any, prompts: Prompts) -> Parts:
         return {name: value.expand(rows, *value.shape[1:]) for name, value in negative.items()}
 
     return {
-        **_shape(pipeline.unet),
+        **_shape(denoiser),
         "num_classes": len(prompts.texts),
         "condition": condition,
         "null_condition": null_condition,

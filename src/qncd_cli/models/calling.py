@@ -1,4 +1,4 @@
-"""One way to call every denoiser: denoiser(x, t, **tensors).sample, of the shape of x.
+"""One way to call every denoiser: denoiser(x, timestep=t, **tensors).sample, of the shape of x.
 
 diffusers' own classes differ; hooks on the module level them, so that copies and replaced layers
 keep them. They are not stored with the weights: whoever loads a denoiser calls `level`.
@@ -6,27 +6,35 @@ keep them. They are not stored with the weights: whoever loads a denoiser calls 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+from diffusers import PixArtTransformer2DModel
 from torch import nn
-
-_ADDED = ("text_embeds", "time_ids")
 
 
 def level(denoiser: nn.Module) -> nn.Module:
     """The denoiser itself, with hooks where it needs them; to be called once per module."""
     config: Any = getattr(denoiser, "config", None)
+    added: tuple[str, ...] = ()
     if getattr(config, "addition_embed_type", None) == "text_time":
-        denoiser.register_forward_pre_hook(_gather_added, with_kwargs=True)
+        added = ("text_embeds", "time_ids")
+    elif isinstance(denoiser, PixArtTransformer2DModel):
+        added = ("resolution", "aspect_ratio")
+    if added:
+        gather = functools.partial(_gather_added, added)
+        denoiser.register_forward_pre_hook(gather, with_kwargs=True)
     channels = getattr(config, "in_channels", None)
     if channels and getattr(config, "out_channels", None) == 2 * channels:
         denoiser.register_forward_hook(_without_variance)
     return denoiser
 
 
-def _gather_added(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """SDXL takes its size and pooled text in a dict of their own."""
-    added = {name: kwargs.pop(name) for name in _ADDED if name in kwargs}
+def _gather_added(
+    names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple:
+    """SDXL takes its size and pooled text in a dict of their own, PixArt its size, if any."""
+    added = {name: kwargs.pop(name, None) for name in names}
     return args, {**kwargs, "added_cond_kwargs": added}
 
 

@@ -63,6 +63,31 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> tuple[Table, T
     return _in_parts(encode, prompts.texts), negative
 
 
+def pixart_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+    """PixArt-alpha and -Sigma: T5's encoder_hidden_states [P, L, C] and their mask [P, L].
+
+    The 1024-pixel models of alpha also take the image's size (arXiv 2310.00426, sec. 2.4).
+    """
+    config, device = pipeline.transformer.config, pipeline.transformer.device
+    side = float(config.sample_size * pipeline.vae_scale_factor)
+
+    def encode(texts: list[str]) -> Table:
+        embeddings, mask, _, _ = pipeline.encode_prompt(
+            texts,
+            do_classifier_free_guidance=False,
+            device=device,
+            clean_caption=True,  # as the pipelines do, where beautifulsoup4 is installed
+        )
+        table = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
+        if type(pipeline).__name__ == "PixArtAlphaPipeline" and config.sample_size == 128:
+            size = torch.tensor([side, side], dtype=embeddings.dtype, device=device)
+            table["resolution"] = size.expand(len(texts), -1)
+            table["aspect_ratio"] = torch.ones_like(size[:1]).expand(len(texts), -1)
+        return table
+
+    return _in_parts(encode, prompts.texts), encode([prompts.negative])
+
+
 @torch.no_grad()
 def _in_parts(encode: Any, texts: tuple[str, ...]) -> Table:
     parts = [
@@ -75,5 +100,7 @@ def _in_parts(encode: Any, texts: tuple[str, ...]) -> Table:
 TEXT_TABLES = {
     "StableDiffusionPipeline": stable_diffusion_table,
     "StableDiffusionXLPipeline": stable_diffusion_xl_table,
+    "PixArtAlphaPipeline": pixart_table,
+    "PixArtSigmaPipeline": pixart_table,
 }
 """Pipeline class: what encodes prompts -> condition of each [P, ...], of the negative one."""
