@@ -84,7 +84,7 @@ class _Traced(nn.Module):
         self.step.traced = self.tables.cut(row)
         if x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        return self.module(x, timestep=t, **condition).sample
+        return self.module(x, t, **condition).sample
 
 
 def compile_graph(

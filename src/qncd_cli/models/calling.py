@@ -1,4 +1,4 @@
-"""One way to call every denoiser: denoiser(x, timestep=t, **tensors).sample, of the shape of x.
+"""One way to call every denoiser: denoiser(x, t, **tensors).sample, of the shape of x.
 
 diffusers' own classes differ; hooks on the module level them, so that copies and replaced layers
 keep them. They are not stored with the weights: whoever loads a denoiser calls `level`.
@@ -33,9 +33,13 @@ def level(denoiser: nn.Module) -> nn.Module:
 def _gather_added(
     names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple:
-    """SDXL takes its size and pooled text in a dict of their own, PixArt its size, if any."""
+    """SDXL takes its size and pooled text in a dict of their own, PixArt its size, if any.
+
+    PixArt's second argument is not the timestep, so that it has to go by name.
+    """
     added = {name: kwargs.pop(name, None) for name in names}
-    return args, {**kwargs, "added_cond_kwargs": added}
+    named = dict(zip(("timestep",), args[1:], strict=False))
+    return args[:1], {**named, **kwargs, "added_cond_kwargs": added}
 
 
 def _without_variance(module: nn.Module, args: tuple, output: Any) -> Any:

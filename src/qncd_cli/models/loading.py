@@ -35,7 +35,7 @@ class DiffusionModel:
 
     Its modules live on `device`; latents, labels and images that go in and out live on the CPU.
 
-    denoiser: called as denoiser(x [N, *latent_shape], timestep=t, **condition).sample.
+    denoiser: called as denoiser(x [N, *latent_shape], t, **condition).sample.
     condition: class labels [N] -> keyword arguments of the denoiser, batch first.
     null_condition: number of rows -> the same for the null class; None: no guidance possible.
     decode: latents [N, *latent_shape] -> images uint8 [N, C, H, W].

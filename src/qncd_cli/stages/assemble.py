@@ -70,7 +70,7 @@ class Denoiser:
             return self._predict(x, t, condition).float().cpu()
 
     def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        return self.module(x, timestep=t, **condition).sample
+        return self.module(x, t, **condition).sample
 
 
 def group_bounds(timesteps: list[float], groups: int) -> tuple[float, ...]:
