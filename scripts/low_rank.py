@@ -79,6 +79,7 @@ def best_branch(residual: Tensor, hessian: Tensor, rank: int) -> Tensor:
 @click.option("--rank", "ranks", default=(8, 32, 128), multiple=True, show_default=True)
 @click.option("--num", default=64, show_default=True, help="Samples a row.")
 def main(run_dir: str | None, count: int, ranks: tuple[int, ...], num: int) -> None:
+    """What a low-rank branch beside the worst layers of a quantized run would give."""
     run = find_run(run_dir)
     config = load_config(str(run.config))
     model = open_model(config)

@@ -33,14 +33,12 @@ from .artifacts import Artifact
 from .backends.base import AUTO, get_backend
 from .errors import ArtifactError
 from .models.pipelines import CLASS_CONDITIONAL
-from .quant.layers import SteppedModule, StepState
+from .quant.layers import CachedTimestepLayer, SteppedModule, StepState
 from .stages.assemble import install, install_time_cache, timestep_group
 
 PREFIX = "qncd."
 KEY = "qncd"
 """Of the weights file's metadata."""
-CACHED = ".original."
-"""In the names of what a CachedTimestepLayer holds."""
 
 
 class Method(enum.StrEnum):
@@ -70,8 +68,10 @@ class QncdQuantizer(DiffusersQuantizer):
         self.artifact: Artifact | None = None
         self.step = StepState()
         self.own: set[str] = set()  # names of what the artifact brought into the model
+        self.moved: dict[str, str] = {}  # names of tensors that wrapping gave another name: theirs
 
     def install(self, model: nn.Module, artifact: Artifact) -> None:
+        """Quantize the model as the artifact says. Raises ArtifactError, BackendUnavailable."""
         self.artifact = artifact
         backend = get_backend(self.quantization_config.backend)
         self.step = install(model, str(artifact.path), artifact, backend)
@@ -100,6 +100,12 @@ class QncdQuantizer(DiffusersQuantizer):
         assert self.artifact is not None
         if self.artifact.body["cache_time_embeddings"]:
             install_time_cache(model, self.step)
+        wrapped = [n for n, m in model.named_modules() if isinstance(m, CachedTimestepLayer)]
+        self.moved = {
+            f"{name}.original.{part}": f"{name}.{part}"
+            for name in wrapped
+            for part in model.get_submodule(f"{name}.original").state_dict()
+        }
         model.register_forward_pre_hook(self._follow, with_kwargs=True)
 
     def _follow(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -117,7 +123,7 @@ class QncdQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The unquantized tensors under diffusers' names, the artifact's under ours."""
         assert self.artifact is not None
-        kept = {n.replace(CACHED, "."): t for n, t in state_dict.items() if n not in self.own}
+        kept = {self.moved.get(n, n): t for n, t in state_dict.items() if n not in self.own}
         added = {f"{PREFIX}{name}": tensor for name, tensor in self.artifact.tensors.items()}
         return {**kept, **added}, {KEY: artifacts.description(self.artifact)}
 

@@ -53,7 +53,11 @@ OPTIONS = {"cpp.dynamic_threads": True}
 
 
 class Tables:
-    """The tables of all modules of a denoiser, side by side: values float32 [G, K]."""
+    """The tables of all modules of a denoiser, side by side: values float32 [G, K].
+
+    G timestep groups; K scales, zero-points and corrected biases together. Zero-points are codes of
+    up to 16 bits, exact in float32.
+    """
 
     def __init__(self, module: nn.Module):
         stepped = [m for m in module.modules() if isinstance(m, SteppedModule)]

@@ -185,7 +185,7 @@ def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
     if "transformers" in libraries and importlib.util.find_spec("transformers") is None:
         raise ModelError(
             f"{source}: its text encoder needs the package transformers",
-            'pip install "qncd-cli[text]"',
+            "pip install transformers",
         )
     try:
         loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)

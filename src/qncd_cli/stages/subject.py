@@ -25,9 +25,9 @@ WORTH_COMPILING = 2e4
 def worth(rows: int, macs: int) -> float:
     """What a graph saves over that many rows of calls of so many MACs each, in units without name.
 
-    A row gains with the square root of its arithmetic: larger models do more of it per value. That
-    is rough, but right within a factor of two or three for the packaged models and LDM-4, whose
-    gain per row differs by a factor of 100 (docs/performance.md).
+    rows: samples times calls, both halves of guidance counted; macs: of one row. Larger models do
+    more arithmetic per value, so that a row gains less than in proportion to it: about with its
+    square root, fitted by eye to the packaged models and LDM-4 (docs/performance.md).
     """
     return rows * math.sqrt(macs / 1e9)
 
