@@ -59,7 +59,7 @@ def _unet(**options: Any) -> Any:
     )
 
 
-def _vae() -> Any:
+def _vae(**options: Any) -> Any:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -67,7 +67,7 @@ def _vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 8),
         norm_num_groups=4,
-        latent_channels=4,
+        **{"latent_channels": 4, **options},
         sample_size=16,
         scaling_factor=0.5,
     )
@@ -188,6 +188,78 @@ def pixart_sigma(folder: Path) -> None:
     _pixart(folder, "PixArtSigmaPipeline", 8)
 
 
+def stable_diffusion_3(folder: Path) -> None:
+    """With a block of SD3.5's that attends twice."""
+    from diffusers import (
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+    from transformers import CLIPTextModelWithProjection
+
+    encoder, tokenizer_3 = _t5(40)
+    tokenizer = _tokenizer(folder / "tokens")
+    StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            num_layers=3,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=40,
+            caption_projection_dim=16,
+            pooled_projection_dim=40,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_vae(shift_factor=0.1),
+        text_encoder=CLIPTextModelWithProjection(_text_config(16)),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        tokenizer_2=tokenizer,
+        text_encoder_3=encoder,
+        tokenizer_3=tokenizer_3,
+    ).save_pretrained(folder)
+
+
+def _flux(folder: Path, guidance_embeds: bool, **schedule: Any) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextModel
+
+    encoder, tokenizer_2 = _t5(24)
+    FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=24,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 2, 2),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(**schedule),
+        vae=_vae(shift_factor=0.1),
+        text_encoder=CLIPTextModel(_text_config(16)),
+        tokenizer=_tokenizer(folder / "tokens"),
+        text_encoder_2=encoder,
+        tokenizer_2=tokenizer_2,
+    ).save_pretrained(folder)
+
+
+def flux_dev(folder: Path) -> None:
+    """Reads the guidance scale; its shift depends on the size of the image."""
+    _flux(folder, True, shift=3.0, use_dynamic_shifting=True)
+
+
+def flux_schnell(folder: Path) -> None:
+    _flux(folder, False)
+
+
 def _pixel_unet(channels: int) -> Any:
     from diffusers import UNet2DModel
 
@@ -237,7 +309,9 @@ TEXT = {
     "StableDiffusionXLPipeline": stable_diffusion_xl,
     "PixArtAlphaPipeline": pixart_alpha,
     "PixArtSigmaPipeline": pixart_sigma,
+    "StableDiffusion3Pipeline": stable_diffusion_3,
 }
+FLUX = {"FluxPipeline, dev": flux_dev, "FluxPipeline, schnell": flux_schnell}
 CLASSES = {"DiTPipeline": dit}
 UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 
@@ -245,5 +319,5 @@ UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 def save(name: str, folder: Path) -> Path:
     """The same weights every time."""
     torch.manual_seed(0)
-    {**TEXT, **CLASSES, **UNCONDITIONAL}[name](folder)
+    {**TEXT, **FLUX, **CLASSES, **UNCONDITIONAL}[name](folder)
     return folder

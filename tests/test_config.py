@@ -75,6 +75,8 @@ def test_a_value_out_of_range_is_refused_by_its_key(minimal, override, key):
         (["calibration.noise_trajectories=129"], "noise_trajectories cannot exceed trajectories"),
         (["sampling.eta=0.5", "sampling.scheduler=euler"], "eta applies to the ddim scheduler"),
         (["sampling.classes=[]"], "classes must not be empty"),
+        (["sampling.image_size=512"], "image_size belongs to text models"),
+        (["sampling.negative_prompt=blur"], "negative_prompt belongs to text models"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(minimal, overrides, text):
@@ -128,6 +130,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.classes": ([1, 2], BOTH),
     "sampling.prompts": (["a bag"], BOTH),
     "sampling.negative_prompt": ("blur", BOTH),
+    "sampling.image_size": (512, BOTH),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),
@@ -170,6 +173,9 @@ KEYS: dict[str, tuple[object, set[str]]] = {
 }
 
 
+OF_TEXT_MODELS = ("sampling.negative_prompt", "sampling.image_size")
+
+
 def leaves(tree: dict, prefix: str = "") -> set[str]:
     found = set()
     for key, value in tree.items():
@@ -207,7 +213,8 @@ def expected_stale(key: str, intra: str) -> set[str]:
 @pytest.mark.parametrize("intra", ["none", "embedding", "smoothquant", "range", "auto"])
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_a_stage_is_stale_exactly_when_a_key_that_it_uses_changes(key, intra):
-    before = parse_config({**MODEL, "correction": {"intra": intra}}, "here")
+    own = {"sampling": {"prompts": ["a shoe"]}} if key in OF_TEXT_MODELS else {}
+    before = parse_config({**MODEL, **own, "correction": {"intra": intra}}, "here")
     value = KEYS[key][0]
     if key == "correction.intra":
         value = "none" if intra != "none" else "embedding"

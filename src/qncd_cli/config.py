@@ -50,10 +50,16 @@ class ModelConfig(_Section):
 
 
 class SamplingConfig(_Section):
-    scheduler: Literal["ddim", "ddpm", "pndm", "plms", "dpmsolver++", "euler", "unipc"] = "ddim"
+    scheduler: Literal[
+        "ddim", "ddpm", "pndm", "plms", "dpmsolver++", "euler", "unipc", "flow-euler"
+    ] = Field("ddim", description="flow-euler: of rectified flows (SD3, FLUX), and of no others")
     steps: int = Field(20, ge=1, le=MAX_STEPS, description="denoising steps")
     eta: float = Field(0.0, ge=0, le=1, description="stochasticity of DDIM (1: DDPM's variance)")
-    guidance_scale: float = Field(3.0, ge=0, description="1 turns classifier-free guidance off")
+    guidance_scale: float = Field(
+        3.0,
+        ge=0,
+        description="1 turns classifier-free guidance off; FLUX.1-dev reads it as an input",
+    )
     seed: int = Field(0, ge=0, description="seed of the first sample; the next ones count up")
     classes: Literal["all"] | tuple[int, ...] = Field(
         "all", description="class labels (prompts by number), taken in turn by seed"
@@ -62,6 +68,9 @@ class SamplingConfig(_Section):
         None, description="of a text model: a list, or a file with one a line; in turn by seed"
     )
     negative_prompt: str = Field("", description="what guidance leads a text model away from")
+    image_size: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="of a text model, height and width in pixels, if not its own"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -77,6 +86,9 @@ class SamplingConfig(_Section):
             raise ValueError("classes must not be empty; 'all' takes every class in turn")
         if self.prompts == ():
             raise ValueError("prompts must not be empty")
+        for key in ("negative_prompt", "image_size"):
+            if getattr(self, key) and self.prompts is None:
+                raise ValueError(f"{key} belongs to text models, which need prompts")
         if self.eta > 0 and self.scheduler != "ddim":
             raise ValueError(f"eta applies to the ddim scheduler, not to {self.scheduler}")
         return self

@@ -32,6 +32,7 @@ from . import artifacts
 from .artifacts import Artifact
 from .backends.base import AUTO, get_backend
 from .errors import ArtifactError
+from .models.calling import training_timestep
 from .models.pipelines import CLASS_CONDITIONAL
 from .quant.layers import CachedTimestepLayer, SteppedModule, StepState
 from .stages.assemble import install, install_time_cache, timestep_group
@@ -112,7 +113,7 @@ class QncdQuantizer(DiffusersQuantizer):
         """Tell the layers which timestep a call is at."""
         assert self.artifact is not None
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self.step.timestep = float(torch.as_tensor(timestep).flatten()[0])
+        self.step.timestep = training_timestep(model, timestep)
         bounds = tuple(self.artifact.body["group_bounds"])
         self.step.group = timestep_group(self.step.timestep, bounds)
 

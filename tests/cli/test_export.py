@@ -104,6 +104,20 @@ def test_stable_diffusion_is_exported(tmp_path):
     assert difference.abs().max() <= 1
 
 
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline, dev"])
+def test_rectified_flows_are_exported(tmp_path, name):
+    """FLUX is told the timestep in units of its own; its group of timesteps is found."""
+    folder = tiny.save(name, tmp_path / "model")
+    prompts = ["a red shoe", "a blue bag", "a bag"]
+    changes = {**EVERYTHING, "sampling__prompts": prompts, "sampling__guidance_scale": 2.0}
+    changes |= {"sampling__scheduler": "flow-euler", "sampling__image_size": 16}
+    work = exported(tmp_path, tiny_config(folder, **changes))
+    options = {"height": 16, "width": 16, "guidance_scale": 2.0, "num_inference_steps": 4}
+    found, _ = drawn_by_diffusers(tmp_path / "out", tmp_path, prompt=prompts, **options)
+    difference = (found * 255).round() - images_of(work)
+    assert difference.abs().max() <= 1
+
+
 def test_a_scale_survives_half_precision(tmp_path, tiny_model):
     from diffusers import DiffusionPipeline
 

@@ -8,6 +8,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from qncd_cli.models.loading import load_model
+from qncd_cli.models.smoothing_sites import smoothing_sites
 from qncd_cli.models.topology import (
     AttentionSite,
     attention_sites,
@@ -18,7 +19,6 @@ from qncd_cli.models.topology import (
     is_conditioning_layer,
     is_outer_layer,
     skip_boundaries,
-    smoothing_sites,
     step_embeddings,
     time_layers,
     weight_layers,

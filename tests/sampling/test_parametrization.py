@@ -17,7 +17,7 @@ from qncd_cli.quant.noise_statistics import NoiseStatistics
 from qncd_cli.quant.offline_correction import AffineCorrection, PtqdCorrection
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generator_for, generators_for
-from qncd_cli.sampling.parametrization import PARAMETRIZATIONS, to_eps, with_eps
+from qncd_cli.sampling.parametrization import PARAMETRIZATIONS, to_corrected, with_corrected
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -115,21 +115,21 @@ def test_conversions_invert_the_definitions_at_any_shape_and_level(kind):
         x, eps, wanted = torch.randn(3, *shape, generator=generator, dtype=torch.float64)
         a = 0.002 + 0.996 * torch.rand((), generator=generator, dtype=torch.float64).item()
         prediction = in_kind(eps, x, a, kind)
-        assert torch.allclose(to_eps(prediction, x, a, kind), eps)
-        changed = with_eps(prediction, eps, wanted, a, kind)
+        assert torch.allclose(to_corrected(prediction, x, a, kind), eps)
+        changed = with_corrected(prediction, eps, wanted, a, kind)
         assert torch.allclose(changed, in_kind(wanted, x, a, kind))
-        assert torch.equal(with_eps(prediction, eps, eps, a, kind), prediction)
+        assert torch.equal(with_corrected(prediction, eps, eps, a, kind), prediction)
 
 
 @pytest.mark.parametrize("kind", PARAMETRIZATIONS)
-def test_to_eps_agrees_with_ddims_own_conversion(kind):
+def test_to_corrected_agrees_with_ddims_own_conversion(kind):
     """DDIM reports x_0; its eps follows from x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps."""
     scheduler = with_timesteps(scheduler_for("ddim", kind), STEPS)
     x, prediction = torch.randn(2, 1, *SHAPE, generator=generator_for(1))
     for step in plan_steps(scheduler):
         x0 = scheduler.step(prediction, int(step.t), x).pred_original_sample
         eps = (x - math.sqrt(step.abar_t) * x0) / math.sqrt(1 - step.abar_t)
-        assert torch.allclose(to_eps(prediction, x, step.abar_t, kind), eps, atol=1e-4)
+        assert torch.allclose(to_corrected(prediction, x, step.abar_t, kind), eps, atol=1e-4)
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_plms_is_corrected_as_if_inside_the_model(method, kind):
 
     def corrected(x, t):
         step = steps[float(t)]
-        eps = to_eps(noisy(x, t), x, step.abar_t, kind)
+        eps = to_corrected(noisy(x, t), x, step.abar_t, kind)
         return in_kind(correction.correct(step, eps), x, step.abar_t, kind)
 
     inside = denoise(corrected, scheduler, STEPS, generators_for(SEEDS), SHAPE)

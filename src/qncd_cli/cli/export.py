@@ -14,7 +14,7 @@ from .shared import silence_diffusers
 
 def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> None:
     from ..exported import exported_pipeline
-    from ..models.loading import open_pipeline
+    from ..models.loading import open_pipeline, schedule_of
     from ..models.saving import check_target, save_folder
     from ..sampling.samplers import make_scheduler
 
@@ -27,7 +27,7 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
     pipeline, digest = open_pipeline(config.model.source, config.model.compvis_config)
     artifacts.check_lineage(quantized, model=digest)
-    scheduler = make_scheduler(config.sampling.scheduler, dict(pipeline.scheduler.config))
+    scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))
     save_folder(exported_pipeline(pipeline, quantized, scheduler), folder, force=force)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     inter = config.correction.inter.method

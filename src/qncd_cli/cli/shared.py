@@ -16,7 +16,12 @@ def open_model(config: Config, device: str = "auto") -> Any:
     model, sampling = config.model, config.sampling
     prompts = None
     if sampling.prompts is not None:
-        prompts = Prompts(sampling.prompts, sampling.negative_prompt)
+        prompts = Prompts(
+            sampling.prompts,
+            sampling.negative_prompt,
+            image_size=sampling.image_size,
+            guidance_scale=sampling.guidance_scale,
+        )
     return load_model(
         model.source,
         model.dtype,

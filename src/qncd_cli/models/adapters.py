@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .flow_schedule import FLUX_MAX_SHIFT, FROM_ONE, SD3_MAX_SHIFT, shifted
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
-from .text import TEXT_TABLES, Prompts
+from .text import TEXT_TABLES, Prompts, latent_side
 
 Condition = dict[str, Tensor]
 Parts = dict[str, Any]
@@ -74,22 +75,36 @@ def _unconditional_latents(pipeline: Any, _: None) -> Parts:
 
 
 def _text(pipeline: Any, prompts: Prompts) -> Parts:
-    table, negative = TEXT_TABLES[type(pipeline).__name__](pipeline, prompts)
+    kind = type(pipeline).__name__
+    table, negative = TEXT_TABLES[kind](pipeline, prompts)
     denoiser = pipeline.components.get("transformer") or pipeline.unet
+    side = latent_side(pipeline, prompts)
+    channels = denoiser.config.in_channels
 
     def condition(labels: Tensor) -> Condition:
         return {name: value[labels.to(value.device)] for name, value in table.items()}
 
     def null_condition(rows: int) -> Condition:
-        return {name: value.expand(rows, *value.shape[1:]) for name, value in negative.items()}
+        null = negative or {}
+        return {name: value.expand(rows, *value.shape[1:]) for name, value in null.items()}
 
-    return {
-        **_shape(denoiser),
+    parts = {
+        "denoiser": denoiser,
+        "latent_shape": (channels, side, side),
         "num_classes": len(prompts.texts),
         "condition": condition,
-        "null_condition": null_condition,
+        "null_condition": None if negative is None else null_condition,
         "decode": _decoder(pipeline.vae),
     }
+    schedule = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    if kind == "StableDiffusion3Pipeline":
+        tokens = (side // denoiser.config.patch_size) ** 2
+        parts["scheduler_config"] = shifted(schedule, tokens, SD3_MAX_SHIFT)
+    elif kind == "FluxPipeline":
+        parts["latent_shape"] = (channels // 4, side, side)  # a token is 2 x 2 of them
+        steps = {"_class_name": FROM_ONE}
+        parts["scheduler_config"] = shifted(schedule, side**2 // 4, FLUX_MAX_SHIFT) | steps
+    return parts
 
 
 def _shape(denoiser: Any) -> Parts:

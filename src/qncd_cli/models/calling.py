@@ -7,10 +7,17 @@ keep them. They are not stored with the weights: whoever loads a denoiser calls 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
-from diffusers import PixArtTransformer2DModel
-from torch import nn
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+)
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def level(denoiser: nn.Module) -> nn.Module:
@@ -21,6 +28,11 @@ def level(denoiser: nn.Module) -> nn.Module:
         added = ("text_embeds", "time_ids")
     elif isinstance(denoiser, PixArtTransformer2DModel):
         added = ("resolution", "aspect_ratio")
+    if isinstance(denoiser, PixArtTransformer2DModel | SD3Transformer2DModel):
+        denoiser.register_forward_pre_hook(_timestep_by_name, with_kwargs=True)
+    elif isinstance(denoiser, FluxTransformer2DModel):
+        denoiser.register_forward_pre_hook(_as_tokens, with_kwargs=True)
+        denoiser.register_forward_hook(_as_image)
     if added:
         gather = functools.partial(_gather_added, added)
         denoiser.register_forward_pre_hook(gather, with_kwargs=True)
@@ -30,16 +42,46 @@ def level(denoiser: nn.Module) -> nn.Module:
     return denoiser
 
 
+def training_timestep(denoiser: nn.Module, timestep: Any) -> float:
+    """From 0 to 1000, of what a pipeline of diffusers hands to its own denoiser."""
+    first = float(torch.as_tensor(timestep).flatten()[0])
+    return 1000 * first if isinstance(denoiser, FluxTransformer2DModel) else first
+
+
 def _gather_added(
     names: tuple[str, ...], module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple:
-    """SDXL takes its size and pooled text in a dict of their own, PixArt its size, if any.
-
-    PixArt's second argument is not the timestep, so that it has to go by name.
-    """
+    """SDXL takes its size and pooled text in a dict of their own, PixArt its size, if any."""
     added = {name: kwargs.pop(name, None) for name in names}
+    return args, {**kwargs, "added_cond_kwargs": added}
+
+
+def _timestep_by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Where the second argument is another one."""
     named = dict(zip(("timestep",), args[1:], strict=False))
-    return args[:1], {**named, **kwargs, "added_cond_kwargs": added}
+    return args[:1], {**named, **kwargs}
+
+
+def _as_tokens(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """FLUX reads tokens [N, L, 4 C] of 2 x 2 latents, where each stands, and t from 0 to 1."""
+    x, t = args
+    rows, columns = (torch.arange(side // 2, device=x.device) for side in x.shape[2:])
+    grid = torch.cartesian_prod(rows, columns).to(x.dtype)
+    text = kwargs["encoder_hidden_states"]
+    named = {
+        "timestep": t.to(x.dtype) / 1000,
+        "img_ids": F.pad(grid, (1, 0)),
+        "txt_ids": torch.zeros(text.shape[1], 3, dtype=x.dtype, device=x.device),
+    }
+    return (F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),), {**kwargs, **named}
+
+
+def _as_image(module: nn.Module, args: tuple, output: Any) -> Any:
+    """The inverse, for square images: tokens [N, L, 4 C] to [N, C, H, W]."""
+    tokens: Tensor = output.sample.transpose(1, 2)
+    side = math.isqrt(tokens.shape[2])
+    image = F.pixel_shuffle(tokens.unflatten(2, (side, side)), 2)
+    return type(output)(sample=image)
 
 
 def _without_variance(module: nn.Module, args: tuple, output: Any) -> Any:

@@ -40,6 +40,7 @@ class DiffusionModel:
     null_condition: number of rows -> the same for the null class; None: no guidance possible.
     decode: latents [N, *latent_shape] -> images uint8 [N, C, H, W].
     num_classes: of a text model, the number of prompts; None for an unconditional model.
+    scheduler_config: as the pipeline sets it for images of that size.
     digest: of the files that the model was read from.
     """
 
@@ -107,13 +108,13 @@ def load_model(
         raise ModelError(f"{source}: {kind} takes no prompts", "leave sampling.prompts out")
     parts = ADAPTERS[kind](pipeline, prompts)
     level(parts["denoiser"])
+    schedule = {"scheduler_config": schedule_of(pipeline)}
     return DiffusionModel(
         source=source,
         digest=digest,
-        scheduler_config=dict(pipeline.scheduler.config),
         dtype=DTYPES[dtype],
         device=place,
-        **parts,
+        **{**schedule, **parts},
     )
 
 
@@ -131,6 +132,12 @@ def open_pipeline(source: str, compvis_config: str | None) -> tuple[DiffusionPip
     else:
         folder = _find_folder(source)
     return _load_pipeline(folder, source), _digest(folder)
+
+
+def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Its scheduler's configuration, the class of which it is among it."""
+    scheduler = pipeline.scheduler
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def find_device(name: str) -> torch.device:
@@ -187,6 +194,8 @@ def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
             f"{source}: its text encoder needs the package transformers",
             "pip install transformers",
         )
+    if "transformers" in libraries:
+        _silence_transformers()
     try:
         loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
         pipeline = loader.from_pretrained(str(folder), local_files_only=True)
@@ -201,6 +210,14 @@ def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
             f"{source}: cannot be loaded: {reason[0][:160] if reason else type(error).__name__}",
             "is the folder complete?",
         ) from error
+
+
+def _silence_transformers() -> None:
+    """For the rest of this process: what it has to say is said by our errors."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _digest(folder: Path) -> str:

@@ -13,16 +13,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
+
 ENCODED_AT_ONCE = 16
 Table = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """texts: taken in turn by seed; negative: what guidance leads away from."""
+    """texts: taken in turn by seed; negative: what guidance leads away from.
+
+    image_size: side in pixels, None for the model's own; guidance_scale: for models that read it.
+    """
 
     texts: tuple[str, ...]
     negative: str = ""
+    image_size: int | None = None
+    guidance_scale: float = 1.0
+
+
+def latent_side(pipeline: Any, prompts: Prompts) -> int:
+    """Side of the latents. Raises ModelError for an image size that the model cannot have."""
+    factor: int = pipeline.vae_scale_factor
+    if prompts.image_size is None:
+        own = getattr(_denoiser(pipeline).config, "sample_size", None)
+        return int(own or pipeline.default_sample_size)
+    if prompts.image_size % (2 * factor):  # transformers read patches of 2 x 2
+        raise ModelError(
+            f"sampling.image_size {prompts.image_size} does not fit {type(pipeline).__name__}",
+            f"use a multiple of {2 * factor}",
+        )
+    return prompts.image_size // factor
+
+
+def _denoiser(pipeline: Any) -> Any:
+    return pipeline.components.get("transformer") or pipeline.unet
 
 
 def stable_diffusion_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
@@ -39,10 +64,10 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> tuple[Table, T
     """SDXL: text_embeds [P, C'] and time_ids [P, 6] as well (arXiv 2307.01952, sec. 2.2).
 
     time_ids: original height and width, top and left of the crop, height and width of the image;
-    here the model's own size, uncropped. Without a negative prompt its embeddings are zeros where
+    here the size that is drawn, uncropped. Without a negative prompt its embeddings are zeros where
     the pipeline was trained so.
     """
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    size = latent_side(pipeline, prompts) * pipeline.vae_scale_factor
     device = pipeline.unet.device
 
     def encode(texts: list[str]) -> Table:
@@ -69,7 +94,7 @@ def pixart_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
     The 1024-pixel models of alpha also take the image's size (arXiv 2310.00426, sec. 2.4).
     """
     config, device = pipeline.transformer.config, pipeline.transformer.device
-    side = float(config.sample_size * pipeline.vae_scale_factor)
+    side = float(latent_side(pipeline, prompts) * pipeline.vae_scale_factor)
 
     def encode(texts: list[str]) -> Table:
         embeddings, mask, _, _ = pipeline.encode_prompt(
@@ -88,6 +113,38 @@ def pixart_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
     return _in_parts(encode, prompts.texts), encode([prompts.negative])
 
 
+def stable_diffusion_3_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+    """SD3 and 3.5: encoder_hidden_states [P, L, C] of CLIP and T5, pooled_projections [P, C']."""
+
+    def encode(texts: list[str]) -> Table:
+        embeddings, _, pooled, _ = pipeline.encode_prompt(
+            texts, None, None, pipeline.transformer.device, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+
+    return _in_parts(encode, prompts.texts), encode([prompts.negative])
+
+
+def flux_table(pipeline: Any, prompts: Prompts) -> tuple[Table, None]:
+    """FLUX: T5's encoder_hidden_states [P, L, C], CLIP's pooled_projections [P, C'].
+
+    FLUX.1-dev was distilled to read the guidance scale, [P], in place of being guided.
+    """
+    if prompts.negative:
+        raise ModelError(
+            "FluxPipeline is guided without a negative prompt", "leave negative_prompt out"
+        )
+
+    def encode(texts: list[str]) -> Table:
+        embeddings, pooled, _ = pipeline.encode_prompt(texts, None, pipeline.transformer.device)
+        table = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
+        if pipeline.transformer.config.guidance_embeds:
+            table["guidance"] = torch.full((len(texts),), prompts.guidance_scale)
+        return table
+
+    return _in_parts(encode, prompts.texts), None
+
+
 @torch.no_grad()
 def _in_parts(encode: Any, texts: tuple[str, ...]) -> Table:
     parts = [
@@ -102,5 +159,8 @@ TEXT_TABLES = {
     "StableDiffusionXLPipeline": stable_diffusion_xl_table,
     "PixArtAlphaPipeline": pixart_table,
     "PixArtSigmaPipeline": pixart_table,
+    "StableDiffusion3Pipeline": stable_diffusion_3_table,
+    "FluxPipeline": flux_table,
 }
-"""Pipeline class: what encodes prompts -> condition of each [P, ...], of the negative one."""
+"""Pipeline class: what encodes prompts -> condition of each [P, ...], of the negative one (None:
+not guided)."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from ..errors import ModelError
@@ -19,27 +19,12 @@ from ..spec import ATTENTION_OPERANDS
 
 _TIME_LAYERS = re.compile(r"(^|\.)(time_embedding|timestep_embedder)\.linear_[12]$")
 _TIME_PROJECTIONS = re.compile(r"(^|\.)time_emb_proj$")
-_CONDITIONING_LAYERS = re.compile(r"(^|\.)(norm\w*\.linear|adaln_single\.linear|proj_out_1)$")
-_FIRST = ("conv_in", "pos_embed.proj")
-_LAST = ("conv_out", "proj_out_2")
-
-
-@dataclass(frozen=True)
-class SmoothingSite:
-    """Where a timestep embedding widens the features in front of some layers.
-
-    layers: names of those that share the features; projection: of the embedding, [.., k C];
-    norm: the GroupNorm between the two (additive and scale-shift blocks) or None (adaptive layer
-    norm); kind: additive, scale_shift or adaptive_norm; part, parts: which of the k equal parts
-    of the projection's output matters (the addend, or the scale).
-    """
-
-    layers: tuple[str, ...]
-    projection: str
-    norm: str | None
-    kind: str
-    part: int
-    parts: int
+_CONDITIONING_LAYERS = re.compile(
+    r"(^|\.)(norm\w*\.linear|adaln_single\.linear|proj_out_1|(text|guidance)_embedder\.linear_[12])$"
+)
+_FIRST = ("conv_in", "pos_embed.proj", "x_embedder")
+_LAST = ("conv_out", "proj_out_2", "proj_out")
+ATTENTION = (Attention, FluxAttention)
 
 
 @dataclass(frozen=True)
@@ -115,27 +100,6 @@ def is_outer_layer(name: str) -> bool:
     return name in _FIRST + _LAST
 
 
-def smoothing_sites(denoiser: nn.Module) -> list[SmoothingSite]:
-    """Residual blocks that take a timestep embedding, and blocks with adaptive layer norm."""
-    sites = []
-    for name, module in denoiser.named_modules():
-        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
-            scale_shift = module.time_embedding_norm == "scale_shift"
-            kind, parts = ("scale_shift", 2) if scale_shift else ("additive", 1)
-            projection, norm = f"{name}.time_emb_proj", f"{name}.norm2"
-            sites.append(SmoothingSite((f"{name}.conv2",), projection, norm, kind, 0, parts))
-        elif isinstance(module, BasicTransformerBlock) and isinstance(
-            module.norm1, AdaLayerNormZero
-        ):  # its parts: shift, scale, gate of the attention, then of the feed-forward layers
-            projection = f"{name}.norm1.linear"
-            inner = weight_layers(module)
-            attention = tuple(f"{name}.attn1.to_{p}" for p in "qkv")
-            feed_forward = tuple(f"{name}.{n}" for n in ("ff.net.0.proj",) if n in inner)
-            sites.append(SmoothingSite(attention, projection, None, "adaptive_norm", 1, 6))
-            sites.append(SmoothingSite(feed_forward, projection, None, "adaptive_norm", 4, 6))
-    return sites
-
-
 def skip_boundaries(denoiser: nn.Module) -> dict[str, int]:
     """Layers that read a concatenation of features and a skip connection: channels of the first.
 
@@ -176,16 +140,21 @@ def float_attention(denoiser: nn.Module) -> dict[str, str]:
     return {
         name: _why_not(module)
         for name, module in denoiser.named_modules()
-        if isinstance(module, Attention) and _why_not(module)
+        if isinstance(module, ATTENTION) and _why_not(module)
     }
 
 
-def _why_not(attention: Attention) -> str:
+def _why_not(attention: Attention | FluxAttention) -> str:
     """Why the products of an attention module cannot be quantized; empty if they can."""
     kind = type(attention.processor)
     if kind in (AttnProcessor, AttnProcessor2_0):
         return ""
     return f"attention processor {kind.__name__} is not one that can be quantized"
+
+
+def _positions(x: Tensor) -> int:
+    """Of [N, L, C] or [N, C, H, W]."""
+    return x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -279,14 +248,13 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
 
     def on_attention(name: str):
         def hook(module, args, kwargs, output):
-            x = args[0]
+            x = args[0] if args else kwargs["hidden_states"]
             context = kwargs.get("encoder_hidden_states")
             if context is None:
                 context = args[1] if len(args) > 1 and args[1] is not None else x
-            queries = x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])
-            keys = context[0].numel() // (
-                context.shape[1] if context.ndim == 4 else context.shape[-1]
-            )
+            queries, keys = _positions(x), _positions(context)
+            if getattr(module, "add_q_proj", None) is not None:  # joint: all ask all
+                queries = keys = queries + keys
             macs = queries * keys * module.inner_dim
             costs.append(LayerCost(f"{name}.query_key", "matmul", macs))
             costs.append(LayerCost(f"{name}.probabilities_value", "matmul", macs))
@@ -297,7 +265,7 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
         for name, module in denoiser.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 handles.append(module.register_forward_hook(on_layer(name)))
-            elif isinstance(module, Attention):
+            elif isinstance(module, ATTENTION):
                 handles.append(module.register_forward_hook(on_attention(name), with_kwargs=True))
         call()
     finally:

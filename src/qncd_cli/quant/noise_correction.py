@@ -9,7 +9,8 @@ Notation as in method.md section 3:
 
 `RuntimeCorrection` estimates while sampling and meets `sampling.samplers.Correction` by duck
 typing; `offline_correction` holds those that apply statistics prepared beforehand. Predictions
-are eps here, whatever the model predicts. Each object serves one batch's trajectory.
+are eps here, whatever the model predicts, but of rectified flows the velocity v = eps - x_0: there
+e^ is v~(x^_t, t) and a perfect model returns n - x0~. Each object serves one batch's trajectory.
 
 What one estimate can see (data N(mu, v / abar_t), exact linear denoiser, a shift D of the
 prediction, whatever caused it, nothing subtracted yet; w = (1 - abar_t) / (v + 1 - abar_t), and
@@ -56,6 +57,9 @@ class Step(Protocol):
 
     @property
     def abar_next(self) -> float: ...
+
+    @property
+    def velocity(self) -> bool: ...
 
     @property
     def x0(self) -> Tensor | None: ...
@@ -174,11 +178,12 @@ class RuntimeCorrection:
         x_t = renoise(x_next, step.abar_t, step.abar_next, z)
         e = predict(x_t, torch.as_tensor(step.t, device=x_t.device))
         noise = z
+        assert step.x0 is not None
         if self.target == "total":
-            assert step.x0 is not None
             eps_s = contained_noise(x_next, step.x0, step.abar_next)
             noise = total_noise(eps_s, z, step.abar_t, step.abar_next)
-        self._store(timestep_key(step.t), e - noise, slope(e, z))
+        perfect = noise - step.x0 if step.velocity else noise
+        self._store(timestep_key(step.t), e - perfect, slope(e, z))
 
     def deductible_variance(self, step: Step) -> Tensor | None:
         """var_q [N]: what the latest estimate leaves after its mean, less the baseline's.

@@ -26,9 +26,11 @@ class StepInfo:
     """What a correction may know about one step; levels are Python floats.
 
     sigma is None where the scheduler injects noise of a size this module does not know.
+    velocity: whether corrections see the velocity eps - x_0 of a straight path instead of eps;
+    eps_coefficient is then its coefficient.
     x, x0 and eps are set only in `Correction.observe`: model input x_t [N, C, ...], clean latent
     x0~ implied by the step (after the scheduler's clipping, if it reports it), and the corrected
-    prediction that was used, as eps.
+    prediction that was used, as corrections see it.
     """
 
     index: int
@@ -38,6 +40,7 @@ class StepInfo:
     abar_next: float
     sigma: float | None
     eps_coefficient: float
+    velocity: bool = False
     x: Tensor | None = None
     x0: Tensor | None = None
     eps: Tensor | None = None
@@ -70,10 +73,12 @@ def plan_steps(scheduler: Any, eta: float = 0.0) -> list[StepInfo]:
     """Levels of every step of a scheduler whose timesteps are set, for corrections.
 
     Raises ConfigError where corrections have no meaning: predictions that do not imply eps, or
-    schedulers whose latents are not on a variance-preserving path (flow matching), or a first
-    step at abar = 0, where x_t says nothing about x_0 (zero terminal SNR).
+    schedulers made for other paths that are told to follow a straight one, or a first step at
+    abar = 0, where x_t says nothing about x_0 (zero terminal SNR) but the prediction is of it.
     """
     config, kind = scheduler.config, type(scheduler).__name__
+    if _is_straight(scheduler):
+        return _straight_plan(scheduler)
     if prediction_type(scheduler) not in PARAMETRIZATIONS:
         raise ConfigError(
             f"corrections do not cover a model that predicts {prediction_type(scheduler)!r}",
@@ -101,6 +106,34 @@ def plan_steps(scheduler: Any, eta: float = 0.0) -> list[StepInfo]:
         c = eps_coefficient(abar_t, abar_s, in_mean)
         plan.append(StepInfo(i, times[i], t_next, abar_t, abar_s, sigma, c))
     return plan
+
+
+def _is_straight(scheduler: Any) -> bool:
+    return type(scheduler).__name__.startswith("FlowMatch")
+
+
+def _straight_plan(scheduler: Any) -> list[StepInfo]:
+    """x_s = x_t + (sigma_s - sigma_t) v; abar = (1 - sigma)^2 / ((1 - sigma)^2 + sigma^2).
+
+    At sigma = 1 the velocity still tells of x_0.
+    """
+    sigmas = [float(sigma) for sigma in scheduler.sigmas]
+    abar = [(1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2) for sigma in sigmas]
+    times = [float(t) for t in scheduler.timesteps]
+    injected = _injected_sigma(scheduler, 0.0, 1.0, 0.5, 0.6, 0.1)
+    return [
+        StepInfo(
+            i,
+            t,
+            times[i + 1] if i + 1 < len(times) else None,
+            abar[i],
+            abar[i + 1],
+            injected,
+            sigmas[i + 1] - sigmas[i],
+            velocity=True,
+        )
+        for i, t in enumerate(times)
+    ]
 
 
 def eps_coefficient(abar_t: float, abar_s: float, sigma: float) -> float:
@@ -143,6 +176,8 @@ def _injected_sigma(
     posterior: sqrt of beta~ = (1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s), DDPM eq. 7.
     """
     kind = type(scheduler).__name__
+    if _is_straight(scheduler):
+        return None if scheduler.config.stochastic_sampling else 0.0
     if kind == "DDIMScheduler":
         return eta * posterior
     if kind == "DDPMScheduler":

@@ -8,9 +8,9 @@ Notation (method.md sections 1 and 3):
     sigma        standard deviation of the noise the scheduler injects in this step (DDIM eq. 16)
     c            coefficient by which the predicted eps enters x_s (DDIM eq. 12)
 
-Schedulers in sigma scale (Euler: x = x_0 + sigma * eps) keep their latents in that scale;
-the model, the recorder and the corrections always see VP scale. Corrections always see eps,
-whatever the model predicts (`parametrization`).
+Schedulers in sigma scale (Euler: x = x_0 + sigma * eps) keep their latents in that scale, and their
+model sees VP scale; rectified flows have a scale of their own for both. Corrections always see VP
+scale and eps, of rectified flows the velocity, whatever the model predicts (`parametrization`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,17 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .flow import FlowMatchFromOne
 from .levels import StepInfo, plan_steps, with_timesteps
 from .noise import initial_noise
-from .parametrization import prediction_type, to_eps, with_eps
+from .parametrization import (
+    FLOW,
+    implied_clean,
+    path_scale,
+    prediction_type,
+    to_corrected,
+    with_corrected,
+)
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor, Tensor], None]
@@ -38,8 +46,8 @@ OnStep = Callable[[int, Tensor, Tensor, Tensor], None]
 class Correction(Protocol):
     """Filters quantization noise out of the predictions of *one* batch; make a new one per batch.
 
-    Every prediction it gets or gives is eps; the loop converts from what the model predicts and
-    back.
+    Every prediction it gets or gives is eps, of rectified flows the velocity; the loop converts
+    from what the model predicts and back.
 
     extra_calls: denoiser calls made by `observe` so far.
     """
@@ -70,7 +78,8 @@ def make_scheduler(name: str, scheduler_config: Mapping[str, Any], **overrides: 
     """diffusers scheduler by short name, built from the model's own scheduler config.
 
     Betas, prediction_type, clipping, timestep spacing etc. stay those of `scheduler_config`;
-    `overrides` replace single keys. Raises ConfigError for an unknown name.
+    `overrides` replace single keys. Raises ConfigError for an unknown name, and for one whose
+    noise levels are not those of the model: rectified flows have straight paths, others have not.
     """
     if name not in SCHEDULERS:
         near = difflib.get_close_matches(name, SCHEDULERS, n=1)
@@ -80,8 +89,18 @@ def make_scheduler(name: str, scheduler_config: Mapping[str, Any], **overrides: 
             f"{guess}known: {', '.join(sorted(SCHEDULERS))}",
         )
     class_name, fixed = SCHEDULERS[name]
+    own = str(scheduler_config.get("_class_name", ""))
+    straight = own.startswith(FLOW_MATCH)
+    if straight != class_name.startswith(FLOW_MATCH):
+        raise ConfigError(
+            f"sampling.scheduler {name!r} does not fit a model made for {own or 'diffusion'}",
+            "use flow-euler" if straight else "flow-euler is for rectified flows; use another",
+        )
     config = {k: v for k, v in scheduler_config.items() if k != "_class_name"}
-    return getattr(diffusers, class_name).from_config({**config, **fixed, **overrides})
+    kind = getattr(diffusers, class_name)
+    if own == FlowMatchFromOne.__name__:
+        kind = FlowMatchFromOne
+    return kind.from_config({**config, **fixed, **overrides})
 
 
 @torch.no_grad()
@@ -112,15 +131,16 @@ def denoise(
     scheduler, options = _prepare(scheduler, steps, generators, eta, device)
     plan = plan_steps(scheduler, eta) if correction is not None else None
     kind = prediction_type(scheduler)
-    x = initial_noise(generators, shape, dtype).to(device) * scheduler.init_noise_sigma
+    x = initial_noise(generators, shape, dtype).to(device) * initial_scale(scheduler)
+    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for i, t in enumerate(scheduler.timesteps):
-        model_input = scheduler.scale_model_input(x, t)
+        model_input = scaled(x, t)
         prediction = eps = predict(model_input, t)
         if correction is not None and plan is not None:
             abar_t = plan[i].abar_t
-            predicted = to_eps(prediction, model_input, abar_t, kind)
+            predicted = to_corrected(prediction, model_input, abar_t, kind)
             eps = correction.correct(plan[i], predicted)
-            prediction = with_eps(prediction, predicted, eps, abar_t, kind)
+            prediction = with_corrected(prediction, predicted, eps, abar_t, kind)
         if on_step is not None:
             on_step(i, t, model_input, prediction)
         if correction is None or plan is None:
@@ -134,9 +154,11 @@ def denoise(
             x = x - _per_sample(deduct, x) * _redraw(before, x)
         if plan[i].t_next is not None:
             x0 = getattr(output, "pred_original_sample", None)
-            step = _completed(plan[i], model_input, x0, eps)
-            x_next = x * _to_vp(scheduler, step.abar_next)
-            correction.observe(step, x_next, _eps_at(predict, step.abar_t, kind))
+            if x0 is None:
+                x0 = implied_clean(model_input, eps, plan[i].abar_t, kind)
+            step = replace(plan[i], x=model_input, x0=x0, eps=eps)
+            x_next = x * _to_vp(scheduler, step.abar_next, kind)
+            correction.observe(step, x_next, _corrected_at(predict, step.abar_t, kind))
     return x
 
 
@@ -180,21 +202,27 @@ def _redraw(states: Sequence[Tensor], x: Tensor) -> Tensor:
     return initial_noise(clones, x.shape[1:], x.dtype).to(x.device)
 
 
-def _eps_at(predict: Predict, abar_t: float, kind: str) -> Predict:
-    """`predict` as eps, for inputs at level abar_t."""
-    return lambda x, t: to_eps(predict(x, t), x, abar_t, kind)
+def _corrected_at(predict: Predict, abar_t: float, kind: str) -> Predict:
+    """`predict` as corrections see it, for inputs in VP scale at level abar_t."""
+    scale = path_scale(abar_t, kind)
+
+    def of(x: Tensor, t: Tensor) -> Tensor:
+        x = x * scale
+        return to_corrected(predict(x, t), x, abar_t, kind)
+
+    return of
 
 
-def _completed(step: StepInfo, x: Tensor, x0: Tensor | None, eps: Tensor) -> StepInfo:
-    """`step` with its tensors; x0~ = (x_t - sqrt(1 - abar_t) eps) / sqrt(abar_t) if not given."""
-    if x0 is None:
-        x0 = (x - math.sqrt(1 - step.abar_t) * eps) / math.sqrt(step.abar_t)
-    return replace(step, x=x, x0=x0, eps=eps)
+def initial_scale(scheduler: Any) -> float:
+    """Standard deviation of the noise that a trajectory starts from."""
+    return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
-def _to_vp(scheduler: Any, abar: float) -> float:
+def _to_vp(scheduler: Any, abar: float, kind: str) -> float:
     """Factor from the scheduler's own latent scale at level abar to VP scale."""
-    in_sigma_scale = float(scheduler.init_noise_sigma) != 1.0  # Euler: x_0 + sigma * eps
+    if kind == FLOW:
+        return 1 / path_scale(abar, kind)
+    in_sigma_scale = initial_scale(scheduler) != 1.0  # Euler: x_0 + sigma * eps
     return math.sqrt(abar) if in_sigma_scale else 1.0
 
 
@@ -203,11 +231,13 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
+FLOW_MATCH = "FlowMatch"
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "pndm": ("PNDMScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),

@@ -95,7 +95,7 @@ def guided_predict(
     with torch.no_grad():
         condition = model.condition(labels)
         null = model.null_condition(len(labels)) if model.null_condition else None
-    if null is None and guidance_scale != 1.0:
+    if null is None and guidance_scale != 1.0 and "guidance" not in condition:
         raise ModelError(
             f"{model.source} has no null class to guide away from",
             "set sampling.guidance_scale: 1",

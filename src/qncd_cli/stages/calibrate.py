@@ -13,6 +13,7 @@ from ..models.loading import DiffusionModel
 from ..models.topology import attention_sites, capture_attention, capture_inputs
 from ..quant.observers import RangeObserver
 from ..quant.smoothing import smooth
+from ..sampling.levels import with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import denoise, make_scheduler
 from .assemble import (
@@ -104,8 +105,8 @@ def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
 def sampler_timesteps(config: Config, model: DiffusionModel) -> list[float]:
     """Every timestep that the configured sampler visits, in its order."""
     scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
-    scheduler.set_timesteps(config.sampling.steps)
-    return [float(t) for t in scheduler.timesteps]
+    timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
+    return [float(t) for t in timed.timesteps]
 
 
 def _collect_rows(

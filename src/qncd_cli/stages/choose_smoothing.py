@@ -10,7 +10,8 @@ from torch import nn
 from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import skip_boundaries, smoothing_sites, step_embeddings
+from ..models.smoothing_sites import smoothing_sites
+from ..models.topology import skip_boundaries, step_embeddings
 from ..quant.smoothing import (
     SmoothingFactor,
     embedding_factor,
@@ -170,6 +171,10 @@ def embedding_factors(
     factors: Factors = {}
     for site in sites:
         embedding = embeddings[site.projection].chunk(site.parts, dim=1)[site.part]
+        if site.table is not None:
+            embedding = (
+                embedding + model.denoiser.get_parameter(site.table)[site.part].float().cpu()
+            )
         if site.norm is None:
             factor = modulation_factor(embedding)
         else:

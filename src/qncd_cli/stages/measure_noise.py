@@ -17,7 +17,7 @@ from ..quant.noise_correction import SLOPE_RATIOS, RuntimeCorrection
 from ..quant.noise_statistics import NoiseStatistics, timestep_key
 from ..sampling.levels import StepInfo, plan_steps, with_timesteps
 from ..sampling.noise import chunks, generators_for
-from ..sampling.parametrization import prediction_type, to_eps
+from ..sampling.parametrization import prediction_type, to_corrected
 from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
 from .assemble import Track, full_denoiser, guided_predict, quantized_denoiser
 
@@ -30,8 +30,9 @@ def measure_noise(
     Pairs (eps, eps~) are taken along the quantized model's own trajectories, where corrections
     will meet them. The run-time estimator runs on both models at every step: what it reads on the
     full-precision one is the model's own error, the baseline of method.md section 3; how well it
-    foretells the pairs is its gain. All in eps, whatever the model predicts. Where corrections
-    have no meaning (`plan_steps`) the artifact holds no timestep, and its body says why.
+    foretells the pairs is its gain. All in eps, whatever the model predicts (of rectified flows in
+    the velocity). Where corrections have no meaning (`plan_steps`) the artifact holds no timestep,
+    and its body says why.
     """
     sampling = config.sampling
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
@@ -138,7 +139,7 @@ def pair_recorder(
 
     def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
         predictions = predict_full(x, t), prediction
-        eps, eps_q = (to_eps(p, x, plan[index].abar_t, kind) for p in predictions)
+        eps, eps_q = (to_corrected(p, x, plan[index].abar_t, kind) for p in predictions)
         statistics.update(t, eps, eps_q)
         errors.append(StepError.of(timestep_key(t), index, eps, eps_q))
 
