@@ -7,12 +7,14 @@ import json
 import diffusers_pipelines as tiny
 import pytest
 import torch
+import transformers
 from conftest import Qncd, tiny_config
 from diffusers import DiffusionPipeline
 
 from qncd_cli.config import Config
-from qncd_cli.errors import ModelError
+from qncd_cli.errors import ArtifactError, ModelError
 from qncd_cli.models.loading import load_model
+from qncd_cli.models.prompt_cache import PromptCache
 from qncd_cli.models.smoothing_sites import smoothing_sites
 from qncd_cli.models.text import Prompts
 from qncd_cli.models.topology import capture_inputs
@@ -21,6 +23,7 @@ from qncd_cli.sampling.samplers import denoise, make_scheduler
 from qncd_cli.stages.assemble import denoiser_costs, full_denoiser, guided_predict
 
 SEEDS, STEPS, GUIDANCE = [4, 5, 6], 3, 2.5
+FLOATS = ("float32", "bfloat16")
 TEXTS = ("a red shoe", "a blue bag")
 
 
@@ -183,6 +186,8 @@ def test_four_stages(folder, name, tmp_path):
         work("sample", "--num", "2", "--prompt", "a red bag", "--name", "other")
         text = (run / "samples/other/manifest.json").read_text()
         assert json.loads(text)["sampling"]["prompts"] == ["a red bag"]
+        encoded = list((run / "prompts").glob("*.safetensors"))
+        assert len(encoded) == 2  # of the configuration, and of this command
     coverage = json.loads((run / "coverage.json").read_text())
     joint = [r for r in coverage["layers"] if "JointAttn" in r["why_not_integer"]]
     joint += [r for r in coverage["layers"] if "FluxAttn" in r["why_not_integer"]]
@@ -238,6 +243,44 @@ def test_joint_attention_is_counted_over_text_and_image(folder):
     tokens = 16 + 512
     products = [macs for name, macs in costs.items() if name.endswith(".query_key")]
     assert products == [tokens * tokens * 16] * 4  # two joint blocks and two single ones
+
+
+@pytest.mark.parametrize("name", [*tiny.TEXT, *tiny.FLUX])
+def test_text_encoders_run_once_per_list_of_prompts(folder, name, tmp_path):
+    """The second time they are not even read."""
+    cache, request = PromptCache(tmp_path), Prompts(TEXTS, image_size=16)
+    first = load_model(str(folder(name)), prompts=request, cache=cache)
+
+    def refuse(*args, **options):
+        raise RuntimeError("a text encoder is read")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+        patch.setattr(transformers.PreTrainedTokenizerBase, "from_pretrained", refuse)
+        with pytest.raises(ModelError, match="is read"):
+            load_model(str(folder(name)), prompts=request)
+        second = load_model(str(folder(name)), prompts=request, cache=cache)
+    labels = torch.tensor([1, 0])
+    for a, b in ((first.condition(labels), second.condition(labels)),) + (
+        ((first.null_condition(2), second.null_condition(2)),) if first.null_condition else ()
+    ):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    other = cache.path(first.digest, "float32", Prompts(TEXTS[:1], image_size=16))
+    assert not other.exists()
+    damaged = cache.path(first.digest, "float32", request)
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(ArtifactError, match="cannot be read.*remove the file"):
+        load_model(str(folder(name)), prompts=request, cache=cache)
+
+
+def test_the_first_stage_keeps_its_precision(folder):
+    """In a bfloat16 model, too: its weights are not even rounded on the way."""
+    name = "StableDiffusionXLPipeline"
+    exact, half = (load_model(str(folder(name)), d, prompts=Prompts(TEXTS)) for d in FLOATS)
+    assert next(half.denoiser.parameters()).dtype == torch.bfloat16
+    latents = torch.randn(2, *exact.latent_shape, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(exact.decode(latents), half.decode(latents))
 
 
 def test_what_a_text_model_cannot_do_is_one_line(folder):

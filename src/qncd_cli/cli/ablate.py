@@ -65,7 +65,7 @@ def ablate(console: Console, options: AblateOptions) -> None:
     request = stage.AblateRequest(folder, count, options.batch_size, options.force, options.backend)
     source = options.reference or config.evaluation.reference
     protocol = protocol_of(_measuring(options), source, config.model.source.startswith("zoo:"))
-    model = open_model(config, options.device)
+    model = open_model(config, options.device, folder)
     table = stage.run(rows, model, request, protocol, _teller(), console.track)
     title = f"Variants of {name}"
     page = folder / "ablation.html"

@@ -78,7 +78,7 @@ def calibrate(
     from ..stages import chain
 
     start = time.perf_counter()
-    model = open_model(config, device)
+    model = open_model(config, device, run.path)
     calibration, _, skipped = chain.calibrate(run, config, model, console.track, force=force)
     write_bytes(run.config, config.to_yaml().encode())
     set_current(run)
@@ -105,7 +105,7 @@ def quantize(
     start = time.perf_counter()
     run = find_run(run_dir)
     config = load_config(str(run.config), overrides)
-    model = open_model(config, device)
+    model = open_model(config, device, run.path)
     smoothing = artifacts.read(run.tensors("smoothing"), "smoothing")
     calibration = artifacts.read(run.tensors("calibration"), "calibration")
     digest = config.stage_digest("calibrate")
@@ -193,7 +193,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
         digest = load_config(str(run.config)).stage_digest("quantize")
         artifacts.check_lineage(quantized, config=digest)
         noise_stats = artifacts.read(run.tensors("noise_stats"), "noise_stats")
-    model = open_model(config, options.device)
+    model = open_model(config, options.device, run.path)
     if quantized is None or noise_stats is None:
         subject = subjects.full_precision(model)
     else:

@@ -60,7 +60,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
             f"{quantized_set.folder}: sampled from another quantized model than this run's",
             'repeat "qncd sample" with --force',
         )
-    model = open_model(config, options.device)
+    model = open_model(config, options.device, run.path)
     if quantized_set.manifest["digests"]["model"] != model.digest:
         raise ArtifactError(
             f"{quantized_set.folder}: sampled from another model than {model.source} is now",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from ..config import Config
 
 
-def open_model(config: Config, device: str = "auto") -> Any:
-    """The configured model, with diffusers silenced: what it has to say is said by our errors."""
+def open_model(config: Config, device: str = "auto", folder: Path | None = None) -> Any:
+    """The configured model, with diffusers silenced: what it has to say is said by our errors.
+
+    folder: of a run, where encoded prompts are kept.
+    """
     from ..models.loading import load_model
+    from ..models.prompt_cache import PromptCache
     from ..models.text import Prompts
 
     silence_diffusers()
@@ -28,6 +33,7 @@ def open_model(config: Config, device: str = "auto") -> Any:
         device,
         compvis_config=model.compvis_config,
         prompts=prompts,
+        cache=PromptCache(folder / "prompts") if folder is not None else None,
     )
 
 

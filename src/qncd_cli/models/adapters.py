@@ -10,11 +10,13 @@ from torch import Tensor
 
 from .flow_schedule import FLUX_MAX_SHIFT, FROM_ONE, SD3_MAX_SHIFT, shifted
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
-from .text import TEXT_TABLES, Prompts, latent_side
+from .text import TEXT_TABLES, Encoded, Prompts, latent_side
 
 Condition = dict[str, Tensor]
 Parts = dict[str, Any]
 """The fields of DiffusionModel that depend on the pipeline class."""
+Request = tuple[Prompts | None, Encoded | None]
+"""Of text models, and what their prompts became."""
 DECODE_PIXELS = 64 * 32 * 32
 """Of the images that are decoded at once, at least one: memory grows with them."""
 
@@ -24,12 +26,10 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
-def _class_conditional(pipeline: ClassConditionalPipeline, _: None) -> Parts:
+def _class_conditional(pipeline: ClassConditionalPipeline, _: Request) -> Parts:
     denoiser: Any = pipeline.denoiser
     null_class = pipeline.null_class
     first_stage = pipeline.components.get("vqvae")
-    if first_stage is not None:
-        first_stage.to(torch.float32)
 
     def decode(latents: Tensor) -> Tensor:
         return _decoded(latents.to(denoiser.device, torch.float32), pipeline.decode, first_stage)
@@ -43,7 +43,7 @@ def _class_conditional(pipeline: ClassConditionalPipeline, _: None) -> Parts:
     }
 
 
-def _dit(pipeline: Any, _: None) -> Parts:
+def _dit(pipeline: Any, _: Request) -> Parts:
     """DiTPipeline, whose null class comes after the last class."""
     transformer = pipeline.transformer
     null_class = transformer.config.num_embeds_ada_norm
@@ -60,7 +60,7 @@ def _dit(pipeline: Any, _: None) -> Parts:
     }
 
 
-def _unconditional(pipeline: Any, _: None) -> Parts:
+def _unconditional(pipeline: Any, _: Request) -> Parts:
     return {
         **_shape(pipeline.unet),
         "num_classes": None,
@@ -70,13 +70,15 @@ def _unconditional(pipeline: Any, _: None) -> Parts:
     }
 
 
-def _unconditional_latents(pipeline: Any, _: None) -> Parts:
-    return {**_unconditional(pipeline, None), "decode": _decoder(pipeline.vqvae)}
+def _unconditional_latents(pipeline: Any, request: Request) -> Parts:
+    return {**_unconditional(pipeline, request), "decode": _decoder(pipeline.vqvae)}
 
 
-def _text(pipeline: Any, prompts: Prompts) -> Parts:
+def _text(pipeline: Any, request: Request) -> Parts:
     kind = type(pipeline).__name__
-    table, negative = TEXT_TABLES[kind](pipeline, prompts)
+    prompts, encoded = request
+    assert prompts is not None and encoded is not None
+    table, negative = encoded.table, encoded.negative
     denoiser = pipeline.components.get("transformer") or pipeline.unet
     side = latent_side(pipeline, prompts)
     channels = denoiser.config.in_channels
@@ -115,8 +117,7 @@ def _shape(denoiser: Any) -> Parts:
 
 
 def _decoder(first_stage: Any) -> Callable[[Tensor], Tensor]:
-    """latents -> images uint8; the first stage computes in float32, as SDXL's has to."""
-    first_stage.to(torch.float32)
+    """latents -> images uint8, computed in float32."""
     config = first_stage.config
     shift = getattr(config, "shift_factor", None) or 0.0
 
@@ -135,7 +136,7 @@ def _decoded(latents: Tensor, decode: Callable[[Tensor], Tensor], first_stage: A
     return torch.cat([to_uint8(decode(part)) for part in parts])
 
 
-ADAPTERS: dict[str, Callable[[Any, Any], Parts]] = {
+ADAPTERS: dict[str, Callable[[Any, Request], Parts]] = {
     **dict.fromkeys(CLASS_CONDITIONAL, _class_conditional),
     **dict.fromkeys(TEXT_TABLES, _text),
     "DiTPipeline": _dit,

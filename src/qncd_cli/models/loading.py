@@ -6,7 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,16 @@ from .calling import level
 from .compvis import compvis_pipeline
 from .compvis_file import checkpoint_digest, is_checkpoint
 from .pipelines import CLASS_CONDITIONAL
+from .prompt_cache import PromptCache
 from .random_models import SEED, random_pipeline
 from .stored import check_weights
-from .text import TEXT_TABLES, Prompts
+from .text import TEXT_TABLES, Prompts, encode
 from .zoo import zoo_path
 
+FIRST_STAGES = ("vae", "vqvae")
+"""Components that always compute in float32, as SDXL's has to."""
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+TEXT_PARTS = tuple(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,28 +90,36 @@ def load_model(
     *,
     compvis_config: str | None = None,
     prompts: Prompts | None = None,
+    cache: PromptCache | None = None,
 ) -> DiffusionModel:
     """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
     device: auto takes a CUDA device if there is one. compvis_config: the YAML of a checkpoint; no
-    other source reads it. prompts: of text models, and of no others.
+    other source reads it. prompts: of text models, and of no others; cache: where those that a
+    folder's text encoders made are kept, which are then not even read again.
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
-    place = find_device(device)
-    pipeline, digest = open_pipeline(source, compvis_config)
-    for component in pipeline.components.values():
+    place, folder = find_device(device), _folder_of(source)
+    encoded, path = None, None
+    if folder is None:
+        pipeline, digest = open_pipeline(source, compvis_config)
+    else:
+        digest = _digest(folder)
+        if cache is not None and prompts is not None:
+            path = cache.path(digest, dtype, prompts)
+            encoded = cache.read(path, place)
+        left_out = UNUSED if encoded is None else {*UNUSED, *TEXT_PARTS}
+        pipeline = _load_pipeline(folder, source, DTYPES[dtype], left_out)
+    for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
-            component.to(place, DTYPES[dtype]).eval().requires_grad_(False)
-    kind = type(pipeline).__name__
-    if kind not in ADAPTERS:
-        raise ModelError(
-            f"{source}: pipeline {kind} is not supported", f"supported: {', '.join(ADAPTERS)}"
-        )
-    if kind in TEXT_TABLES and prompts is None:
-        raise ModelError(f"{source}: a text model needs prompts", "set sampling.prompts")
-    if kind not in TEXT_TABLES and prompts is not None:
-        raise ModelError(f"{source}: {kind} takes no prompts", "leave sampling.prompts out")
-    parts = ADAPTERS[kind](pipeline, prompts)
+            own = torch.float32 if name in FIRST_STAGES else DTYPES[dtype]
+            component.to(place, own).eval().requires_grad_(False)
+    _check_kind(source, type(pipeline).__name__, prompts)
+    if prompts is not None and encoded is None:
+        encoded = encode(pipeline, prompts)
+        if cache is not None and path is not None:
+            cache.write(path, encoded)
+    parts = ADAPTERS[type(pipeline).__name__](pipeline, (prompts, encoded))
     level(parts["denoiser"])
     schedule = {"scheduler_config": schedule_of(pipeline)}
     return DiffusionModel(
@@ -118,20 +131,37 @@ def load_model(
     )
 
 
+def _check_kind(source: str, kind: str, prompts: Prompts | None) -> None:
+    if kind not in ADAPTERS:
+        raise ModelError(
+            f"{source}: pipeline {kind} is not supported", f"supported: {', '.join(ADAPTERS)}"
+        )
+    if kind in TEXT_TABLES and prompts is None:
+        raise ModelError(f"{source}: a text model needs prompts", "set sampling.prompts")
+    if kind not in TEXT_TABLES and prompts is not None:
+        raise ModelError(f"{source}: {kind} takes no prompts", "leave sampling.prompts out")
+
+
 def open_pipeline(source: str, compvis_config: str | None) -> tuple[DiffusionPipeline, str]:
-    """The pipeline, and the digest of what it was read from. Raises ModelError."""
+    """The whole pipeline as it is stored, and the digest of its files. Raises ModelError."""
+    folder = _folder_of(source)
+    if folder is not None:
+        return _load_pipeline(folder, source, None, ()), _digest(folder)
     if source.startswith("random:"):
         pipeline = random_pipeline(source.removeprefix("random:"))
         made_from = f"{source} {SEED} {torch.__version__}"
         return pipeline, hashlib.sha256(made_from.encode()).hexdigest()[:16]
+    pipeline = compvis_pipeline(source, compvis_config)
+    return pipeline, checkpoint_digest(source, str(compvis_config))
+
+
+def _folder_of(source: str) -> Path | None:
+    """None for random weights and checkpoints."""
+    if source.startswith("random:") or is_checkpoint(source):
+        return None
     if source.startswith("zoo:"):
-        folder = zoo_path(source.removeprefix("zoo:"))
-    elif is_checkpoint(source):
-        pipeline = compvis_pipeline(source, compvis_config)
-        return pipeline, checkpoint_digest(source, str(compvis_config))
-    else:
-        folder = _find_folder(source)
-    return _load_pipeline(folder, source), _digest(folder)
+        return zoo_path(source.removeprefix("zoo:"))
+    return _find_folder(source)
 
 
 def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
@@ -182,7 +212,9 @@ def _find_folder(source: str) -> Path:
         ) from error
 
 
-def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
+def _load_pipeline(
+    folder: Path, source: str, dtype: torch.dtype | None, left_out: Collection[str]
+) -> DiffusionPipeline:
     try:
         index = json.loads((folder / "model_index.json").read_text())
         name = index["_class_name"]
@@ -198,7 +230,11 @@ def _load_pipeline(folder: Path, source: str) -> DiffusionPipeline:
         _silence_transformers()
     try:
         loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
-        pipeline = loader.from_pretrained(str(folder), local_files_only=True)
+        options: dict[str, Any] = {part: None for part in left_out if part in index}
+        if dtype is not None:
+            first = {part: torch.float32 for part in FIRST_STAGES if part in index}
+            options["dtype"] = {"default": dtype, **first}
+        pipeline = loader.from_pretrained(str(folder), local_files_only=True, **options)
         for part, module in pipeline.components.items():
             check_weights(module, folder / part)
         return pipeline

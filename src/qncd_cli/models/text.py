@@ -1,6 +1,6 @@
 """Text-to-image pipelines: a prompt is to them what a class is to the others.
 
-Every prompt is encoded once, when the model is opened; the labels of samples are indices into the
+Every prompt is encoded once and kept (`prompt_cache`); the labels of samples are indices into the
 list of prompts, and the negative prompt is the null class of classifier-free guidance. The text
 encoders are let go afterwards.
 """
@@ -32,6 +32,17 @@ class Prompts:
     guidance_scale: float = 1.0
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What prompts become: arguments of the denoiser.
+
+    table: each [P, ...], a row a prompt; negative: each [1, ...], None for models without guidance.
+    """
+
+    table: Table
+    negative: Table | None
+
+
 def latent_side(pipeline: Any, prompts: Prompts) -> int:
     """Side of the latents. Raises ModelError for an image size that the model cannot have."""
     factor: int = pipeline.vae_scale_factor
@@ -50,17 +61,17 @@ def _denoiser(pipeline: Any) -> Any:
     return pipeline.components.get("transformer") or pipeline.unet
 
 
-def stable_diffusion_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+def stable_diffusion_table(pipeline: Any, prompts: Prompts) -> Encoded:
     """Stable Diffusion 1.x and 2.x: encoder_hidden_states [P, L, C], and [1, L, C] negative."""
 
     def encode(texts: list[str]) -> Table:
         embeddings, _ = pipeline.encode_prompt(texts, pipeline.unet.device, 1, False)
         return {"encoder_hidden_states": embeddings}
 
-    return _in_parts(encode, prompts.texts), encode([prompts.negative])
+    return Encoded(_in_parts(encode, prompts.texts), encode([prompts.negative]))
 
 
-def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> Encoded:
     """SDXL: text_embeds [P, C'] and time_ids [P, 6] as well (arXiv 2307.01952, sec. 2.2).
 
     time_ids: original height and width, top and left of the crop, height and width of the image;
@@ -85,10 +96,10 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> tuple[Table, T
     if not prompts.negative and pipeline.config.force_zeros_for_empty_prompt:
         zeros = ("encoder_hidden_states", "text_embeds")
         negative |= {name: torch.zeros_like(negative[name]) for name in zeros}
-    return _in_parts(encode, prompts.texts), negative
+    return Encoded(_in_parts(encode, prompts.texts), negative)
 
 
-def pixart_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+def pixart_table(pipeline: Any, prompts: Prompts) -> Encoded:
     """PixArt-alpha and -Sigma: T5's encoder_hidden_states [P, L, C] and their mask [P, L].
 
     The 1024-pixel models of alpha also take the image's size (arXiv 2310.00426, sec. 2.4).
@@ -110,10 +121,10 @@ def pixart_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
             table["aspect_ratio"] = torch.ones_like(size[:1]).expand(len(texts), -1)
         return table
 
-    return _in_parts(encode, prompts.texts), encode([prompts.negative])
+    return Encoded(_in_parts(encode, prompts.texts), encode([prompts.negative]))
 
 
-def stable_diffusion_3_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Table]:
+def stable_diffusion_3_table(pipeline: Any, prompts: Prompts) -> Encoded:
     """SD3 and 3.5: encoder_hidden_states [P, L, C] of CLIP and T5, pooled_projections [P, C']."""
 
     def encode(texts: list[str]) -> Table:
@@ -122,10 +133,10 @@ def stable_diffusion_3_table(pipeline: Any, prompts: Prompts) -> tuple[Table, Ta
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
-    return _in_parts(encode, prompts.texts), encode([prompts.negative])
+    return Encoded(_in_parts(encode, prompts.texts), encode([prompts.negative]))
 
 
-def flux_table(pipeline: Any, prompts: Prompts) -> tuple[Table, None]:
+def flux_table(pipeline: Any, prompts: Prompts) -> Encoded:
     """FLUX: T5's encoder_hidden_states [P, L, C], CLIP's pooled_projections [P, C'].
 
     FLUX.1-dev was distilled to read the guidance scale, [P], in place of being guided.
@@ -142,10 +153,9 @@ def flux_table(pipeline: Any, prompts: Prompts) -> tuple[Table, None]:
             table["guidance"] = torch.full((len(texts),), prompts.guidance_scale)
         return table
 
-    return _in_parts(encode, prompts.texts), None
+    return Encoded(_in_parts(encode, prompts.texts), None)
 
 
-@torch.no_grad()
 def _in_parts(encode: Any, texts: tuple[str, ...]) -> Table:
     parts = [
         encode(list(texts[start : start + ENCODED_AT_ONCE]))
@@ -162,5 +172,10 @@ TEXT_TABLES = {
     "StableDiffusion3Pipeline": stable_diffusion_3_table,
     "FluxPipeline": flux_table,
 }
-"""Pipeline class: what encodes prompts -> condition of each [P, ...], of the negative one (None:
-not guided)."""
+"""Pipeline class: what encodes its prompts, with gradients off."""
+
+
+@torch.no_grad()
+def encode(pipeline: Any, prompts: Prompts) -> Encoded:
+    """By the pipeline's own text encoders. Raises ModelError."""
+    return TEXT_TABLES[type(pipeline).__name__](pipeline, prompts)

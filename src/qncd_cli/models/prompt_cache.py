@@ -1,0 +1,56 @@
+"""Encoded prompts on disk: text encoders, often larger than the denoiser, run once per list."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from ..digests import digest_of
+from ..errors import ArtifactError
+from ..files import write_bytes
+from .text import Encoded, Prompts
+
+CONDITION, NEGATIVE = "condition.", "negative."
+"""Before the names of a denoiser's arguments."""
+
+
+@dataclass(frozen=True)
+class PromptCache:
+    """folder: one file in it per model, precision and list of prompts."""
+
+    folder: Path
+
+    def path(self, model_digest: str, dtype: str, prompts: Prompts) -> Path:
+        made_from = {"model": model_digest, "dtype": dtype, **dataclasses.asdict(prompts)}
+        return self.folder / f"{digest_of(made_from)}.safetensors"
+
+    def read(self, path: Path, device: torch.device) -> Encoded | None:
+        """None where the file is not there. Raises ArtifactError for a damaged one."""
+        if not path.is_file():
+            return None
+        try:
+            tensors = safetensors.torch.load(path.read_bytes())
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ArtifactError(
+                f"{path}: encoded prompts cannot be read: {error}", "remove the file"
+            ) from error
+        parts = [
+            {
+                name.removeprefix(p): t.to(device)
+                for name, t in tensors.items()
+                if name.startswith(p)
+            }
+            for p in (CONDITION, NEGATIVE)
+        ]
+        return Encoded(parts[0], parts[1] or None)
+
+    def write(self, path: Path, encoded: Encoded) -> None:
+        """Atomically. Raises ArtifactError."""
+        tensors = {f"{CONDITION}{name}": t for name, t in encoded.table.items()}
+        tensors |= {f"{NEGATIVE}{name}": t for name, t in (encoded.negative or {}).items()}
+        kept = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
+        write_bytes(path, safetensors.torch.save(kept))
