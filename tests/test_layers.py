@@ -95,6 +95,7 @@ DOORS: dict[str, list[str]] = {
     "click": ["cli.*"],
     "rich": ["cli.* (inside)"],
     "diffusers": ["exported", "models.*", "sampling.*", "cli.* (inside)"],
+    "transformers": ["models.compvis_text (inside)"],
     "safetensors": ["artifacts", "exported", "models.*", "metrics.*"],
     "yaml": ["config", "config_files", "models.compvis_config"],
     "pydantic": ["config", "config_files"],

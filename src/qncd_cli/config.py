@@ -44,6 +44,9 @@ def _check_weight_bits(bits: int, what: str) -> None:
 class ModelConfig(_Section):
     source: str = Field(description="zoo:NAME, a diffusers folder or hub id, a CompVis checkpoint")
     compvis_config: str | None = Field(None, description="YAML beside a CompVis checkpoint")
+    tokenizer: str | None = Field(
+        None, description="of a Stable Diffusion checkpoint: a folder or hub id with CLIP's"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of what stays unquantized"
     )

@@ -331,9 +331,9 @@ def test_a_tensor_that_does_not_fit_is_named(change, said, tmp_path, small):
         (
             changed(
                 SMALL["cin256-v2"],
-                cond_stage_config={"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+                cond_stage_config={"target": "ldm.modules.encoders.modules.BERTEmbedder"},
             ),
-            "conditions on text",
+            "is a ldm.modules.encoders.modules.BERTEmbedder",
         ),
     ],
 )

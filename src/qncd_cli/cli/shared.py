@@ -22,6 +22,7 @@ def open_model(config: Config, device: str = "auto") -> Any:
         model.dtype,
         device,
         compvis_config=model.compvis_config,
+        tokenizer=model.tokenizer,
         prompts=prompts,
     )
 

@@ -20,6 +20,7 @@ from .adapters import ADAPTERS, Condition
 from .calling import level
 from .compvis import compvis_pipeline
 from .compvis_file import checkpoint_digest, is_checkpoint
+from .compvis_text import tokenizer_files
 from .pipelines import CLASS_CONDITIONAL
 from .random_models import SEED, random_pipeline
 from .stored import check_weights
@@ -83,16 +84,18 @@ def load_model(
     device: str = "cpu",
     *,
     compvis_config: str | None = None,
+    tokenizer: str | None = None,
     prompts: Prompts | None = None,
 ) -> DiffusionModel:
     """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
-    device: auto takes a CUDA device if there is one. compvis_config: the YAML of a checkpoint; no
-    other source reads it. prompts: of text models, and of no others.
+    device: auto takes a CUDA device if there is one. compvis_config, tokenizer: the YAML of
+    a checkpoint, and its text encoder's; no other source reads them. prompts: of text models, and
+    of no others.
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place = find_device(device)
-    pipeline, digest = open_pipeline(source, compvis_config)
+    pipeline, digest = open_pipeline(source, compvis_config, tokenizer)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.to(place, DTYPES[dtype]).eval().requires_grad_(False)
@@ -117,7 +120,9 @@ def load_model(
     )
 
 
-def open_pipeline(source: str, compvis_config: str | None) -> tuple[DiffusionPipeline, str]:
+def open_pipeline(
+    source: str, compvis_config: str | None, tokenizer: str | None = None
+) -> tuple[DiffusionPipeline, str]:
     """The pipeline, and the digest of what it was read from. Raises ModelError."""
     if source.startswith("random:"):
         pipeline = random_pipeline(source.removeprefix("random:"))
@@ -126,8 +131,8 @@ def open_pipeline(source: str, compvis_config: str | None) -> tuple[DiffusionPip
     if source.startswith("zoo:"):
         folder = zoo_path(source.removeprefix("zoo:"))
     elif is_checkpoint(source):
-        pipeline = compvis_pipeline(source, compvis_config)
-        return pipeline, checkpoint_digest(source, str(compvis_config))
+        pipeline = compvis_pipeline(source, compvis_config, tokenizer)
+        return pipeline, checkpoint_digest(source, str(compvis_config), *tokenizer_files(tokenizer))
     else:
         folder = _find_folder(source)
     return _load_pipeline(folder, source), _digest(folder)
