@@ -5,70 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-VQ_F4: dict[str, Any] = {
-    "target": "ldm.models.autoencoder.VQModelInterface",
-    "params": {
-        "embed_dim": 3,
-        "n_embed": 8192,
-        "ddconfig": {
-            "double_z": False,
-            "z_channels": 3,
-            "resolution": 256,
-            "in_channels": 3,
-            "out_ch": 3,
-            "ch": 128,
-            "ch_mult": [1, 2, 4],
-            "num_res_blocks": 2,
-            "attn_resolutions": [],
-            "dropout": 0.0,
-        },
-        "lossconfig": {"target": "torch.nn.Identity"},
-    },
-}
-
-# configs/latent-diffusion/cin256-v2.yaml: LDM-4 ImageNet
-CIN256_V2: dict[str, Any] = {
-    "model": {
-        "base_learning_rate": 0.0001,
-        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
-        "params": {
-            "linear_start": 0.0015,
-            "linear_end": 0.0195,
-            "num_timesteps_cond": 1,
-            "log_every_t": 200,
-            "timesteps": 1000,
-            "first_stage_key": "image",
-            "cond_stage_key": "class_label",
-            "image_size": 64,
-            "channels": 3,
-            "cond_stage_trainable": True,
-            "conditioning_key": "crossattn",
-            "monitor": "val/loss",
-            "use_ema": False,
-            "unet_config": {
-                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                "params": {
-                    "image_size": 64,
-                    "in_channels": 3,
-                    "out_channels": 3,
-                    "model_channels": 192,
-                    "attention_resolutions": [8, 4, 2],
-                    "num_res_blocks": 2,
-                    "channel_mult": [1, 2, 3, 5],
-                    "num_heads": 1,
-                    "use_spatial_transformer": True,
-                    "transformer_depth": 1,
-                    "context_dim": 512,
-                },
-            },
-            "first_stage_config": VQ_F4,
-            "cond_stage_config": {
-                "target": "ldm.modules.encoders.modules.ClassEmbedder",
-                "params": {"n_classes": 1001, "embed_dim": 512, "key": "class_label"},
-            },
-        },
-    }
-}
+from full_size_ldm4 import CIN256_V2, VQ_F4
 
 # models/ldm/{lsun_beds256,celeba256,ffhq256}/config.yaml: LDM-4 without a condition
 LSUN_BEDS: dict[str, Any] = {

@@ -36,6 +36,8 @@ SIZES = TextSizes(vocabulary=TOKENS, positions=9, width=128, layers=3)
 TEXTS = ("a red shoe", "Bag")
 QUERY = "cond_stage_model.transformer.text_model.encoder.layers.1.self_attn.q_proj.weight"
 
+TOKEN = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+
 
 def tokens(text: str, pad: int) -> list[int]:
     """By hand: no merges, so that every letter is a token; at most 9 with both ends."""
@@ -299,6 +301,8 @@ def test_full_size_has_the_published_names_and_shapes(tree, published, counts, t
             lambda t: [t.pop(k) for k in list(t) if ".embeddings." in k],
             "2 tensors missing (cond_stage_model.transformer.text_model.embeddings.token_embed",
         ),
+        (lambda t: t.update({TOKEN: t[TOKEN][0]}), f"1 tensor of another shape ({TOKEN})"),
+        (lambda t: t.update({TOKEN: t[TOKEN][:, :9]}), "is 9 wide, no multiple of 64"),
         (
             lambda t: t.update({"cond_stage_model.logit_scale": torch.ones(())}),
             "1 tensor not known (cond_stage_model.logit_scale)",

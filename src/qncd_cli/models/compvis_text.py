@@ -23,6 +23,7 @@ from .compvis_file import some_tensors
 from .compvis_keys import COND_STAGE, Source
 
 TOKENIZER = "openai/clip-vit-large-patch14"  # OpenCLIP has the same vocabulary
+_YAML_HINT = "is model.compvis_config the YAML of this checkpoint?"
 _TOKENIZER_HINT = (
     "set model.tokenizer (qncd convert: --tokenizer) to a folder with vocab.json and merges.txt of"
     f" {TOKENIZER}"
@@ -109,21 +110,26 @@ def text_encoder(
 
     prefix, position, widening = _landmarks(options)
     token = prefix + ("" if options.open_clip else "embeddings.") + "token_embedding.weight"
-    missing = [key for key in (token, position, widening) if key not in tensors]
-    if missing:
-        raise ModelError(
-            f"{checkpoint}: does not fit its YAML: {some_tensors('missing', missing)}",
-            "is model.compvis_config the YAML of this checkpoint?",
-        )
+    landmarks = (token, position, widening)
+    missing = [key for key in landmarks if key not in tensors]
+    flat = [key for key in landmarks if key in tensors and tensors[key].ndim != 2]
+    if missing or flat:
+        what = some_tensors("missing", missing) or some_tensors("of another shape", flat)
+        raise ModelError(f"{checkpoint}: does not fit its YAML: {what}", _YAML_HINT)
     numbered = re.compile(re.escape(prefix) + r".*?(?:layers|resblocks)\.(\d+)\.")
     found = {int(m[1]) for key in tensors if (m := numbered.match(key))}
-    layers = max(found) + 1 - options.skipped
+    layers = len(found) - options.skipped
     (vocabulary, width), positions = tensors[token].shape, len(tensors[position])
     if options.length > positions:
         raise ModelError(
             f"{checkpoint}: its text encoder reads {positions} tokens, the YAML's max_length is"
             f" {options.length}",
-            "is model.compvis_config the YAML of this checkpoint?",
+            _YAML_HINT,
+        )
+    if width % HEAD_WIDTH:
+        raise ModelError(
+            f"{checkpoint}: its text encoder is {width} wide, no multiple of {HEAD_WIDTH}",
+            _YAML_HINT,
         )
     if len(tokenizer) != vocabulary:  # transformers makes an empty one where files are missing
         raise ModelError(
@@ -137,7 +143,7 @@ def text_encoder(
         intermediate_size=len(tensors[widening]),
         projection_dim=width,
         num_hidden_layers=layers,
-        num_attention_heads=max(1, width // HEAD_WIDTH),
+        num_attention_heads=width // HEAD_WIDTH,
         max_position_embeddings=positions,
         hidden_act="gelu" if options.open_clip else "quick_gelu",
         bos_token_id=tokenizer.bos_token_id,
