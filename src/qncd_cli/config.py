@@ -299,6 +299,8 @@ class Config(_Section):
         tree = self.to_dict()
         inputs = {k: tree[k] for k in ("model", "sampling", "calibration")}
         inputs["sampling"].pop("seed")
+        if inputs["model"]["tokenizer"] is None:  # runs made before there was one stay valid
+            del inputs["model"]["tokenizer"]
         inputs["intra"] = intra = tree["correction"]["intra"]
         inputs["timestep_groups"] = tree["quantization"]["activations"]["timestep_groups"]
         inputs["split"] = tree["quantization"]["split_skip_connections"]
