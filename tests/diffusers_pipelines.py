@@ -10,11 +10,12 @@ import torch
 from conftest import ddim_scheduler
 
 WORDS = ("a", "red", "blue", "shoe", "bag")
-LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
+LETTERS = tuple("!abcdefghijklmnopqrstuvwxyz")
+TOKENS = 2 * len(LETTERS) + 2
 
 
-def _tokenizer(folder: Path) -> Any:
-    """CLIP's, with a vocabulary of letters."""
+def tokenizer_in(folder: Path) -> Any:
+    """CLIP's, with a vocabulary of letters: their places, and those of letters that end a word."""
     from transformers import CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,16 +30,16 @@ def _text_config(width: int) -> Any:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
-        vocab_size=54,
+        vocab_size=TOKENS,
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
         max_position_embeddings=9,
-        bos_token_id=52,
-        eos_token_id=53,
-        pad_token_id=53,
+        bos_token_id=TOKENS - 2,
+        eos_token_id=TOKENS - 1,
+        pad_token_id=TOKENS - 1,
     )
 
 
@@ -80,7 +81,7 @@ def stable_diffusion(folder: Path, **schedule: Any) -> None:
     StableDiffusionPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config(16)),
-        tokenizer=_tokenizer(folder / "tokens"),
+        tokenizer=tokenizer_in(folder / "tokens"),
         unet=_unet(cross_attention_dim=16),
         scheduler=ddim_scheduler(**schedule),
         safety_checker=None,
@@ -105,7 +106,7 @@ def stable_diffusion_xl(folder: Path) -> None:
         projection_class_embeddings_input_dim=24 + 6 * 4,
         use_linear_projection=True,
     )
-    tokenizer = _tokenizer(folder / "tokens")
+    tokenizer = tokenizer_in(folder / "tokens")
     StableDiffusionXLPipeline(
         vae=_vae(),
         text_encoder=CLIPTextModel(_text_config(16)),
@@ -198,7 +199,7 @@ def stable_diffusion_3(folder: Path) -> None:
     from transformers import CLIPTextModelWithProjection
 
     encoder, tokenizer_3 = _t5(40)
-    tokenizer = _tokenizer(folder / "tokens")
+    tokenizer = tokenizer_in(folder / "tokens")
     StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
@@ -245,7 +246,7 @@ def _flux(folder: Path, guidance_embeds: bool, **schedule: Any) -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(**schedule),
         vae=_vae(shift_factor=0.1),
         text_encoder=CLIPTextModel(_text_config(16)),
-        tokenizer=_tokenizer(folder / "tokens"),
+        tokenizer=tokenizer_in(folder / "tokens"),
         text_encoder_2=encoder,
         tokenizer_2=tokenizer_2,
     ).save_pretrained(folder)

@@ -121,6 +121,7 @@ BOTH, QUANTIZE, NEITHER = {"calibrate", "quantize"}, {"quantize"}, set()
 KEYS: dict[str, tuple[object, set[str]]] = {
     "model.source": ("elsewhere", BOTH),
     "model.compvis_config": ("ldm.yaml", BOTH),
+    "model.tokenizer": ("clip", BOTH),
     "model.dtype": ("bfloat16", BOTH),
     "sampling.scheduler": ("euler", BOTH),
     "sampling.steps": (30, BOTH),

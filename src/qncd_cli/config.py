@@ -44,6 +44,9 @@ def _check_weight_bits(bits: int, what: str) -> None:
 class ModelConfig(_Section):
     source: str = Field(description="zoo:NAME, a diffusers folder or hub id, a CompVis checkpoint")
     compvis_config: str | None = Field(None, description="YAML beside a CompVis checkpoint")
+    tokenizer: str | None = Field(
+        None, description="of a Stable Diffusion checkpoint: a folder or hub id with CLIP's"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="of what stays unquantized"
     )
@@ -308,6 +311,8 @@ class Config(_Section):
         tree = self.to_dict()
         inputs = {k: tree[k] for k in ("model", "sampling", "calibration")}
         inputs["sampling"].pop("seed")
+        if inputs["model"]["tokenizer"] is None:  # runs made before there was one stay valid
+            del inputs["model"]["tokenizer"]
         inputs["intra"] = intra = tree["correction"]["intra"]
         inputs["timestep_groups"] = tree["quantization"]["activations"]["timestep_groups"]
         inputs["split"] = tree["quantization"]["split_skip_connections"]

@@ -5,70 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-VQ_F4: dict[str, Any] = {
-    "target": "ldm.models.autoencoder.VQModelInterface",
-    "params": {
-        "embed_dim": 3,
-        "n_embed": 8192,
-        "ddconfig": {
-            "double_z": False,
-            "z_channels": 3,
-            "resolution": 256,
-            "in_channels": 3,
-            "out_ch": 3,
-            "ch": 128,
-            "ch_mult": [1, 2, 4],
-            "num_res_blocks": 2,
-            "attn_resolutions": [],
-            "dropout": 0.0,
-        },
-        "lossconfig": {"target": "torch.nn.Identity"},
-    },
-}
-
-# configs/latent-diffusion/cin256-v2.yaml: LDM-4 ImageNet
-CIN256_V2: dict[str, Any] = {
-    "model": {
-        "base_learning_rate": 0.0001,
-        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
-        "params": {
-            "linear_start": 0.0015,
-            "linear_end": 0.0195,
-            "num_timesteps_cond": 1,
-            "log_every_t": 200,
-            "timesteps": 1000,
-            "first_stage_key": "image",
-            "cond_stage_key": "class_label",
-            "image_size": 64,
-            "channels": 3,
-            "cond_stage_trainable": True,
-            "conditioning_key": "crossattn",
-            "monitor": "val/loss",
-            "use_ema": False,
-            "unet_config": {
-                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
-                "params": {
-                    "image_size": 64,
-                    "in_channels": 3,
-                    "out_channels": 3,
-                    "model_channels": 192,
-                    "attention_resolutions": [8, 4, 2],
-                    "num_res_blocks": 2,
-                    "channel_mult": [1, 2, 3, 5],
-                    "num_heads": 1,
-                    "use_spatial_transformer": True,
-                    "transformer_depth": 1,
-                    "context_dim": 512,
-                },
-            },
-            "first_stage_config": VQ_F4,
-            "cond_stage_config": {
-                "target": "ldm.modules.encoders.modules.ClassEmbedder",
-                "params": {"n_classes": 1001, "embed_dim": 512, "key": "class_label"},
-            },
-        },
-    }
-}
+from full_size_ldm4 import CIN256_V2, VQ_F4
 
 # models/ldm/{lsun_beds256,celeba256,ffhq256}/config.yaml: LDM-4 without a condition
 LSUN_BEDS: dict[str, Any] = {
@@ -153,6 +90,56 @@ LSUN_CHURCHES: dict[str, Any] = {
     }
 }
 
+KL_F8 = LSUN_CHURCHES["model"]["params"]["first_stage_config"]
+
+# configs/stable-diffusion/v1-inference.yaml of CompVis/stable-diffusion
+SD_V1: dict[str, Any] = {
+    "model": {
+        "base_learning_rate": 0.0001,
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {
+            "linear_start": 0.00085,
+            "linear_end": 0.0120,
+            "num_timesteps_cond": 1,
+            "log_every_t": 200,
+            "timesteps": 1000,
+            "first_stage_key": "jpg",
+            "cond_stage_key": "txt",
+            "image_size": 64,
+            "channels": 4,
+            "cond_stage_trainable": False,
+            "conditioning_key": "crossattn",
+            "monitor": "val/loss_simple_ema",
+            "scale_factor": 0.18215,
+            "use_ema": False,
+            "scheduler_config": {
+                "target": "ldm.lr_scheduler.LambdaLinearScheduler",
+                "params": {"warm_up_steps": [10000], "f_start": [1e-6], "f_max": [1.0]},
+            },
+            "unet_config": {
+                "target": "ldm.modules.diffusionmodules.openaimodel.UNetModel",
+                "params": {
+                    "image_size": 32,  # not used, it says
+                    "in_channels": 4,
+                    "out_channels": 4,
+                    "model_channels": 320,
+                    "attention_resolutions": [4, 2, 1],
+                    "num_res_blocks": 2,
+                    "channel_mult": [1, 2, 4, 4],
+                    "num_heads": 8,
+                    "use_spatial_transformer": True,
+                    "transformer_depth": 1,
+                    "context_dim": 768,
+                    "use_checkpoint": True,
+                    "legacy": False,
+                },
+            },
+            "first_stage_config": KL_F8,
+            "cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
+        },
+    }
+}
+
 
 def changed(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """A copy; unet__KEY, stage__KEY, dd__KEY, cond__KEY or a key of model.params -> its value.
@@ -169,7 +156,7 @@ def changed(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "cond": params["cond_stage_config"],
     }
     if isinstance(places["cond"], dict):
-        places["cond"] = places["cond"]["params"]
+        places["cond"] = places["cond"].setdefault("params", {})
     for name, value in changes.items():
         place, _, key = name.rpartition("__")
         target = places[place] if place else params
@@ -179,8 +166,23 @@ def changed(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return tree
 
 
+# configs/stable-diffusion/v2-inference-v.yaml of Stability-AI/stablediffusion
+SD_V2 = changed(
+    SD_V1,
+    parameterization="v",
+    unet__num_heads=...,
+    unet__num_head_channels=64,
+    unet__use_linear_in_transformer=True,
+    unet__use_fp16=True,
+    unet__context_dim=1024,
+    cond_stage_config={
+        "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+        "params": {"freeze": True, "layer": "penultimate"},
+    },
+)
+
 _SMALL_UNET = {
-    "unet__image_size": 8,
+    "image_size": 8,
     "unet__model_channels": 32,
     "unet__attention_resolutions": [4, 2],
     "unet__channel_mult": [1, 2, 3],
@@ -223,5 +225,15 @@ SMALL: dict[str, dict[str, Any]] = {
         changed(LSUN_CHURCHES, **_SMALL_UNET, **_SMALL_STAGE),
         unet__attention_resolutions=[1, 2],
         unet__num_heads=4,
+    ),
+}
+
+_SMALL_TEXT = {"unet__context_dim": 128, "cond__max_length": 9, "unet__attention_resolutions": [2]}
+SMALL_TEXT: dict[str, dict[str, Any]] = {
+    "1.x": changed(SD_V1, **{**_SMALL_UNET, **_SMALL_STAGE, **_SMALL_TEXT}),
+    "2.x": changed(
+        SD_V2,
+        **{**_SMALL_UNET, **_SMALL_STAGE, **_SMALL_TEXT},
+        unet__num_head_channels=16,
     ),
 }

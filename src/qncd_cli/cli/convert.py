@@ -9,7 +9,9 @@ from .console import Console
 from .shared import silence_diffusers
 
 
-def convert(console: Console, checkpoint: str, config: str, out: str, *, force: bool) -> None:
+def convert(
+    console: Console, checkpoint: str, config: str, tokenizer: str | None, out: str, *, force: bool
+) -> None:
     from ..models.compvis import compvis_pipeline
     from ..models.saving import check_target, save_folder
 
@@ -17,7 +19,7 @@ def convert(console: Console, checkpoint: str, config: str, out: str, *, force: 
     start = time.perf_counter()
     folder = Path(out)
     check_target(folder, force=force)
-    pipeline = compvis_pipeline(checkpoint, config)
+    pipeline = compvis_pipeline(checkpoint, config, tokenizer)
     save_folder(pipeline, folder, force=force)
     parameters = {
         name: sum(p.numel() for p in part.parameters())

@@ -25,7 +25,8 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     check_target(folder, force=force)
     quantized = artifacts.read(run.tensors("quantized"), "quantized")
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
-    pipeline, digest = open_pipeline(config.model.source, config.model.compvis_config)
+    model = config.model
+    pipeline, digest = open_pipeline(model.source, model.compvis_config, model.tokenizer)
     artifacts.check_lineage(quantized, model=digest)
     scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))
     save_folder(exported_pipeline(pipeline, quantized, scheduler), folder, force=force)

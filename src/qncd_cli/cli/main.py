@@ -241,7 +241,9 @@ def ablate(**options):
 
 @cli.command(
     epilog="\b\nExample:\n  qncd convert models/ldm/cin256-v2/model.ckpt \\\n"
-    "      --compvis-config models/ldm/cin256-v2/cin256-v2.yaml --out models/cin256-v2"
+    "      --compvis-config models/ldm/cin256-v2/cin256-v2.yaml --out models/cin256-v2\n"
+    "  qncd convert sd-v1-4.ckpt --compvis-config v1-inference.yaml \\\n"
+    "      --tokenizer clip-vit-large-patch14 --out models/sd-v1-4"
 )
 @click.argument("checkpoint", type=click.Path())
 @click.option(
@@ -251,19 +253,26 @@ def ablate(**options):
     help="The YAML that CompVis published with the checkpoint.",
 )
 @click.option(
+    "--tokenizer",
+    metavar="DIR",
+    help="Of Stable Diffusion: a folder with vocab.json and merges.txt, or a hub id.",
+)
+@click.option(
     "--out", metavar="DIR", required=True, help="The folder to make; model.source can name it."
 )
 @options.force("Replace the diffusers folder that is there.")
 @options.json_output
-def convert(checkpoint, compvis_config, out, force, as_json, debug):
+def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
     """Turn a CompVis latent-diffusion checkpoint into a diffusers folder.
 
     Every tensor of the checkpoint must have its place, or nothing is written. Weights keep their
-    precision; where the checkpoint has moving averages (EMA) of the U-Net, these are taken.
+    precision; where the checkpoint has moving averages (EMA) of the U-Net, these are taken. A
+    Stable Diffusion checkpoint holds no tokenizer: without --tokenizer it is looked for on the hub
+    (openai/clip-vit-large-patch14).
     """
     from . import convert as command
 
-    command.convert(Console(as_json), checkpoint, compvis_config, out, force=force)
+    command.convert(Console(as_json), checkpoint, compvis_config, tokenizer, out, force=force)
 
 
 @cli.command(

@@ -32,6 +32,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
         model.dtype,
         device,
         compvis_config=model.compvis_config,
+        tokenizer=model.tokenizer,
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
     )

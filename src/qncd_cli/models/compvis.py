@@ -16,6 +16,7 @@ from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
     LDMPipeline,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
@@ -32,7 +33,7 @@ from .compvis_config import (
 )
 from .compvis_file import read_tensors, some_tensors
 from .compvis_keys import (
-    CLASS_EMBEDDER,
+    COND_STAGE,
     EMA,
     FIRST_STAGE,
     UNET,
@@ -41,6 +42,7 @@ from .compvis_keys import (
     first_stage_sources,
     unet_sources,
 )
+from .compvis_text import TextEncoder, TextOptions, load_tokenizer, text_encoder, text_options
 from .pipelines import ClassConditionalLDMPipeline, ClassEmbedder
 from .unets import MultiHeadUNet2DModel
 
@@ -96,7 +98,8 @@ class _Conversion:
                 continue
             if source.part is not None:  # [heads * 3 * d, ...]: q, k, v of the first head, ...
                 attention: Any = module.get_submodule(name.rpartition(".to_")[0])
-                tensor = tensor.reshape(attention.heads, 3, -1)[:, source.part]
+                heads = 1 if source.stacked else attention.heads
+                tensor = tensor.reshape(heads, 3, -1)[:, source.part]
             state[name] = tensor.reshape(wanted.shape)
         if not self.missing and not self.misshaped:
             module.load_state_dict(state, assign=True)
@@ -121,12 +124,14 @@ class _Conversion:
             )
 
 
-def compvis_pipeline(checkpoint: str, config: str | None) -> DiffusionPipeline:
+def compvis_pipeline(
+    checkpoint: str, config: str | None, tokenizer: str | None = None
+) -> DiffusionPipeline:
     """The pipeline that a checkpoint and its YAML describe, in the stored precision.
 
     The U-Net's moving averages (EMA) are taken where the checkpoint has them. Latents are
-    multiplied by the checkpoint's scale_factor if it has one, else by the YAML's. Raises
-    ModelError.
+    multiplied by the checkpoint's scale_factor if it has one, else by the YAML's. tokenizer: a
+    folder or hub id, of models that read text alone. Raises ModelError.
     """
     if not Path(checkpoint).is_file():
         raise ModelError(f"{checkpoint}: no such file", "check model.source")
@@ -136,14 +141,32 @@ def compvis_pipeline(checkpoint: str, config: str | None) -> DiffusionPipeline:
             "set model.compvis_config (qncd convert: --compvis-config) to that file",
         )
     parts = _Parts.described(config)
+    if tokenizer is not None and parts.text is None:
+        raise ModelError(f"{checkpoint}: reads no text", "leave model.tokenizer out")
+    words = None if parts.text is None else load_tokenizer(checkpoint, parts.text, tokenizer)
     conversion = _Conversion(read_tensors(checkpoint))
-    unused = _fill(parts, conversion)
+    text = None
+    if parts.text is not None:
+        text = text_encoder(checkpoint, conversion.tensors, parts.text, words)
+        _check_context(config, parts.unet, text.module.config.hidden_size)
+    unused = _fill(parts, conversion, text)
     if "betas" in conversion.tensors:
         _check_betas(checkpoint, conversion.take("betas"), parts.scheduler)
     if "scale_factor" in conversion.tensors:
         factor = _one_number(checkpoint, conversion.take("scale_factor"))
         parts.first_stage.register_to_config(scaling_factor=factor)
     conversion.check(checkpoint, unused)
+    if text is not None:
+        return StableDiffusionPipeline(
+            vae=parts.first_stage,
+            text_encoder=text.module.eval(),
+            tokenizer=text.tokenizer,
+            unet=parts.unet,
+            scheduler=parts.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     if parts.embedder is None:
         return LDMPipeline(parts.first_stage, parts.unet, parts.scheduler)
     return ClassConditionalLDMPipeline(
@@ -158,6 +181,7 @@ class _Parts:
     unet: Any
     first_stage: Any
     embedder: ClassEmbedder | None
+    text: TextOptions | None
     scheduler: DDIMScheduler
 
     @classmethod
@@ -165,22 +189,27 @@ class _Parts:
         """By a YAML. Raises ModelError."""
         params = read_yaml(config)
         unet, stage = unet_options(params), first_stage_options(params)
-        embedder = class_embedder_options(params)
+        text = text_options(params)
+        embedder = class_embedder_options(params) if text is None else None
         scheduler = DDIMScheduler(**schedule_options(params))
-        _check_channels(config, unet, stage, embedder)
+        _check_channels(config, unet, stage)
         try:
             with torch.device("meta"):
-                return cls(
+                parts = cls(
                     unet_class(unet)(**unet),
                     (VQModel if "num_vq_embeddings" in stage else AutoencoderKL)(**stage),
                     None if embedder is None else ClassEmbedder(**embedder),
+                    text,
                     scheduler,
                 )
         except ValueError as error:  # as channels that their number of groups does not divide
             raise ModelError(f"{config}: describes no model that can be built ({error})") from error
+        if text is None:
+            _check_context(config, parts.unet, None if embedder is None else embedder["embed_dim"])
+        return parts
 
 
-def _fill(parts: _Parts, conversion: _Conversion) -> set[str]:
+def _fill(parts: _Parts, conversion: _Conversion, text: TextEncoder | None) -> set[str]:
     """Give the modules their tensors; returns the names of those that are not needed then."""
     unused: set[str] = set()
     sources = unet_sources(parts.unet.state_dict(), parts.unet.config.layers_per_block)
@@ -196,10 +225,13 @@ def _fill(parts: _Parts, conversion: _Conversion) -> set[str]:
     conversion.fill(
         parts.first_stage, {name: Source(FIRST_STAGE + s.key) for name, s in sources.items()}
     )
+    if text is not None:
+        conversion.fill(text.module, text.sources)
+        return unused | text.unused
     if parts.embedder is None:
-        return unused | {key for key in conversion.tensors if key.startswith(CLASS_EMBEDDER)}
+        return unused | {key for key in conversion.tensors if key.startswith(COND_STAGE)}
     names = parts.embedder.state_dict()
-    conversion.fill(parts.embedder, {name: Source(CLASS_EMBEDDER + name) for name in names})
+    conversion.fill(parts.embedder, {name: Source(COND_STAGE + name) for name in names})
     return unused
 
 
@@ -210,22 +242,25 @@ def unet_class(config: dict[str, Any]) -> type[nn.Module]:
     return MultiHeadUNet2DModel if "num_heads" in config else UNet2DModel
 
 
-def _check_channels(
-    file: str, unet: dict[str, Any], stage: dict[str, Any], embedder: dict[str, int] | None
-) -> None:
-    """Raises ModelError for a model whose parts do not fit each other."""
+def _check_channels(file: str, unet: dict[str, Any], stage: dict[str, Any]) -> None:
+    """Raises ModelError for a denoiser that does not fit the first stage."""
     latent = stage.get("vq_embed_dim", stage["latent_channels"])
-    context = unet.get("cross_attention_dim")
     if {unet["in_channels"], unet["out_channels"]} != {latent}:
         raise ModelError(
             f"{file}: the U-Net reads {unet['in_channels']} and writes {unet['out_channels']}"
             f" channels, the first stage has {latent}",
             "models conditioned by concatenation are not supported",
         )
-    if context != (None if embedder is None else embedder["embed_dim"]):
+
+
+def _check_context(file: str, unet: Any, width: int | None) -> None:
+    """width: of what cond_stage_config gives the U-Net; None: nothing. Raises ModelError."""
+    context = unet.config.get("cross_attention_dim")
+    if context != width:
         raise ModelError(
-            f"{file}: context_dim {context} of the U-Net is not embed_dim of cond_stage_config",
-            "models conditioned in another way than cin256-v2 are not supported",
+            f"{file}: context_dim {context} of the U-Net is not the width of cond_stage_config,"
+            f" which is {width}",
+            "models conditioned in another way than by cross-attention are not supported",
         )
 
 

@@ -1,8 +1,9 @@
 """The YAML beside a CompVis checkpoint -> configurations of diffusers' modules.
 
 What a setting of the networks means is in ldm/modules/diffusionmodules/{openaimodel,model}.py of
-github.com/CompVis/latent-diffusion. Settings of the networks that are not known here are errors:
-they could change what is computed. Settings of the training around them are not read.
+github.com/CompVis/latent-diffusion and github.com/Stability-AI/stablediffusion. Settings of the
+networks that are not known here are errors: they could change what is computed. Settings of the
+training around them are not read.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _PLAIN = ("DownBlock2D", "UpBlock2D")
 _RESNET_SAMPLERS = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
 _ATTENTION = ("AttnDownBlock2D", "AttnUpBlock2D")
 _CROSS_ATTENTION = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+TEXT_ENCODERS = ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder")
 
 
 class Section:
@@ -117,8 +119,11 @@ def unet_options(params: Section) -> dict[str, Any]:
     unet.only("num_heads_upsample", -1, heads)
     if max(heads, head_channels) < 1:
         raise unet.error("has neither num_heads nor num_head_channels")
+    size = unet.take("image_size", int)
     options = {
-        "sample_size": unet.take("image_size", int),
+        # CompVis samples at the size of the model around the U-Net; Stable Diffusion's U-Net names
+        # another one and says that it is not used
+        "sample_size": params.take("image_size", int, size),
         "in_channels": unet.take("in_channels", int),
         "out_channels": unet.take("out_channels", int),
         "block_out_channels": channels,
@@ -136,10 +141,12 @@ def unet_options(params: Section) -> dict[str, Any]:
         )
         options["transformer_layers_per_block"] = unet.take("transformer_depth", int, 1)
         options["cross_attention_dim"] = unet.take("context_dim", int)
+        options["use_linear_projection"] = unet.take("use_linear_in_transformer", bool, False)
         attending = _CROSS_ATTENTION
     else:
         unet.only("use_new_attention_order", False)
         unet.only("context_dim", None)
+        unet.only("use_linear_in_transformer", False)
         unet.ignore("transformer_depth")
         # by default diffusers has no norm in the middle where blocks scale and shift
         options["attn_norm_num_groups"] = NORM_GROUPS
@@ -209,9 +216,7 @@ def class_embedder_options(params: Section) -> dict[str, int] | None:
     if params.tree.get("cond_stage_config") == _UNCONDITIONAL:
         return None
     stage = params.child("cond_stage_config")
-    if "CLIP" in str(stage.tree.get("target")) or "BERT" in str(stage.tree.get("target")):
-        raise stage.error("conditions on text", "only class-conditional and unconditional models")
-    _expect_target(stage, "ClassEmbedder")
+    _expect_target(stage, "ClassEmbedder", *TEXT_ENCODERS)  # text is read before
     stage = stage.child("params")
     if "n_classes" not in stage.tree:
         raise stage.error(

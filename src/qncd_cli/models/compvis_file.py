@@ -43,10 +43,10 @@ def is_checkpoint(source: str) -> bool:
     return path.suffix in SUFFIXES and not path.is_dir()
 
 
-def checkpoint_digest(checkpoint: str, config: str) -> str:
-    """First 16 hex digits of a SHA-256 over the contents of the checkpoint and of its YAML."""
+def checkpoint_digest(*files: str | Path) -> str:
+    """First 16 hex digits of a SHA-256 over the contents of a checkpoint, its YAML, and others."""
     digest = hashlib.sha256()
-    for path in (checkpoint, config):
+    for path in files:
         with Path(path).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

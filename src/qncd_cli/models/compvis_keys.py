@@ -3,9 +3,9 @@
 CompVis numbers the blocks of a U-Net in rows (input_blocks, middle_block, output_blocks), where a
 downsampler is a row of its own and an upsampler the last part of its row; diffusers nests them by
 resolution. Names as in ldm/modules/diffusionmodules/{openaimodel,model}.py, ldm/modules/ema.py of
-github.com/CompVis/latent-diffusion. diffusers has converters for some of these names
-(loaders/single_file_utils.py), but they skip what they do not know; here every parameter has
-exactly one source, so that a missing one can be named.
+github.com/CompVis/latent-diffusion; Stable Diffusion has kept them. diffusers has converters for
+some of these names (loaders/single_file_utils.py), but they skip what they do not know; here every
+parameter has exactly one source, so that a missing one can be named.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-UNET, FIRST_STAGE, CLASS_EMBEDDER = (
+UNET, FIRST_STAGE, COND_STAGE = (
     "model.diffusion_model.",
     "first_stage_model.",
     "cond_stage_model.",
@@ -54,10 +54,14 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class Source:
-    """key: in the checkpoint; part: 0, 1 or 2 where q, k and v are one tensor, else None."""
+    """key: in the checkpoint; part: 0, 1 or 2 where q, k and v are one tensor, else None.
+
+    stacked: whether that tensor has all of q, then all of k, then all of v, else head by head.
+    """
 
     key: str
     part: int | None = None
+    stacked: bool = False
 
 
 def unet_sources(names: Iterable[str], res_blocks: int) -> dict[str, Source]:

@@ -20,6 +20,7 @@ from .adapters import ADAPTERS, Condition
 from .calling import level
 from .compvis import compvis_pipeline
 from .compvis_file import checkpoint_digest, is_checkpoint
+from .compvis_text import tokenizer_files
 from .pipelines import CLASS_CONDITIONAL
 from .prompt_cache import PromptCache
 from .random_models import SEED, random_pipeline
@@ -89,20 +90,22 @@ def load_model(
     device: str = "cpu",
     *,
     compvis_config: str | None = None,
+    tokenizer: str | None = None,
     prompts: Prompts | None = None,
     cache: PromptCache | None = None,
 ) -> DiffusionModel:
     """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
-    device: auto takes a CUDA device if there is one. compvis_config: the YAML of a checkpoint; no
-    other source reads it. prompts: of text models, and of no others; cache: where those that a
-    folder's text encoders made are kept, which are then not even read again.
+    device: auto takes a CUDA device if there is one. compvis_config, tokenizer: the YAML of
+    a checkpoint, and its text encoder's; no other source reads them. prompts: of text models, and
+    of no others; cache: where those that a folder's text encoders made are kept, which are then not
+    even read again.
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place, folder = find_device(device), _folder_of(source)
     encoded, path = None, None
     if folder is None:
-        pipeline, digest = open_pipeline(source, compvis_config)
+        pipeline, digest = open_pipeline(source, compvis_config, tokenizer)
     else:
         digest = _digest(folder)
         if cache is not None and prompts is not None:
@@ -142,7 +145,9 @@ def _check_kind(source: str, kind: str, prompts: Prompts | None) -> None:
         raise ModelError(f"{source}: {kind} takes no prompts", "leave sampling.prompts out")
 
 
-def open_pipeline(source: str, compvis_config: str | None) -> tuple[DiffusionPipeline, str]:
+def open_pipeline(
+    source: str, compvis_config: str | None, tokenizer: str | None = None
+) -> tuple[DiffusionPipeline, str]:
     """The whole pipeline as it is stored, and the digest of its files. Raises ModelError."""
     folder = _folder_of(source)
     if folder is not None:
@@ -151,8 +156,8 @@ def open_pipeline(source: str, compvis_config: str | None) -> tuple[DiffusionPip
         pipeline = random_pipeline(source.removeprefix("random:"))
         made_from = f"{source} {SEED} {torch.__version__}"
         return pipeline, hashlib.sha256(made_from.encode()).hexdigest()[:16]
-    pipeline = compvis_pipeline(source, compvis_config)
-    return pipeline, checkpoint_digest(source, str(compvis_config))
+    pipeline = compvis_pipeline(source, compvis_config, tokenizer)
+    return pipeline, checkpoint_digest(source, str(compvis_config), *tokenizer_files(tokenizer))
 
 
 def _folder_of(source: str) -> Path | None:

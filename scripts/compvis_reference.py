@@ -8,6 +8,7 @@ is converted is compared with what is computed here.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -150,21 +151,29 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    def __init__(self, channels: int, context: int, heads: int, depth: int):
+    """linear: projections of tokens instead of convolutions of size 1."""
+
+    def __init__(self, channels: int, context: int, heads: int, depth: int, linear: bool):
         super().__init__()
         self.norm = nn.GroupNorm(32, channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, channels, 1)
+        self.linear = linear
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             TransformerBlock(channels, context, heads) for _ in range(depth)
         )
-        self.proj_out = nn.Conv2d(channels, channels, 1)
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        h = self.proj_in(self.norm(x))
+        h = self.norm(x) if self.linear else self.proj_in(self.norm(x))
         tokens = h.flatten(2).transpose(1, 2)  # [N, H W, C]
+        tokens = self.proj_in(tokens) if self.linear else tokens
         for block in self.transformer_blocks:
             tokens = block(tokens, context)
-        return x + self.proj_out(tokens.transpose(1, 2).reshape(h.shape))
+        tokens = self.proj_out(tokens) if self.linear else tokens
+        h = tokens.transpose(1, 2).reshape(h.shape)
+        return x + (h if self.linear else self.proj_out(h))
 
 
 class Row(nn.Sequential):
@@ -236,7 +245,8 @@ class UNetModel(nn.Module):
         if not self.params.get("use_spatial_transformer", False):
             return AttentionBlock(channels, heads)
         depth = self.params.get("transformer_depth", 1)
-        return SpatialTransformer(channels, self.params["context_dim"], heads, depth)
+        linear = self.params.get("use_linear_in_transformer", False)
+        return SpatialTransformer(channels, self.params["context_dim"], heads, depth, linear)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | None = None) -> Tensor:
         half = self.width // 2
@@ -405,24 +415,145 @@ class FirstStage(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
+# ---- text encoders of Stable Diffusion -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """heads: of 64 channels."""
+
+    vocabulary: int
+    positions: int
+    width: int
+    layers: int
+
+
+VIT_L_14 = TextSizes(49408, 77, 768, 12)
+VIT_H_14 = TextSizes(49408, 77, 1024, 24)
+
+
+class ClipAttention(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(width, width) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        def split(y: Tensor) -> Tensor:  # [N, T, C] -> [N, heads, T, 64]
+            return y.unflatten(2, (-1, 64)).transpose(1, 2)
+
+        q, k, v = split(self.q_proj(x)), split(self.k_proj(x)), split(self.v_proj(x))
+        scores = q @ k.transpose(2, 3) / 8
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weight = torch.softmax(scores.masked_fill(later, -torch.inf), dim=-1)
+        return self.out_proj((weight @ v).transpose(1, 2).flatten(2))
+
+
+class ClipLayer(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.self_attn = ClipAttention(width)
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp = nn.Module()
+        self.mlp.fc1, self.mlp.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        h = self.mlp.fc1(self.layer_norm2(x))
+        return x + self.mlp.fc2(h * torch.sigmoid(1.702 * h))  # QuickGELU
+
+
+class Clip(nn.Module):
+    """OpenAI's text encoder under the names that transformers gave it (arXiv 2103.00020)."""
+
+    def __init__(self, sizes: TextSizes):
+        super().__init__()
+        self.transformer = nn.Module()
+        self.transformer.text_model = model = nn.Module()
+        model.embeddings = nn.Module()
+        model.embeddings.token_embedding = nn.Embedding(sizes.vocabulary, sizes.width)
+        model.embeddings.position_embedding = nn.Embedding(sizes.positions, sizes.width)
+        model.embeddings.register_buffer("position_ids", torch.arange(sizes.positions)[None])
+        model.encoder = nn.Module()
+        model.encoder.layers = nn.ModuleList(ClipLayer(sizes.width) for _ in range(sizes.layers))
+        model.final_layer_norm = nn.LayerNorm(sizes.width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        model: Any = self.transformer.text_model
+        x = model.embeddings.token_embedding(tokens)
+        x = x + model.embeddings.position_embedding.weight[: tokens.shape[1]]
+        for layer in model.encoder.layers:
+            x = layer(x)
+        return model.final_layer_norm(x)
+
+
+class OpenClipBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, width // 64)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("gelu", nn.GELU())
+        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class OpenClip(nn.Module):
+    """Its text encoder under its own names; the last layer is there and not run."""
+
+    def __init__(self, sizes: TextSizes):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.transformer = nn.Module()
+        self.model.transformer.resblocks = nn.ModuleList(
+            OpenClipBlock(sizes.width) for _ in range(sizes.layers)
+        )
+        self.model.token_embedding = nn.Embedding(sizes.vocabulary, sizes.width)
+        self.model.positional_embedding = nn.Parameter(torch.randn(sizes.positions, sizes.width))
+        self.model.ln_final = nn.LayerNorm(sizes.width)
+        self.model.text_projection = nn.Parameter(torch.randn(sizes.width, sizes.width))
+        self.model.logit_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        model: Any = self.model
+        x = (model.token_embedding(tokens) + model.positional_embedding).transpose(0, 1)
+        mask = torch.full((len(x), len(x)), -torch.inf).triu(1)
+        for block in model.transformer.resblocks[:-1]:
+            x = block(x, mask)
+        return model.ln_final(x.transpose(0, 1))
+
+
+def cond_stage(stage: dict[str, Any], text: TextSizes | None) -> nn.Module:
+    """text: None for the published size."""
+    if stage["target"].endswith("FrozenOpenCLIPEmbedder"):
+        return OpenClip(text or VIT_H_14)
+    if stage["target"].endswith("FrozenCLIPEmbedder"):
+        return Clip(text or VIT_L_14)
+    embedder, options = nn.Module(), stage["params"]
+    embedder.embedding = nn.Embedding(options["n_classes"], options["embed_dim"])
+    return embedder
+
+
 # ---- the whole -----------------------------------------------------------------------------------
 
 
 class LatentDiffusion(nn.Module):
     """tree: the YAML. Random weights of which none is zero; the seed is the caller's."""
 
-    def __init__(self, tree: dict[str, Any]):
+    def __init__(self, tree: dict[str, Any], text: TextSizes | None = None):
         super().__init__()
         params = tree["model"]["params"]
         self.model = nn.Module()
         self.model.diffusion_model = UNetModel(params["unet_config"]["params"])
         self.first_stage_model = FirstStage(params["first_stage_config"]["params"])
         if params["cond_stage_config"] != "__is_unconditional__":
-            options = params["cond_stage_config"]["params"]
-            self.cond_stage_model = nn.Module()
-            self.cond_stage_model.embedding = nn.Embedding(
-                options["n_classes"], options["embed_dim"]
-            )
+            self.cond_stage_model = cond_stage(params["cond_stage_config"], text)
         for name, parameter in self.named_parameters():
             if "norm" in name or name.endswith("bias"):  # else all alike, and a swap goes unseen
                 with torch.no_grad():
