@@ -130,12 +130,7 @@ def compvis_pipeline(checkpoint: str, config: str | None) -> DiffusionPipeline:
     """
     if not Path(checkpoint).is_file():
         raise ModelError(f"{checkpoint}: no such file", "check model.source")
-    if config is None:
-        raise ModelError(
-            f"{checkpoint}: a checkpoint file needs the YAML that came with it",
-            "set model.compvis_config (qncd convert: --compvis-config) to that file",
-        )
-    parts = _Parts.described(config)
+    parts = _Parts.described(_needed(checkpoint, config))
     conversion = _Conversion(read_tensors(checkpoint))
     unused = _fill(parts, conversion)
     if "betas" in conversion.tensors:
@@ -149,6 +144,27 @@ def compvis_pipeline(checkpoint: str, config: str | None) -> DiffusionPipeline:
     return ClassConditionalLDMPipeline(
         parts.unet, parts.first_stage, parts.embedder, parts.scheduler
     )
+
+
+def described_modules(
+    checkpoint: str, config: str | None
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """The pipeline's modules on the meta device, by name, and the scheduler's configuration.
+
+    From the YAML alone; the checkpoint need not be there. Raises ModelError.
+    """
+    parts = _Parts.described(_needed(checkpoint, config))
+    modules = {"unet": parts.unet, "vqvae": parts.first_stage, "class_embedder": parts.embedder}
+    return {n: m for n, m in modules.items() if m is not None}, dict(parts.scheduler.config)
+
+
+def _needed(checkpoint: str, config: str | None) -> str:
+    if config is None:
+        raise ModelError(
+            f"{checkpoint}: a checkpoint file needs the YAML that came with it",
+            "set model.compvis_config (qncd convert: --compvis-config) to that file",
+        )
+    return config
 
 
 @dataclass(frozen=True)

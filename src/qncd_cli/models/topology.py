@@ -12,6 +12,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import Tensor, nn
 
 from ..errors import ModelError
@@ -279,14 +280,14 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
 
     def on_attention(name: str):
         def hook(module, args, kwargs, output):
-            x = args[0]
-            context = kwargs.get("encoder_hidden_states")
-            if context is None:
-                context = args[1] if len(args) > 1 and args[1] is not None else x
-            queries = x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])
-            keys = context[0].numel() // (
-                context.shape[1] if context.ndim == 4 else context.shape[-1]
-            )
+            named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False))
+            named |= kwargs
+            x, context = named["hidden_states"], named.get("encoder_hidden_states")
+            queries = keys = _positions(x)
+            if context is not None and getattr(module, "added_kv_proj_dim", None) is None:
+                keys = _positions(context)
+            elif context is not None:  # image and text attend to all of both
+                queries = keys = queries + _positions(context)
             macs = queries * keys * module.inner_dim
             costs.append(LayerCost(f"{name}.query_key", "matmul", macs))
             costs.append(LayerCost(f"{name}.probabilities_value", "matmul", macs))
@@ -297,7 +298,7 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
         for name, module in denoiser.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 handles.append(module.register_forward_hook(on_layer(name)))
-            elif isinstance(module, Attention):
+            elif isinstance(module, Attention | FluxAttention):
                 handles.append(module.register_forward_hook(on_attention(name), with_kwargs=True))
         call()
     finally:
@@ -306,3 +307,8 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
     if not costs:
         raise ModelError("the denoiser has no convolution, linear or attention layer")
     return costs
+
+
+def _positions(x: Tensor) -> int:
+    """Of one sample: [N, L, C] has L, [N, C, H, W] has H * W."""
+    return x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])
