@@ -117,14 +117,13 @@ def _result(
     config: Config, shapes: Shapes, covered: dict[str, Any], quantized: Artifact
 ) -> dict[str, Any]:
     """Of quantized.safetensors, with the bits that quantization.sensitive or a budget spends."""
-    plans = plan_layers(config, shapes.denoiser)
-    spent = foreseen.extra_weight_bits(config, plans)
+    spent = foreseen.extra_weight_bits(config, plan_layers(config, shapes.denoiser))
     entries = quantized.body["layers"]
     codes = sum(
         torch.Size(e["weight_shape"]).numel() for e in entries.values() if e["weight_bits"] != 32
     )
     average = covered["average_weight_bits"]
-    whole = foreseen.file_bytes(quantized) + spent // 8
+    whole = foreseen.result_bytes(config, shapes, quantized)
     weights = covered["weight_code_bytes"] + spent // 8
     return {
         "bytes": whole,

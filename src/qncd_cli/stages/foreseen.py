@@ -111,6 +111,7 @@ def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> di
     q = config.quantization
     float_weight = plan.weight_bits == FLOAT_BITS
     gptq = q.weights.rounding != "nearest" and not float_weight
+    shifted = factor is not None and factor["shifted"]
     entry: dict[str, Any] = {
         "kind": "conv" if plan.is_conv else "linear",
         "weight_shape": list(plan.layer.weight.shape),
@@ -119,8 +120,8 @@ def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> di
         "activation_bits": plan.activation_bits,
         "observer": plan.observer,
         "smoothed": factor is not None,
-        "shifted": factor is not None and factor["shifted"],
-        "bias": plan.layer.bias is not None,
+        "shifted": shifted,
+        "bias": plan.layer.bias is not None or shifted,  # a shift moves into the bias
         "bias_corrected": q.bias_correction,
         "rounding": "none" if float_weight else "gptq" if gptq else "nearest",
         "note": "",
@@ -139,6 +140,15 @@ def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> di
             "kept": True,
         }
     return entry
+
+
+def result_bytes(config: Config, shapes: Shapes, predicted: Artifact) -> int:
+    """Of quantized.safetensors, with the bits that quantization.sensitive or a budget spends.
+
+    predicted: of quantized().
+    """
+    spent = extra_weight_bits(config, plan_layers(config, shapes.denoiser))
+    return file_bytes(predicted) + spent // 8
 
 
 def refined(config: Config) -> bool:

@@ -76,6 +76,7 @@ def quantize_work(
 ) -> Work:
     """calls: of the denoiser for one trajectory."""
     macs = total(costs)
+    of = {cost.name: cost.macs for cost in costs}
     weights = config.quantization.weights
     plans = [p for p in plan_layers(config, shapes.denoiser) if p.weight_bits != FLOAT_BITS]
     sizes = {p.name: p.layer.weight.numel() for p in plans}
@@ -85,7 +86,6 @@ def quantize_work(
         work += Work(rows * macs * (1 + BACKWARD * PROJECTIONS))
     judged = judged_by_output(config, shapes)
     if judged:
-        of = {cost.name: cost.macs for cost in costs}
         tried = len(FRACTIONS) ** 2 * min(PROBE_STEPS, calls)
         ranges = sum(
             of.get(p.name, 0) * probe_rows(config, p, activations, machine) for p in judged
@@ -96,11 +96,12 @@ def quantize_work(
         work += Work(tried * PROBE_ROWS * macs, tried * ROUNDING_PASSES * sum(sizes.values()))
     batch = min(config.calibration.batch_size, config.calibration.trajectories)
     if weights.rounding != "nearest":
-        rows = len(hessian_groups(plans)) * min(HESSIAN_CALLS, calls) * batch * machine.copies
-        work += Work(rows * macs)
+        rows = min(HESSIAN_CALLS, calls) * batch * machine.copies
+        work += Work(len(hessian_groups(plans)) * rows * macs)
         for p in plans:
             width = p.in_features
-            vectors = max(HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT * width)
+            there = rows * of.get(p.name, 0) / sizes[p.name]  # one for each output position
+            vectors = min(there, max(HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT * width))
             # the Hessian, two factorisations and an inverse, the columns one after the other
             work += Work((vectors + width + sizes[p.name] / width) * width**2)
     if weights.rounding in ("adaround", "brecq"):
