@@ -42,6 +42,8 @@ SHARED = [
         "budget",
         "choose_smoothing",
         "coverage",
+        "footprint",
+        "foreseen",
         "graphs",
         "hessians",
         "layer_error",
@@ -52,6 +54,7 @@ SHARED = [
         "reconstruct",
         "sensitivity",
         "subject",
+        "workload",
     )
 ]
 
@@ -77,6 +80,7 @@ EDGES: list[tuple[str, list[str]]] = [
     ("models.*", ["models.*", "quant.*", *GROUND]),
     ("backends.*", ["backends.*", "quant.*", *GROUND]),
     ("stages.chain", ["stages.*", *MIDDLE, *GROUND]),
+    ("stages.forecast", ["stages.*", *MIDDLE, *GROUND]),
     ("stages.variants", GROUND),
     ("stages.ablate", ["stages.*", *MIDDLE, "quant.*", *GROUND]),
     ("stages.bench", ["stages.*", *MIDDLE, "quant.*", *GROUND]),

@@ -19,6 +19,8 @@ from .evaluation import EvalOptions, evaluate
 from .shared import open_model
 
 DEFAULT_NUM = 64
+DRAWING = ("steps", "num", "seed", "classes", "prompts", "batch_size", "backend")
+"""Options of `run` that say what to sample."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class SampleOptions:
 # ------------------------------------------------------------------ shared
 
 
+def run_folder(config_name: str, run_dir: str | None) -> Path:
+    """Where a configuration's run is, or is going to be."""
+    return Path(run_dir) if run_dir else Path("runs") / Path(config_name).stem
+
+
 def _done(console: Console, stage: str, run: RunDir, seconds: float, **more: Any) -> None:
     payload = {"stage": stage, "run_dir": str(run.path), "seconds": round(seconds, 2), **more}
 
@@ -71,7 +78,7 @@ def calibrate(
     dry_run: bool = False,
 ) -> RunDir:
     config = load_config(config_name, overrides)
-    run = RunDir(Path(run_dir) if run_dir else Path("runs") / Path(config_name).stem)
+    run = RunDir(run_folder(config_name, run_dir))
     if dry_run:
         console.result({"config": config.to_dict()}, lambda: print(config.to_yaml(), end=""))
         return run
@@ -254,8 +261,7 @@ def run_all(
     run = calibrate(quiet, config_name, overrides, run_dir, device, force=force)
     where = str(run.path)
     quantize(quiet, (), where, device, force=force)
-    names = ("steps", "num", "seed", "classes", "prompts", "batch_size", "backend")
-    drawing = {name: options[name] for name in names}
+    drawing = {name: options[name] for name in DRAWING}
     if drawing["num"] is None:
         drawing["num"] = load_config(str(run.config)).evaluation.num_samples
     sample(quiet, SampleOptions(**drawing, run_dir=where, device=device, force=force))

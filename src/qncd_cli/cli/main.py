@@ -42,7 +42,8 @@ def cli() -> None:
 @cli.command(
     epilog="\b\nExamples:\n  qncd calibrate --config fashion_ldm_w4a8.yaml\n"
     "  qncd calibrate --config my.yaml --set calibration.trajectories=256\n"
-    "  qncd calibrate --config my.yaml --dry-run"
+    "  qncd calibrate --config my.yaml --dry-run\n"
+    "  qncd calibrate --config ldm4_w4a8 --set model.source=random:ldm4 --plan"
 )
 @options.config
 @options.overrides
@@ -50,11 +51,17 @@ def cli() -> None:
 @options.device
 @options.force("Calibrate again although nothing has changed.")
 @click.option("--dry-run", is_flag=True, help="Check and print the configuration, run nothing.")
+@options.plan
 @options.json_output
-def calibrate(config_name, overrides, run_dir, device, force, dry_run, as_json, debug):
+def calibrate(config_name, overrides, run_dir, device, force, dry_run, plan, as_json, debug):
     """Collect calibration inputs, activation statistics and smoothing factors."""
     from . import commands
+    from . import plan as planning
 
+    if plan:
+        stages = planning.STAGES[:2]
+        planning.of_config(Console(as_json), config_name, overrides, run_dir, stages)
+        return
     commands.calibrate(
         Console(as_json), config_name, overrides, run_dir, device, force=force, dry_run=dry_run
     )
@@ -76,13 +83,18 @@ def calibrate(config_name, overrides, run_dir, device, force, dry_run, as_json, 
 @options.run_dir
 @options.device
 @options.force("Quantize again although nothing has changed.")
+@options.plan
 @options.json_output
-def quantize(budget, overrides, run_dir, device, force, as_json, debug):
+def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
     """Round the weights to integers, set activation ranges, measure the quantization noise."""
     from . import commands
+    from . import plan as planning
 
     if budget is not None:
         overrides = (*overrides, f"quantization.weights.budget={budget}")
+    if plan:
+        planning.of_run(Console(as_json), run_dir, overrides, ("quantize",))
+        return
     commands.quantize(Console(as_json), overrides, run_dir, device, force=force)
 
 
@@ -113,10 +125,12 @@ def quantize(budget, overrides, run_dir, device, force, as_json, debug):
 @options.run_dir
 @options.device
 @options.force("Replace samples made with other settings.")
+@options.plan
 @options.json_output
 def sample(**options):
     """Draw images from the quantized model; a repeated command resumes."""
     from . import commands
+    from . import plan as planning
 
     name = options["name"]
     if name is not None and (name.startswith(".") or "/" in name or not name):
@@ -124,7 +138,11 @@ def sample(**options):
         raise click.BadParameter(hint, param_hint="--name")
     console = Console(options.pop("as_json"))
     options.pop("debug")
-    commands.sample(console, commands.SampleOptions(**options))
+    plan = options.pop("plan")
+    if plan and options["full_precision"]:
+        raise click.UsageError("--plan is about the quantized model: leave out --full-precision")
+    draw = planning.of_samples if plan else commands.sample
+    draw(console, commands.SampleOptions(**options))
 
 
 @cli.command(
@@ -152,7 +170,8 @@ def evaluate(**options):
 
 @cli.command(
     epilog="\b\nExamples:\n  qncd run --config fashion_ldm_w4a8.yaml --num 64\n"
-    "  qncd run --config fashion_ldm_w8a8.yaml --num 1000 --fid --kid"
+    "  qncd run --config fashion_ldm_w8a8.yaml --num 1000 --fid --kid\n"
+    "  qncd run --config fashion_ldm_w4a8.yaml --num 1000 --plan"
 )
 @options.config
 @options.overrides
@@ -161,11 +180,18 @@ def evaluate(**options):
 @options.run_dir
 @options.device
 @options.force("Redo every stage.")
+@options.plan
 @options.json_output
-def run(config_name, overrides, run_dir, device, force, as_json, debug, **options):
+def run(config_name, overrides, run_dir, device, force, plan, as_json, debug, **options):
     """All four stages; each is skipped when its inputs are unchanged."""
     from . import commands
+    from . import plan as planning
 
+    if plan:
+        drawing = {name: options[name] for name in commands.DRAWING}
+        stages = planning.STAGES
+        planning.of_config(Console(as_json), config_name, overrides, run_dir, stages, drawing)
+        return
     commands.run_all(
         Console(as_json), config_name, overrides, run_dir, device, force=force, options=options
     )

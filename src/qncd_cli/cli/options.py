@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 Command = Callable[..., Any]
+DEFAULT_BATCH = 50
 
 
 def json_output(command: Command) -> Command:
@@ -54,6 +55,15 @@ def overrides(command: Command) -> Command:
     )(command)
 
 
+def plan(command: Command) -> Command:
+    return click.option(
+        "--plan",
+        is_flag=True,
+        help="Run nothing, load nothing: print layers, MACs, bytes of the result, and the memory, "
+        "disk and time of each stage; exit code 6 where it will not fit.",
+    )(command)
+
+
 def force(what: str) -> Callable[[Command], Command]:
     return click.option("--force", is_flag=True, help=what)
 
@@ -72,7 +82,11 @@ def sampling(command: Command) -> Command:
             help="Of a text model, instead of the configured ones; several are taken in turn.",
         ),
         click.option(
-            "--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N"
+            "--batch-size",
+            type=click.IntRange(1),
+            default=DEFAULT_BATCH,
+            show_default=True,
+            metavar="N",
         ),
     ]
     command = backend(command)

@@ -135,12 +135,8 @@ def compvis_pipeline(
     """
     if not Path(checkpoint).is_file():
         raise ModelError(f"{checkpoint}: no such file", "check model.source")
-    if config is None:
-        raise ModelError(
-            f"{checkpoint}: a checkpoint file needs the YAML that came with it",
-            "set model.compvis_config (qncd convert: --compvis-config) to that file",
-        )
-    parts = _Parts.described(config)
+    yaml = _needed(checkpoint, config)
+    parts = _Parts.described(yaml)
     if tokenizer is not None and parts.text is None:
         raise ModelError(f"{checkpoint}: reads no text", "leave model.tokenizer out")
     words = None if parts.text is None else load_tokenizer(checkpoint, parts.text, tokenizer)
@@ -148,7 +144,7 @@ def compvis_pipeline(
     text = None
     if parts.text is not None:
         text = text_encoder(checkpoint, conversion.tensors, parts.text, words)
-        _check_context(config, parts.unet, text.module.config.hidden_size)
+        _check_context(yaml, parts.unet, text.module.config.hidden_size)
     unused = _fill(parts, conversion, text)
     if "betas" in conversion.tensors:
         _check_betas(checkpoint, conversion.take("betas"), parts.scheduler)
@@ -172,6 +168,27 @@ def compvis_pipeline(
     return ClassConditionalLDMPipeline(
         parts.unet, parts.first_stage, parts.embedder, parts.scheduler
     )
+
+
+def described_modules(
+    checkpoint: str, config: str | None
+) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """The pipeline's modules on the meta device, by name, and the scheduler's configuration.
+
+    From the YAML alone; the checkpoint need not be there. Raises ModelError.
+    """
+    parts = _Parts.described(_needed(checkpoint, config))
+    modules = {"unet": parts.unet, "vqvae": parts.first_stage, "class_embedder": parts.embedder}
+    return {n: m for n, m in modules.items() if m is not None}, dict(parts.scheduler.config)
+
+
+def _needed(checkpoint: str, config: str | None) -> str:
+    if config is None:
+        raise ModelError(
+            f"{checkpoint}: a checkpoint file needs the YAML that came with it",
+            "set model.compvis_config (qncd convert: --compvis-config) to that file",
+        )
+    return config
 
 
 @dataclass(frozen=True)

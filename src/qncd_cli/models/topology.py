@@ -152,11 +152,6 @@ def _why_not(attention: Attention | FluxAttention) -> str:
     return f"attention processor {kind.__name__} is not one that can be quantized"
 
 
-def _positions(x: Tensor) -> int:
-    """Of [N, L, C] or [N, C, H, W]."""
-    return x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])
-
-
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put module at a dotted name below root."""
     parent, _, leaf = name.rpartition(".")
@@ -248,13 +243,14 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
 
     def on_attention(name: str):
         def hook(module, args, kwargs, output):
-            x = args[0] if args else kwargs["hidden_states"]
-            context = kwargs.get("encoder_hidden_states")
-            if context is None:
-                context = args[1] if len(args) > 1 and args[1] is not None else x
-            queries, keys = _positions(x), _positions(context)
-            if getattr(module, "add_q_proj", None) is not None:  # joint: all ask all
-                queries = keys = queries + keys
+            named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False))
+            named |= kwargs
+            x, context = named["hidden_states"], named.get("encoder_hidden_states")
+            queries = keys = _positions(x)
+            if context is not None and getattr(module, "added_kv_proj_dim", None) is None:
+                keys = _positions(context)
+            elif context is not None:  # image and text attend to all of both
+                queries = keys = queries + _positions(context)
             macs = queries * keys * module.inner_dim
             costs.append(LayerCost(f"{name}.query_key", "matmul", macs))
             costs.append(LayerCost(f"{name}.probabilities_value", "matmul", macs))
@@ -274,3 +270,8 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
     if not costs:
         raise ModelError("the denoiser has no convolution, linear or attention layer")
     return costs
+
+
+def _positions(x: Tensor) -> int:
+    """Of one sample: [N, L, C] has L, [N, C, H, W] has H * W."""
+    return x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])

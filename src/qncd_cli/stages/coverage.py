@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..artifacts import Artifact, packed_width
 from ..config import Config
@@ -19,11 +20,18 @@ from .attention import product_entries
 def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict[str, Any]:
     """What runs at which precision, and why the rest does not run in integers."""
     costs = denoiser_costs(config, model)
+    return coverage_of(config, model.denoiser, costs, quantized)
+
+
+def coverage_of(
+    config: Config, denoiser: nn.Module, costs: list[LayerCost], quantized: Artifact
+) -> dict[str, Any]:
+    """coverage of a denoiser whose costs are known; of the artifact only the body is read."""
     entries = quantized.body["layers"]
     cached = config.quantization.cache_time_embeddings
-    timed = time_layers(model.denoiser)
+    timed = time_layers(denoiser)
     known = {**entries, **product_entries(quantized)}
-    reasons = float_attention(model.denoiser)
+    reasons = float_attention(denoiser)
     rows = [
         _coverage_row(
             c, known.get(c.name), c.name in timed, cached, reasons.get(c.name.rpartition(".")[0])
@@ -57,7 +65,7 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
         "bit_operations": sum(r["macs"] * r["weight_bits"] * r["activation_bits"] for r in rows),
         "weight_code_bytes": code_bytes,
         "average_weight_bits": code_bits / codes if codes else None,
-        "float_denoiser_bytes": model.denoiser_bytes(),
+        "float_denoiser_bytes": 4 * sum(p.numel() for p in denoiser.parameters()),
     }
 
 

@@ -39,14 +39,14 @@ def with_hessians(
 ) -> Iterator[tuple[LayerPlan, Tensor | None]]:
     """Every layer with its Hessian, or with None where rounding is to be nearest."""
     rounded = [p for p in plans if gptq and p.weight_bits != FLOAT_BITS]
-    for group in _hessian_groups(rounded):
+    for group in hessian_groups(rounded):
         hessians = collect_hessians(model, config, calibration, group, qparams, factors)
         for plan in group:
             yield plan, hessians.pop(plan.name)
     yield from ((plan, None) for plan in plans if plan not in rounded)
 
 
-def _hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
+def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
     """Consecutive layers whose Hessians fit into HESSIAN_MEMORY together (at least one)."""
     groups: list[list[LayerPlan]] = []
     used = HESSIAN_MEMORY + 1

@@ -1,0 +1,151 @@
+"""The option --plan of the stages: what a configuration takes, before anything is run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..config_files import load_config
+from ..run_dir import find_run
+from .commands import DEFAULT_NUM, SampleOptions, run_folder, sampling_config
+from .console import Console
+from .options import DEFAULT_BATCH
+from .shared import silence_diffusers
+
+STAGES = ("calibrate", "quantize", "sample")
+
+
+def of_config(
+    console: Console,
+    config_name: str,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    stages: tuple[str, ...],
+    drawing: dict[str, Any] | None = None,
+) -> None:
+    """Of stages from the first on. drawing: options of sampling, None for its defaults."""
+    config = load_config(config_name, overrides)
+    options = SampleOptions(**{**_DEFAULTS, **(drawing or {})})
+    count = options.num or (DEFAULT_NUM if drawing is None else config.evaluation.num_samples)
+    folder = run_folder(config_name, run_dir)
+    _forecast(console, config, options, folder, stages, count)
+
+
+def of_run(
+    console: Console, run_dir: str | None, overrides: Sequence[str], stages: tuple[str, ...]
+) -> None:
+    """Of stages of a run that is there already."""
+    run = find_run(run_dir)
+    config = load_config(str(run.config), overrides)
+    options = SampleOptions(**_DEFAULTS)
+    _forecast(console, config, options, run.path, stages, DEFAULT_NUM)
+
+
+def of_samples(console: Console, options: SampleOptions) -> None:
+    run = find_run(options.run_dir)
+    config = load_config(str(run.config), options.overrides)
+    _forecast(console, config, options, run.path, ("sample",), options.num or DEFAULT_NUM)
+
+
+_DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(("steps", "num", "seed", "classes")),
+    "prompts": (),
+    "batch_size": DEFAULT_BATCH,
+}
+
+
+def _forecast(
+    console: Console,
+    config: Config,
+    options: SampleOptions,
+    folder: Path,
+    stages: tuple[str, ...],
+    count: int,
+) -> None:
+    """Print the forecast; raises BackendUnavailable where it says that it will not fit."""
+    from ..models.loading import DTYPES
+    from ..models.shapes import model_shapes
+    from ..stages import forecast
+
+    silence_diffusers()
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    imports = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = config.model
+    sampling = sampling_config(config, options)
+    shapes = model_shapes(
+        model.source,
+        DTYPES[model.dtype],
+        compvis_config=model.compvis_config,
+        prompts=len(config.sampling.prompts or ()),
+        image_size=config.sampling.image_size,
+    )
+    request = forecast.Request(
+        stages, sampling, count, options.batch_size, options.backend, folder, imports
+    )
+    report = forecast.run(config, shapes, request)
+    console.result(report, lambda: _render(console, report))
+    forecast.check(report)
+
+
+def _render(console: Console, report: dict[str, Any]) -> None:
+    covered, result = report["coverage"], report["result"]
+    rows = covered["layers"]
+    layers = [row for row in rows if row["kind"] != "matmul"]
+    products = [row for row in rows if row["kind"] == "matmul"]
+    bits = result["average_weight_bits"]
+    console.table(
+        ["plan", report["source"]],
+        [
+            ["parameters", report["parameters"]],
+            ["layers", _quantized(layers)],
+            ["products of attention", _quantized(products)],
+            ["MACs of one call on one sample", covered["macs"]],
+            ["of these in integers", f"{100 * covered['integer_macs_share']:.2f} %"],
+            ["bits of a quantized weight, in the mean", None if bits is None else f"{bits:.2f}"],
+            ["result, bytes", result["bytes"]],
+            ["of these weights", result["weight_bytes"]],
+            ["of float32", f"{100 * result['share_of_float32']:.1f} %"],
+        ],
+    )
+    console.table(
+        ["stage", "peak memory", "reached while", "fits", "disk, at most", "time, roughly"],
+        [
+            [
+                stage["stage"],
+                _gb(stage["peak_bytes"]),
+                stage["at"],
+                "yes" if stage["fits"] else "no",
+                _gb(stage["disk_bytes"]),
+                _time(stage["seconds"]),
+            ]
+            for stage in report["stages"]
+        ],
+    )
+    free = report["available"]
+    print(
+        f"{report['samples']:,} samples, {report['batch_size']} at once, on the CPU with backend "
+        f"{report['backend']}, uncompiled. Available: {_gb(free['memory'])} of memory, "
+        f"{_gb(free['disk'])} of disk.\n"
+        "Times are rough: from MACs and the rate that this machine reached just now."
+    )
+
+
+def _quantized(rows: list[dict[str, Any]]) -> str:
+    integer = sum(row["integer"] for row in rows)
+    return f"{integer} quantized, {len(rows) - integer} left in float"
+
+
+def _gb(size: int | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

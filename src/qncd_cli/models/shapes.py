@@ -1,0 +1,280 @@
+"""From a model source to a denoiser and a first stage without weights, on the meta device.
+
+Read are configurations and the headers of weights, so that it takes seconds whatever the size.
+random:NAME also takes the models of `published`, which only a plan can use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    UNet2DModel,
+)
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .arguments import FLUX_TOKENS, TEXT_TOKENS, Arguments, arguments_of
+from .compvis import described_modules
+from .compvis_file import is_checkpoint
+from .loading import FIRST_STAGES, UNUSED
+from .published import PUBLISHED
+from .random_models import RANDOM
+from .zoo import zoo_path
+
+DENOISERS = ("unet", "transformer")
+PIXART_ALPHA_TOKENS = 120
+T5_TOKENS = 256
+CLIP_PIPELINES = {
+    "StableDiffusionPipeline": 0,
+    "StableDiffusionXLPipeline": 0,
+    "StableDiffusion3Pipeline": T5_TOKENS,
+}
+"""Whose first encoder's own length it is, and how many of T5's come after them."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component: parameters; stored: bytes on disk, 0 for weights drawn at random; stays: while
+    the stages run (text encoders are let go)."""
+
+    parameters: int
+    stored: int
+    stays: bool
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A diffusion model without its weights.
+
+    arguments: rows -> keyword arguments of the denoiser, tensors on the meta device. classes: of
+    the model, 0 for none; guided: whether it has a null class or prompt. image_shape: of one image.
+    scheduler: configuration, None where nothing says. dtype: of all but the first stage.
+    """
+
+    source: str
+    is_folder: bool
+    dtype: torch.dtype
+    denoiser: nn.Module
+    first_stage: Any
+    parts: dict[str, Part]
+    latent_shape: tuple[int, ...]
+    image_shape: tuple[int, ...]
+    classes: int
+    guided: bool
+    scheduler: dict[str, Any] | None
+    arguments: Callable[[int], Arguments] = field(repr=False)
+
+    def call(self, rows: int, denoiser: nn.Module | None = None) -> Tensor:
+        """One call of the denoiser, or of another one in its place."""
+        return (denoiser or self.denoiser)(**self.arguments(rows)).sample
+
+    def decode(self, rows: int) -> Tensor:
+        """Images of so many latents; the first stage computes in float32."""
+        latents = torch.empty(rows, *self.latent_shape, device="meta")
+        return latents if self.first_stage is None else self.first_stage.decode(latents).sample
+
+
+def model_shapes(
+    source: str,
+    dtype: torch.dtype,
+    *,
+    compvis_config: str | None = None,
+    prompts: int = 0,
+    image_size: int | None = None,
+) -> Shapes:
+    """dtype: of all but the first stage; prompts: how many of a text model; image_size: in pixels,
+    None for the model's own.
+
+    Hub ids only where the files are here already, checkpoints from their YAML alone. Raises
+    ModelError.
+    """
+    scheduler: dict[str, Any] | None = None
+    stored: dict[str, int] = {}
+    unbuilt: dict[str, int] = {}
+    tokens, is_folder = 0, False
+    if source.startswith("random:"):
+        modules, scheduler = _random(source.removeprefix("random:"))
+    elif is_checkpoint(source):
+        modules, scheduler = described_modules(source, compvis_config)
+        stored = {name: 4 * _parameters(module) for name, module in modules.items()}
+    else:
+        folder, is_folder = _find(source), True
+        modules, scheduler, stored, unbuilt = _folder(folder, source)
+        tokens = _prompt_tokens(folder)
+    name = next((n for n in DENOISERS if n in modules), None)
+    if name is None:
+        raise ModelError(f"{source}: has no {' or '.join(DENOISERS)}", "is it a diffusion model?")
+    denoiser = modules[name].to(dtype).eval().requires_grad_(False)
+    first_stage = next((modules[n] for n in FIRST_STAGES if n in modules), None)
+    parts = {n: Part(_parameters(m), stored.get(n, 0), True) for n, m in modules.items()}
+    parts |= {n: Part(count, stored[n], False) for n, count in unbuilt.items()}
+    latent, image = _sizes(denoiser, first_stage, image_size)
+    embedder: Any = modules.get("class_embedder")
+    classes = _classes(denoiser, embedder)
+    if embedder is not None:
+        tokens = embedder.config.tokens
+    tokens = tokens or TEXT_TOKENS.get(type(denoiser).__name__, 0)
+    text = not classes and not isinstance(denoiser, UNet2DModel)
+    return Shapes(
+        source=source,
+        is_folder=is_folder,
+        dtype=dtype,
+        denoiser=denoiser,
+        first_stage=None if first_stage is None else first_stage.eval().requires_grad_(False),
+        parts=parts,
+        latent_shape=latent,
+        image_shape=image,
+        classes=max(1, prompts) if text else classes,
+        guided=bool(classes or text) and not isinstance(denoiser, FluxTransformer2DModel),
+        scheduler=scheduler,
+        arguments=arguments_of(denoiser, dtype, latent, tokens),
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _sizes(
+    denoiser: Any, first_stage: Any, image_size: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    config = denoiser.config
+    scale = 1 if first_stage is None else 2 ** (len(first_stage.config.block_out_channels) - 1)
+    flux = isinstance(denoiser, FluxTransformer2DModel)
+    sides: Any = 2 * math.isqrt(FLUX_TOKENS) if flux else config.sample_size
+    if image_size is not None:
+        sides = image_size // scale
+    height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
+    latent = (config.in_channels // (4 if flux else 1), height, width)
+    if first_stage is None:
+        return latent, latent
+    return latent, (first_stage.config.out_channels, scale * latent[1], scale * latent[2])
+
+
+def _classes(denoiser: Any, embedder: Any) -> int:
+    if embedder is not None:
+        return embedder.config.num_classes
+    if isinstance(denoiser, DiTTransformer2DModel):
+        return denoiser.config.num_embeds_ada_norm
+    if isinstance(denoiser, UNet2DModel) and denoiser.config.num_class_embeds:
+        return denoiser.config.num_class_embeds - 1
+    return 0
+
+
+def _prompt_tokens(folder: Path) -> int:
+    """What a folder says of its prompts, 0 where that is nothing."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    encoder = folder / "text_encoder" / "config.json"
+    if index["_class_name"] == "PixArtAlphaPipeline":
+        return PIXART_ALPHA_TOKENS
+    beside = CLIP_PIPELINES.get(index["_class_name"])
+    if beside is None or not encoder.is_file():
+        return 0
+    own = json.loads(encoder.read_text(encoding="utf-8")).get("max_position_embeddings", 0)
+    return own + beside if own else 0
+
+
+# ------------------------------------------------------------------ from a source to modules
+
+
+def _random(name: str) -> tuple[dict[str, nn.Module], dict[str, Any] | None]:
+    known = {**PUBLISHED, **RANDOM}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean random:{close[0]}?" if close else f"known: {', '.join(known)}"
+        raise ModelError(f"no architecture random:{name}", hint)
+    with torch.device("meta"):
+        if name not in RANDOM:
+            return PUBLISHED[name](), None
+        pipeline = RANDOM[name]()
+    components = pipeline.components.items()
+    modules = {n: module for n, module in components if isinstance(module, nn.Module)}
+    return modules, dict(pipeline.scheduler.config)
+
+
+def _find(source: str) -> Path:
+    if source.startswith("zoo:"):
+        return zoo_path(source.removeprefix("zoo:"))
+    folder = Path(source)
+    if not folder.is_dir() and source.count("/") == 1 and source[0] not in "./~":
+        try:
+            folder = Path(DiffusionPipeline.download(source, local_files_only=True))
+        except Exception as error:  # of many kinds; all mean: not here
+            raise ModelError(
+                f"{source}: is not on this machine, and a plan downloads nothing",
+                "give a folder, or the shapes of a published model: "
+                + ", ".join(f"random:{n}" for n in {**RANDOM, **PUBLISHED}),
+            ) from error
+    if not (folder / "model_index.json").is_file():
+        raise ModelError(f"{source}: no model_index.json", "a diffusers pipeline folder has one")
+    return folder
+
+
+Found = tuple[dict[str, nn.Module], dict[str, Any] | None, dict[str, int], dict[str, int]]
+
+
+def _folder(folder: Path, source: str) -> Found:
+    """Modules on meta; the scheduler's configuration; bytes on disk by component; parameters of
+    the components that are not diffusers' (text encoders). Raises ModelError."""
+    modules: dict[str, nn.Module] = {}
+    stored: dict[str, int] = {}
+    unbuilt: dict[str, int] = {}
+    scheduler = None
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        for name, entry in index.items():
+            if not isinstance(entry, list) or entry[0] is None or name in UNUSED:
+                continue
+            if name == "scheduler":
+                text = (folder / name / "scheduler_config.json").read_text(encoding="utf-8")
+                scheduler = json.loads(text)
+                continue
+            stored[name], counted = _weights(folder / name)
+            kind = _module_class(*entry)
+            if kind is not None:
+                with torch.device("meta"):
+                    modules[name] = kind.from_config(kind.load_config(folder / name))
+            elif counted:
+                unbuilt[name] = counted
+    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(
+            f"{source}: cannot be read: {str(error).strip().splitlines()[0][:160]}",
+            "is the folder complete?",
+        ) from error
+    return modules, scheduler, stored, unbuilt
+
+
+def _module_class(library: str, name: str) -> Any:
+    """diffusers' own or ours; None for others."""
+    package = __name__.partition(".")[0]
+    if library == "diffusers":
+        return getattr(diffusers, name)
+    if library.startswith(f"{package}.models."):
+        return getattr(importlib.import_module(library), name)
+    return None
+
+
+def _weights(folder: Path) -> tuple[int, int]:
+    """Bytes and elements of a component's safetensors, of the one variant that is loaded."""
+    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    plain = [p for p in paths if p.name.count(".") == 1]
+    elements = 0
+    for path in plain:
+        with safe_open(path, framework="pt") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        elements += sum(math.prod(shape) for shape in shapes)
+    return sum(p.stat().st_size for p in plain), elements

@@ -1,0 +1,282 @@
+"""Before anything is run: layers, MACs, bytes, memory, disk and time of a configuration.
+
+Everything follows from shapes: the denoiser is on the meta device, no weight is read.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..artifacts import Artifact
+from ..backends.base import get_backend
+from ..backends.rates import probes
+from ..config import Config
+from ..errors import BackendUnavailable
+from ..models.loading import DTYPES
+from ..models.shapes import Shapes
+from ..models.topology import LayerCost, count_macs
+from ..sampling.levels import with_timesteps
+from ..sampling.parametrization import FLOW, prediction_type
+from ..sampling.samplers import make_scheduler
+from . import footprint, foreseen, workload
+from .coverage import coverage_of
+from .footprint import Foreseen, Machine
+from .plan import plan_layers
+from .reconstruct import CACHE_BYTES
+from .sample import SHEET_IMAGES, TRACED
+
+RATE_SECONDS = 0.3
+"""How long each rate of the machine is measured."""
+ELEMENTS = 1 << 22
+SHEET_SCALE = 2  # of the contact sheet's pixels, per side
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be run: stages, of which all are forecast and these have to fit.
+
+    sampling: the configuration that samples are drawn with, count of them in batches; run_dir:
+    where all is written; imports: bytes of this process before it did anything.
+    """
+
+    stages: tuple[str, ...]
+    sampling: Config
+    count: int
+    batch_size: int
+    backend: str
+    run_dir: Path
+    imports: int
+
+
+def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
+    """The forecast as a tree for JSON: of main memory, with everything on the CPU."""
+    times = _timesteps(config, shapes)
+    calibration = foreseen.calibration(config, shapes, times)
+    smoothing = foreseen.smoothing(config, shapes)
+    quantized = foreseen.quantized(config, shapes, calibration, smoothing)
+    with torch.no_grad():
+        costs = count_macs(shapes.denoiser, lambda: shapes.call(1))
+    covered = coverage_of(config, shapes.denoiser, costs, quantized)
+    result = _result(config, shapes, covered, quantized)
+    backend = get_backend(request.backend, "cpu").name
+    sizes = Foreseen.of(calibration, smoothing, quantized)
+    stages = _stages(config, shapes, request, backend, costs, sizes, quantized)
+    noise = foreseen.noise_stats(config, shapes, times)
+    disk = {
+        "calibrate": sum(map(foreseen.file_bytes, (calibration, smoothing))),
+        "quantize": result["bytes"] + foreseen.file_bytes(noise) + _temporary(config),
+        "sample": _samples_bytes(shapes, request),
+    }
+    available = {"memory": available_memory(), "disk": available_disk(request.run_dir)}
+    for stage in stages:
+        stage["disk_bytes"] = disk[stage["stage"]]
+        memory = available["memory"]
+        stage["fits"] = memory is None or stage["peak_bytes"] <= memory
+    return {
+        "source": shapes.source,
+        "parameters": covered["float_denoiser_bytes"] // 4,
+        "coverage": covered,
+        "result": result,
+        "stages": stages,
+        "available": available,
+        "backend": backend,
+        "samples": request.count,
+        "batch_size": request.batch_size,
+        "does_not_fit": _problems(request.stages, stages, available),
+    }
+
+
+def check(report: dict[str, Any]) -> None:
+    """Raise BackendUnavailable (hardware) where the forecast says that it will not fit."""
+    if report["does_not_fit"]:
+        raise BackendUnavailable(
+            "; ".join(report["does_not_fit"]),
+            "take a smaller calibration.batch_size, --batch-size or --num, "
+            "quantization.weights.rounding=nearest, or a larger machine",
+        )
+
+
+def _timesteps(config: Config, shapes: Shapes) -> list[float]:
+    sampling = config.sampling
+    if shapes.scheduler is None:
+        return [float(t) for t in range(sampling.steps)]
+    scheduler = make_scheduler(sampling.scheduler, shapes.scheduler)
+    if prediction_type(scheduler) == FLOW:  # a step a timestep, wherever the shift puts them
+        return [float(t) for t in range(sampling.steps)]
+    timed = with_timesteps(scheduler, sampling.steps, sampling.eta)
+    return [float(t) for t in timed.timesteps]
+
+
+# ------------------------------------------------------------------ bytes
+
+
+def _result(
+    config: Config, shapes: Shapes, covered: dict[str, Any], quantized: Artifact
+) -> dict[str, Any]:
+    """Of quantized.safetensors, with the bits that quantization.sensitive or a budget spends."""
+    spent = foreseen.extra_weight_bits(config, plan_layers(config, shapes.denoiser))
+    entries = quantized.body["layers"]
+    codes = sum(
+        torch.Size(e["weight_shape"]).numel() for e in entries.values() if e["weight_bits"] != 32
+    )
+    average = covered["average_weight_bits"]
+    whole = foreseen.result_bytes(config, shapes, quantized)
+    weights = covered["weight_code_bytes"] + spent // 8
+    return {
+        "bytes": whole,
+        "weight_bytes": weights,
+        "other_bytes": whole - weights,
+        "float32_bytes": covered["float_denoiser_bytes"],
+        "share_of_float32": whole / covered["float_denoiser_bytes"],
+        "average_weight_bits": None if average is None else average + spent / codes,
+    }
+
+
+def _samples_bytes(shapes: Shapes, request: Request) -> int:
+    """Images at a byte per value: what PNG takes at most. Their latents lie there twice for a
+    moment: in the batches' files and in one."""
+    steps = len(_timesteps(request.sampling, shapes))
+    latents = foreseen.latents(shapes, request.count, min(TRACED, request.count), steps)
+    sheet = min(SHEET_IMAGES, request.count) * SHEET_SCALE**2
+    images = (request.count + sheet) * torch.Size(shapes.image_shape).numel()
+    return images + 2 * foreseen.file_bytes(latents)
+
+
+def _temporary(config: Config) -> int:
+    """What learnt rounding keeps on disk of several blocks' calls."""
+    learnt = config.quantization.weights.rounding in ("adaround", "brecq")
+    return CACHE_BYTES if learnt else 0
+
+
+# ------------------------------------------------------------------ stages
+
+
+def _stages(
+    config: Config,
+    shapes: Shapes,
+    request: Request,
+    backend: str,
+    costs: list[LayerCost],
+    sizes: Foreseen,
+    quantized: Artifact,
+) -> list[dict[str, Any]]:
+    machine = Machine(_copies(config, shapes), backend == "int8")
+    drawing = Machine(_copies(request.sampling, shapes), backend == "int8")
+    work = footprint.meter(config, shapes, quantized)
+    held = footprint.resident(shapes, DTYPES[config.model.dtype])
+    known = (config, shapes, held, sizes, work, machine)
+    batch = min(request.count, request.batch_size)
+    phases = {
+        "calibrate": footprint.calibrate_phases(*known),
+        "quantize": footprint.quantize_phases(*known),
+        "sample": footprint.sample_phases(shapes, held, sizes, work, drawing, batch),
+    }
+    steps, drawn = (len(_timesteps(c, shapes)) for c in (config, request.sampling))
+    decoding = _decoding_macs(shapes)
+    amounts = {
+        "calibrate": workload.calibrate_work(config, shapes, costs, steps, machine),
+        "quantize": workload.quantize_work(config, shapes, costs, steps, machine, work),
+        "sample": workload.sample_work(costs, drawn, drawing, request.count, decoding),
+    }
+    rates = measured_rates()
+    started = request.imports + round(footprint.KERNELS)
+    stages = []
+    for name, found in phases.items():
+        highest = max(found, key=lambda phase: found[phase])
+        stages.append(
+            {
+                "stage": name,
+                "peak_bytes": started + round(found[highest]),
+                "at": highest,
+                "phases": {phase: started + round(size) for phase, size in found.items()},
+                "macs": round(amounts[name].macs),
+                "seconds": amounts[name].seconds(*rates),
+            }
+        )
+    return stages
+
+
+def _copies(config: Config, shapes: Shapes) -> int:
+    """Rows of a denoiser call per sample."""
+    return 2 if shapes.guided and config.sampling.guidance_scale != 1.0 else 1
+
+
+def _decoding_macs(shapes: Shapes) -> int:
+    if shapes.first_stage is None:
+        return 0
+    with torch.no_grad():
+        return workload.total(count_macs(shapes.first_stage, lambda: shapes.decode(1)))
+
+
+def measured_rates() -> tuple[float, float]:
+    """MACs and elements per second of this machine in float32, each in well under a second."""
+    products = probes("float32")
+    macs = max(p.operations / 2 / _fastest(p.call) for p in products)
+    x = torch.ones(ELEMENTS)
+    return macs, ELEMENTS / _fastest(lambda: x * 2.0)
+
+
+def _fastest(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of the calls within RATE_SECONDS, the first left out."""
+    call()
+    best, end = float("inf"), time.perf_counter() + RATE_SECONDS
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+# ------------------------------------------------------------------ this machine
+
+
+def available_memory() -> int | None:
+    """Bytes that a new process can have without swapping, within the limits of its control group;
+    None where the system does not say (it has no /proc)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        limit = "max"
+    if limit != "max":
+        found.append(int(limit) - used)
+    return min(found, default=None)
+
+
+def available_disk(folder: Path) -> int:
+    """Bytes free where the folder is or would be made."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    return shutil.disk_usage(next(place for place in places if place.is_dir())).free
+
+
+def _problems(
+    asked: tuple[str, ...], stages: list[dict[str, Any]], available: dict[str, int | None]
+) -> list[str]:
+    stages = [stage for stage in stages if stage["stage"] in asked]
+    memory, free = available["memory"], available["disk"]
+    highest = max(stages, key=lambda stage: stage["peak_bytes"])
+    disk = sum(stage["disk_bytes"] for stage in stages)
+    problems = []
+    if memory is not None and not highest["fits"]:
+        problems.append(
+            f"{highest['stage']} takes about {highest['peak_bytes'] / 1e9:.1f} GB of memory "
+            f"({highest['at']}), {memory / 1e9:.1f} GB are available"
+        )
+    if free is not None and disk > free:
+        problems.append(
+            f"up to {disk / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free"
+        )
+    return problems

@@ -1,0 +1,125 @@
+"""--plan: equal to what the stages then write, and a refusal in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Qncd, tiny_config
+
+from qncd_cli.stages import forecast
+
+RUN = Path("runs/tiny")
+PLAN = ("calibrate", "--config", "tiny.yaml", "--plan")
+
+
+@pytest.fixture(autouse=True)
+def _rates_of_no_use(monkeypatch):
+    monkeypatch.setattr(forecast, "RATE_SECONDS", 0.0)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory, tiny_model) -> dict:
+    runner = Qncd(tmp_path_factory.mktemp("plan"))
+    runner.write_config(tiny_config(tiny_model))
+    report = runner(*PLAN, "--json").data
+    assert [path.name for path in runner.folder.iterdir()] == ["tiny.yaml"]
+    return report
+
+
+def by_stage(report: dict) -> dict[str, dict]:
+    return {stage["stage"]: stage for stage in report["stages"]}
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def test_the_layers_and_macs_are_those_of_coverage_json(planned, sampled):
+    assert planned["coverage"] == json.loads((sampled / RUN / "coverage.json").read_text())
+
+
+def test_the_bytes_are_those_of_the_artifacts(planned, sampled):
+    written = size(sampled / RUN / "quantized.safetensors")
+    assert planned["result"]["bytes"] == pytest.approx(written, rel=0.02)
+    calibrate, quantize, _ = planned["stages"]
+    of_calibrate = [sampled / RUN / f"{n}.safetensors" for n in ("calibration", "smoothing")]
+    of_quantize = [sampled / RUN / f"{n}.safetensors" for n in ("quantized", "noise_stats")]
+    assert calibrate["disk_bytes"] == pytest.approx(sum(map(size, of_calibrate)), rel=0.02)
+    assert quantize["disk_bytes"] == pytest.approx(sum(map(size, of_quantize)), rel=0.02)
+
+
+def test_samples_take_at_most_what_was_said(qncd, sampled):
+    run = str(sampled / RUN)
+    options = ("--num", "6", "--batch-size", "4", "--plan", "--json")
+    report = qncd("sample", "--run-dir", run, *options).data
+    samples = sampled / RUN / "samples"
+    images = [*samples.rglob("*.png")]
+    headers = 200 * len(images)  # of PNG: most of images this small
+    written = sum(map(size, images)) + size(samples / "quantized" / "latents.safetensors")
+    assert (report["samples"], report["batch_size"]) == (6, 4)
+    assert written - headers < by_stage(report)["sample"]["disk_bytes"] < 3 * written
+
+
+def test_quantize_is_planned_from_the_run(qncd, sampled, planned):
+    changed = ("--set", "quantization.weights.bits=8")
+    report = qncd("quantize", "--run-dir", str(sampled / RUN), "--plan", "--json", *changed).data
+    weights = planned["result"]["weight_bytes"]
+    assert report["result"]["weight_bytes"] == pytest.approx(2 * weights, rel=0.02)
+    assert report["result"]["average_weight_bits"] == 8
+
+
+# ---- what a person sees -------------------------------------------------------------------------
+
+
+def test_the_tables_say_what_is_asked(qncd):
+    shown = qncd(*PLAN)
+    for text in ("quantized, ", "MACs", "bits of a quantized weight", "result, bytes", "peak"):
+        assert text in shown.stdout
+    for stage in ("calibrate", "quantize", "sample"):
+        assert stage in shown.stdout
+    assert "Times are rough" in shown.stdout
+    assert shown.stderr == ""
+
+
+def test_what_does_not_fit_in_memory_is_refused_in_one_line(qncd, monkeypatch):
+    monkeypatch.setattr(forecast, "available_memory", lambda: 10_000)
+    refused = qncd(*PLAN, ok=False)
+    assert refused.exit_code == 6
+    (line,) = refused.stderr.strip().splitlines()
+    assert "of memory" in line
+    assert "peak memory" in refused.stdout  # the plan itself is there all the same
+
+
+def test_what_does_not_fit_on_disk_is_refused_in_one_line(qncd, monkeypatch):
+    monkeypatch.setattr(forecast, "available_disk", lambda folder: 10_000)
+    refused = qncd(*PLAN, "--json", ok=False)
+    assert refused.exit_code == 6
+    (line,) = refused.stderr.strip().splitlines()
+    assert "of disk" in line
+    assert json.loads(refused.stdout)["does_not_fit"]
+
+
+def test_a_stage_is_refused_for_its_own_needs(qncd, planned, monkeypatch):
+    """Calibration may fit where drawing many samples at once does not."""
+    big = ("run", "--config", "tiny.yaml", "--num", "100000", "--batch-size", "100000", "--plan")
+    needed = max(stage["peak_bytes"] for stage in planned["stages"])
+    monkeypatch.setattr(forecast, "available_memory", lambda: needed + 1_000_000_000)
+    assert qncd(*PLAN).exit_code == 0
+    refused = qncd(*big, ok=False)
+    assert refused.exit_code == 6
+    assert "sample takes about" in refused.stderr
+
+
+def test_a_model_that_is_not_here_is_refused(qncd):
+    config = ("calibrate", "--config", "sdxl_w4a8", "--plan")
+    refused = qncd(*config, ok=False)
+    assert refused.exit_code == 5
+    assert "downloads nothing" in refused.stderr
+
+
+def test_full_precision_samples_have_no_plan(qncd):
+    refused = qncd("sample", "--full-precision", "--plan", ok=False)
+    assert refused.exit_code == 2
+    assert "--full-precision" in refused.stderr
