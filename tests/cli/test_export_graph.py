@@ -30,11 +30,9 @@ def quantized(tmp_path_factory) -> Qncd:
 def call(target, folder, index):
     """The prediction for zeros at the first timestep, by the runtime alone and from INDEX alone."""
     inputs = {
-        name: np.zeros([2 if side == "batch" else side for side in shape], np.float32)
-        for name, shape in index["inputs"].items()
+        name: np.zeros([2 if side == "batch" else side for side in said["shape"]], said["dtype"])
+        for name, said in index["inputs"].items()
     }
-    types = {name: np.int64 if name == "class_labels" else np.float32 for name in inputs}
-    inputs = {name: value.astype(types[name]) for name, value in inputs.items()}
     path = str(folder / index["file"])
     if target == "onnx":
         return onnxruntime.InferenceSession(path).run(None, inputs)[0]

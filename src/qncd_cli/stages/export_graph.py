@@ -138,13 +138,18 @@ def run(
     return index
 
 
-def _inputs(config: Config, model: DiffusionModel) -> dict[str, list[Any]]:
-    """Shapes of the graph's inputs, float32; "batch" is open, all its rows are at one timestep."""
+def _inputs(config: Config, model: DiffusionModel) -> dict[str, dict[str, Any]]:
+    """Of the graph: dtype and shape, where "batch" is open; all rows are at one timestep."""
     with torch.no_grad():
         condition = model.condition(model.labels([0], config.sampling.classes))
-    shapes = {"sample": model.latent_shape, "timestep": ()}
-    shapes |= {name: tuple(value.shape[1:]) for name, value in condition.items()}
-    return {name: ["batch", *shape] for name, shape in shapes.items()}
+    examples = {"sample": torch.zeros(1, *model.latent_shape), "timestep": torch.zeros(1)}
+    return {
+        name: {
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": ["batch", *value.shape[1:]],
+        }
+        for name, value in (examples | dict(condition)).items()
+    }
 
 
 def _write(
