@@ -99,7 +99,7 @@ def save_tiny_pixel_pipeline(folder: Path) -> None:
     ClassConditionalPixelPipeline(unet, ddim_scheduler()).save_pretrained(folder)
 
 
-def save_tiny_dit_pipeline(folder: Path) -> None:
+def save_tiny_dit_pipeline(folder: Path, layers: int = 2) -> None:
     """A v-predicting diffusion transformer in latents with 4 classes, the layout of fashion-dit."""
     from diffusers import DiTTransformer2DModel
 
@@ -111,7 +111,7 @@ def save_tiny_dit_pipeline(folder: Path) -> None:
         attention_head_dim=16,
         in_channels=3,
         out_channels=3,
-        num_layers=2,
+        num_layers=layers,
         sample_size=8,
         patch_size=1,
         num_embeds_ada_norm=4,

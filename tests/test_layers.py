@@ -105,7 +105,11 @@ DOORS: dict[str, list[str]] = {
     "pydantic": ["config", "config_files"],
     "torch_fidelity": ["metrics.fidelity"],
     "torch": ["artifacts", "exported", "quant.*", *MIDDLE, "stages.*"],
-    "numpy": ["metrics.*", "stages.sample"],
+    "numpy": ["metrics.*", "stages.sample", "backends.onnx_layers"],
+    "onnx": ["backends.* (inside)"],
+    "onnx_ir": ["backends.onnx_graph", "backends.onnx_layers"],
+    "onnxruntime": ["backends.* (inside)"],
+    "openvino": ["backends.* (inside)"],
     "PIL": ["metrics.*", "stages.sample"],
 }
 

@@ -57,6 +57,60 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path, marker: str, kind: str, *, force: bool) -> None:
+    """Raises ArtifactError unless a folder may be written there.
+
+    force: a folder that holds the file `marker`, one of this kind, may be replaced; nothing else
+    ever is.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder}: is a file", "name a new folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / marker).is_file():
+        raise ArtifactError(
+            f"{folder}: is not empty and no {kind}, so that it is not replaced",
+            "name a new folder",
+        )
+    if not force:
+        raise ArtifactError(f"{folder}: is there already", "--force replaces it")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A place for a folder's content, which takes the place of `folder` when the block ends well.
+
+    Raises ArtifactError when the disk is full or the place cannot be written.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            made, replaced = Path(beside) / "made", Path(beside) / "replaced"
+            made.mkdir()
+            yield made
+            for path in made.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            if folder.is_dir():
+                folder.rename(replaced)
+            try:
+                made.rename(folder)
+            except OSError:
+                if replaced.is_dir():
+                    replaced.rename(folder)
+                raise
+    except OSError as error:
+        raise unwritable(folder, error) from error
+
+
+def unwritable(folder: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{folder}: cannot be written ({str(error).splitlines()[0][:120]})",
+        "is there space, and may you write there?",
+    )
+
+
 def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     write_bytes(path, text.encode())

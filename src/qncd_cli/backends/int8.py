@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,13 +137,30 @@ def why_not(layer: QuantizedLayer) -> str:
     return ""
 
 
+def products(layer: QuantizedLayer) -> int:
+    """Of bytes, that one call of the layer takes."""
+    return (1 + (layer.weight_bits > 8)) * (1 + (layer.activation_bits > 8))
+
+
 def geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
     """stride, padding, dilation, groups."""
     assert not isinstance(layer.padding, str)  # why_not has refused it
     return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
 
 
-def _bytes(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+def conv_output_shape(layer: QuantizedLayer, shape: Sequence[int]) -> list[int]:
+    """Of a convolution's output for an input [N, C, H, W]."""
+    stride, padding, dilation, _ = geometry(layer)
+    sides = [
+        (side + 2 * pad - dilate * (width - 1) - 1) // step + 1
+        for side, pad, dilate, width, step in zip(
+            shape[2:], padding, dilation, layer.weight_shape[2:], stride, strict=True
+        )
+    ]
+    return [shape[0], layer.weight_shape[0], *sides]
+
+
+def weight_bytes(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
     """int8 weights with a scale [O] each whose sum is the weight; one, or high and low byte."""
     if weight.dtype == torch.int8:
         return [(weight, scale)]
@@ -163,7 +181,7 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
     """Prepared on first use, for inputs of x's shape (others work too), and kept."""
     kernel = layer.__dict__.get("_int8_kernel")
     if kernel is None:
-        parts = _bytes(layer.integer_weight(), layer.weight_scale)
+        parts = weight_bytes(layer.integer_weight(), layer.weight_scale)
         scales, zero_points = layer.input_scale.tolist(), layer.input_zero_point.tolist()
         weights = [(_prepacked(layer, x, part, scale), scale) for part, scale in parts]
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)

@@ -93,19 +93,10 @@ def _multiply_fake(
 ) -> Tensor:
     """Shape and memory order of the kernel's output."""
     called = _layers[layer]
-    out = called.weight_shape[0]
     if not called.is_conv:
-        return low.new_empty([*low.shape[:-1], out], dtype=dtype)
-    stride, padding, dilation, _ = int8.geometry(called)
-    kernel = called.weight_shape[2:]
-    sides = [
-        (side + 2 * pad - dilate * (width - 1) - 1) // step + 1
-        for side, pad, dilate, width, step in zip(
-            low.shape[2:], padding, dilation, kernel, stride, strict=True
-        )
-    ]
+        return low.new_empty([*low.shape[:-1], called.weight_shape[0]], dtype=dtype)
     return torch.empty(
-        [low.shape[0], out, *sides],
+        int8.conv_output_shape(called, low.shape),
         dtype=dtype,
         device=low.device,
         memory_format=torch.channels_last,

@@ -6,13 +6,81 @@ import time
 from pathlib import Path
 
 from .. import artifacts
-from ..config_files import load_config
+from ..config_files import load_config, parse_config
+from ..files import check_folder, replacing_folder
 from ..run_dir import find_run
 from .console import Console
-from .shared import silence_diffusers
+from .shared import open_model, silence_diffusers
+
+
+def export_graph(
+    console: Console,
+    target: str,
+    out: str,
+    run_dir: str | None,
+    samples: int,
+    bound: float,
+    *,
+    force: bool,
+) -> None:
+    """The denoiser alone, as a graph of ONNX or OpenVINO."""
+    from ..stages import export_graph as stage
+
+    start = time.perf_counter()
+    stage.require(target)
+    folder = Path(out)
+    check_folder(folder, stage.INDEX, "folder with an exported graph", force=force)
+    run = find_run(run_dir)
+    config = load_config(str(run.config))
+    quantized = artifacts.read(run.tensors("quantized"), "quantized")
+    artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
+    tree = config.to_dict()
+    tree["model"]["dtype"] = "float32"  # of what stays unquantized in the graph
+    config = parse_config(tree, "export")
+    model = open_model(config, "cpu")
+    artifacts.check_lineage(quantized, model=model.digest)
+    check = stage.Check(samples, bound)
+    with replacing_folder(folder) as made:
+        index = stage.run(config, model, quantized, target, made, check, console.track)
+    products, agreement = index["products"], index["agreement"]
+    floats = [row for row in index["layers"] if row["why_not_integer"]]
+    for row in floats[:1]:
+        console.note(
+            f"{len(floats)} parts are not computed in integers "
+            f"(first: {row['name']}: {row['why_not_integer']}); {stage.INDEX} names them all"
+        )
+    payload = {
+        "folder": str(folder),
+        "format": target,
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "layers": len(index["layers"]),
+        "integer_layers": sum(row["integer_products"] > 0 for row in index["layers"]),
+        "products": products,
+        "agreement": agreement,
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+    psnr = agreement["psnr_db"]
+    images = "identical images" if psnr is None else f"images {psnr:.1f} dB"
+
+    def render() -> None:
+        print(f"{folder}: {index['file']}, {payload['bytes'] / 1e6:,.1f} MB")
+        print(
+            f"integer: {payload['integer_layers']} of {payload['layers']} layers; "
+            f"{products['integer_here']} of {products['to_be_integer']} products of bytes are "
+            f"integer operators in the compiled graph, beside {products['float_here']} float ones"
+        )
+        print(
+            f"simulate: largest difference {agreement['max_difference']:.3g} "
+            f"({agreement['relative_difference']:.2%} of the largest prediction), {images} "
+            f"({samples} samples, {agreement['steps']} steps)"
+        )
+
+    console.result(payload, render)
 
 
 def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> None:
+    """A pipeline folder for diffusers."""
     from ..exported import exported_pipeline
     from ..models.loading import open_pipeline, schedule_of
     from ..models.saving import check_target, save_folder

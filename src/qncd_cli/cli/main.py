@@ -303,23 +303,56 @@ def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
 
 @cli.command(
     epilog="\b\nExamples:\n  qncd export --to diffusers exported/fashion-ldm-w4a8\n"
-    "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6"
+    "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6\n"
+    "  qncd export --to onnx exported/onnx\n"
+    "  qncd export --to openvino exported/openvino --samples 8 --bound 0.05"
 )
 @click.argument("out", metavar="DIR", type=click.Path())
-@click.option("--to", type=click.Choice(["diffusers"]), required=True, help="The format.")
+@click.option(
+    "--to",
+    type=click.Choice(["diffusers", "onnx", "openvino"]),
+    required=True,
+    help="The format.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Of a graph: images to compare with the simulation (default: 4).",
+)
+@click.option(
+    "--bound",
+    type=click.FloatRange(0),
+    metavar="SHARE",
+    help="Of a graph: largest difference of one prediction from the simulation, as a share of the "
+    "largest prediction; beyond it nothing is written (default: 0.1).",
+)
 @options.run_dir
-@options.force("Replace the diffusers folder that is there.")
+@options.force("Replace the exported folder that is there.")
 @options.json_output
-def export(out, to, run_dir, force, as_json, debug):
-    """Write the quantized model as a pipeline folder that diffusers loads.
+def export(out, to, samples, bound, run_dir, force, as_json, debug):
+    """Write the quantized model for other tools: a pipeline folder, or a graph of the denoiser.
 
-    In the code that loads it: import qncd_cli.exported once, then
+    diffusers: in the code that loads it, import qncd_cli.exported once, then
     DiffusionPipeline.from_pretrained(DIR) (needs the package accelerate). It computes with
-    integers where the CPU can; corrections of the sampling loop are not part of it.
+    integers where the CPU can.
+
+    onnx, openvino: the denoiser alone, with open batch size and the ranges of all timesteps, in
+    the operators that ONNX Runtime or OpenVINO compute in integers. The graph is run beside the
+    simulation; DIR/graph.json says how to call it, what is not in integers, and what came out.
+
+    Corrections of the sampling loop are part of neither.
     """
     from . import export as command
 
-    command.export(Console(as_json), out, run_dir, force=force)
+    console = Console(as_json)
+    if to == "diffusers":
+        if samples is not None or bound is not None:
+            raise click.UsageError("--samples and --bound are for graphs, not for diffusers")
+        command.export(console, out, run_dir, force=force)
+        return
+    samples, bound = 4 if samples is None else samples, 0.1 if bound is None else bound
+    command.export_graph(console, to, out, run_dir, samples, bound, force=force)
 
 
 @cli.command(
