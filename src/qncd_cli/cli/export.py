@@ -37,7 +37,7 @@ def export_graph(
     tree = config.to_dict()
     tree["model"]["dtype"] = "float32"  # of what stays unquantized in the graph
     config = parse_config(tree, "export")
-    model = open_model(config, "cpu")
+    model = open_model(config, "cpu", run.path)
     artifacts.check_lineage(quantized, model=model.digest)
     check = stage.Check(samples, bound)
     with replacing_folder(folder) as made:
