@@ -75,4 +75,4 @@ def test_what_is_wrong_is_said_at_once(quantized, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     missing = quantized("export", "--to", "onnx", "new", ok=False)
     assert missing.exit_code == 6
-    assert "pip install 'qncd-cli[onnx]'" in missing.stderr
+    assert "pip install onnx onnxscript onnxruntime" in missing.stderr

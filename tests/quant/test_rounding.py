@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from qncd_cli.quant import rounding
 from qncd_cli.quant.affine import choose_qparams, dequantize, fake_quantize
 from qncd_cli.quant.gptq import (
     HessianAccumulator,
@@ -189,3 +190,15 @@ def test_hessian_accumulates_over_updates_and_merges():
     first.merge(second)
     assert torch.allclose(first.hessian(), whole.hessian(), rtol=1e-5)
     assert torch.allclose(whole.hessian(), hessian_of(x), rtol=1e-5)
+
+
+def test_a_channels_range_depends_on_no_other_channel(monkeypatch):
+    """Rows are searched in parts that fit a cache; where they are cut changes no bit."""
+    weight = torch.randn(37, 50, generator=torch.Generator().manual_seed(0)) ** 3
+    spec = weight_spec(4)
+    whole = mse_weight_qparams(weight, spec)
+    for at_once in (1, 120, 1000):
+        monkeypatch.setattr(rounding, "SEARCHED_AT_ONCE", at_once)
+        parts = mse_weight_qparams(weight, spec)
+        assert torch.equal(parts.scale, whole.scale)
+        assert torch.equal(parts.zero_point, whole.zero_point)

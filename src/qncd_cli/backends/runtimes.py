@@ -50,11 +50,11 @@ def why_missing(packages: tuple[str, ...]) -> str:
     return ""
 
 
-def require(target: str, packages: tuple[str, ...], extra: str) -> None:
+def require(target: str, packages: tuple[str, ...]) -> None:
     """Raises BackendUnavailable that says what to install."""
     if missing := why_missing(packages):
         raise BackendUnavailable(
-            f"{target} needs the package {missing}", f"pip install 'qncd-cli[{extra}]'"
+            f"{target} needs the package {missing}", f"pip install {' '.join(packages)}"
         )
 
 

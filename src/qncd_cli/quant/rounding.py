@@ -11,6 +11,8 @@ from ..spec import QSpec
 from .affine import QParams, choose_qparams, dequantize, fake_quantize, quantize
 from .gptq import gptq_codes
 
+SEARCHED_AT_ONCE = 1 << 17
+"""Weights, so that the passes over them stay within a core's cache."""
 CLIP_FRACTIONS = 40
 MIN_FRACTION = 0.5
 
@@ -35,6 +37,13 @@ def mse_weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
     Both ends shrink together through 40 fractions from 1 to 0.5.
     """
     flat = weight.reshape(weight.shape[0], -1).to(torch.float32)
+    rows = max(1, SEARCHED_AT_ONCE // max(1, flat.shape[1]))
+    found = [_least_squares(part, spec) for part in flat.split(rows)]
+    return QParams(*(torch.cat(values) for values in zip(*found, strict=True)))
+
+
+def _least_squares(flat: Tensor, spec: QSpec) -> QParams:
+    """Of rows [O, K] float32."""
     low, high = flat.amin(1), flat.amax(1)
     best = choose_qparams(low, high, spec)
     best_error = torch.full_like(low, torch.inf)

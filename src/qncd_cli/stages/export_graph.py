@@ -39,7 +39,6 @@ class Target:
     """A format: what its graph is called, what it needs, and which form of layers it takes."""
 
     file: str
-    extra: str
     packages: tuple[str, ...]
     form: str
     open: Callable[[Path], Session]
@@ -48,14 +47,12 @@ class Target:
 TARGETS = {
     "onnx": Target(
         "denoiser.onnx",
-        "onnx",
         ("onnx", "onnxscript", "onnxruntime"),
         "integer",
         runtimes.onnx_session,
     ),
     "openvino": Target(
         "denoiser.xml",
-        "openvino",
         ("onnx", "onnxscript", "openvino"),
         "fake",
         runtimes.openvino_session,
@@ -88,7 +85,7 @@ class SessionDenoiser(Denoiser):
 def require(target: str) -> None:
     """Raises BackendUnavailable that says what to install."""
     needs = TARGETS[target]
-    runtimes.require(f"--to {target}", needs.packages, needs.extra)
+    runtimes.require(f"--to {target}", needs.packages)
 
 
 def run(

@@ -17,6 +17,7 @@ from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import attention_sites, skip_boundaries
 from ..spec import FLOAT_BITS
 from .assemble import group_bounds
+from .measure_noise import noise_body
 from .plan import LayerPlan, has_own_weight_bits, plan_layers, range_observer
 
 PLACEHOLDER = 0.012345678901234567
@@ -170,18 +171,7 @@ def extra_weight_bits(config: Config, plans: list[LayerPlan]) -> int:
 
 
 def noise_stats(config: Config, shapes: Shapes, timesteps: list[float]) -> Artifact:
-    sampling = config.sampling
-    body = {
-        "channels": shapes.latent_shape[0],
-        "steps": len(set(timesteps)),
-        "sampling": {
-            "scheduler": sampling.scheduler,
-            "steps": sampling.steps,
-            "eta": sampling.eta,
-            "guidance_scale": sampling.guidance_scale,
-        },
-        "target": config.correction.inter.target,
-    }
+    body = noise_body(config, shapes.latent_shape[0], len(set(timesteps)))
     return _blank("noise_stats", body, {"quantized": CONTENT})
 
 

@@ -36,17 +36,7 @@ def measure_noise(
     """
     sampling = config.sampling
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
-    body: dict[str, Any] = {
-        "channels": model.latent_shape[0],
-        "steps": 0,
-        "sampling": {
-            "scheduler": sampling.scheduler,
-            "steps": sampling.steps,
-            "eta": sampling.eta,
-            "guidance_scale": sampling.guidance_scale,
-        },
-        "target": config.correction.inter.target,
-    }
+    body = noise_body(config, model.latent_shape[0], 0)
     timed = with_timesteps(scheduler, sampling.steps, sampling.eta)
     try:
         plan = plan_steps(timed, sampling.eta)
@@ -60,6 +50,22 @@ def measure_noise(
     parents = {"quantized": quantized.digest}
     digest = config.stage_digest("quantize")
     return Artifact("noise_stats", tensors, body, digest, model.digest, parents)
+
+
+def noise_body(config: Config, channels: int, steps: int) -> dict[str, Any]:
+    """Of the artifact: what its statistics hold for. channels: of the latents."""
+    sampling = config.sampling
+    return {
+        "channels": channels,
+        "steps": steps,
+        "sampling": {
+            "scheduler": sampling.scheduler,
+            "steps": sampling.steps,
+            "eta": sampling.eta,
+            "guidance_scale": sampling.guidance_scale,
+        },
+        "target": config.correction.inter.target,
+    }
 
 
 def _measure(
