@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# What is tested is tiny: two processes help, more threads only wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# What is tested is tiny: two processes help, more threads only wait for each other. In the order of the
+# files, those that compile come early; by number of tests they would come last and alone.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 CONFIGS := fashion_ldm_w8a8 fashion_ldm_w4a8 fashion_ldm_w4a6
 NUM ?= 300
 

@@ -20,6 +20,7 @@ from qncd_cli.quant.affine import QParams
 from qncd_cli.stages import calibrate, footprint, forecast, foreseen, quantize
 from qncd_cli.stages.footprint import Foreseen, Machine
 from qncd_cli.stages.plan import plan_layers
+from qncd_cli.stages.sample import default_batch
 
 FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1}
 NEAREST = {"bits": 4, "rounding": "nearest"}
@@ -128,3 +129,8 @@ def test_available_memory_is_less_than_the_machine_has():
 def test_available_disk_is_that_of_the_nearest_folder(tmp_path):
     there, to_be = tmp_path, tmp_path / "not" / "yet"
     assert forecast.available_disk(to_be) == pytest.approx(forecast.available_disk(there), rel=0.1)
+
+
+def test_large_models_draw_fewer_samples_together():
+    macs = {"fashion-ldm": 200e6, "ldm4": 104e9, "sdxl": 3.4e12}
+    assert [default_batch(int(m)) for m in macs.values()] == [50, 9, 1]

@@ -30,7 +30,7 @@ class SampleOptions:
     seed: int | None
     classes: str | None
     prompts: tuple[str, ...]
-    batch_size: int
+    batch_size: int | None
     scheduler: str | None = None
     eta: float | None = None
     guidance: float | None = None
@@ -207,8 +207,12 @@ def sample(console: Console, options: SampleOptions) -> Path:
         subject = subjects.quantized(model, quantized, noise_stats, options.backend)
         _note_backend(console, subject)
     folder = run.samples(options.name or subject.kind)
+    macs = _macs(run, config, model, subject.kind)
     request = stage.SampleRequest(
-        folder, config.sampling.seed, options.num or DEFAULT_NUM, options.batch_size
+        folder,
+        config.sampling.seed,
+        options.num or DEFAULT_NUM,
+        options.batch_size or stage.default_batch(macs),
     )
     if options.force:
         stage.check(config, model, subject, request)
@@ -218,7 +222,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
         how = subjects.Compiling(
             run.path / FOLDER,
             console.note,
-            read_json(run.coverage, "qncd quantize --force")["macs"],
+            macs,
             options.compiled,
             bool(begun.get("compiled", False)) if begun else None,
         )
@@ -234,6 +238,15 @@ def sample(console: Console, options: SampleOptions) -> Path:
         contact_sheet=str(stage.sheet_path(folder)),
     )
     return folder
+
+
+def _macs(run: RunDir, config: Config, model: Any, kind: str) -> int:
+    """Of one call on one sample."""
+    from ..stages.assemble import denoiser_costs
+
+    if kind == "quantized" or run.coverage.is_file():
+        return int(read_json(run.coverage, "qncd quantize --force")["macs"])
+    return sum(cost.macs for cost in denoiser_costs(config, model))
 
 
 def _note_backend(console: Console, subject: Any) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 Command = Callable[..., Any]
-DEFAULT_BATCH = 50
 
 
 def json_output(command: Command) -> Command:
@@ -84,9 +83,8 @@ def sampling(command: Command) -> Command:
         click.option(
             "--batch-size",
             type=click.IntRange(1),
-            default=DEFAULT_BATCH,
-            show_default=True,
             metavar="N",
+            help="Samples drawn together (default: 50, fewer of large models).",
         ),
     ]
     command = backend(command)

@@ -13,7 +13,6 @@ from ..config_files import load_config
 from ..run_dir import find_run
 from .commands import DEFAULT_NUM, SampleOptions, run_folder, sampling_config
 from .console import Console
-from .options import DEFAULT_BATCH
 from .shared import silence_diffusers
 
 STAGES = ("calibrate", "quantize", "sample")
@@ -52,9 +51,8 @@ def of_samples(console: Console, options: SampleOptions) -> None:
 
 
 _DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(("steps", "num", "seed", "classes")),
+    **dict.fromkeys(("steps", "num", "seed", "classes", "batch_size")),
     "prompts": (),
-    "batch_size": DEFAULT_BATCH,
 }
 
 

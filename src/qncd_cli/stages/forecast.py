@@ -30,7 +30,7 @@ from .coverage import coverage_of
 from .footprint import Foreseen, Machine
 from .plan import plan_layers
 from .reconstruct import CACHE_BYTES
-from .sample import SHEET_IMAGES, TRACED
+from .sample import SHEET_IMAGES, TRACED, default_batch
 
 RATE_SECONDS = 0.3
 """How long each rate of the machine is measured."""
@@ -42,14 +42,15 @@ SHEET_SCALE = 2  # of the contact sheet's pixels, per side
 class Request:
     """What is to be run: stages, of which all are forecast and these have to fit.
 
-    sampling: the configuration that samples are drawn with, count of them in batches; run_dir:
+    sampling: the configuration that samples are drawn with, count of them in batches (None: of the
+    default size); run_dir:
     where all is written; imports: bytes of this process before it did anything.
     """
 
     stages: tuple[str, ...]
     sampling: Config
     count: int
-    batch_size: int
+    batch_size: int | None
     backend: str
     run_dir: Path
     imports: int
@@ -64,10 +65,11 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     with torch.no_grad():
         costs = count_macs(shapes.denoiser, lambda: shapes.call(1))
     covered = coverage_of(config, shapes.denoiser, costs, quantized)
+    batch_size = request.batch_size or default_batch(covered["macs"])
     result = _result(config, shapes, covered, quantized)
     backend = get_backend(request.backend, "cpu").name
     sizes = Foreseen.of(calibration, smoothing, quantized)
-    stages = _stages(config, shapes, request, backend, costs, sizes, quantized)
+    stages = _stages(config, shapes, request, batch_size, backend, costs, sizes, quantized)
     noise = foreseen.noise_stats(config, shapes, times)
     disk = {
         "calibrate": sum(map(foreseen.file_bytes, (calibration, smoothing))),
@@ -88,7 +90,7 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
         "available": available,
         "backend": backend,
         "samples": request.count,
-        "batch_size": request.batch_size,
+        "batch_size": batch_size,
         "does_not_fit": _problems(request.stages, stages, available),
     }
 
@@ -162,6 +164,7 @@ def _stages(
     config: Config,
     shapes: Shapes,
     request: Request,
+    batch_size: int,
     backend: str,
     costs: list[LayerCost],
     sizes: Foreseen,
@@ -172,7 +175,7 @@ def _stages(
     work = footprint.meter(config, shapes, quantized)
     held = footprint.resident(shapes, DTYPES[config.model.dtype])
     known = (config, shapes, held, sizes, work, machine)
-    batch = min(request.count, request.batch_size)
+    batch = min(request.count, batch_size)
     phases = {
         "calibrate": footprint.calibrate_phases(*known),
         "quantize": footprint.quantize_phases(*known),

@@ -39,8 +39,16 @@ from .subject import Subject
 TRACED = 32
 """Seeds whose predictions are kept at every step, for the SQNR over the steps."""
 SHEET_IMAGES = 64
+LARGEST_BATCH = 50
+BATCH_MACS = 10**12
+"""Of one call, as many samples as come near it where fewer are to be drawn together."""
 MANIFEST = "manifest.json"
 PARTS = ".parts"
+
+
+def default_batch(macs: int) -> int:
+    """How many samples are drawn together unless it is said. macs: of one call on one sample."""
+    return max(1, min(LARGEST_BATCH, BATCH_MACS // macs))
 
 
 @dataclass(frozen=True)
