@@ -13,7 +13,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from qncd_cli.errors import ConfigError
-from qncd_cli.models.flow_schedule import shifted
+from qncd_cli.models.schedule import FROM_ONE, shifted
 from qncd_cli.quant.noise_correction import RuntimeCorrection
 from qncd_cli.quant.noise_statistics import NoiseStatistics, timestep_key
 from qncd_cli.quant.offline_correction import AffineCorrection, PtqdCorrection
@@ -25,7 +25,8 @@ SHAPE, STEPS, SEEDS = (3, 8, 8), 6, [3, 8]
 MU, S = 0.3, 0.8
 SD3 = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 SCHNELL = {"_class_name": "FlowMatchFromOne"}
-DEV = {**SCHNELL, "use_dynamic_shifting": True, "base_shift": 0.9, "max_shift": 0.9}
+DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.9, "max_shift": 0.9}
+SD3_DYNAMIC, DEV = {**SD3, **DYNAMIC}, {**SCHNELL, **DYNAMIC}
 BIAS = torch.tensor([0.02, -0.05, 0.08]).view(1, 3, 1, 1)
 
 
@@ -47,13 +48,13 @@ def draw(predict, config=SD3, seeds=SEEDS, shape=SHAPE, **options):
     return denoise(predict, scheduler, STEPS, generators_for(seeds), shape, **options)
 
 
-@pytest.mark.parametrize("config", [SD3, SCHNELL, DEV])
+@pytest.mark.parametrize("config", [SD3, SD3_DYNAMIC, SCHNELL, DEV])
 def test_steps_are_those_of_the_pipelines(config):
     options = {k: v for k, v in config.items() if k != "_class_name"}
     scheduler = FlowMatchEulerDiscreteScheduler(**options)
     from_one = torch.linspace(1, 1 / STEPS, STEPS).tolist()
-    own = {} if config is SD3 else {"sigmas": from_one}
-    scheduler.set_timesteps(STEPS, **own, mu=0.9 if config is DEV else None)
+    own = {"sigmas": from_one} if config["_class_name"] == FROM_ONE else {}
+    scheduler.set_timesteps(STEPS, **own, mu=config.get("base_shift"))
     x = torch.cat([torch.randn((1, *SHAPE), generator=g) for g in generators_for(SEEDS)])
     for t in scheduler.timesteps:
         x = scheduler.step(exact(x, t), t, x).prev_sample

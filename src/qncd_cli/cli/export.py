@@ -82,8 +82,9 @@ def export_graph(
 def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> None:
     """A pipeline folder for diffusers."""
     from ..exported import exported_pipeline
-    from ..models.loading import open_pipeline, schedule_of
+    from ..models.loading import open_pipeline
     from ..models.saving import check_target, save_folder
+    from ..models.schedule import schedule_of
     from ..sampling.samplers import make_scheduler
 
     silence_diffusers()

@@ -1,11 +1,14 @@
-"""The qncd command: options and help. Everything heavy is imported inside the commands."""
+"""The qncd command: options and help of the pipeline; what is beside it is in tools.py.
+
+Everything heavy is imported inside the commands.
+"""
 
 from __future__ import annotations
 
 import click
 
 from .. import __version__
-from . import options
+from . import options, tools
 from .console import Console, ErrorReportingGroup
 
 EPILOG = """\b
@@ -265,170 +268,5 @@ def ablate(**options):
     command.ablate(console, command.AblateOptions(**options))
 
 
-@cli.command(
-    epilog="\b\nExample:\n  qncd convert models/ldm/cin256-v2/model.ckpt \\\n"
-    "      --compvis-config models/ldm/cin256-v2/cin256-v2.yaml --out models/cin256-v2\n"
-    "  qncd convert sd-v1-4.ckpt --compvis-config v1-inference.yaml \\\n"
-    "      --tokenizer clip-vit-large-patch14 --out models/sd-v1-4"
-)
-@click.argument("checkpoint", type=click.Path())
-@click.option(
-    "--compvis-config",
-    metavar="YAML",
-    required=True,
-    help="The YAML that CompVis published with the checkpoint.",
-)
-@click.option(
-    "--tokenizer",
-    metavar="DIR",
-    help="Of Stable Diffusion: a folder with vocab.json and merges.txt, or a hub id.",
-)
-@click.option(
-    "--out", metavar="DIR", required=True, help="The folder to make; model.source can name it."
-)
-@options.force("Replace the diffusers folder that is there.")
-@options.json_output
-def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
-    """Turn a CompVis latent-diffusion checkpoint into a diffusers folder.
-
-    Every tensor of the checkpoint must have its place, or nothing is written. Weights keep their
-    precision; where the checkpoint has moving averages (EMA) of the U-Net, these are taken. A
-    Stable Diffusion checkpoint holds no tokenizer: without --tokenizer it is looked for on the hub
-    (openai/clip-vit-large-patch14).
-    """
-    from . import convert as command
-
-    command.convert(Console(as_json), checkpoint, compvis_config, tokenizer, out, force=force)
-
-
-@cli.command(
-    epilog="\b\nExamples:\n  qncd export --to diffusers exported/fashion-ldm-w4a8\n"
-    "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6\n"
-    "  qncd export --to onnx exported/onnx\n"
-    "  qncd export --to openvino exported/openvino --samples 8 --bound 0.05"
-)
-@click.argument("out", metavar="DIR", type=click.Path())
-@click.option(
-    "--to",
-    type=click.Choice(["diffusers", "onnx", "openvino"]),
-    required=True,
-    help="The format.",
-)
-@click.option(
-    "--samples",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Of a graph: images to compare with the simulation (default: 4).",
-)
-@click.option(
-    "--bound",
-    type=click.FloatRange(0),
-    metavar="SHARE",
-    help="Of a graph: largest difference of one prediction from the simulation, as a share of the "
-    "largest prediction; beyond it nothing is written (default: 0.1).",
-)
-@options.run_dir
-@options.force("Replace the exported folder that is there.")
-@options.json_output
-def export(out, to, samples, bound, run_dir, force, as_json, debug):
-    """Write the quantized model for other tools: a pipeline folder, or a graph of the denoiser.
-
-    diffusers: in the code that loads it, import qncd_cli.exported once, then
-    DiffusionPipeline.from_pretrained(DIR) (needs the package accelerate). It computes with
-    integers where the CPU can.
-
-    onnx, openvino: the denoiser alone, with open batch size and the ranges of all timesteps, in
-    the operators that ONNX Runtime or OpenVINO compute in integers. The graph is run beside the
-    simulation; DIR/graph.json says how to call it, what is not in integers, and what came out.
-
-    Corrections of the sampling loop are part of neither.
-    """
-    from . import export as command
-
-    console = Console(as_json)
-    if to == "diffusers":
-        if samples is not None or bound is not None:
-            raise click.UsageError("--samples and --bound are for graphs, not for diffusers")
-        command.export(console, out, run_dir, force=force)
-        return
-    samples, bound = 4 if samples is None else samples, 0.1 if bound is None else bound
-    command.export_graph(console, to, out, run_dir, samples, bound, force=force)
-
-
-@cli.command(
-    epilog="\b\nExamples:\n  qncd bench random:ldm4\n"
-    "  qncd bench zoo:fashion-ldm --batch-size 50 --rounds 20\n"
-    "  qncd bench random:ldm4 --rows float32-eager,int8-w4a8 --no-memory --profile\n"
-    "  qncd bench --config fashion_ldm_w4a8.yaml --json"
-)
-@click.argument("source", required=False)
-@click.option(
-    "--config",
-    "config_name",
-    metavar="FILE|NAME",
-    help="Take model, dtype and classes from a configuration instead of SOURCE.",
-)
-@click.option(
-    "--rows",
-    metavar="NAME,NAME,...",
-    default="float32-eager,float32-compiled,bfloat16-eager,bfloat16-compiled,"
-    "simulate-w4a8,int8-w4a8,int8-w4a8-compiled",
-    show_default=True,
-    help="What to measure; quantized rows take any widths of 2 to 8 bits.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=2,
-    show_default=True,
-    metavar="N",
-    help="Samples in a call of the denoiser, both halves of guidance counted.",
-)
-@click.option(
-    "--rounds",
-    type=click.IntRange(1),
-    default=9,
-    show_default=True,
-    metavar="N",
-    help="How often every row is timed, in turn with the others.",
-)
-@click.option(
-    "--memory/--no-memory",
-    default=True,
-    show_default=True,
-    help="Also load every row alone in a process: its memory, loading and preparing.",
-)
-@click.option("--profile", is_flag=True, help="Also say where a call's time goes.")
-@click.option("--out", metavar="DIR", help="Where to write (default: runs/bench_<model>).")
-@options.json_output
-def bench(source, config_name, as_json, debug, **options):
-    """Speed, memory and size of a model's denoiser on this CPU, full precision beside quantized.
-
-    SOURCE: zoo:NAME, random:NAME, a diffusers folder or hub id. Quantized rows are made on the
-    spot from one calibration input (preset minmax): good for speed and size, not for images.
-    Writes bench.json and bench.md. A row that this machine cannot run is listed with the reason.
-    """
-    if (source is None) == (config_name is None):
-        raise click.UsageError("give either SOURCE or --config")
-    from . import bench as command
-
-    command.bench(Console(as_json), command.BenchOptions(source, config_name, **options))
-
-
-@cli.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
-@click.argument("file", type=click.Path())
-@options.json_output
-def inspect(file, as_json, debug):
-    """What an artifact holds and where it comes from; checks it completely."""
-    from . import listing
-
-    listing.inspect(Console(as_json), file)
-
-
-@cli.command(epilog="\b\nExamples:\n  qncd models\n  qncd models --json")
-@options.json_output
-def models(as_json, debug):
-    """Packaged models, shipped configurations, presets."""
-    from . import listing
-
-    listing.models(Console(as_json))
+for command in tools.COMMANDS:
+    cli.add_command(command)

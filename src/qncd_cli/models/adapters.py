@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .flow_schedule import FLUX_MAX_SHIFT, FROM_ONE, SD3_MAX_SHIFT, shifted
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
+from .schedule import FLUX_MAX_SHIFT, FROM_ONE, SD3_MAX_SHIFT, schedule_of, shifted
 from .text import TEXT_TABLES, Encoded, Prompts, latent_side
 
 Condition = dict[str, Tensor]
@@ -75,13 +75,11 @@ def _unconditional_latents(pipeline: Any, request: Request) -> Parts:
 
 
 def _text(pipeline: Any, request: Request) -> Parts:
-    kind = type(pipeline).__name__
     prompts, encoded = request
     assert prompts is not None and encoded is not None
     table, negative = encoded.table, encoded.negative
     denoiser = pipeline.components.get("transformer") or pipeline.unet
     side = latent_side(pipeline, prompts)
-    channels = denoiser.config.in_channels
 
     def condition(labels: Tensor) -> Condition:
         return {name: value[labels.to(value.device)] for name, value in table.items()}
@@ -90,23 +88,40 @@ def _text(pipeline: Any, request: Request) -> Parts:
         null = negative or {}
         return {name: value.expand(rows, *value.shape[1:]) for name, value in null.items()}
 
-    parts = {
+    return {
         "denoiser": denoiser,
-        "latent_shape": (channels, side, side),
+        "latent_shape": (denoiser.config.in_channels, side, side),
         "num_classes": len(prompts.texts),
         "condition": condition,
         "null_condition": None if negative is None else null_condition,
         "decode": _decoder(pipeline.vae),
     }
-    schedule = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    if kind == "StableDiffusion3Pipeline":
-        tokens = (side // denoiser.config.patch_size) ** 2
-        parts["scheduler_config"] = shifted(schedule, tokens, SD3_MAX_SHIFT)
-    elif kind == "FluxPipeline":
-        parts["latent_shape"] = (channels // 4, side, side)  # a token is 2 x 2 of them
-        steps = {"_class_name": FROM_ONE}
-        parts["scheduler_config"] = shifted(schedule, side**2 // 4, FLUX_MAX_SHIFT) | steps
-    return parts
+
+
+def _stable_diffusion_3(pipeline: Any, request: Request) -> Parts:
+    parts = _text(pipeline, request)
+    tokens = (parts["latent_shape"][1] // pipeline.transformer.config.patch_size) ** 2
+    return {**parts, "scheduler_config": shifted(schedule_of(pipeline), tokens, SD3_MAX_SHIFT)}
+
+
+def _flux(pipeline: Any, request: Request) -> Parts:
+    """Reads 2 x 2 latents as one token; dev was distilled to read the guidance scale, [N]."""
+    parts, prompts = _text(pipeline, request), request[0]
+    assert prompts is not None
+    transformer, encoded = pipeline.transformer, parts["condition"]
+    channels, height, width = parts["latent_shape"]
+
+    def condition(labels: Tensor) -> Condition:
+        scale = torch.full((len(labels),), prompts.guidance_scale, device=transformer.device)
+        return {**encoded(labels), "guidance": scale}
+
+    schedule = shifted(schedule_of(pipeline), height * width // 4, FLUX_MAX_SHIFT)
+    return {
+        **parts,
+        "latent_shape": (channels // 4, height, width),
+        "condition": condition if transformer.config.guidance_embeds else encoded,
+        "scheduler_config": {**schedule, "_class_name": FROM_ONE},
+    }
 
 
 def _shape(denoiser: Any) -> Parts:
@@ -139,6 +154,8 @@ def _decoded(latents: Tensor, decode: Callable[[Tensor], Tensor], first_stage: A
 ADAPTERS: dict[str, Callable[[Any, Request], Parts]] = {
     **dict.fromkeys(CLASS_CONDITIONAL, _class_conditional),
     **dict.fromkeys(TEXT_TABLES, _text),
+    "StableDiffusion3Pipeline": _stable_diffusion_3,
+    "FluxPipeline": _flux,
     "DiTPipeline": _dit,
     "DDPMPipeline": _unconditional,
     "DDIMPipeline": _unconditional,

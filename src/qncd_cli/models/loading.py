@@ -24,6 +24,7 @@ from .compvis_text import tokenizer_files
 from .pipelines import CLASS_CONDITIONAL
 from .prompt_cache import PromptCache
 from .random_models import SEED, random_pipeline
+from .schedule import schedule_of
 from .stored import check_weights
 from .text import TEXT_TABLES, Prompts, encode
 from .zoo import zoo_path
@@ -167,12 +168,6 @@ def _folder_of(source: str) -> Path | None:
     if source.startswith("zoo:"):
         return zoo_path(source.removeprefix("zoo:"))
     return _find_folder(source)
-
-
-def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Its scheduler's configuration, the class of which it is among it."""
-    scheduler = pipeline.scheduler
-    return {**scheduler.config, "_class_name": type(scheduler).__name__}
 
 
 def find_device(name: str) -> torch.device:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from diffusers import (
-    AutoencoderKL,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -17,19 +16,7 @@ from diffusers import (
 )
 from torch import nn
 
-
-def _kl(channels: int) -> AutoencoderKL:
-    """f8: Stable Diffusion's and SDXL's with 4 channels, SD3's and FLUX's with 16."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=channels,
-        use_quant_conv=channels == 4,
-        use_post_quant_conv=channels == 4,
-        sample_size=1024,
-    )
+from .random_models import kl_autoencoder
 
 
 def _sdxl() -> dict[str, nn.Module]:
@@ -47,7 +34,7 @@ def _sdxl() -> dict[str, nn.Module]:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
-    return {"unet": unet, "vae": _kl(4)}
+    return {"unet": unet, "vae": kl_autoencoder(1024)}
 
 
 def _pixart_sigma() -> dict[str, nn.Module]:
@@ -60,7 +47,7 @@ def _pixart_sigma() -> dict[str, nn.Module]:
         caption_channels=4096,
         use_additional_conditions=False,
     )
-    return {"transformer": transformer, "vae": _kl(4)}
+    return {"transformer": transformer, "vae": kl_autoencoder(1024)}
 
 
 def _sd3_medium() -> dict[str, nn.Module]:
@@ -73,12 +60,15 @@ def _sd3_medium() -> dict[str, nn.Module]:
         out_channels=16,
         pos_embed_max_size=192,
     )
-    return {"transformer": transformer, "vae": _kl(16)}
+    return {"transformer": transformer, "vae": kl_autoencoder(1024, 16)}
 
 
 def _flux_dev() -> dict[str, nn.Module]:
     """black-forest-labs/FLUX.1-dev: 19 double and 38 single blocks, 24 heads of 128."""
-    return {"transformer": FluxTransformer2DModel(guidance_embeds=True), "vae": _kl(16)}
+    return {
+        "transformer": FluxTransformer2DModel(guidance_embeds=True),
+        "vae": kl_autoencoder(1024, 16),
+    }
 
 
 PUBLISHED: dict[str, Callable[[], dict[str, nn.Module]]] = {

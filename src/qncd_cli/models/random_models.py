@@ -93,7 +93,7 @@ def _sd15() -> DiffusionPipeline:
         steps_offset=1,
     )
     prompts = ClassEmbedder(PROMPTS, 768, tokens=77)
-    return ClassConditionalLDMPipeline(unet, _kl_autoencoder(512), prompts, scheduler)
+    return ClassConditionalLDMPipeline(unet, kl_autoencoder(512), prompts, scheduler)
 
 
 def _dit_xl() -> DiffusionPipeline:
@@ -108,17 +108,19 @@ def _dit_xl() -> DiffusionPipeline:
         num_embeds_ada_norm=1000,
     )
     scheduler = DDIMScheduler(beta_schedule="linear", clip_sample=False, set_alpha_to_one=True)
-    return ClassConditionalDiTPipeline(transformer, _kl_autoencoder(256), scheduler)
+    return ClassConditionalDiTPipeline(transformer, kl_autoencoder(256), scheduler)
 
 
-def _kl_autoencoder(sample_size: int) -> AutoencoderKL:
-    """The first stage of Stable Diffusion 1.x, which DiT shares: 4 channels at an eighth."""
+def kl_autoencoder(sample_size: int, channels: int = 4) -> AutoencoderKL:
+    """Stable Diffusion's first stage at an eighth, which DiT and SDXL share; 16 channels: SD3's."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(128, 256, 512, 512),
         layers_per_block=2,
-        latent_channels=4,
+        latent_channels=channels,
+        use_quant_conv=channels == 4,
+        use_post_quant_conv=channels == 4,
         sample_size=sample_size,
         scaling_factor=0.18215,
     )

@@ -137,10 +137,7 @@ def stable_diffusion_3_table(pipeline: Any, prompts: Prompts) -> Encoded:
 
 
 def flux_table(pipeline: Any, prompts: Prompts) -> Encoded:
-    """FLUX: T5's encoder_hidden_states [P, L, C], CLIP's pooled_projections [P, C'].
-
-    FLUX.1-dev was distilled to read the guidance scale, [P], in place of being guided.
-    """
+    """FLUX: T5's encoder_hidden_states [P, L, C], CLIP's pooled_projections [P, C']."""
     if prompts.negative:
         raise ModelError(
             "FluxPipeline is guided without a negative prompt", "leave negative_prompt out"
@@ -148,10 +145,7 @@ def flux_table(pipeline: Any, prompts: Prompts) -> Encoded:
 
     def encode(texts: list[str]) -> Table:
         embeddings, pooled, _ = pipeline.encode_prompt(texts, None, pipeline.transformer.device)
-        table = {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
-        if pipeline.transformer.config.guidance_embeds:
-            table["guidance"] = torch.full((len(texts),), prompts.guidance_scale)
-        return table
+        return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
     return Encoded(_in_parts(encode, prompts.texts), None)
 

@@ -65,7 +65,10 @@ def with_timesteps(
             f"{kind} cannot step a model that predicts 'sample'", "use another sampling.scheduler"
         )
     scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps, device=device)
+    options = {}
+    if scheduler.config.get("use_dynamic_shifting", False) and _is_straight(scheduler):
+        options["mu"] = scheduler.config.base_shift  # models.schedule: at the size of the images
+    scheduler.set_timesteps(steps, device=device, **options)
     return scheduler
 
 

@@ -1,6 +1,7 @@
 """Part of the forecast: the artifacts that a configuration will write, known but for their values.
 
-Tensors are on the meta device; numbers in descriptions that only a run can know are PLACEHOLDER.
+Tensors are on the meta device; where a description holds a
+number that only a run can know, SOME_FLOAT takes as many characters.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .assemble import group_bounds
 from .measure_noise import noise_body
 from .plan import LayerPlan, has_own_weight_bits, plan_layers, range_observer
 
-PLACEHOLDER = 0.012345678901234567
+SOME_FLOAT = 0.012345678901234567
+"""Of the length that most have in JSON; only the length counts."""
 DIGEST, CONTENT = "0" * 16, "0" * 64
 _TYPES = {
     torch.float32: "F32",
@@ -129,16 +131,16 @@ def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> di
         "note": "",
     }
     if gptq:
-        entry["relative_output_error"] = PLACEHOLDER
+        entry["relative_output_error"] = SOME_FLOAT
     if refined(config) and min(plan.weight_bits, plan.activation_bits) <= 8:
-        entry["estimated_error"] = {"input": PLACEHOLDER, "weight": PLACEHOLDER}
+        entry["estimated_error"] = {"input": SOME_FLOAT, "weight": SOME_FLOAT}
     if q.weights.budget is not None and not has_own_weight_bits(plan, config):
-        entry["sensitivity"] = dict.fromkeys(map(str, (2, 3, 4, 6, 8)), PLACEHOLDER)
+        entry["sensitivity"] = dict.fromkeys(map(str, (2, 3, 4, 6, 8)), SOME_FLOAT)
     if q.weights.rounding in ("adaround", "brecq") and not float_weight:
         entry["reconstruction"] = {
             "block": plan.name,
-            "relative_output_error_before": PLACEHOLDER,
-            "relative_output_error_after": PLACEHOLDER,
+            "relative_output_error_before": SOME_FLOAT,
+            "relative_output_error_after": SOME_FLOAT,
             "kept": True,
         }
     return entry

@@ -1,8 +1,10 @@
-"""Schedules of rectified-flow pipelines, which depend on the size of the image."""
+"""The configuration of a pipeline's scheduler, as the pipeline sets it for images of one size."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from diffusers import DiffusionPipeline
 
 SD3_MAX_SHIFT, FLUX_MAX_SHIFT = 1.16, 1.15
 """The pipelines' own, where the scheduler has none."""
@@ -10,8 +12,14 @@ FROM_ONE = "FlowMatchFromOne"
 """The scheduler of `sampling.flow` that sets its steps as FluxPipeline does."""
 
 
+def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """Its scheduler's configuration, the class of which it is among it."""
+    scheduler = pipeline.scheduler
+    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
 def shifted(config: dict[str, Any], tokens: int, most: float) -> dict[str, Any]:
-    """A flow scheduler's configuration with its shift for images of that many tokens.
+    """A flow scheduler's configuration; base_shift is the shift mu for images of that many tokens.
 
     The shift grows linearly with the tokens (SD3, 2403.03206, sec. 5.3.2; FLUX). most: the
     pipeline's default for max_shift.
