@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from qncd_cli import artifacts
@@ -321,6 +321,23 @@ def test_another_lineage_is_refused_with_file_and_command(written, claim, text):
 
 
 # ---- atomic writing -----------------------------------------------------------------------------
+
+
+def test_what_safetensors_says_of_a_full_disk_is_understood(written, monkeypatch):
+    """Its own errors carry the system's number in words alone (0.8 on a full tmpfs)."""
+    before = written.read_bytes()
+
+    def full(*args, **kwargs):
+        raise SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "save_file", full)
+        with pytest.raises(ArtifactError, match="no room on disk"):
+            artifacts.write(written, smoothing(config="d" * 16))
+    assert written.read_bytes() == before
+    assert list(written.parent.iterdir()) == [written]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

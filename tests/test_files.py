@@ -36,7 +36,7 @@ def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
     keep = ["000001.png", "manifest.json", ".hidden", ".keep.txt", ".parts"]
     for name in keep:
         (tmp_path / name).write_text("")
-    for name in [".000001.png.abcd_123", ".latents.safetensors.zzzzzzzz"]:
+    for name in [".000001.png.abcd_123", ".latents.safetensors.zzzzzzzz", ".tmpBcUkq1"]:
         (tmp_path / name).write_text("")
     files.remove_temporaries(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(keep)

@@ -21,23 +21,24 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from . import __version__
 from .digests import canonical_json
 from .errors import ArtifactError
-from .files import write_bytes
+from .files import replacing
 from .spec import ATTENTION_OPERANDS
 
 HISTOGRAM_BINS = 2048
@@ -223,8 +224,18 @@ def description(artifact: Artifact) -> str:
 def write(path: Path, artifact: Artifact) -> Artifact:
     """Seal, write atomically, return the artifact with its digest and path."""
     sealed = seal(artifact)
-    write_bytes(path, save(sealed.tensors, metadata={"qncd": description(sealed)}))
+    with replacing(path) as temporary:
+        try:
+            save_file(sealed.tensors, temporary, metadata={"qncd": description(sealed)})
+        except SafetensorError as error:
+            raise _system_error(error) from error
     return replace(sealed, path=path)
+
+
+def _system_error(error: SafetensorError) -> OSError:
+    """What safetensors says in words of the system's error: "... (os error 28)"."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]) if found else errno.EIO, str(error))
 
 
 # ------------------------------------------------------------------ reading
@@ -262,7 +273,7 @@ def read(path: Path, kind: str | None = None) -> Artifact:
         raise ArtifactError(f"{path}: missing", again)
     try:
         text, tensors = _load(path)
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
         raise ArtifactError(f"{path}: truncated or not a qncd artifact", again) from error
     return checked(path, text, tensors, kind)
 

@@ -20,15 +20,18 @@ from .errors import ArtifactError
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """A binary file that takes the place of `path` when the block ends well, and not before."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A place for a file that takes the place of `path` when the block ends well, and not before.
+
+    Raises ArtifactError when the disk is full or the place cannot be written.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
+        os.close(handle)
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
@@ -46,15 +49,16 @@ def _replacing(path: Path) -> Iterator[Any]:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Atomically. Raises ArtifactError when the disk is full or the place cannot be written."""
-    with _replacing(path) as file:
-        file.write(data)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """What a killed process left behind of files that it was writing."""
-    for path in folder.glob(".*.*.????????"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
+    """What a killed process left behind of files that it was writing: ours, and safetensors'."""
+    for pattern in (".*.*.????????", ".tmp??????"):
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, marker: str, kind: str, *, force: bool) -> None:

@@ -151,6 +151,8 @@ def test_no_command_shows_the_help_and_is_a_usage_error():
         ["sample", "--num", "0"],
         ["sample", "--seed", "-1"],
         ["sample", "--inter", "magic"],
+        ["sample", "--low-memory", "--compile"],
+        ["sample", "--low-memory", "--full-precision"],
         ["sample", "--eta", "2"],
         ["eval", "--network", "resnet"],
         ["compare"],

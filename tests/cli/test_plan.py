@@ -104,7 +104,7 @@ def test_what_does_not_fit_on_disk_is_refused_in_one_line(qncd, monkeypatch):
 def test_a_stage_is_refused_for_its_own_needs(qncd, planned, monkeypatch):
     """Calibration may fit where drawing many samples at once does not."""
     big = ("run", "--config", "tiny.yaml", "--num", "100000", "--batch-size", "100000", "--plan")
-    needed = max(stage["peak_bytes"] for stage in planned["stages"])
+    needed = max(stage["needed_bytes"] for stage in planned["stages"])
     monkeypatch.setattr(forecast, "available_memory", lambda: needed + 1_000_000_000)
     assert qncd(*PLAN).exit_code == 0
     refused = qncd(*big, ok=False)

@@ -259,6 +259,13 @@ def test_batch_size_changes_quantized_images_hardly(work, inter):
     assert relative(other, latents(work, "b6")) > 0.5
 
 
+def test_low_memory_draws_the_same_set(work):
+    """With the same identity: it could even be continued without."""
+    work("sample", "--num", "4", "--name", "kept")
+    work("sample", "--num", "4", "--name", "packed", "--low-memory")
+    assert sample_set(work, "packed") == sample_set(work, "kept")
+
+
 def test_classes_are_taken_in_turn_by_seed(work):
     work("sample", "--num", "5", "--seed", "7", "--classes", "3,1", "--name", "two")
     found = manifest(work, "two")

@@ -178,7 +178,8 @@ def _prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) 
 
 
 def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
-    """Prepared on first use, for inputs of x's shape (others work too), and kept."""
+    """Prepared on first use, for inputs of x's shape (others work too), and kept unless memory is
+    dear."""
     kernel = layer.__dict__.get("_int8_kernel")
     if kernel is None:
         parts = weight_bytes(layer.integer_weight(), layer.weight_scale)
@@ -186,7 +187,8 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
         weights = [(_prepacked(layer, x, part, scale), scale) for part, scale in parts]
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)
         kernel = _Kernel(weights, zeros, scales, zero_points)
-        layer.__dict__["_int8_kernel"] = kernel
+        if not layer.low_memory:
+            layer.__dict__["_int8_kernel"] = kernel
     return kernel
 
 

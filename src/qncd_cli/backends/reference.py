@@ -35,7 +35,9 @@ def simulate_with(
 
 
 def _float_weight(layer: QuantizedLayer) -> Tensor:
-    """Dequantized once per layer and kept beside its codes."""
+    """Dequantized once per layer and kept beside its codes, unless memory is dear."""
+    if layer.low_memory:
+        return layer.float_weight()
     weight = layer.__dict__.get("_simulated_weight")
     if weight is None or weight.device != layer.weight.device:
         weight = layer.float_weight()

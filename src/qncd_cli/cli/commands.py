@@ -38,6 +38,7 @@ class SampleOptions:
     full_precision: bool = False
     backend: str = "auto"
     compiled: bool | None = None
+    low_memory: bool = False
     name: str | None = None
     overrides: tuple[str, ...] = ()
     run_dir: str | None = None
@@ -204,7 +205,14 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if quantized is None or noise_stats is None:
         subject = subjects.full_precision(model)
     else:
-        subject = subjects.quantized(model, quantized, noise_stats, options.backend)
+        subject = subjects.quantized(
+            model,
+            quantized,
+            noise_stats,
+            options.backend,
+            low_memory=options.low_memory,
+            in_place=True,
+        )
         _note_backend(console, subject)
     folder = run.samples(options.name or subject.kind)
     macs = _macs(run, config, model, subject.kind)
@@ -223,7 +231,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
             run.path / FOLDER,
             console.note,
             macs,
-            options.compiled,
+            False if options.low_memory else options.compiled,
             bool(begun.get("compiled", False)) if begun else None,
         )
         subject = subjects.compiled(config, model, subject, request.seeds, request.batch_size, how)

@@ -105,7 +105,8 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
     epilog="\b\nExamples:\n  qncd sample --steps 20 --num 64\n"
     "  qncd sample --classes 3,7 --num 16 --name dresses_and_sneakers\n"
     "  qncd sample --full-precision --num 64\n"
-    "  qncd sample --steps 50 --inter none --name steps50"
+    "  qncd sample --steps 50 --inter none --name steps50\n"
+    "  qncd sample --low-memory --batch-size 1"
 )
 @options.sampling
 @click.option("--scheduler", metavar="NAME", help="ddim, ddpm, pndm, plms, dpmsolver++, euler, ...")
@@ -121,6 +122,11 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
     "compiled",
     default=None,
     help="Compile the int8 denoiser, once per artifact (default: where it saves time).",
+)
+@click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Keep weights packed and unpack each layer's at every call: the same images, more slowly.",
 )
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
 @click.option("--name", metavar="NAME", help="Name of the sample set (default: quantized, full).")
@@ -144,6 +150,9 @@ def sample(**options):
     plan = options.pop("plan")
     if plan and options["full_precision"]:
         raise click.UsageError("--plan is about the quantized model: leave out --full-precision")
+    if options["low_memory"] and (options["compiled"] or options["full_precision"]):
+        other = "--compile" if options["compiled"] else "--full-precision"
+        raise click.UsageError(f"--low-memory is about packed weights: leave it or {other} out")
     draw = planning.of_samples if plan else commands.sample
     draw(console, commands.SampleOptions(**options))
 

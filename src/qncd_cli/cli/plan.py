@@ -130,6 +130,12 @@ def _render(console: Console, report: dict[str, Any]) -> None:
         f"{_gb(free['disk'])} of disk.\n"
         "Times are rough: from MACs and the rate that this machine reached just now."
     )
+    mapped = max(stage["mapped_bytes"] for stage in report["stages"])
+    if mapped:
+        print(
+            f"Of the memory, up to {_gb(mapped)} are the model's own files, mapped: where memory "
+            "is short the system gives them up and reads them again."
+        )
 
 
 def _quantized(rows: list[dict[str, Any]]) -> str:

@@ -38,6 +38,8 @@ from .zoo import zoo_path
 DENOISERS = ("unet", "transformer")
 PIXART_ALPHA_TOKENS = 120
 T5_TOKENS = 256
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""As safetensors names them."""
 CLIP_PIPELINES = {
     "StableDiffusionPipeline": 0,
     "StableDiffusionXLPipeline": 0,
@@ -49,11 +51,22 @@ CLIP_PIPELINES = {
 @dataclass(frozen=True)
 class Part:
     """A component: parameters; stored: bytes on disk, 0 for weights drawn at random; stays: while
-    the stages run (text encoders are let go)."""
+    the stages run (text encoders are let go). mapped: its file is used as it lies there, mapped
+    into memory, as safetensors are whose type is the one that is asked for."""
 
     parameters: int
     stored: int
     stays: bool
+    mapped: bool = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A component on disk: bytes, elements, and the types that safetensors names."""
+
+    size: int
+    elements: int
+    types: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -103,25 +116,26 @@ def model_shapes(
     ModelError.
     """
     scheduler: dict[str, Any] | None = None
-    stored: dict[str, int] = {}
-    unbuilt: dict[str, int] = {}
+    stored: dict[str, Stored] = {}
     tokens, is_folder = 0, False
     if source.startswith("random:"):
         modules, scheduler = _random(source.removeprefix("random:"))
     elif is_checkpoint(source):
         modules, scheduler = described_modules(source, compvis_config)
-        stored = {name: 4 * _parameters(module) for name, module in modules.items()}
+        counts = {name: _parameters(module) for name, module in modules.items()}
+        stored = {name: Stored(4 * count, count, frozenset()) for name, count in counts.items()}
     else:
         folder, is_folder = _find(source), True
-        modules, scheduler, stored, unbuilt = _folder(folder, source)
+        modules, scheduler, stored = _folder(folder, source)
         tokens = _prompt_tokens(folder)
     name = next((n for n in DENOISERS if n in modules), None)
     if name is None:
         raise ModelError(f"{source}: has no {' or '.join(DENOISERS)}", "is it a diffusion model?")
     denoiser = modules[name].to(dtype).eval().requires_grad_(False)
     first_stage = next((modules[n] for n in FIRST_STAGES if n in modules), None)
-    parts = {n: Part(_parameters(m), stored.get(n, 0), True) for n, m in modules.items()}
-    parts |= {n: Part(count, stored[n], False) for n, count in unbuilt.items()}
+    parts = {n: _part(n, m, stored.get(n), dtype) for n, m in modules.items()}
+    others = {n: s for n, s in stored.items() if n not in modules and s.elements}
+    parts |= {n: Part(s.elements, s.size, False) for n, s in others.items()}
     latent, image = _sizes(denoiser, first_stage, image_size)
     embedder: Any = modules.get("class_embedder")
     classes = _classes(denoiser, embedder)
@@ -143,6 +157,12 @@ def model_shapes(
         scheduler=scheduler,
         arguments=arguments_of(denoiser, dtype, latent, tokens),
     )
+
+
+def _part(name: str, module: nn.Module, stored: Stored | None, dtype: torch.dtype) -> Part:
+    own = TYPES[torch.float32 if name in FIRST_STAGES else dtype]
+    mapped = stored is not None and stored.types == {own}
+    return Part(_parameters(module), 0 if stored is None else stored.size, True, mapped)
 
 
 def _parameters(module: nn.Module) -> int:
@@ -224,15 +244,14 @@ def _find(source: str) -> Path:
     return folder
 
 
-Found = tuple[dict[str, nn.Module], dict[str, Any] | None, dict[str, int], dict[str, int]]
+Found = tuple[dict[str, nn.Module], dict[str, Any] | None, dict[str, Stored]]
 
 
 def _folder(folder: Path, source: str) -> Found:
-    """Modules on meta; the scheduler's configuration; bytes on disk by component; parameters of
-    the components that are not diffusers' (text encoders). Raises ModelError."""
+    """Modules on meta; the scheduler's configuration; what is on disk by component, also of those
+    that are not diffusers' (text encoders). Raises ModelError."""
     modules: dict[str, nn.Module] = {}
-    stored: dict[str, int] = {}
-    unbuilt: dict[str, int] = {}
+    stored: dict[str, Stored] = {}
     scheduler = None
     try:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
@@ -243,19 +262,17 @@ def _folder(folder: Path, source: str) -> Found:
                 text = (folder / name / "scheduler_config.json").read_text(encoding="utf-8")
                 scheduler = json.loads(text)
                 continue
-            stored[name], counted = _weights(folder / name)
+            stored[name] = _weights(folder / name)
             kind = _module_class(*entry)
             if kind is not None:
                 with torch.device("meta"):
                     modules[name] = kind.from_config(kind.load_config(folder / name))
-            elif counted:
-                unbuilt[name] = counted
     except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
         raise ModelError(
             f"{source}: cannot be read: {str(error).strip().splitlines()[0][:160]}",
             "is the folder complete?",
         ) from error
-    return modules, scheduler, stored, unbuilt
+    return modules, scheduler, stored
 
 
 def _module_class(library: str, name: str) -> Any:
@@ -268,13 +285,14 @@ def _module_class(library: str, name: str) -> Any:
     return None
 
 
-def _weights(folder: Path) -> tuple[int, int]:
-    """Bytes and elements of a component's safetensors, of the one variant that is loaded."""
+def _weights(folder: Path) -> Stored:
+    """Of a component's safetensors, of the one variant that is loaded."""
     paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     plain = [p for p in paths if p.name.count(".") == 1]
-    elements = 0
+    elements, types = 0, set()
     for path in plain:
         with safe_open(path, framework="pt") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        elements += sum(math.prod(shape) for shape in shapes)
-    return sum(p.stat().st_size for p in plain), elements
+            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+            elements += sum(math.prod(part.get_shape()) for part in slices)
+            types |= {part.get_dtype() for part in slices}
+    return Stored(sum(p.stat().st_size for p in plain), elements, frozenset(types))

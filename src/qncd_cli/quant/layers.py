@@ -63,6 +63,7 @@ class QuantizedLayer(SteppedModule):
     bias), bias [O] or None, bias_correction [G, O] or None (added at its timestep group).
     activation_bits above 8: codes of up to 16 bits, two 8-bit passes of an integer kernel over
     the high and the low byte. weight_bits 32: weight is float32 with the smoothing folded in.
+    low_memory: what a backend makes of the codes lives for one call, and is made again at the next.
     """
 
     weight: Tensor
@@ -83,8 +84,11 @@ class QuantizedLayer(SteppedModule):
         activation_bits: int,
         step: StepState,
         compute: Compute,
+        *,
+        low_memory: bool = False,
     ):
         super().__init__(step)
+        self.low_memory = low_memory
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
         self.weight_shape = tuple(original.weight.shape)

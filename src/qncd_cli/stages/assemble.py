@@ -116,32 +116,65 @@ def denoiser_costs(config: Config, model: DiffusionModel) -> list[LayerCost]:
 
 
 def quantized_denoiser(
-    model: DiffusionModel, artifact: Artifact, backend: str, cache_time_embeddings: bool
+    model: DiffusionModel,
+    artifact: Artifact,
+    backend: str,
+    cache_time_embeddings: bool,
+    *,
+    low_memory: bool = False,
+    in_place: bool = False,
 ) -> Denoiser:
     """The denoiser of the artifact: quantized layers from it, everything else from the model.
 
-    The model's own denoiser stays as it is. Raises ArtifactError naming the first layer that the
-    model and the artifact do not share, BackendUnavailable.
+    low_memory: weights are unpacked at every call and not kept (the same numbers, more slowly).
+    in_place: the model's own denoiser becomes it, and its weights are let go; else it stays as it
+    is. Raises ArtifactError naming the first layer that the model and the artifact do not share,
+    BackendUnavailable.
     """
-    return with_artifact(model.denoiser, model.source, artifact, backend, cache_time_embeddings)
+    return with_artifact(
+        model.denoiser,
+        model.source,
+        artifact,
+        backend,
+        cache_time_embeddings,
+        low_memory=low_memory,
+        in_place=in_place,
+    )
 
 
 def with_artifact(
-    original: nn.Module, source: str, artifact: Artifact, backend: str, cache_time_embeddings: bool
+    original: nn.Module,
+    source: str,
+    artifact: Artifact,
+    backend: str,
+    cache_time_embeddings: bool,
+    *,
+    low_memory: bool = False,
+    in_place: bool = False,
 ) -> Denoiser:
     """quantized_denoiser for a denoiser alone; source: where it is from, for messages."""
     device = next(original.parameters()).device
-    layers = weight_layers(original)
-    # what is replaced below need not be copied: the largest part of the model
-    replaced = [layers[name] for name in artifact.body["layers"] if name in layers]
-    module = copy.deepcopy(original, {id(layer): layer for layer in replaced})
-    step = install(module, source, artifact, get_backend(backend, device))
+    module = original
+    if not in_place:
+        layers = weight_layers(original)
+        # what is replaced below need not be copied: the largest part of the model
+        replaced = [layers[name] for name in artifact.body["layers"] if name in layers]
+        module = copy.deepcopy(original, {id(layer): layer for layer in replaced})
+    chosen = get_backend(backend, device)
+    step = install(module, source, artifact, chosen, low_memory=low_memory)
     if cache_time_embeddings:
         install_time_cache(module, step)
     return Denoiser(module.to(device), step, tuple(artifact.body["group_bounds"]))
 
 
-def install(module: nn.Module, source: str, artifact: Artifact, backend: Backend) -> StepState:
+def install(
+    module: nn.Module,
+    source: str,
+    artifact: Artifact,
+    backend: Backend,
+    *,
+    low_memory: bool = False,
+) -> StepState:
     """Put the artifact's layers and attention in the place of a denoiser's own.
 
     The state that they follow comes back. Raises ArtifactError as quantized_denoiser does.
@@ -157,7 +190,13 @@ def install(module: nn.Module, source: str, artifact: Artifact, backend: Backend
         below = tensors_below(f"{name}.", artifact.tensors)
         tensors = {key: value for key, value in below.items() if "." not in key}
         quantized = QuantizedLayer(
-            layer, tensors, entry["weight_bits"], entry["activation_bits"], step, backend.compute
+            layer,
+            tensors,
+            entry["weight_bits"],
+            entry["activation_bits"],
+            step,
+            backend.compute,
+            low_memory=low_memory,
         )
         replace_module(module, name, quantized)
     install_attention(module, artifact, step, backend.matmul)

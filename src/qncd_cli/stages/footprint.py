@@ -6,6 +6,7 @@ What the operators need inside themselves is not metered; HEADROOM stands for it
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,16 +25,19 @@ from .assemble import with_artifact
 from .choose_smoothing import EMBEDDED_CLASSES
 from .foreseen import refined
 from .hessians import hessian_groups
+from .measure_noise import KEPT_WEIGHTS
 from .plan import LayerPlan, plan_layers
 from .probes import PROBE_ELEMENTS, PROBE_STEPS, PROBE_TRAJECTORIES
 from .reconstruct import JUDGED_AT_ONCE
 from .sensitivity import ROWS_PER_STEP
 
+LOADING = "loading the model"
+"""The phase in which nothing of a mapped file has been read yet."""
 ROWS = 2
 """Of a metered call: with one, some transposed tensors would need no copy."""
-GPTQ_MATRICES = 6.35
+GPTQ_MATRICES = 6.3
 """Matrices of a Hessian's size that GPTQ adds to it at its height (two orderings, dampening, two
-factorisations and LAPACK's copy); measured at 4,000 inputs."""
+factorisations and LAPACK's copy): the most that scripts/gptq_memory.py showed (2,000 inputs)."""
 NEAREST_WEIGHTS = 6
 """Float32 copies of a weight while its scale is searched by squared error (quant.rounding)."""
 LEARNING_WEIGHTS = 10
@@ -41,8 +45,6 @@ LEARNING_WEIGHTS = 10
 and the soft weight's parts."""
 UNPACKING_WEIGHTS = 4
 """Int32 copies of a layer's codes while they are unpacked (quant.packing)."""
-WRITING_COPIES = 2
-"""Of an artifact's tensors while safetensors makes one string of bytes of them."""
 HEADROOM = 1.5
 """Times the activations: oneDNN copies a convolution's input and output into orders of its own, and
 the allocator keeps what is free."""
@@ -164,25 +166,33 @@ class Machine:
     integers: bool
 
 
-def resident(shapes: Shapes, dtype: torch.dtype) -> int:
-    """The loaded model: the first stage in float32, the rest in the configured type."""
+def resident(shapes: Shapes, dtype: torch.dtype, left_out: Collection[str] = ()) -> int:
+    """The loaded model, with what of it is mapped: the first stage in float32, the rest in the
+    configured type."""
     size = dtype.itemsize
     return sum(
         part.parameters * (4 if name in FIRST_STAGES else size)
         for name, part in shapes.parts.items()
-        if part.stays
+        if part.stays and name not in left_out
     )
 
 
 def loading(shapes: Shapes) -> int:
-    """Every component, and the file of the largest mapped into memory.
+    """Every component that is not mapped, and the file of the largest of these.
 
     Folders are read in the type that they are used in, first stages and other sources in float32.
     """
-    parts = shapes.parts
+    parts = {name: part for name, part in shapes.parts.items() if not part.mapped}
     size = shapes.dtype.itemsize if shapes.is_folder else 4
     loaded = sum((4 if n in FIRST_STAGES else size) * p.parameters for n, p in parts.items())
-    return loaded + max(part.stored for part in parts.values())
+    return loaded + max((part.stored for part in parts.values()), default=0)
+
+
+def mapped(shapes: Shapes, left_out: Collection[str] = ()) -> int:
+    """Of the loaded model, what is the file's own pages: once read they count as this process'
+    memory, but the system gives them up where memory is short, and reads them again."""
+    parts = shapes.parts.items()
+    return sum(p.stored for name, p in parts if p.mapped and p.stays and name not in left_out)
 
 
 def calibrate_phases(
@@ -191,9 +201,8 @@ def calibrate_phases(
     """Bytes by phase, without imports. held: the loaded model."""
     rows = min(config.calibration.batch_size, config.calibration.trajectories) * machine.copies
     phases = {
-        "loading the model": float(loading(shapes)),
+        LOADING: float(loading(shapes)),
         "trajectories": held + sizes.calibration + rows * work.full * HEADROOM,
-        "writing": held + (1 + WRITING_COPIES) * sizes.calibration,
     }
     probed = probed_for_smoothing(config, shapes)
     if probed:
@@ -246,7 +255,7 @@ def quantize_phases(
     plans = [p for p in plan_layers(config, shapes.denoiser) if p.weight_bits != FLOAT_BITS]
     counts = {p.name: p.layer.weight.numel() for p in plans}
     phases = {
-        "loading the model": float(loading(shapes)),
+        LOADING: float(loading(shapes)),
         "reading the calibration": held + float(sizes.calibration),
     }
     if refined(config):
@@ -276,8 +285,8 @@ def quantize_phases(
         )
     rows = machine.copies * min(calibration.batch_size, calibration.noise_trajectories)
     activations = rows * max(work.full, work.simulated)
-    phases["measuring noise"] = held + work.weights + _first_call(shapes, activations)
-    phases["writing"] = held + WRITING_COPIES * float(sizes.quantized)
+    kept = work.weights if work.weights <= KEPT_WEIGHTS else 0
+    phases["measuring noise"] = held + kept + _first_call(shapes, activations)
     return phases
 
 
@@ -295,20 +304,19 @@ def _hessians(plans: list[LayerPlan]) -> tuple[float, float]:
 
 def sample_phases(
     shapes: Shapes,
-    held: int,
+    rest: int,
     sizes: Foreseen,
     work: Activations,
     machine: Machine,
     batch: int,
 ) -> dict[str, float]:
-    """Bytes by phase, without imports. held: the loaded model; batch: samples drawn together."""
-    held = held + sizes.quantized
-    reading = held + float(sizes.quantized)
+    """Bytes by phase, without imports. rest: the loaded model without its denoiser, whose weights
+    are let go; batch: samples drawn together."""
+    held = rest + sizes.quantized
     held += round(work.weights / 4 if machine.integers else work.weights)
     rows = machine.copies * batch
     return {
-        "loading the model": float(loading(shapes)),
-        "reading the artifact": reading,
+        LOADING: float(loading(shapes) + sizes.quantized),
         "denoising": held + _first_call(shapes, rows * max(work.full, work.simulated)),
         "decoding": held + work.decoding * HEADROOM,
     }

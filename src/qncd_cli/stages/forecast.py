@@ -5,7 +5,6 @@ Everything follows from shapes: the denoiser is on the meta device, no weight is
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +19,13 @@ from ..backends.rates import probes
 from ..config import Config
 from ..errors import BackendUnavailable
 from ..models.loading import DTYPES
-from ..models.shapes import Shapes
+from ..models.shapes import DENOISERS, Shapes
 from ..models.topology import LayerCost, count_macs
 from ..sampling.levels import with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
 from . import footprint, foreseen, workload
+from .available import available_disk, available_memory
 from .coverage import coverage_of
 from .footprint import Foreseen, Machine
 from .plan import plan_layers
@@ -80,7 +80,7 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     for stage in stages:
         stage["disk_bytes"] = disk[stage["stage"]]
         memory = available["memory"]
-        stage["fits"] = memory is None or stage["peak_bytes"] <= memory
+        stage["fits"] = memory is None or stage["needed_bytes"] <= memory
     return {
         "source": shapes.source,
         "parameters": covered["float_denoiser_bytes"] // 4,
@@ -174,12 +174,13 @@ def _stages(
     drawing = Machine(_copies(request.sampling, shapes), backend == "int8")
     work = footprint.meter(config, shapes, quantized)
     held = footprint.resident(shapes, DTYPES[config.model.dtype])
+    rest = footprint.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
     known = (config, shapes, held, sizes, work, machine)
     batch = min(request.count, batch_size)
     phases = {
         "calibrate": footprint.calibrate_phases(*known),
         "quantize": footprint.quantize_phases(*known),
-        "sample": footprint.sample_phases(shapes, held, sizes, work, drawing, batch),
+        "sample": footprint.sample_phases(shapes, rest, sizes, work, drawing, batch),
     }
     steps, drawn = (len(_timesteps(c, shapes)) for c in (config, request.sampling))
     decoding = _decoding_macs(shapes)
@@ -190,14 +191,21 @@ def _stages(
     }
     rates = measured_rates()
     started = request.imports + round(footprint.KERNELS)
+    mapped = dict.fromkeys(phases, footprint.mapped(shapes))
+    mapped["sample"] = footprint.mapped(shapes, DENOISERS)
     stages = []
     for name, found in phases.items():
         highest = max(found, key=lambda phase: found[phase])
+        needed = {p: size - (p != footprint.LOADING) * mapped[name] for p, size in found.items()}
+        neediest = max(needed, key=lambda phase: needed[phase])
         stages.append(
             {
                 "stage": name,
                 "peak_bytes": started + round(found[highest]),
                 "at": highest,
+                "mapped_bytes": mapped[name],
+                "needed_bytes": started + round(needed[neediest]),
+                "needed_at": neediest,
                 "phases": {phase: started + round(size) for phase, size in found.items()},
                 "macs": round(amounts[name].macs),
                 "seconds": amounts[name].seconds(*rates),
@@ -237,46 +245,18 @@ def _fastest(call: Callable[[], Any]) -> float:
     return best
 
 
-# ------------------------------------------------------------------ this machine
-
-
-def available_memory() -> int | None:
-    """Bytes that a new process can have without swapping, within the limits of its control group;
-    None where the system does not say (it has no /proc)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        limit = "max"
-    if limit != "max":
-        found.append(int(limit) - used)
-    return min(found, default=None)
-
-
-def available_disk(folder: Path) -> int:
-    """Bytes free where the folder is or would be made."""
-    places = (folder.absolute(), *folder.absolute().parents)
-    return shutil.disk_usage(next(place for place in places if place.is_dir())).free
-
-
 def _problems(
     asked: tuple[str, ...], stages: list[dict[str, Any]], available: dict[str, int | None]
 ) -> list[str]:
     stages = [stage for stage in stages if stage["stage"] in asked]
     memory, free = available["memory"], available["disk"]
-    highest = max(stages, key=lambda stage: stage["peak_bytes"])
+    highest = max(stages, key=lambda stage: stage["needed_bytes"])
     disk = sum(stage["disk_bytes"] for stage in stages)
     problems = []
     if memory is not None and not highest["fits"]:
         problems.append(
-            f"{highest['stage']} takes about {highest['peak_bytes'] / 1e9:.1f} GB of memory "
-            f"({highest['at']}), {memory / 1e9:.1f} GB are available"
+            f"{highest['stage']} takes about {highest['needed_bytes'] / 1e9:.1f} GB of memory "
+            f"({highest['needed_at']}), {memory / 1e9:.1f} GB are available"
         )
     if free is not None and disk > free:
         problems.append(

@@ -21,6 +21,10 @@ from ..sampling.parametrization import prediction_type, to_corrected
 from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
 from .assemble import Track, full_denoiser, guided_predict, quantized_denoiser
 
+KEPT_WEIGHTS = 4 << 30
+"""Bytes of dequantized weights up to which they are kept between calls; those of a larger model
+are made at every call."""
+
 
 def measure_noise(
     config: Config, model: DiffusionModel, quantized: Artifact, track: Track
@@ -80,7 +84,9 @@ def _measure(
     sampling, calibration = config.sampling, config.calibration
     full = full_denoiser(model)
     cache = config.quantization.cache_time_embeddings
-    simulated = quantized_denoiser(model, quantized, "simulate", cache)
+    simulated = quantized_denoiser(
+        model, quantized, "simulate", cache, low_memory=model.denoiser_bytes() > KEPT_WEIGHTS
+    )
     statistics, kind = NoiseStatistics(), prediction_type(scheduler)
     own: list[Estimate] = []
     readings: list[tuple[list[Estimate], list[StepError]]] = []

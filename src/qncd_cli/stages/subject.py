@@ -61,16 +61,26 @@ def full_precision(model: DiffusionModel) -> Subject:
 
 
 def quantized(
-    model: DiffusionModel, artifact: Artifact, noise_stats: Artifact, backend: str = "simulate"
+    model: DiffusionModel,
+    artifact: Artifact,
+    noise_stats: Artifact,
+    backend: str = "simulate",
+    *,
+    low_memory: bool = False,
+    in_place: bool = False,
 ) -> Subject:
-    """backend: a name or auto. Raises BackendUnavailable, and ArtifactError where artifact, noise
-    statistics and model do not belong together.
+    """backend: a name or auto; low_memory, in_place: as `quantized_denoiser` has them.
+
+    Raises BackendUnavailable, and ArtifactError where artifact, noise statistics and model do not
+    belong together.
     """
     artifacts.check_lineage(artifact, model=model.digest)
     artifacts.check_lineage(noise_stats, model=model.digest, parents={"quantized": artifact.digest})
     cache = artifact.body["cache_time_embeddings"]
     chosen = get_backend(backend, model.device)
-    denoiser = quantized_denoiser(model, artifact, chosen.name, cache)
+    denoiser = quantized_denoiser(
+        model, artifact, chosen.name, cache, low_memory=low_memory, in_place=in_place
+    )
     digests = {"model": model.digest, "quantized": artifact.digest}
     return Subject("quantized", denoiser, digests, noise_stats, chosen)
 

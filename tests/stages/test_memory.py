@@ -1,0 +1,198 @@
+"""What a stage holds of a model's weights: mapped files, packed codes, no more than it needs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from qncd_cli.backends import int8
+from qncd_cli.config_files import parse_config
+from qncd_cli.models.loading import load_model
+from qncd_cli.models.shapes import model_shapes
+from qncd_cli.models.topology import weight_layers
+from qncd_cli.quant.layers import QuantizedLayer
+from qncd_cli.stages import calibrate, footprint, measure_noise, quantize
+from qncd_cli.stages.assemble import quantized_denoiser
+from qncd_cli.stages.available import available_memory
+
+FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 2}
+NO_INT8 = int8.why_unavailable(torch.device("cpu"))
+BACKENDS = ["simulate", pytest.param("int8", marks=pytest.mark.skipif(bool(NO_INT8), reason="CPU"))]
+
+
+# ---- files that are mapped ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stored_bfloat16(tmp_path_factory) -> Path:
+    """A pipeline of 64 MB."""
+    folder = tmp_path_factory.mktemp("large") / "model"
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(256, 512),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    DDPMPipeline(unet.to(torch.bfloat16), DDPMScheduler()).save_pretrained(folder)
+    return folder
+
+
+def own_memory() -> int:
+    """Bytes of this process that no file backs."""
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc")
+@pytest.mark.parametrize(("dtype", "copied"), [("bfloat16", False), ("float32", True)])
+def test_weights_are_read_from_the_file_where_they_are_used_as_stored(
+    stored_bfloat16, dtype, copied
+):
+    before = own_memory()
+    model = load_model(str(stored_bfloat16), dtype)
+    for parameter in model.denoiser.parameters():
+        assert parameter.abs().amax() < 1e3  # reads it
+    size = sum(p.nbytes for p in model.denoiser.parameters())
+    assert size > 50e6
+    taken = own_memory() - before
+    assert taken > 0.9 * size if copied else taken < 0.3 * size
+    shapes = model_shapes(str(stored_bfloat16), model.dtype)
+    assert footprint.mapped(shapes) == (0 if copied else shapes.parts["unet"].stored)
+    assert footprint.loading(shapes) >= (size if copied else 0)
+
+
+# ---- packed weights -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model):
+    """Configuration and artifact, with layers of one and of two bytes."""
+    tree = tiny_config(
+        tiny_model,
+        sampling__steps=3,
+        calibration=FEW,
+        quantization__weights={"bits": 4, "rounding": "nearest"},
+        quantization__activations={"bits": 8, "observer": "minmax"},
+        quantization__first_last_activation_bits=16,
+    )
+    config, model = parse_config(tree, "test"), load_model(str(tiny_model))
+    calibration, smoothing = calibrate.run(config, model)
+    return config, quantize.run(config, model, calibration, smoothing)
+
+
+def rows_of(model):
+    x = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    return x, torch.tensor(500), model.condition(torch.tensor([0, 1]))
+
+
+def kept_weights(module: torch.nn.Module) -> int:
+    """Layers that hold a prepared weight beside their codes."""
+    names = ("_int8_kernel", "_simulated_weight")
+    layers = (m for m in module.modules() if isinstance(m, QuantizedLayer))
+    return sum(any(name in layer.__dict__ for name in names) for layer in layers)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_low_memory_computes_the_same_and_keeps_only_codes(made, tiny_model, backend):
+    model, artifact = load_model(str(tiny_model)), made[1].quantized
+    plain, low = (
+        quantized_denoiser(model, artifact, backend, False, low_memory=low) for low in (False, True)
+    )
+    for _ in range(2):
+        assert torch.equal(plain(*rows_of(model)), low(*rows_of(model)))
+    assert kept_weights(plain.module) == len(artifact.body["layers"])
+    assert kept_weights(low.module) == 0
+
+
+def test_noise_is_measured_alike_where_weights_are_not_kept(made, tiny_model, monkeypatch):
+    config, result = made
+    model, kept = load_model(str(tiny_model)), []
+    original = measure_noise.quantized_denoiser
+
+    def watched(*args, **kwargs):
+        kept.append(not kwargs["low_memory"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(measure_noise, "quantized_denoiser", watched)
+    for limit in (measure_noise.KEPT_WEIGHTS, 1000):
+        monkeypatch.setattr(measure_noise, "KEPT_WEIGHTS", limit)
+        again = measure_noise.measure_noise(config, model, result.quantized, lambda x, *_: x)
+        for name, tensor in result.noise_stats.tensors.items():
+            assert torch.equal(again.tensors[name], tensor), name
+    assert kept == [True, False]
+
+
+def test_in_place_the_models_weights_are_let_go(made, tiny_model):
+    artifact = made[1].quantized
+    model, other = load_model(str(tiny_model)), load_model(str(tiny_model))
+    layers = weight_layers(model.denoiser)
+    weights = [weakref.ref(layers[name].weight) for name in artifact.body["layers"]]
+    del layers
+    expected = quantized_denoiser(other, artifact, "simulate", True)(*rows_of(other))
+    quantized = quantized_denoiser(model, artifact, "simulate", True, in_place=True)
+    gc.collect()
+    assert [weight() for weight in weights] == [None] * len(weights)
+    assert torch.equal(quantized(*rows_of(model)), expected)
+
+
+# ---- the machine --------------------------------------------------------------------------------
+
+
+def machine(root: Path, cgroup: str, **files: str) -> Path:
+    """A system with 8 GB free. files: by their place below /sys/fs/cgroup, "__" for "/"."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n")
+    (root / "proc/self/cgroup").write_text(cgroup)
+    for name, text in files.items():
+        folder, _, last = name.rpartition("__")
+        path = root / "sys/fs/cgroup" / folder.replace("__", "/") / last.replace("_0_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+FREE = 8_192_000_000
+
+
+def test_without_limits_memory_is_what_the_system_has(tmp_path):
+    assert available_memory(machine(tmp_path, "")) == FREE
+    assert available_memory(tmp_path / "other") is None  # no /proc
+
+
+@pytest.mark.parametrize("limit", ["max\n", "900000000000\n"])
+def test_a_wide_limit_changes_nothing(tmp_path, limit):
+    files = {"memory_0_max": limit, "memory_0_current": "5", "memory_0_stat": "inactive_file 1"}
+    found = machine(tmp_path, "0::/\n", **{f"job__{name}": text for name, text in files.items()})
+    assert available_memory(found) == FREE
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "folder", "names", "idle"),
+    [
+        ("0::/job/step\n", "job", ("memory_0_max", "memory_0_current"), "inactive_file"),
+        ("0::/\n", "", ("memory_0_max", "memory_0_current"), "inactive_file"),
+        (
+            "9:cpu:/\n4:memory:/job\n0::/\n",
+            "memory__job",
+            ("memory_0_limit_in_bytes", "memory_0_usage_in_bytes"),
+            "inactive_file 1\ntotal_inactive_file",
+        ),
+    ],
+    ids=["a group above", "a container", "first version"],
+)
+def test_a_control_groups_limit_counts_and_file_pages_can_be_given_up(
+    tmp_path, cgroup, folder, names, idle
+):
+    files = dict(zip(names, ("3000000000\n", "1500000000\n"), strict=True))
+    files["memory_0_stat"] = f"anon 5\n{idle} 400000000\n"
+    below = f"{folder}__" if folder else ""
+    root = machine(tmp_path, cgroup, **{f"{below}{name}": text for name, text in files.items()})
+    assert available_memory(root) == 1_900_000_000
