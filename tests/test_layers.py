@@ -42,6 +42,7 @@ SHARED = [
         "budget",
         "choose_smoothing",
         "coverage",
+        "machine",
         "footprint",
         "foreseen",
         "graphs",

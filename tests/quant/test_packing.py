@@ -62,6 +62,9 @@ def test_round_trip(bits, shape):
     found = unpack(packed, bits, shape)
     assert found.dtype == torch.int32
     assert torch.equal(found.long(), codes)
+    narrow = torch.int8 if bits <= 8 else torch.int16
+    if int(codes.max()) <= torch.iinfo(narrow).max:
+        assert torch.equal(unpack(packed, bits, shape, narrow), codes.to(narrow))
 
 
 @pytest.mark.parametrize("bits", STREAMED)

@@ -17,9 +17,9 @@ from qncd_cli.models.loading import load_model
 from qncd_cli.models.shapes import model_shapes
 from qncd_cli.models.topology import weight_layers
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.stages import calibrate, footprint, measure_noise, quantize
+from qncd_cli.stages import calibrate, footprint, machine, measure_noise, quantize
 from qncd_cli.stages.assemble import quantized_denoiser
-from qncd_cli.stages.available import available_memory
+from qncd_cli.stages.machine import available_memory
 
 FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 2}
 NO_INT8 = int8.why_unavailable(torch.device("cpu"))
@@ -47,6 +47,7 @@ def stored_bfloat16(tmp_path_factory) -> Path:
 def own_memory() -> int:
     """Bytes of this process that no file backs."""
     gc.collect()
+    machine.give_back()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
@@ -122,8 +123,8 @@ def test_noise_is_measured_alike_where_weights_are_not_kept(made, tiny_model, mo
         return original(*args, **kwargs)
 
     monkeypatch.setattr(measure_noise, "quantized_denoiser", watched)
-    for limit in (measure_noise.KEPT_WEIGHTS, 1000):
-        monkeypatch.setattr(measure_noise, "KEPT_WEIGHTS", limit)
+    for free in (1 << 40, 1000):
+        monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
         again = measure_noise.measure_noise(config, model, result.quantized, lambda x, *_: x)
         for name, tensor in result.noise_stats.tensors.items():
             assert torch.equal(again.tensors[name], tensor), name
@@ -146,7 +147,7 @@ def test_in_place_the_models_weights_are_let_go(made, tiny_model):
 # ---- the machine --------------------------------------------------------------------------------
 
 
-def machine(root: Path, cgroup: str, **files: str) -> Path:
+def system(root: Path, cgroup: str, **files: str) -> Path:
     """A system with 8 GB free. files: by their place below /sys/fs/cgroup, "__" for "/"."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n")
@@ -163,14 +164,14 @@ FREE = 8_192_000_000
 
 
 def test_without_limits_memory_is_what_the_system_has(tmp_path):
-    assert available_memory(machine(tmp_path, "")) == FREE
+    assert available_memory(system(tmp_path, "")) == FREE
     assert available_memory(tmp_path / "other") is None  # no /proc
 
 
 @pytest.mark.parametrize("limit", ["max\n", "900000000000\n"])
 def test_a_wide_limit_changes_nothing(tmp_path, limit):
     files = {"memory_0_max": limit, "memory_0_current": "5", "memory_0_stat": "inactive_file 1"}
-    found = machine(tmp_path, "0::/\n", **{f"job__{name}": text for name, text in files.items()})
+    found = system(tmp_path, "0::/\n", **{f"job__{name}": text for name, text in files.items()})
     assert available_memory(found) == FREE
 
 
@@ -194,5 +195,5 @@ def test_a_control_groups_limit_counts_and_file_pages_can_be_given_up(
     files = dict(zip(names, ("3000000000\n", "1500000000\n"), strict=True))
     files["memory_0_stat"] = f"anon 5\n{idle} 400000000\n"
     below = f"{folder}__" if folder else ""
-    root = machine(tmp_path, cgroup, **{f"{below}{name}": text for name, text in files.items()})
+    root = system(tmp_path, cgroup, **{f"{below}{name}": text for name, text in files.items()})
     assert available_memory(root) == 1_900_000_000

@@ -133,11 +133,12 @@ class QuantizedLayer(SteppedModule):
 
         int8, or int16 for codes of two bytes.
         """
-        codes = unpack(self.weight, self.weight_bits, self.weight_shape)
-        if self.weight_zero_point is not None:
-            zero_point = self.weight_zero_point.to(torch.int32)
+        dtype = torch.int8 if self.weight_bits <= 8 else torch.int16
+        codes = unpack(self.weight, self.weight_bits, self.weight_shape, dtype)
+        if self.weight_zero_point is not None:  # codes of less than 8 bits, as it is itself
+            zero_point = self.weight_zero_point.to(dtype)
             codes = codes - zero_point.reshape(-1, *[1] * (codes.ndim - 1))
-        return codes.to(torch.int8 if self.weight_bits <= 8 else torch.int16)
+        return codes
 
     def float_weight(self) -> Tensor:
         """The weight that the codes stand for, float32, smoothing folded in."""

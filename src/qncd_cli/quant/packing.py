@@ -33,13 +33,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return packed[:, : math.ceil(flat.shape[1] * bits / 8)].contiguous()
 
 
-def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """Inverse of pack; shape: of the weight, [O, ...]. Returns int32 codes."""
+def unpack(
+    packed: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype = torch.int32
+) -> Tensor:
+    """Inverse of pack; shape: of the weight, [O, ...]; dtype: of the codes, which fit it."""
     if bits in SIGNED:
-        return packed.reshape(shape).to(torch.int32)
+        return packed.reshape(shape).to(dtype)
     per_word, word_bytes, word_type = _words(bits)
     codes = _cut(_join(packed.to(word_type), 8, word_bytes), bits, per_word)
-    return codes[:, : math.prod(shape[1:])].reshape(shape).to(torch.int32)
+    return codes[:, : math.prod(shape[1:])].reshape(shape).to(dtype)
 
 
 def _words(bits: int) -> tuple[int, int, torch.dtype]:

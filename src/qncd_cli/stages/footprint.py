@@ -25,7 +25,7 @@ from .assemble import with_artifact
 from .choose_smoothing import EMBEDDED_CLASSES
 from .foreseen import refined
 from .hessians import hessian_groups
-from .measure_noise import KEPT_WEIGHTS
+from .machine import keeps
 from .plan import LayerPlan, plan_layers
 from .probes import PROBE_ELEMENTS, PROBE_STEPS, PROBE_TRAJECTORIES
 from .reconstruct import JUDGED_AT_ONCE
@@ -285,7 +285,7 @@ def quantize_phases(
         )
     rows = machine.copies * min(calibration.batch_size, calibration.noise_trajectories)
     activations = rows * max(work.full, work.simulated)
-    kept = work.weights if work.weights <= KEPT_WEIGHTS else 0
+    kept = work.weights if keeps(round(work.weights)) else 0
     phases["measuring noise"] = held + kept + _first_call(shapes, activations)
     return phases
 

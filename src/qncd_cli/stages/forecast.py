@@ -25,9 +25,9 @@ from ..sampling.levels import with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
 from . import footprint, foreseen, workload
-from .available import available_disk, available_memory
 from .coverage import coverage_of
 from .footprint import Foreseen, Machine
+from .machine import available_disk, available_memory
 from .plan import plan_layers
 from .reconstruct import CACHE_BYTES
 from .sample import SHEET_IMAGES, TRACED, default_batch

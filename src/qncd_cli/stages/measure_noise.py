@@ -20,10 +20,7 @@ from ..sampling.noise import chunks, generators_for
 from ..sampling.parametrization import prediction_type, to_corrected
 from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
 from .assemble import Track, full_denoiser, guided_predict, quantized_denoiser
-
-KEPT_WEIGHTS = 4 << 30
-"""Bytes of dequantized weights up to which they are kept between calls; those of a larger model
-are made at every call."""
+from .machine import keeps
 
 
 def measure_noise(
@@ -85,7 +82,7 @@ def _measure(
     full = full_denoiser(model)
     cache = config.quantization.cache_time_embeddings
     simulated = quantized_denoiser(
-        model, quantized, "simulate", cache, low_memory=model.denoiser_bytes() > KEPT_WEIGHTS
+        model, quantized, "simulate", cache, low_memory=not keeps(model.denoiser_bytes())
     )
     statistics, kind = NoiseStatistics(), prediction_type(scheduler)
     own: list[Estimate] = []

@@ -25,6 +25,7 @@ from .budget import BitAssignment, assign_bits
 from .choose_smoothing import Factors, factors_of
 from .coverage import coverage
 from .hessians import with_hessians
+from .machine import give_back
 from .measure_noise import measure_noise
 from .output_ranges import LayerOutput
 from .plan import LayerPlan, plan_layers
@@ -87,6 +88,7 @@ def run(
                 "weight": sensitivity.weights[plan.name],
             }
         entries[plan.name] = entry
+        give_back()
     attention_tensors, attention_entries = quantize_attention(config, calibration)
     unsealed = Artifact(
         "quantized",

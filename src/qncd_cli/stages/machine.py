@@ -1,11 +1,21 @@
-"""Memory and disk that this machine has free, for the forecast."""
+"""What this machine has free of memory and disk, and memory given back to it."""
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from pathlib import Path
 
 SYSTEM = Path("/")
+KEPT_SHARE = 0.25
+"""Of the free memory, that dequantized weights may take between calls."""
+
+
+def keeps(size: int) -> bool:
+    """Whether so many bytes of dequantized weights are kept, or made at every call: which only
+    takes longer."""
+    free = available_memory()
+    return free is None or size <= KEPT_SHARE * free
 
 
 def available_memory(root: Path = SYSTEM) -> int | None:
@@ -56,6 +66,17 @@ def _left(group: Path, limit_name: str, used_name: str) -> int | None:
     values = dict(line.split(" ", 1) for line in stat)
     idle = int(values.get("total_inactive_file", values.get("inactive_file", 0)))
     return None if limit == "max" else max(0, int(limit) - used + idle)
+
+
+def give_back() -> None:
+    """Return to the system what this process has freed.
+
+    glibc keeps freed tensors of up to 32 MB in its heap, in pieces between those that live: after
+    all layers of a model, several times what they hold. Elsewhere there is nothing to do.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def available_disk(folder: Path) -> int:
