@@ -54,6 +54,7 @@ SHARED = [
         "probes",
         "reconstruct",
         "sensitivity",
+        "sessions",
         "subject",
         "workload",
     )

@@ -31,7 +31,7 @@ from torch import nn
 from . import artifacts
 from .artifacts import Artifact
 from .backends.base import AUTO, get_backend
-from .errors import ArtifactError
+from .errors import ArtifactError, BackendUnavailable
 from .models.calling import training_timestep
 from .models.pipelines import CLASS_CONDITIONAL
 from .quant.layers import CachedTimestepLayer, SteppedModule, StepState
@@ -75,6 +75,10 @@ class QncdQuantizer(DiffusersQuantizer):
         """Quantize the model as the artifact says. Raises ArtifactError, BackendUnavailable."""
         self.artifact = artifact
         backend = get_backend(self.quantization_config.backend)
+        if backend.whole:
+            raise BackendUnavailable(
+                f"backend {backend.name} runs no pipeline folder", "take auto, int8 or simulate"
+            )
         self.step = install(model, str(artifact.path), artifact, backend)
         own = [(n, m) for n, m in model.named_modules() if isinstance(m, SteppedModule)]
         self.own = {f"{name}.{buffer}" for name, m in own for buffer, _ in m.named_buffers()}

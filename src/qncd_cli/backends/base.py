@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable
 from ..quant.attention import Matmul
 from ..quant.layers import QuantizedLayer
-from . import int8, traced
+from . import int8, runtimes, traced
 from .reference import simulate
 
 
@@ -22,7 +22,8 @@ class Backend:
 
     why_unavailable: why it cannot be used for a model on this device, empty where it can;
     why_not: why one layer is simulated instead, empty where it is not; matmul: computes attention's
-    products in integers.
+    products in integers. whole: the denoiser runs as one graph in another runtime, which
+    stages.sessions exports it to; layer by layer it can only be simulated.
     """
 
     name: str
@@ -31,6 +32,14 @@ class Backend:
     why_unavailable: Callable[[torch.device], str] = lambda device: ""
     why_not: Callable[[QuantizedLayer], str] = lambda layer: ""
     matmul: Matmul | None = None
+    whole: bool = False
+
+
+def _openvino_unavailable(device: torch.device) -> str:
+    if device.type != "cpu":
+        return f"it runs on the CPU, the model is on {device.type}"
+    missing = runtimes.why_missing(runtimes.FOR_OPENVINO)
+    return f"the package {missing} is not installed" if missing else ""
 
 
 AUTO = "auto"
@@ -46,8 +55,15 @@ BACKENDS = {
     "simulate": Backend(
         "simulate", simulate, "fake quantization in float32, slower than full precision"
     ),
+    "openvino": Backend(
+        "openvino",
+        simulate,
+        "the denoiser's graph in OpenVINO",
+        _openvino_unavailable,
+        whole=True,
+    ),
 }
-"""The fastest first: auto takes the first that is available."""
+"""auto takes the first that is available: of those that compute layer by layer the fastest."""
 
 
 def get_backend(name: str, device: str | torch.device = "cpu") -> Backend:

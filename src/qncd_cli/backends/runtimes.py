@@ -27,6 +27,9 @@ ONNX_INTEGER = (
 ONNX_FLOAT = ("Conv", "FusedConv", "MatMul", "FusedMatMul", "Gemm")
 OPENVINO_PRODUCTS = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 OPENVINO_INTEGER = ("u8", "i8")
+FOR_OPENVINO = ("onnx", "onnxscript", "openvino")
+"""Packages that write and run its graphs."""
+OPENVINO_PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 @dataclass(frozen=True)
@@ -80,12 +83,12 @@ def onnx_session(path: Path) -> Session:
     return Session(run, sum(map(kinds.count, ONNX_INTEGER)), sum(map(kinds.count, ONNX_FLOAT)))
 
 
-def openvino_session(path: Path) -> Session:
-    """path: an OpenVINO .xml or an .onnx file. What is not quantized computes in float32."""
+def openvino_session(path: Path, dtype: torch.dtype = torch.float32) -> Session:
+    """path: an OpenVINO .xml or an .onnx file; dtype: of what is not quantized."""
     import openvino
 
     options = {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": OPENVINO_PRECISIONS[dtype],
         "NUM_STREAMS": 1,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }

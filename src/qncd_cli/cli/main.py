@@ -150,8 +150,13 @@ def sample(**options):
     plan = options.pop("plan")
     if plan and options["full_precision"]:
         raise click.UsageError("--plan is about the quantized model: leave out --full-precision")
-    if options["low_memory"] and (options["compiled"] or options["full_precision"]):
-        other = "--compile" if options["compiled"] else "--full-precision"
+    others = {
+        "--compile": options["compiled"],
+        "--full-precision": options["full_precision"],
+        "--backend openvino": options["backend"] == "openvino",
+    }
+    if options["low_memory"] and any(others.values()):
+        other = next(name for name, given in others.items() if given)
         raise click.UsageError(f"--low-memory is about packed weights: leave it or {other} out")
     draw = planning.of_samples if plan else commands.sample
     draw(console, commands.SampleOptions(**options))

@@ -96,10 +96,11 @@ def sampling(command: Command) -> Command:
 def backend(command: Command) -> Command:
     return click.option(
         "--backend",
-        type=click.Choice(["auto", "int8", "simulate"]),
+        type=click.Choice(["auto", "int8", "simulate", "openvino"]),
         default="auto",
         show_default=True,
-        help="What computes quantized layers; auto: int8 where the CPU can, else simulate.",
+        help="What computes quantized layers; auto: int8 where the CPU can, else simulate. "
+        "openvino exports the denoiser once and runs it there (extra openvino).",
     )(command)
 
 

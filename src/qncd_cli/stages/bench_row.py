@@ -27,6 +27,7 @@ from ..models.stored import load_denoiser
 from ..quant.layers import StepState
 from . import graphs
 from .assemble import Denoiser, with_artifact
+from .sessions import ROWS, in_openvino
 
 FLOAT_ROWS = tuple(f"{d}-{how}" for d in ("float32", "bfloat16") for how in ("eager", "compiled"))
 BASELINE = FLOAT_ROWS[0]
@@ -82,7 +83,7 @@ def _parse(name: str, dtype: str) -> Row:
     match = re.fullmatch(r"w([2-8])a([2-8])(-bfloat16)?(-compiled)?", widths)
     compiled = match is not None and match[4] is not None
     if backend in BACKENDS and match and (backend == "int8" or not compiled):
-        arithmetic = "int8" if backend == "int8" else "float32"
+        arithmetic = "float32" if backend == "simulate" else "int8"
         pair = int(match[1]), int(match[2])
         return Row(name, "bfloat16" if match[3] else dtype, arithmetic, compiled, backend, pair)
     close = difflib.get_close_matches(name, [*FLOAT_ROWS, *_QUANTIZED_ROWS], n=1)
@@ -132,11 +133,20 @@ def build(
 
 
 def with_graph(row: Row, denoiser: Denoiser, inputs: Inputs, folder: Path) -> Denoiser:
-    """A compiled int8 row's denoiser as its graph, which the folder keeps; others as they are."""
+    """The denoiser as its graph, which the folder keeps, of rows that have one."""
+    if row.backend is not None and BACKENDS[row.backend].whole:
+        rows = {"x": inputs.x, **inputs.condition}
+        two = {n: v[:1].expand(ROWS, *v.shape[1:]) for n, v in rows.items()}
+        digests, dtype = {"row": row.name}, DTYPES[row.dtype]
+        return in_openvino(denoiser, digests, (two.pop("x"), two), folder, dtype, _silent)
     if row.backend is None or not row.compiled:
         return denoiser
     example = inputs.x.to(DTYPES[row.dtype]), inputs.condition
-    return graphs.compiled(denoiser, {"row": row.name}, example, folder, lambda line: None)
+    return graphs.compiled(denoiser, {"row": row.name}, example, folder, _silent)
+
+
+def _silent(line: str) -> None:
+    return None
 
 
 # ------------------------------------------------------------------ alone

@@ -7,8 +7,7 @@ what not, and how far its predictions and images are from those of the simulate 
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from ..artifacts import Artifact
 from ..backends import int8, runtimes
 from ..backends.runtimes import Session
 from ..config import Config
-from ..errors import ArtifactError, BackendUnavailable
+from ..errors import ArtifactError
 from ..files import write_json
 from ..metrics.tensor import psnr_db
 from ..models.loading import DiffusionModel
@@ -30,35 +29,9 @@ from ..quant.layers import QuantizedLayer
 from ..sampling.noise import generators_for
 from ..sampling.samplers import denoise, make_scheduler
 from .assemble import Denoiser, Track, guided_predict, quantized_denoiser
+from .sessions import ROWS, TARGETS, SessionDenoiser, write_graph
 
 INDEX = "graph.json"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A format: what its graph is called, what it needs, and which form of layers it takes."""
-
-    file: str
-    packages: tuple[str, ...]
-    form: str
-    open: Callable[[Path], Session]
-
-
-TARGETS = {
-    "onnx": Target(
-        "denoiser.onnx",
-        ("onnx", "onnxscript", "onnxruntime"),
-        "integer",
-        runtimes.onnx_session,
-    ),
-    "openvino": Target(
-        "denoiser.xml",
-        ("onnx", "onnxscript", "openvino"),
-        "fake",
-        runtimes.openvino_session,
-    ),
-}
-"""OpenVINO's graph is made from one in ONNX."""
 
 
 @dataclass(frozen=True)
@@ -68,18 +41,6 @@ class Check:
 
     samples: int
     bound: float
-
-
-class SessionDenoiser(Denoiser):
-    """A denoiser whose calls run an exported graph."""
-
-    def __init__(self, eager: Denoiser, session: Session):
-        super().__init__(eager.module, eager.step, eager.group_bounds)
-        self._session = session
-
-    def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        inputs = {"sample": x, "timestep": t.to(torch.float32), **condition}
-        return self._session.run(inputs)
 
 
 def require(target: str) -> None:
@@ -153,30 +114,12 @@ def _write(
     model: DiffusionModel, quantized: Artifact, target: str, path: Path, cache: bool
 ) -> list[dict[str, Any]]:
     """The graph at path; every layer's row of INDEX."""
-    from ..backends import onnx_graph
-    from ..backends.onnx_layers import Form
-
     denoiser = quantized_denoiser(model, quantized, "simulate", cache)
     with torch.no_grad():
-        condition = model.condition(torch.zeros(2, dtype=torch.int64))
-    example = torch.zeros(2, *model.latent_shape), condition
+        condition = model.condition(torch.zeros(ROWS, dtype=torch.int64))
+    example = torch.zeros(ROWS, *model.latent_shape), condition
     parts = dict(denoiser.module.named_modules())
-    try:
-        traced = onnx_graph.trace(denoiser.module, denoiser.step, denoiser.group_bounds, example)
-    except Exception as error:  # whatever a tracer can stumble over
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BackendUnavailable(
-            f"--to {target}: the denoiser cannot be traced: {reason[:160]}"
-        ) from error
-    form = Form(TARGETS[target].form)
-    graph = onnx_graph.spell_out(traced, parts, form)
-    if target == "onnx":
-        onnx_graph.save(graph, path)
-    else:
-        with tempfile.TemporaryDirectory(dir=path.parent) as between:
-            source = Path(between) / "denoiser.onnx"
-            onnx_graph.save(graph, source)
-            runtimes.onnx_to_openvino(source, path)
+    write_graph(denoiser, example, target, path, f"--to {target}")
     return _rows(model, quantized, parts, target)
 
 

@@ -17,6 +17,7 @@ from ..models.loading import DiffusionModel
 from ..quant.layers import QuantizedLayer
 from . import graphs
 from .assemble import Denoiser, full_denoiser, quantized_denoiser
+from .sessions import ROWS, in_openvino
 
 WORTH_COMPILING = 2e4
 """From which gain (see worth) on the minutes of compiling are won back."""
@@ -112,9 +113,15 @@ def compiled(
 ) -> Subject:
     """The subject with its denoiser compiled, or as it is where that is not wanted.
 
-    seeds: all that will be drawn. Raises BackendUnavailable where compiling is wished for by name
-    and cannot be done.
+    With a backend that runs whole graphs it is always exported. seeds: all that will be drawn.
+    Raises BackendUnavailable where compiling is wished for by name and cannot be done.
     """
+    if subject.backend is not None and subject.backend.whole and not how.wish:
+        labels = model.labels(seeds[:1] * ROWS, config.sampling.classes)
+        with torch.no_grad():
+            example = torch.zeros(ROWS, *model.latent_shape), model.condition(labels)
+        made = (subject.denoiser, subject.digests, example, how.folder, model.dtype, how.tell)
+        return replace(subject, denoiser=in_openvino(*made))
     if subject.backend is None or subject.backend.name != "int8":
         if how.wish and subject.backend is not None:
             raise BackendUnavailable(

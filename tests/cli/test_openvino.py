@@ -1,0 +1,98 @@
+"""--backend openvino of `qncd sample`: the denoiser as a graph that is exported once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import Qncd
+from safetensors.torch import load_file
+
+from qncd_cli.backends import base, runtimes
+from qncd_cli.metrics.tensor import sqnr_db
+
+RUN = ("runs", "tiny")
+DRAW = ("sample", "--num", "6", "--batch-size", "4", "--backend", "openvino")
+
+
+@pytest.fixture
+def own(tmp_path, sampled):
+    folder = tmp_path / "own"
+    shutil.copytree(sampled, folder)
+    return Qncd(folder)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, sampled):
+    """A run with its graph and the set "graph". Do not change."""
+    runner = Qncd(shutil.copytree(sampled, tmp_path_factory.mktemp("exported") / "own"))
+    said = runner(*DRAW, "--name", "graph").stderr
+    assert said.count("exporting the denoiser") == 1
+    return runner
+
+
+def set_of(runner, name):
+    folder = runner.folder.joinpath(*RUN, "samples", name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return manifest, load_file(folder / "latents.safetensors")["latents"]
+
+
+def graphs_of(runner):
+    return sorted(runner.folder.joinpath(*RUN, "compiled").glob("*_openvino"))
+
+
+def test_images_are_those_of_the_simulation_up_to_single_codes(exported, own):
+    own("sample", "--num", "6", "--batch-size", "4", "--backend", "simulate", "--name", "simulated")
+    manifest, latents = set_of(exported, "graph")
+    assert manifest["backend"] == "openvino"
+    simulated = set_of(own, "simulated")[1]
+    assert not torch.equal(latents, simulated)
+    assert sqnr_db(simulated, latents) > 30
+
+
+def test_a_graph_is_exported_once_for_any_batch_size(exported, tmp_path):
+    runner = Qncd(shutil.copytree(exported.folder, tmp_path / "own"))
+    (place,) = graphs_of(runner)
+    assert {path.suffix for path in place.iterdir()} == {".xml", ".bin"}
+    again = runner(*DRAW, "--name", "again")
+    assert "exporting" not in again.stderr
+    assert torch.equal(set_of(runner, "again")[1], set_of(runner, "graph")[1])
+    runner("sample", "--num", "6", "--batch-size", "6", "--backend", "openvino", "--name", "six")
+    assert sqnr_db(set_of(runner, "graph")[1], set_of(runner, "six")[1]) > 30
+    assert graphs_of(runner) == [place]
+
+
+def test_a_set_goes_on_with_its_own_backend(exported, tmp_path):
+    runner = Qncd(shutil.copytree(exported.folder, tmp_path / "own"))
+    refused = runner("sample", "--num", "8", "--name", "graph", "--backend", "simulate", ok=False)
+    assert refused.exit_code == 4
+    assert "different: backend" in refused.stderr
+    runner("sample", "--num", "8", "--batch-size", "4", "--name", "graph", "--backend", "openvino")
+    assert torch.equal(set_of(runner, "graph")[1][:6], set_of(exported, "graph")[1])
+
+
+def test_a_damaged_graph_is_one_line(exported, tmp_path):
+    runner = Qncd(shutil.copytree(exported.folder, tmp_path / "own"))
+    (place,) = graphs_of(runner)
+    (place / "denoiser.xml").write_text("<net")
+    refused = runner(*DRAW, "--name", "other", ok=False)
+    assert refused.exit_code == 4
+    assert "delete" in refused.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("option", ["--compile", "--low-memory"])
+def test_what_means_nothing_there_is_refused(own, option):
+    refused = own(*DRAW, option, "--name", "wished", ok=False)
+    assert refused.exit_code in (2, 6)
+    assert option in refused.stderr
+    assert not graphs_of(own)
+
+
+def test_without_the_package_it_says_what_is_missing(own, monkeypatch):
+    monkeypatch.setattr(runtimes, "why_missing", lambda packages: "openvino")
+    refused = own(*DRAW, ok=False)
+    assert refused.exit_code == 6
+    assert "the package openvino is not installed" in refused.stderr
+    assert base.get_backend("auto").name != "openvino"
