@@ -62,7 +62,7 @@ class Side(nn.Module):
             tops = torch.tensor([3.0, 2.0])
             qparams = choose_qparams(-tops / 2, tops, activation_spec(8))
             tables[f"{name}_scale"], tables[f"{name}_zero_point"] = qparams
-        self.attention = QuantizedAttnProcessor(tables, 8, 8, self.step, 0.3, True)
+        self.attention = QuantizedAttnProcessor(tables, 8, 8, self.step, 0.3, qk_norm=True)
 
     def forward(self, x: Tensor, t: Tensor, mask: Tensor) -> SimpleNamespace:
         outputs = [layer(x) for layer in self.layers.values()]

@@ -205,7 +205,7 @@ def test_captured_operands_are_what_the_products_multiply(plain):
     attn = Attention(8, heads=2, dim_head=4, bias=True, processor=plain(), **norm).eval()
     denoiser = nn.ModuleDict({"a": attn})
     sites = attention_sites(denoiser)
-    assert sites == [AttentionSite("a", 8, 0.5, plain is AttnProcessor2_0)]
+    assert sites == [AttentionSite("a", 8, 0.5, plain is AttnProcessor2_0, False)]
     seen, x = {}, torch.randn(2, 5, 8)
     with torch.no_grad(), capture_attention(denoiser, sites, seen.__setitem__):
         expected = attn(x)

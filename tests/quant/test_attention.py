@@ -33,7 +33,7 @@ def processor(bits=8, p_bits=8, groups=1, scale=0.5, qk_norm=True):
         qparams = choose_qparams(-tops / 2, tops, activation_spec(bits))
         tensors[f"{name}_scale"], tensors[f"{name}_zero_point"] = qparams
     step = StepState()
-    return QuantizedAttnProcessor(tensors, bits, p_bits, step, scale, qk_norm), step
+    return QuantizedAttnProcessor(tensors, bits, p_bits, step, scale, qk_norm=qk_norm), step
 
 
 def install(denoiser, bits, p_bits) -> int:
@@ -42,6 +42,17 @@ def install(denoiser, bits, p_bits) -> int:
         made, _ = processor(bits, p_bits, scale=site.scale, qk_norm=site.qk_norm)
         denoiser.get_submodule(site.name).set_processor(made)
     return len(sites)
+
+
+def test_heads_a_few_at_a_time_give_the_same(monkeypatch):
+    made, _ = processor()
+    q, k, v = (randn(2, 5, 6, 4, seed=seed) for seed in range(3))
+    for mask in (None, randn(2, 5, 6, 6, seed=3), randn(2, 1, 1, 6, seed=4)):
+        whole = made.products(q, k, v, mask)
+        for at_once in (1, 2, 4):
+            monkeypatch.setattr(attention, "SCORES_AT_ONCE", 36 * at_once)
+            torch.testing.assert_close(made.products(q, k, v, mask), whole, atol=1e-6, rtol=1e-6)
+        monkeypatch.undo()
 
 
 # ---- against diffusers --------------------------------------------------------------------------

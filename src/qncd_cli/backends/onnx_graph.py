@@ -18,7 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ..quant.attention import QuantizedAttnProcessor
+from ..quant.attention import AttentionProducts
 from ..quant.layers import QuantizedLayer, StepState
 from . import int8
 from .onnx_layers import Form, Writer
@@ -78,7 +78,7 @@ def trace(
     for name, part in module.named_modules():
         if isinstance(part, QuantizedLayer):
             part.compute = _simulated(part.float_weight()) if int8.why_not(part) else _layer(name)
-        elif isinstance(part, QuantizedAttnProcessor):
+        elif isinstance(part, AttentionProducts):
             part.products = _products(name, step)  # type: ignore[method-assign]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -113,7 +113,7 @@ def spell_out(model: ir.Model, parts: Mapping[str, nn.Module], form: Form) -> ir
         if isinstance(part, QuantizedLayer):
             output = writer.layer(part, operands[0])
         else:
-            assert isinstance(part, QuantizedAttnProcessor)
+            assert isinstance(part, AttentionProducts)
             query, key, value, *mask = operands
             output = writer.attention(part, query, key, value, mask[0] if mask else None)
         for constant in writer.tape.initializers:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..quant.affine import QParams
-from ..quant.attention import QuantizedAttnProcessor
+from ..quant.attention import AttentionProducts
 from ..quant.layers import QuantizedLayer
 from ..spec import FLOAT_BITS
 from . import int8
@@ -189,13 +189,13 @@ class Writer:
 
     def attention(
         self,
-        module: QuantizedAttnProcessor,
+        module: AttentionProducts,
         query: ir.Value,
         key: ir.Value,
         value: ir.Value,
         mask: ir.Value | None,
     ) -> ir.Value:
-        """QuantizedAttnProcessor.products; mask: added to the scores."""
+        """AttentionProducts.products; mask: added to the scores."""
         key = self._op("Transpose", key, perm=[0, 1, 3, 2])
         bits, p_bits = module.bits, module.probabilities_bits
         ranges = {name: _range(module, name) for name in ("query", "key", "value")}
@@ -266,7 +266,7 @@ def integer_product(a_bits: int, b_bits: int) -> bool:
     return max(a_bits, b_bits) <= 8
 
 
-def _range(module: QuantizedAttnProcessor, operand: str) -> QParams | None:
+def _range(module: AttentionProducts, operand: str) -> QParams | None:
     """scale and zero_point [G] or [1]; None where the operand stays in floating point."""
     if operand == "probabilities":
         if module.probabilities_bits == FLOAT_BITS:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ..quant.attention import InsteadOfAttention
 
 
 class Meter(TorchDispatchMode):
@@ -98,20 +98,15 @@ class _Fused(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
-class _FusedAttention(TorchFunctionMode):
+def _fused(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Attention of diffusers' processors; on the meta device it would be done in separate steps."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-            return _Fused.apply(named["query"], named["key"], named["value"])
-        return func(*args, **(kwargs or {}))
+    return _Fused.apply(query, key, value)
 
 
 @contextmanager
 def metered() -> Iterator[Meter]:
     """A Meter, with attention as the CPU does it."""
-    with _FusedAttention(), Meter() as meter:
+    with InsteadOfAttention(_fused), Meter() as meter:
         yield meter
 
 

@@ -123,7 +123,8 @@ def model_shapes(
     elif is_checkpoint(source):
         modules, scheduler = described_modules(source, compvis_config)
         counts = {name: _parameters(module) for name, module in modules.items()}
-        stored = {name: Stored(4 * count, count, frozenset()) for name, count in counts.items()}
+        float32 = frozenset({"F32"})  # as those that CompVis published, and mapped as they are
+        stored = {name: Stored(4 * count, count, float32) for name, count in counts.items()}
     else:
         folder, is_folder = _find(source), True
         modules, scheduler, stored = _folder(folder, source)

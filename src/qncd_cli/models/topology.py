@@ -6,15 +6,23 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor,
+    AttnProcessor2_0,
+    JointAttnProcessor2_0,
+)
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_flux import FluxAttention
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import ModelError
+from ..quant.attention import JointProcessor
 from ..spec import ATTENTION_OPERANDS
 
 _TIME_LAYERS = re.compile(r"(^|\.)(time_embedding|timestep_embedder)\.linear_[12]$")
@@ -25,20 +33,23 @@ _CONDITIONING_LAYERS = re.compile(
 _FIRST = ("conv_in", "pos_embed.proj", "x_embedder")
 _LAST = ("conv_out", "proj_out_2", "proj_out")
 ATTENTION = (Attention, FluxAttention)
+JOINT = (JointAttnProcessor2_0, FluxAttnProcessor)
 
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention module with one of diffusers' two plain processors.
+    """An attention module with one of diffusers' two plain processors, or one of joint attention.
 
     channels: of q, k and v, all heads together; scale: of the scores; qk_norm: whether its
-    processor applies the module's norm_q and norm_k (AttnProcessor does not).
+    processor applies the module's norm_q and norm_k (AttnProcessor does not). joint: over text and
+    image at once.
     """
 
     name: str
     channels: int
     scale: float
     qk_norm: bool
+    joint: bool
 
 
 @dataclass(frozen=True)
@@ -126,12 +137,13 @@ def attention_sites(denoiser: nn.Module) -> list[AttentionSite]:
     """Attention modules whose matrix products can be quantized, in the order of the modules."""
     sites = []
     for name, module in denoiser.named_modules():
-        if not isinstance(module, Attention) or _why_not(module):
+        if not isinstance(module, ATTENTION) or _why_not(module):
             continue
-        plain = type(module.processor) is AttnProcessor
-        # AttnProcessor2_0 has 1 / sqrt(d) whatever the module says
+        kind = type(module.processor)
+        plain = isinstance(module, Attention) and kind is AttnProcessor
+        # the others have 1 / sqrt(d) whatever the module says
         scale = module.scale if plain else (module.inner_dim // module.heads) ** -0.5
-        sites.append(AttentionSite(name, module.inner_dim, scale, not plain))
+        sites.append(AttentionSite(name, module.inner_dim, scale, not plain, kind in JOINT))
     return sites
 
 
@@ -147,7 +159,7 @@ def float_attention(denoiser: nn.Module) -> dict[str, str]:
 def _why_not(attention: Attention | FluxAttention) -> str:
     """Why the products of an attention module cannot be quantized; empty if they can."""
     kind = type(attention.processor)
-    if kind in (AttnProcessor, AttnProcessor2_0):
+    if kind in (AttnProcessor, AttnProcessor2_0, *JOINT):
         return ""
     return f"attention processor {kind.__name__} is not one that can be quantized"
 
@@ -182,11 +194,16 @@ def capture_attention(
     denoiser: nn.Module, sites: list[AttentionSite], receive: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Within the block, receive(`<module>.query` or .key or .value, [N, L, channels]) runs
-    before the products of each site do, behind norm_q and norm_k where these apply."""
-    handles = []
+    before the products of each site do, behind norm_q and norm_k where these apply; of joint
+    attention with text and image behind each other, and turned by their positions."""
+    handles, replaced = [], []
     try:
         for site in sites:
-            module = denoiser.get_submodule(site.name)
+            module: Any = denoiser.get_submodule(site.name)
+            if site.joint:
+                replaced.append((module, module.processor))
+                module.set_processor(_recording(module.processor, site.name, receive))
+                continue
             for operand in ATTENTION_OPERANDS:
 
                 def hook(module, args, output, name=f"{site.name}.{operand}"):
@@ -201,6 +218,17 @@ def capture_attention(
     finally:
         for handle in handles:
             handle.remove()
+        for module, processor in replaced:
+            module.set_processor(processor)
+
+
+def _recording(processor: Any, name: str, receive: Callable[[str, Tensor], None]) -> JointProcessor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        for operand, x in zip(ATTENTION_OPERANDS, (query, key, value), strict=True):
+            receive(f"{name}.{operand}", x.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+
+    return JointProcessor(processor, attend)
 
 
 def step_embeddings(

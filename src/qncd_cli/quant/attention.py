@@ -9,6 +9,9 @@ Integer kernels multiply signed bytes, so codes enter less 128. With a' = a - 12
 the zero-points y and z
     sum_d (a_d - y) (b_d - z) = sum_d a'_d b'_d + (128 - y) sum_d b'_d + (128 - z) sum_d (a_d - y).
 In the scores the last term is one number per query, which the softmax does not see.
+
+Two kinds of diffusers' processors: the plain ones, which are written out here, and those of joint
+attention (text and image in one), which keep their own code around the products.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
 from .affine import QParams, choose_qparams, fake_quantize, round_to_codes
@@ -28,19 +33,21 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 WORTH_INTEGERS = {"macs": 2**24, "width": 256}
 """Size of one head's product, and its width, from which on integer kernels are the faster ones."""
 
+SCORES_AT_ONCE = 2**27
+"""Of one sample, in floating point; beyond it a few heads are computed at a time."""
+
 
 def probabilities_qparams(bits: int) -> QParams:
     """scale 1 / (2^bits - 1), zero_point 0 (both []): 1 is the largest code."""
     return choose_qparams(torch.zeros(()), torch.ones(()), activation_spec(bits))
 
 
-class QuantizedAttnProcessor(SteppedModule):
-    """Takes the place of diffusers' AttnProcessor or AttnProcessor2_0 in one Attention module.
+class AttentionProducts(SteppedModule):
+    """Both products of one attention module with quantized operands.
 
     Buffers, absent where bits is 32: query_scale, query_zero_point, key_..., value_..., all [G].
-    bits: of q, k and v; probabilities_bits: of p. scale: of the scores; qk_norm: whether the
-    module's norm_q and norm_k apply (AttnProcessor leaves them out); matmul: an integer kernel for
-    large products of 8 bits, None: the same in floating point.
+    bits: of q, k and v; probabilities_bits: of p. scale: of the scores; matmul: an integer kernel
+    for large products of 8 bits, None: the same in floating point.
     """
 
     def __init__(
@@ -50,7 +57,6 @@ class QuantizedAttnProcessor(SteppedModule):
         probabilities_bits: int,
         step: StepState,
         scale: float,
-        qk_norm: bool,
         matmul: Matmul | None = None,
     ):
         super().__init__(step)
@@ -58,72 +64,34 @@ class QuantizedAttnProcessor(SteppedModule):
         self.bits = bits
         self.probabilities_bits = probabilities_bits
         self.scale = scale
-        self.qk_norm = qk_norm
         if probabilities_bits != FLOAT_BITS:
             self.probabilities = probabilities_qparams(probabilities_bits)
         for operand in ATTENTION_OPERANDS if bits != FLOAT_BITS else ():
             for part in ("scale", "zero_point"):
                 self.register_table(f"{operand}_{part}", tensors[f"{operand}_{part}"])
 
-    # diffusers reads from this signature which arguments to pass; forward would hide it
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """attn: the Attention module. hidden_states: [N, L, C] or [N, C, H, W], returned alike.
-
-        encoder_hidden_states: [N, K, C'], for cross-attention; attention_mask: [N, 1 or L, K],
-        added to the scores, or boolean with True where attention is allowed.
-        """
-        x = hidden_states
-        if attn.spatial_norm is not None:
-            x = attn.spatial_norm(x, temb)
-        image_shape = x.shape if x.ndim == 4 else None
-        if image_shape is not None:
-            x = x.flatten(2).transpose(1, 2)  # [N, H * W, C]
-        if attn.group_norm is not None:
-            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        context = x
-        if encoder_hidden_states is not None:
-            context = encoder_hidden_states
-            if attn.norm_cross is not None:
-                context = attn.norm_encoder_hidden_states(context)
-        query, key, value = self._heads(attn, x, context)
-        mask = _mask_per_head(attn, attention_mask, *context.shape[:2])
-        y = self.products(query.float(), key.float(), value.float(), mask).to(query.dtype)
-        y = y.transpose(1, 2).flatten(2)  # [N, L, heads * d]
-        for layer in attn.to_out:
-            y = layer(y)
-        if image_shape is not None:
-            y = y.transpose(1, 2).unflatten(2, image_shape[2:])
-        if attn.residual_connection:
-            y = y + hidden_states
-        return y / attn.rescale_output_factor
-
-    def _heads(self, attn: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [N, heads, L, d], k and v [N, heads, K, d]."""
-        query, key, value = (
-            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-            for projected in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
-        )
-        if self.qk_norm and attn.norm_q is not None:
-            query = attn.norm_q(query)
-        if self.qk_norm and attn.norm_k is not None:
-            key = attn.norm_k(key)
-        return query, key, value
-
     def products(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """query [N, heads, L, d], key and value [N, heads, K, d], float32 -> [N, heads, L, d].
 
-        The operands of both products are the values (q - zero_point) * scale that integer
-        kernels multiply.
+        mask: broadcast to the scores. The operands of both products are the values
+        (q - zero_point) * scale that integer kernels multiply.
         """
         if self._integers_pay(query, key):
             return self._integer_products(query, key, value, mask)
+        at_once = max(1, SCORES_AT_ONCE // (query.shape[-2] * key.shape[-2]))
+        if query.shape[1] <= at_once:
+            return self._float_products(query, key, value, mask)
+        parts = []
+        for start in range(0, query.shape[1], at_once):
+            heads = slice(start, start + at_once)
+            cut = mask if mask is None or mask.shape[-3] == 1 else mask[..., heads, :, :]
+            part = query[:, heads], key[:, heads], value[:, heads]
+            parts.append(self._float_products(*part, cut))
+        return torch.cat(parts, 1)
+
+    def _float_products(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
         scores = self._quantized(query, "query") @ self._quantized(key, "key").transpose(-1, -2)
         probabilities = _softmax(scores * self.scale, mask)
         if self.probabilities_bits != FLOAT_BITS:
@@ -178,6 +146,170 @@ class QuantizedAttnProcessor(SteppedModule):
 
     def extra_repr(self) -> str:
         return f"qkv {self.bits} bits, probabilities {self.probabilities_bits} bits"
+
+
+# ------------------------------------------------------------------ processors
+
+
+class QuantizedAttnProcessor(AttentionProducts):
+    """Takes the place of diffusers' AttnProcessor or AttnProcessor2_0 in one Attention module.
+
+    qk_norm: whether the module's norm_q and norm_k apply (AttnProcessor leaves them out); the rest
+    as AttentionProducts has it.
+    """
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        bits: int,
+        probabilities_bits: int,
+        step: StepState,
+        scale: float,
+        matmul: Matmul | None = None,
+        *,
+        qk_norm: bool,
+    ):
+        super().__init__(tensors, bits, probabilities_bits, step, scale, matmul)
+        self.qk_norm = qk_norm
+
+    # diffusers reads from this signature which arguments to pass; forward would hide it
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """attn: the Attention module. hidden_states: [N, L, C] or [N, C, H, W], returned alike.
+
+        encoder_hidden_states: [N, K, C'], for cross-attention; attention_mask: [N, 1 or L, K],
+        added to the scores, or boolean with True where attention is allowed.
+        """
+        x = hidden_states
+        if attn.spatial_norm is not None:
+            x = attn.spatial_norm(x, temb)
+        image_shape = x.shape if x.ndim == 4 else None
+        if image_shape is not None:
+            x = x.flatten(2).transpose(1, 2)  # [N, H * W, C]
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        context = x
+        if encoder_hidden_states is not None:
+            context = encoder_hidden_states
+            if attn.norm_cross is not None:
+                context = attn.norm_encoder_hidden_states(context)
+        query, key, value = self._heads(attn, x, context)
+        mask = _mask_per_head(attn, attention_mask, *context.shape[:2])
+        y = self.products(query.float(), key.float(), value.float(), mask).to(query.dtype)
+        y = y.transpose(1, 2).flatten(2)  # [N, L, heads * d]
+        for layer in attn.to_out:
+            y = layer(y)
+        if image_shape is not None:
+            y = y.transpose(1, 2).unflatten(2, image_shape[2:])
+        if attn.residual_connection:
+            y = y + hidden_states
+        return y / attn.rescale_output_factor
+
+    def _heads(self, attn: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [N, heads, L, d], k and v [N, heads, K, d]."""
+        query, key, value = (
+            projected.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for projected in (attn.to_q(x), attn.to_k(context), attn.to_v(context))
+        )
+        if self.qk_norm and attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if self.qk_norm and attn.norm_k is not None:
+            key = attn.norm_k(key)
+        return query, key, value
+
+
+class JointProcessor:
+    """One of diffusers' processors of joint attention, whose products somebody else computes.
+
+    attend: takes and gives what F.scaled_dot_product_attention does, which the processor calls.
+    """
+
+    def __init__(self, inner: Any, attend: Callable[..., Tensor]):
+        self.inner, self.attend = inner, attend
+
+    # diffusers reads from this signature which arguments to pass
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "attention_mask": attention_mask,
+            "image_rotary_emb": image_rotary_emb,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        with InsteadOfAttention(self.attend):
+            return self.inner(attn, hidden_states, **given)
+
+
+class QuantizedJointAttnProcessor(AttentionProducts):
+    """Takes the place of a processor of joint attention, `inner`, and keeps what it does around
+    the products. The rest as AttentionProducts has it."""
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        bits: int,
+        probabilities_bits: int,
+        step: StepState,
+        scale: float,
+        matmul: Matmul | None = None,
+        *,
+        inner: Any,
+    ):
+        super().__init__(tensors, bits, probabilities_bits, step, scale, matmul)
+        self.inner = inner
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Any = None,
+    ) -> Any:
+        """attn: the module; hidden_states [N, L, C] and encoder_hidden_states [N, T, C'], both
+        attended to at once; what `inner` returns."""
+        joint = JointProcessor(self.inner, self._attend)
+        return joint(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """F.scaled_dot_product_attention for what joint attention asks of it."""
+        assert not dropout_p and not is_causal and scale is None and not enable_gqa
+        y = self.products(query.float(), key.float(), value.float(), attn_mask)
+        return y.to(query.dtype)
+
+
+class InsteadOfAttention(TorchFunctionMode):
+    """Within the block, attend is called in the place of F.scaled_dot_product_attention."""
+
+    def __init__(self, attend: Callable[..., Tensor]):
+        super().__init__()
+        self.attend = attend
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        called = self.attend if func is F.scaled_dot_product_attention else func
+        return called(*args, **(kwargs or {}))
 
 
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from ..config import Config
 from ..errors import ArtifactError
 from ..models.topology import AttentionSite, attention_sites
 from ..quant.affine import choose_qparams
-from ..quant.attention import Matmul, QuantizedAttnProcessor
+from ..quant.attention import Matmul, QuantizedAttnProcessor, QuantizedJointAttnProcessor
 from ..quant.layers import StepState
 from ..quant.observers import RangeObserver, choose_range
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
@@ -71,16 +71,19 @@ def install_attention(
                 'repeat "qncd quantize"',
             )
         site = sites[name]
-        processor = QuantizedAttnProcessor(
-            tensors_below(f"{name}.", artifact.tensors),
-            entry["bits"],
-            entry["probabilities_bits"],
-            step,
-            site.scale,
-            site.qk_norm,
-            matmul,
+        tensors = tensors_below(f"{name}.", artifact.tensors)
+        bits = entry["bits"], entry["probabilities_bits"]
+        module: Any = denoiser.get_submodule(name)
+        processor = (
+            QuantizedJointAttnProcessor(
+                tensors, *bits, step, site.scale, matmul, inner=module.processor
+            )
+            if site.joint
+            else QuantizedAttnProcessor(
+                tensors, *bits, step, site.scale, matmul, qk_norm=site.qk_norm
+            )
         )
-        denoiser.get_submodule(name).set_processor(processor)  # type: ignore[operator]
+        module.set_processor(processor)
 
 
 def product_entries(artifact: Artifact) -> dict[str, dict[str, int]]:

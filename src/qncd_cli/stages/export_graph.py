@@ -24,7 +24,7 @@ from ..files import write_json
 from ..metrics.tensor import psnr_db
 from ..models.loading import DiffusionModel
 from ..models.topology import weight_layers
-from ..quant.attention import QuantizedAttnProcessor
+from ..quant.attention import AttentionProducts
 from ..quant.layers import QuantizedLayer
 from ..sampling.noise import generators_for
 from ..sampling.samplers import denoise, make_scheduler
@@ -131,7 +131,7 @@ def _rows(
         if isinstance(part, QuantizedLayer):
             why = int8.why_not(part)
             rows.append(_row(name, 0 if why else int8.products(part), why))
-        elif isinstance(part, QuantizedAttnProcessor):
+        elif isinstance(part, AttentionProducts):
             products, why = _attention(part, target)
             rows.append(_row(name.removesuffix(".processor"), products, why))
     left = [name for name in weight_layers(model.denoiser) if name not in quantized.body["layers"]]
@@ -142,7 +142,7 @@ def _row(name: str, products: int, why: str) -> dict[str, Any]:
     return {"name": name, "integer_products": products, "why_not_integer": why}
 
 
-def _attention(module: QuantizedAttnProcessor, target: str) -> tuple[int, str]:
+def _attention(module: AttentionProducts, target: str) -> tuple[int, str]:
     """Integer products of one attention module, and why not both are."""
     from ..backends import onnx_layers
 
