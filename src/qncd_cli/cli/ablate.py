@@ -34,7 +34,7 @@ class AblateOptions:
     presets: str
     bits: str | None
     num: int | None
-    batch_size: int
+    batch_size: int | None
     published: bool
     backend: str
     reference: str | None

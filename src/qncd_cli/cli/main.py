@@ -254,7 +254,7 @@ def compare(run_dirs, as_json, debug):
     metavar="N",
     help="Samples a row (default: evaluation.num_samples).",
 )
-@click.option("--batch-size", type=click.IntRange(1), default=50, show_default=True, metavar="N")
+@options.batch_size
 @click.option(
     "--published",
     is_flag=True,

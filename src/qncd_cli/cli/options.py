@@ -80,17 +80,20 @@ def sampling(command: Command) -> Command:
             multiple=True,
             help="Of a text model, instead of the configured ones; several are taken in turn.",
         ),
-        click.option(
-            "--batch-size",
-            type=click.IntRange(1),
-            metavar="N",
-            help="Samples drawn together (default: 50, fewer of large models).",
-        ),
     ]
-    command = backend(command)
+    command = batch_size(backend(command))
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def batch_size(command: Command) -> Command:
+    return click.option(
+        "--batch-size",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Samples drawn together (default: 50, fewer of large models).",
+    )(command)
 
 
 def backend(command: Command) -> Command:

@@ -35,7 +35,7 @@ from ..run_dir import RunDir
 from . import chain, graphs
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
-from .assemble import Track, no_progress
+from .assemble import Track, denoiser_costs, no_progress
 from .evaluate import Measured, Protocol
 from .subject import Compiling, compiled, quantized
 from .variants import Variant
@@ -45,11 +45,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class AblateRequest:
-    """folder: of the table; count: samples a row, from config.sampling.seed on."""
+    """folder: of the table; count: samples a row, from config.sampling.seed on; batch_size: None
+    for what suits the model."""
 
     folder: Path
     count: int
-    batch_size: int
+    batch_size: int | None
     force: bool = False
     backend: str = "auto"
 
@@ -62,6 +63,10 @@ class AblateRequest:
 
     def samples(self, variant: Variant) -> Path:
         return self.folder / "samples" / variant.label
+
+    def batch(self, macs: int) -> int:
+        """Samples drawn together. macs: of one call on one sample."""
+        return self.batch_size or sample_stage.default_batch(macs)
 
 
 @dataclass
@@ -245,13 +250,13 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
     subject = quantized(work.model, artifact, noise_stats, request.backend)
     folder = request.samples(variant)
+    macs = read_json(made.coverage, "qncd ablate")["macs"]
     drawing = sample_stage.SampleRequest(
-        folder, config.sampling.seed, request.count, request.batch_size
+        folder, config.sampling.seed, request.count, request.batch(macs)
     )
     sample_stage.check(config, work.model, subject, drawing)
     begun = _manifest(folder)
     was = bool(begun.get("compiled", False)) if begun else None
-    macs = read_json(made.coverage, "qncd ablate")["macs"]
     how = Compiling(made.path / graphs.FOLDER, work.tell, macs, begun=was)
     subject = compiled(config, work.model, subject, drawing.seeds, drawing.batch_size, how)
     digest = sample_stage.identify(config, work.model, subject)["digest"]
@@ -272,8 +277,9 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _full_set(config: Config, work: _Work) -> Measured:
     """Full-precision samples of the rows' seeds, shared with the runs beside this folder."""
     request = work.request
+    macs = sum(cost.macs for cost in denoiser_costs(config, work.model))
     folder = chain.full_precision_samples(
-        request.folder.parent, config, work.model, request.count, request.batch_size, work.track
+        request.folder.parent, config, work.model, request.count, request.batch(macs), work.track
     )
     first = config.sampling.seed
     seeds = list(range(first, first + request.count))
