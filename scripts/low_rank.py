@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from qncd_cli import artifacts
+from qncd_cli.backends.reference import simulate_with
 from qncd_cli.cli.shared import open_model
 from qncd_cli.config import Config
 from qncd_cli.config_files import load_config
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.quant.affine import QParams
+from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.run_dir import find_run
 from qncd_cli.sampling.noise import chunks, generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
@@ -121,12 +123,22 @@ def main(run_dir: str | None, count: int, ranks: tuple[int, ...], num: int) -> N
         for name, layer in layers.items():
             flat = (exact[name] - coded[name]).flatten(1)
             branch = best_branch(flat, hessians[name], rank)
-            layer._simulated_weight = coded[name] + branch.view_as(coded[name])
+            compute_with(layer, coded[name] + branch.view_as(coded[name]))
         added = sum(8 * rank * sum(exact[n].flatten(1).shape) for n in layers)
         row(f"branch of rank {rank}", added / total)
     for name, layer in layers.items():
-        layer._simulated_weight = exact[name]
+        compute_with(layer, exact[name])
     row("exact", None)
+
+
+def compute_with(layer: QuantizedLayer, weight: Tensor) -> None:
+    """Another weight in the place of the layer's own; its input stays quantized."""
+
+    def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
+        qparams = None if layer.input_spec is None else layer.input_qparams()
+        return simulate_with(layer, x, weight, layer.bias_now(), qparams)
+
+    layer.compute = compute
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 x ~ (q - zero_point) * scale with q uint8, W ~ w * weight_scale[o] with w int8: oneDNN adds up the
 products (q - zero_point) * w in int32 and scales the sums to float32. These are the integers that
-the simulate backend fakes, so the two differ by float rounding only (design.md section 4).
+the simulate backend fakes, scaled by the same operations: the two give the same bits, but for
+kernels that oneDNN has for small matrices and grouped convolutions (design.md section 4).
 Inputs of more than 8 bits are two bytes, q = 256 high + low, in two passes over the same weight;
 weights of 15 bits are two as well, w = 128 high + low.
 """

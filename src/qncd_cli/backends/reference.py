@@ -1,22 +1,59 @@
-"""The simulate backend: fake quantization in float32. The oracle; slower than full precision."""
+"""The simulate backend: what integer kernels compute, in floating point. The oracle; it is slower
+than full precision.
+
+Sums of products of integers are exact here as they are there, and scaled to float32 by the same
+operations in the same order as oneDNN does it. A whole model computed twice would else part after
+a few layers: a difference of one rounding moves a value to the next code, and that is as large as
+the quantization error itself.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..quant.affine import QParams, fake_quantize
+from ..quant.affine import QParams, fake_quantize, round_to_codes
 from ..quant.layers import QuantizedLayer
+from ..spec import FLOAT_BITS, WIDE_WEIGHT_BITS
+
+EXACT = 2.0**24
+"""Below it float32 has every integer."""
+LARGEST_CODE = 255.0
+"""Of one byte, less its zero-point, in size."""
 
 
 def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """x of any float dtype -> output of the same dtype; the arithmetic is float32.
-
-    Both operands are the exact values that integer kernels multiply: (q - zero_point) * scale.
-    """
-    qparams = None if layer.input_spec is None else layer.input_qparams()
-    return simulate_with(layer, x, _float_weight(layer), layer.bias_now(), qparams)
+    """x of any float dtype -> output of the same dtype; the arithmetic is float32."""
+    spec = layer.input_spec
+    if spec is None or layer.weight_bits == FLOAT_BITS:
+        qparams = None if spec is None else layer.input_qparams()
+        return simulate_with(layer, x, _float_weight(layer), layer.bias_now(), qparams)
+    scale, zero_point = qparams = layer.input_qparams()
+    codes = round_to_codes(layer.smoothed(x.to(torch.float32)), qparams, spec)
+    inputs = [(codes, scale, zero_point)]
+    if spec.bits > 8:  # two bytes, q = 256 high + low
+        high = torch.floor(codes / 256)
+        inputs = [
+            (codes - 256 * high, scale, zero_point % 256),
+            (high, 256 * scale, zero_point // 256),
+        ]
+    bias, output = layer.bias_now(), None
+    for part, part_scale, part_zero_point in inputs:
+        centred = part.sub_(part_zero_point)
+        for weight in _weight_parts(layer):
+            scaled = _sums(layer, centred, weight)
+            scaled.mul_(_per_channel(layer, part_scale * weight.scale))
+            if output is None:
+                output = scaled if bias is None else scaled.add_(_per_channel(layer, bias))
+            else:
+                output.add_(scaled)
+    assert output is not None
+    if layer.is_conv:  # as oneDNN lays it out: a norm adds up in the order of memory
+        output = output.contiguous(memory_format=torch.channels_last)
+    return output.to(x.dtype)
 
 
 def simulate_with(
@@ -27,11 +64,79 @@ def simulate_with(
     spec = layer.input_spec
     if spec is not None and qparams is not None:
         y = fake_quantize(y, qparams, spec)
+    return _apply(layer, y, weight, bias).to(x.dtype)
+
+
+def _apply(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if layer.is_conv:
-        y = F.conv2d(y, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
-    else:
-        y = F.linear(y, weight, bias)
-    return y.to(x.dtype)
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return F.linear(x, weight, bias)
+
+
+def _per_channel(layer: QuantizedLayer, values: Tensor) -> Tensor:
+    """[O] -> to be broadcast to the layer's output."""
+    return values.reshape(-1, 1, 1) if layer.is_conv else values
+
+
+# ------------------------------------------------------------------ integer sums
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A weight of one byte: integers in float32, its scale [O], and the largest sum of products
+    that it can take part in, whole and in nibbles."""
+
+    weight: Tensor
+    scale: Tensor
+    reach: float
+    reach_in_nibbles: float
+
+
+def _sums(layer: QuantizedLayer, x: Tensor, part: _Part) -> Tensor:
+    """x times the weight, both integers in float32: exact, then rounded to float32."""
+    if part.reach < EXACT:
+        return _apply(layer, x, part.weight)
+    if part.reach_in_nibbles < EXACT:
+        high, low = _nibbles(part.weight)
+        return (16 * _apply(layer, x, high).double() + _apply(layer, x, low)).float()
+    return _apply(layer, x.double(), part.weight.double()).float()
+
+
+def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """w = 16 high + low, low from 0 to 15."""
+    high = torch.floor(weight / 16)
+    return high, weight - 16 * high
+
+
+def _weight_parts(layer: QuantizedLayer) -> list[_Part]:
+    """One, or two for a weight of two bytes; made once per layer and kept beside its codes, unless
+    memory is dear."""
+    parts = layer.__dict__.get("_simulated_parts")
+    if parts is None or parts[0].weight.device != layer.weight.device:
+        weight, scale = layer.integer_weight(), layer.weight_scale
+        if layer.weight_bits == WIDE_WEIGHT_BITS:  # w = 128 high + low
+            parts = [_part(weight & 127, scale), _part(weight >> 7, 128 * scale)]
+        else:
+            parts = [_part(weight, scale)]
+        if not layer.low_memory:
+            layer.__dict__["_simulated_parts"] = parts
+    return parts
+
+
+def _part(weight: Tensor, scale: Tensor) -> _Part:
+    weight = weight.float()
+    nibbles = max(_reach(nibble) for nibble in _nibbles(weight))
+    return _Part(weight, scale, _reach(weight), nibbles)
+
+
+def _reach(weight: Tensor) -> float:
+    return LARGEST_CODE * float(weight.abs().flatten(1).sum(1).max())
+
+
+def forget_weight(layer: QuantizedLayer) -> None:
+    """To be called where its codes have changed."""
+    for name in ("_simulated_parts", "_simulated_weight"):
+        layer.__dict__.pop(name, None)
 
 
 def _float_weight(layer: QuantizedLayer) -> Tensor:

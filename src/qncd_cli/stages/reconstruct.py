@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifacts import Artifact
-from ..backends.reference import simulate_with
+from ..backends.reference import forget_weight, simulate_with
 from ..config import Config, WeightsConfig
 from ..models.loading import DiffusionModel
 from ..models.topology import reconstruction_blocks, weight_layers
@@ -279,7 +279,7 @@ def _load(layers: dict[str, QuantizedLayer], states: dict[str, dict[str, Tensor]
     for name, layer in layers.items():
         for key, value in states[name].items():
             setattr(layer, key, value)
-        layer.__dict__.pop("_simulated_weight", None)
+        forget_weight(layer)
 
 
 def _descend(

@@ -1,0 +1,96 @@
+"""int8 and simulate compute the same bits, layer by layer and over whole models, uncompiled.
+
+Small matrices (a handful of rows) and grouped convolutions take other kernels of oneDNN, which
+scale in another order, and of weights of two bytes the sums of wide layers exceed what float32
+holds on the way: these agree to float rounding (test_int8.py).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qncd_cli.backends import int8, reference
+from qncd_cli.backends.reference import simulate
+from qncd_cli.config_files import parse_config
+from qncd_cli.models.loading import load_model
+from qncd_cli.quant.affine import choose_qparams
+from qncd_cli.quant.layers import QuantizedLayer, StepState
+from qncd_cli.quant.packing import pack
+from qncd_cli.quant.rounding import round_nearest
+from qncd_cli.sampling.noise import generators_for
+from qncd_cli.sampling.samplers import denoise, make_scheduler
+from qncd_cli.spec import activation_spec, weight_spec
+from qncd_cli.stages import bench, calibrate, quantize
+from qncd_cli.stages.assemble import guided_predict, quantized_denoiser
+
+why = int8.why_unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(bool(why), reason=why)
+
+LAYERS = [
+    (nn.Conv2d(64, 96, 3, padding=1), (3, 64, 8, 8)),
+    (nn.Conv2d(700, 40, 3, padding=1, stride=2, bias=False), (2, 700, 6, 6)),
+    (nn.Conv2d(48, 64, 1), (2, 48, 9, 9)),
+    (nn.Linear(320, 128), (2, 64, 320)),
+    (nn.Linear(2560, 64, bias=False), (2, 40, 2560)),
+]
+
+
+def layer_of(original: nn.Conv2d | nn.Linear, weight_bits: int, bits: int) -> QuantizedLayer:
+    """Its input reaches from -1 to 3."""
+    rounded = round_nearest(original.weight.detach(), weight_spec(weight_bits))
+    low, high = torch.tensor([-1.0]), torch.tensor([3.0])
+    scale, zero_point = choose_qparams(low, high, activation_spec(bits))
+    tensors = {
+        "weight": pack(rounded.codes, weight_bits),
+        "weight_scale": rounded.qparams.scale,
+        "input_scale": scale,
+        "input_zero_point": zero_point,
+    }
+    if weight_bits < 8:
+        tensors["weight_zero_point"] = rounded.qparams.zero_point.to(torch.uint8)
+    if original.bias is not None:
+        tensors["bias"] = original.bias.detach()
+    return QuantizedLayer(original, tensors, weight_bits, bits, StepState(), int8.compute)
+
+
+@pytest.mark.parametrize(("original", "shape"), LAYERS, ids=[str(case[0]) for case in LAYERS])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("bits", [6, 8, 16])
+def test_a_layer(original, shape, weight_bits, bits):
+    layer = layer_of(original, weight_bits, bits)
+    x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        output, expected = layer(x), simulate(layer, x)
+    assert torch.equal(output, expected)
+    assert output.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("inputs", [200, 700, 9000])
+def test_sums_are_exact_whatever_their_size(inputs):
+    """In one piece, in nibbles, in doubles: the integer, rounded once to float32."""
+    layer = layer_of(nn.Linear(inputs, 8, bias=False), 8, 8)
+    draw = torch.Generator().manual_seed(inputs)
+    weight = torch.randint(100, 128, (8, inputs), generator=draw)
+    x = torch.randint(200, 256, (5, inputs), generator=draw)
+    part = reference._part(weight, torch.ones(8))
+    ways = [part.reach < reference.EXACT, part.reach_in_nibbles < reference.EXACT]
+    assert ways == [inputs == 200, inputs < 9000]
+    assert torch.equal(reference._sums(layer, x.float(), part), (x @ weight.T).float())
+
+
+@pytest.mark.parametrize("widths", [(4, 8), (8, 8), (4, 6)])
+def test_a_packaged_model_draws_the_same_latents(widths):
+    model = load_model("zoo:fashion-ldm")
+    source = parse_config({"model": {"source": model.source}}, "test")
+    config = bench.quick_config(source, widths)
+    artifact = quantize.run(config, model, *calibrate.run(config, model)).quantized
+    scheduler, seeds = make_scheduler("ddim", model.scheduler_config), list(range(4))
+    drawn = []
+    for backend in ("int8", "simulate"):
+        denoiser = quantized_denoiser(model, artifact, backend, True)
+        predict = guided_predict(model, denoiser, model.labels(seeds, "all"), 3.0)
+        drawn.append(denoise(predict, scheduler, 6, generators_for(seeds), model.latent_shape))
+    assert drawn[0].std() > 0.1
+    assert torch.equal(*drawn)
