@@ -134,7 +134,7 @@ def test_rows_are_timed_in_turn(tiny_model):
         ("float32-eagre", "did you mean float32-eager?"),
         ("bfloat16", "did you mean bfloat16-eager?"),
         ("int8-w4a9", "did you mean int8-w4a8?"),
-        ("openvino", "known: float32-eager"),
+        ("tensorrt", "known: float32-eager"),
     ],
 )
 def test_an_unknown_row_names_the_nearest(name, hint):
