@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import Qncd
+from conftest import Qncd, tiny_config
 from safetensors.torch import load_file
 
 from qncd_cli.backends import base, runtimes
@@ -71,6 +71,16 @@ def test_a_set_goes_on_with_its_own_backend(exported, tmp_path):
     assert "different: backend" in refused.stderr
     runner("sample", "--num", "8", "--batch-size", "4", "--name", "graph", "--backend", "openvino")
     assert torch.equal(set_of(runner, "graph")[1][:6], set_of(exported, "graph")[1])
+
+
+def test_in_bfloat16_a_kept_graph_draws_what_the_new_one_drew(tmp_path, tiny_model):
+    runner = Qncd(tmp_path)
+    runner.write_config(tiny_config(tiny_model, model__dtype="bfloat16"))
+    runner("calibrate", "--config", "tiny.yaml")
+    runner("quantize")
+    assert "exporting" in runner(*DRAW, "--name", "first").stderr
+    assert "exporting" not in runner(*DRAW, "--name", "second").stderr
+    assert torch.equal(set_of(runner, "first")[1], set_of(runner, "second")[1])
 
 
 def test_a_damaged_graph_is_one_line(exported, tmp_path):

@@ -202,7 +202,7 @@ def capture_attention(
             module: Any = denoiser.get_submodule(site.name)
             if site.joint:
                 replaced.append((module, module.processor))
-                module.set_processor(_recording(module.processor, site.name, receive))
+                module.set_processor(_Recording(module.processor, site.name, receive))
                 continue
             for operand in ATTENTION_OPERANDS:
 
@@ -222,13 +222,18 @@ def capture_attention(
             module.set_processor(processor)
 
 
-def _recording(processor: Any, name: str, receive: Callable[[str, Tensor], None]) -> JointProcessor:
-    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        for operand, x in zip(ATTENTION_OPERANDS, (query, key, value), strict=True):
-            receive(f"{name}.{operand}", x.transpose(1, 2).flatten(2))
-        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
+class _Recording(JointProcessor):
+    """Computes what `inner` does; receive is called as capture_attention says."""
 
-    return JointProcessor(processor, attend)
+    def __init__(self, inner: Any, name: str, receive: Callable[[str, Tensor], None]):
+        self.inner, self.name, self.receive = inner, name, receive
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        for operand, x in zip(ATTENTION_OPERANDS, (query, key, value), strict=True):
+            self.receive(f"{self.name}.{operand}", x.transpose(1, 2).flatten(2))
+        return F.scaled_dot_product_attention(query, key, value, *args, **kwargs)
 
 
 def step_embeddings(

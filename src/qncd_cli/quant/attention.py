@@ -154,22 +154,12 @@ class AttentionProducts(SteppedModule):
 class QuantizedAttnProcessor(AttentionProducts):
     """Takes the place of diffusers' AttnProcessor or AttnProcessor2_0 in one Attention module.
 
-    qk_norm: whether the module's norm_q and norm_k apply (AttnProcessor leaves them out); the rest
-    as AttentionProducts has it.
+    products: what AttentionProducts takes; qk_norm: whether the module's norm_q and norm_k apply
+    (AttnProcessor leaves them out).
     """
 
-    def __init__(
-        self,
-        tensors: dict[str, Tensor],
-        bits: int,
-        probabilities_bits: int,
-        step: StepState,
-        scale: float,
-        matmul: Matmul | None = None,
-        *,
-        qk_norm: bool,
-    ):
-        super().__init__(tensors, bits, probabilities_bits, step, scale, matmul)
+    def __init__(self, *products: Any, qk_norm: bool):
+        super().__init__(*products)
         self.qk_norm = qk_norm
 
     # diffusers reads from this signature which arguments to pass; forward would hide it
@@ -225,13 +215,17 @@ class QuantizedAttnProcessor(AttentionProducts):
 
 
 class JointProcessor:
-    """One of diffusers' processors of joint attention, whose products somebody else computes.
+    """One of diffusers' processors of joint attention, `inner`, whose products `attend` computes.
 
     attend: takes and gives what F.scaled_dot_product_attention does, which the processor calls.
     """
 
-    def __init__(self, inner: Any, attend: Callable[..., Tensor]):
-        self.inner, self.attend = inner, attend
+    inner: Any
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        raise NotImplementedError
 
     # diffusers reads from this signature which arguments to pass
     def __call__(
@@ -242,6 +236,8 @@ class JointProcessor:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> Any:
+        """attn: the module; hidden_states [N, L, C] and encoder_hidden_states [N, T, C'], both
+        attended to at once; what `inner` returns."""
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
@@ -252,38 +248,15 @@ class JointProcessor:
             return self.inner(attn, hidden_states, **given)
 
 
-class QuantizedJointAttnProcessor(AttentionProducts):
+class QuantizedJointAttnProcessor(JointProcessor, AttentionProducts):
     """Takes the place of a processor of joint attention, `inner`, and keeps what it does around
-    the products. The rest as AttentionProducts has it."""
+    the products. products: what AttentionProducts takes."""
 
-    def __init__(
-        self,
-        tensors: dict[str, Tensor],
-        bits: int,
-        probabilities_bits: int,
-        step: StepState,
-        scale: float,
-        matmul: Matmul | None = None,
-        *,
-        inner: Any,
-    ):
-        super().__init__(tensors, bits, probabilities_bits, step, scale, matmul)
+    def __init__(self, *products: Any, inner: Any):
+        AttentionProducts.__init__(self, *products)
         self.inner = inner
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Any = None,
-    ) -> Any:
-        """attn: the module; hidden_states [N, L, C] and encoder_hidden_states [N, T, C'], both
-        attended to at once; what `inner` returns."""
-        joint = JointProcessor(self.inner, self._attend)
-        return joint(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
-
-    def _attend(
+    def attend(
         self,
         query: Tensor,
         key: Tensor,

@@ -27,7 +27,7 @@ from ..models.stored import load_denoiser
 from ..quant.layers import StepState
 from . import graphs
 from .assemble import Denoiser, with_artifact
-from .sessions import ROWS, in_openvino
+from .sessions import ROWS, in_float32, in_openvino
 
 FLOAT_ROWS = tuple(f"{d}-{how}" for d in ("float32", "bfloat16") for how in ("eager", "compiled"))
 BASELINE = FLOAT_ROWS[0]
@@ -135,7 +135,7 @@ def build(
 def with_graph(row: Row, denoiser: Denoiser, inputs: Inputs, folder: Path) -> Denoiser:
     """The denoiser as its graph, which the folder keeps, of rows that have one."""
     if row.backend is not None and BACKENDS[row.backend].whole:
-        rows = {"x": inputs.x, **inputs.condition}
+        rows = in_float32({"x": inputs.x, **inputs.condition})
         two = {n: v[:1].expand(ROWS, *v.shape[1:]) for n, v in rows.items()}
         digests, dtype = {"row": row.name}, DTYPES[row.dtype]
         return in_openvino(denoiser, digests, (two.pop("x"), two), folder, dtype, _silent)

@@ -29,7 +29,7 @@ from ..quant.layers import QuantizedLayer
 from ..sampling.noise import generators_for
 from ..sampling.samplers import denoise, make_scheduler
 from .assemble import Denoiser, Track, guided_predict, quantized_denoiser
-from .sessions import ROWS, TARGETS, SessionDenoiser, write_graph
+from .sessions import TARGETS, SessionDenoiser, example_of, write_graph
 
 INDEX = "graph.json"
 
@@ -115,11 +115,8 @@ def _write(
 ) -> list[dict[str, Any]]:
     """The graph at path; every layer's row of INDEX."""
     denoiser = quantized_denoiser(model, quantized, "simulate", cache)
-    with torch.no_grad():
-        condition = model.condition(torch.zeros(ROWS, dtype=torch.int64))
-    example = torch.zeros(ROWS, *model.latent_shape), condition
     parts = dict(denoiser.module.named_modules())
-    write_graph(denoiser, example, target, path, f"--to {target}")
+    write_graph(denoiser, example_of(model), target, path, f"--to {target}")
     return _rows(model, quantized, parts, target)
 
 

@@ -285,7 +285,8 @@ def quantize_phases(
         )
     rows = machine.copies * min(calibration.batch_size, calibration.noise_trajectories)
     activations = rows * max(work.full, work.simulated)
-    kept = work.weights if keeps(round(work.weights)) else 0
+    parameters = sum(p.numel() for p in shapes.denoiser.parameters())
+    kept = work.weights if keeps(4 * parameters) else 0
     phases["measuring noise"] = held + kept + _first_call(shapes, activations)
     return phases
 

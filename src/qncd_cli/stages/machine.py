@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import sys
 from pathlib import Path
 
 SYSTEM = Path("/")
@@ -72,9 +73,11 @@ def give_back() -> None:
     """Return to the system what this process has freed.
 
     glibc keeps freed tensors of up to 32 MB in its heap, in pieces between those that live: after
-    all layers of a model, several times what they hold. Elsewhere there is nothing to do.
+    all layers of a model, more than they hold. Elsewhere there is nothing to do.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if sys.platform != "linux":
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)
 

@@ -15,6 +15,7 @@ from ..backends.runtimes import Session
 from ..digests import digest_of
 from ..errors import ArtifactError, BackendUnavailable
 from ..files import replacing_folder
+from ..models.loading import DiffusionModel
 from .assemble import Denoiser
 from .graphs import Tell
 
@@ -52,27 +53,38 @@ class SessionDenoiser(Denoiser):
     def __init__(self, eager: Denoiser, session: Session):
         super().__init__(eager.module, eager.step, eager.group_bounds)
         self._session = session
+        self._dtype = torch.float32  # whatever the module has, of which nothing is called
 
     def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        inputs = {"sample": x, "timestep": t.to(torch.float32), **condition}
-        return self._session.run(_in_float32(inputs))
+        return self._session.run({"sample": x, "timestep": t.to(torch.float32), **condition})
 
 
-def _in_float32(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+Example = tuple[Tensor, Mapping[str, Tensor]]
+"""x [ROWS, ...] and its condition, float32 but for labels."""
+
+
+def example_of(model: DiffusionModel) -> Example:
+    """Of what the model's graph is called with."""
+    with torch.no_grad():
+        condition = model.condition(torch.zeros(ROWS, dtype=torch.int64))
+    return torch.zeros(ROWS, *model.latent_shape), in_float32(condition)
+
+
+def in_float32(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Labels stay integers."""
     return {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def write_graph(
     denoiser: Denoiser,
-    example: tuple[Tensor, Mapping[str, Tensor]],
+    example: Example,
     target: str,
     path: Path,
     asked: str,
 ) -> None:
     """The graph of a simulated denoiser, in float32, which cannot compute any more afterwards.
 
-    example: x [ROWS, ...] and its condition; asked: the option that wants it, for messages. Raises
+    asked: the option that wants it, for messages. Raises
     BackendUnavailable where the model cannot be traced.
     """
     from ..backends import onnx_graph
@@ -100,23 +112,21 @@ def write_graph(
 def in_openvino(
     simulated: Denoiser,
     digests: Mapping[str, str],
-    example: tuple[Tensor, Mapping[str, Tensor]],
+    example: Example,
     folder: Path,
     dtype: torch.dtype,
     tell: Tell,
 ) -> SessionDenoiser:
     """The denoiser run by OpenVINO: its graph from `folder`, else exported there.
 
-    simulated: is used up; digests: of what it was made from; example: as in write_graph; dtype: of
+    simulated: is used up; digests: of what it was made from; dtype: of
     what stays unquantized; tell hears when it is exported. Raises BackendUnavailable where it
     cannot be, ArtifactError for a damaged graph.
     """
     place = openvino_place(folder, digests)
     path = place / TARGETS["openvino"].file
-    x, condition = example
     if not path.is_file():
         tell("exporting the denoiser to OpenVINO, once for this artifact")
-        example = x.float(), _in_float32(condition)
         with replacing_folder(place) as made:
             write_graph(simulated, example, "openvino", made / path.name, "--backend openvino")
     try:

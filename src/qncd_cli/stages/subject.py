@@ -17,7 +17,7 @@ from ..models.loading import DiffusionModel
 from ..quant.layers import QuantizedLayer
 from . import graphs
 from .assemble import Denoiser, full_denoiser, quantized_denoiser
-from .sessions import ROWS, in_openvino
+from .sessions import example_of, in_openvino
 
 WORTH_COMPILING = 2e4
 """From which gain (see worth) on the minutes of compiling are won back."""
@@ -117,11 +117,15 @@ def compiled(
     Raises BackendUnavailable where compiling is wished for by name and cannot be done.
     """
     if subject.backend is not None and subject.backend.whole and not how.wish:
-        labels = model.labels(seeds[:1] * ROWS, config.sampling.classes)
-        with torch.no_grad():
-            example = torch.zeros(ROWS, *model.latent_shape), model.condition(labels)
-        made = (subject.denoiser, subject.digests, example, how.folder, model.dtype, how.tell)
-        return replace(subject, denoiser=in_openvino(*made))
+        denoiser = in_openvino(
+            subject.denoiser,
+            subject.digests,
+            example_of(model),
+            how.folder,
+            model.dtype,
+            how.tell,
+        )
+        return replace(subject, denoiser=denoiser)
     if subject.backend is None or subject.backend.name != "int8":
         if how.wish and subject.backend is not None:
             raise BackendUnavailable(
