@@ -258,6 +258,29 @@ def test_half_precision_is_the_float32_result_rounded_once(original, shape, dtyp
 
 
 @needs_int8
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_kernel_that_is_slow_to_round_is_rounded_for(monkeypatch, slow):
+    """Tried once per layer, on the clock; the bits are the same."""
+    layer = layer_of(nn.Conv2d(64, 96, 3, padding=1))
+    x, now, asked = random(2, 64, 8, 8).bfloat16(), [0.0], []
+    monkeypatch.setattr(int8, "WORTH_A_TRIAL", 1)
+    monkeypatch.setattr(int8.time, "perf_counter", lambda: now[0])
+    real = int8._pass
+
+    def timed(*operands, **named):
+        output = real(*operands, **named)
+        asked.append(output.dtype)
+        now[0] += 9.0 if slow and output.dtype == torch.bfloat16 else 1.0
+        return output
+
+    monkeypatch.setattr(int8, "_pass", timed)
+    assert torch.equal(layer(x), layer(x.float()).bfloat16())
+    assert torch.equal(layer(x), layer(x.float()).bfloat16())
+    chosen = torch.float32 if slow else torch.bfloat16
+    assert asked[4:] == [chosen, torch.float32, chosen, torch.float32]
+
+
+@needs_int8
 @pytest.mark.parametrize(("weight_bits", "top"), [(4, 15), (8, 127), (15, 16383)])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("x", [-1e6, 1e6])

@@ -11,9 +11,12 @@ weights of 15 bits are two as well, w = 128 high + low.
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ from .reference import simulate
 
 SWITCH = "QNCD_DISABLE_INT8"
 """Environment variable; 1 makes the backend unavailable."""
+WORTH_A_TRIAL = 2**20
+"""Weights of a convolution."""
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
@@ -37,18 +42,21 @@ def output_as(dtype: torch.dtype) -> tuple[Any, ...]:
 # ------------------------------------------------------------------ one layer
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Kernel:
     """What a layer needs at every call, made once.
 
     weights: int8 in oneDNN's own order and its scale [O], one pair or, for two bytes, two;
-    weight_zero_point: zeros [O]; input_scale, input_zero_point: one number per timestep group.
+    weight_zero_point: zeros [O]; input_scale, input_zero_point: one number per timestep group;
+    rounds: whether the operator itself writes bfloat16 in good time, found out when that is first
+    asked for.
     """
 
     weights: list[tuple[Tensor, Tensor]]
     weight_zero_point: Tensor
     input_scale: list[float]
     input_zero_point: list[int]
+    rounds: bool | None = None
 
 
 def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -91,7 +99,11 @@ def multiply(
     if high is not None:
         inputs.append((high, 256 * scale, zero_point >> 8))
     passes = [(*codes, *weight) for codes in inputs for weight in kernel.weights]
-    native = torch.bfloat16 if dtype == torch.bfloat16 and len(passes) == 1 else torch.float32
+    native = torch.float32
+    if dtype == torch.bfloat16 and len(passes) == 1:
+        if kernel.rounds is None:
+            kernel.rounds = _rounds(layer, partial(_pass, layer, kernel, *passes[0], bias))
+        native = dtype if kernel.rounds else native
     output = _pass(layer, kernel, *passes[0], bias, native)
     for operands in passes[1:]:
         output += _pass(layer, kernel, *operands, None, native)
@@ -115,6 +127,24 @@ def _pass(
         return torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *operands, *output_as(dtype))
     codes = codes.contiguous(memory_format=torch.channels_last)
     return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *output_as(dtype))
+
+
+def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> bool:
+    """Whether a layer's product is not much slower with an output in bfloat16 than with float32.
+
+    oneDNN may want the weight in another order for another output, which is not known when it is
+    packed, and then puts it in order at every call: for large weights and small images that takes
+    as long as the product. The result has the same bits either way.
+    """
+    if not layer.is_conv or layer.low_memory or math.prod(layer.weight_shape) < WORTH_A_TRIAL:
+        return True
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        product(dtype)  # makes the kernel
+        start = time.perf_counter()
+        product(dtype)
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < 1.5 * seconds[torch.float32]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
