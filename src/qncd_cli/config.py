@@ -255,7 +255,7 @@ class QuantizationConfig(_Section):
 class InterConfig(_Section):
     """Correction of the noise that accumulates over the steps (method.md section 3)."""
 
-    method: Literal["none", "runtime", "ptqd", "affine"] = "ptqd"
+    method: Literal["none", "runtime", "ptqd", "affine"] = "none"
     target: Literal["injected", "total"] = "total"
     granularity: Literal["tensor", "channel"] = "channel"
     interval: int = Field(5, ge=1, description="steps between two run-time estimates")
@@ -271,7 +271,7 @@ class InterConfig(_Section):
 
 class CorrectionConfig(_Section):
     intra: Literal["none", "embedding", "smoothquant", "range", "auto"] = Field(
-        "embedding", description="auto: per layer the one with the least output error"
+        "none", description="auto: per layer the one with the least output error"
     )
     smoothing_strength: float = Field(0.5, ge=0, le=1, description="of smoothquant and range")
     inter: InterConfig = InterConfig()
