@@ -140,6 +140,12 @@ def test_overrides_reach_every_depth_and_read_yaml_values(minimal):
     assert config.model.source == "a=b"
 
 
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: {source: m}\nsampling:\n  steps: 20\n  eta: 0\n  steps: 50\n")
+    assert "line 5: the key steps stands there again" in refused(path)
+
+
 def test_the_last_of_two_overrides_wins_and_neighbours_stay(minimal):
     config = load_config(minimal, ["sampling.steps=7", "sampling.eta=0.5", "sampling.steps=9"])
     assert (config.sampling.steps, config.sampling.eta) == (9, 0.5)

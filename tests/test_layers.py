@@ -29,7 +29,6 @@ GROUND = [
     "files",
     "run_dir",
     "artifacts",
-    "distributed",
 ]
 MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
 SHARED = [
@@ -74,7 +73,6 @@ EDGES: list[tuple[str, list[str]]] = [
     ("files", ["errors"]),
     ("run_dir", ["errors", "files"]),
     ("artifacts", ["", "errors", "spec", "digests", "files"]),
-    ("distributed", ["errors"]),
     ("exported", ["artifacts", "errors", "backends.*", "models.*", "quant.*", "stages.assemble"]),
     ("quant.*", ["quant.*", "errors", "spec"]),
     ("sampling.*", ["sampling.*", *GROUND]),
