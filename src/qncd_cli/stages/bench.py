@@ -41,6 +41,7 @@ from .bench_row import (
     BASELINE,
     FACTS,
     Alone,
+    Guest,
     Inputs,
     Row,
     build,
@@ -52,6 +53,7 @@ from .bench_time import time_rows, timings
 from .graphs import FOLDER
 
 Tell = Callable[[str], None]
+SIZES = ("disk_bytes", "integer_macs_share")
 TIMESTEP = 500.0
 WARM_UP = 2
 """Calls before the first round: one prepares, one more fills caches."""
@@ -61,7 +63,8 @@ WARM_UP = 2
 class BenchRequest:
     """rows: in the order of the table; batch_size: samples in a call, guidance counted in.
 
-    alone: also measure memory and loading; profile: also say where the time goes.
+    alone: also measure memory and loading; profile: also say where the time goes; guests: rows that
+    others compute, of which time alone is measured.
     """
 
     rows: Sequence[Row]
@@ -69,6 +72,7 @@ class BenchRequest:
     rounds: int
     alone: bool = True
     profile: bool = False
+    guests: Sequence[Guest] = ()
 
 
 @dataclass
@@ -124,15 +128,18 @@ def run(
             _prepare(row, work)
         alone = _measure_alone(work) if request.alone else {}
         denoisers = _warm(work)
-        if not denoisers:
+        guests = _prepare_guests(work)
+        if not denoisers and not guests:
             name, why = next(iter(work.unavailable.items()))
             raise BackendUnavailable(f"no row can be measured here; {name}: {why}")
         rows = work.available()
-        calls = {row.name: inputs.call(denoisers[row.name]) for row in rows}
-        seconds, rates = time_rows(rows, calls, request.rounds, track)
-        table = timings(rows, seconds, rates, 2 * macs * request.batch_size)
-        for row, entry in zip(rows, table, strict=True):
-            entry |= _sizes(row, work) | alone.get(row.name, dict.fromkeys(FACTS))
+        calls = {row.name: inputs.call(denoisers[row.name]) for row in rows} | guests
+        timed = [*rows, *(guest.row for guest in request.guests if guest.row.name in guests)]
+        seconds, rates = time_rows(timed, calls, request.rounds, track)
+        table = timings(timed, seconds, rates, 2 * macs * request.batch_size)
+        for row, entry in zip(timed, table, strict=True):
+            sizes = dict.fromkeys(SIZES) if row.name in guests else _sizes(row, work)
+            entry |= sizes | alone.get(row.name, dict.fromkeys(FACTS))
         profile = _profiles(rows, denoisers, calls) if request.profile else None
     return {
         "model": model.source,
@@ -299,6 +306,24 @@ def _warm(work: _Work) -> dict[str, Denoiser]:
             continue
         denoisers[row.name] = denoiser
     return denoisers
+
+
+def _prepare_guests(work: _Work) -> dict[str, Callable[[], Any]]:
+    """Their calls by name, warm; one that fails is listed with the reason."""
+    calls = {}
+    guests = work.request.guests
+    for guest in work.track(guests, "preparing guests", len(guests)):
+        folder = work.folder / guest.row.name
+        folder.mkdir()
+        try:
+            call = guest.prepare(copy.deepcopy(work.model.denoiser), work.inputs, folder)
+            for _ in range(WARM_UP):
+                call()
+        except Exception as error:  # whatever somebody else's tool can stumble over
+            work.drop(guest.row, reason(error))
+            continue
+        calls[guest.row.name] = call
+    return calls
 
 
 def _profiles(

@@ -115,6 +115,15 @@ class Inputs:
         return cls(**torch.load(path, weights_only=True))
 
 
+@dataclass(frozen=True)
+class Guest:
+    """A row that another tool computes, prepared by prepare(denoiser float32, inputs, an empty
+    folder) -> its call."""
+
+    row: Row
+    prepare: Callable[[nn.Module, Inputs, Path], Callable[[], Any]]
+
+
 def build(
     row: Row, module: nn.Module, artifact: artifacts.Artifact | None, cached: bool
 ) -> Denoiser:
