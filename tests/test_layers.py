@@ -34,6 +34,7 @@ MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
 SHARED = [
     f"stages.{s}"
     for s in (
+        "activations",
         "assemble",
         "attention",
         "bench_row",
@@ -47,11 +48,13 @@ SHARED = [
         "graphs",
         "hessians",
         "layer_error",
+        "learn_block",
         "measure_noise",
         "output_ranges",
         "plan",
         "probes",
         "reconstruct",
+        "sample_set",
         "sensitivity",
         "sessions",
         "subject",
@@ -106,12 +109,12 @@ DOORS: dict[str, list[str]] = {
     "pydantic": ["config", "config_files"],
     "torch_fidelity": ["metrics.fidelity"],
     "torch": ["artifacts", "exported", "quant.*", *MIDDLE, "stages.*"],
-    "numpy": ["metrics.*", "stages.sample", "backends.onnx_layers"],
+    "numpy": ["metrics.*", "stages.sample_set", "backends.onnx_layers"],
     "onnx": ["backends.* (inside)"],
     "onnx_ir": ["backends.onnx_graph", "backends.onnx_layers"],
     "onnxruntime": ["backends.* (inside)"],
     "openvino": ["backends.* (inside)"],
-    "PIL": ["metrics.*", "stages.sample"],
+    "PIL": ["metrics.*", "stages.sample_set"],
 }
 
 

@@ -18,7 +18,7 @@ from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import reconstruction_blocks, weight_layers
 from qncd_cli.quant.packing import unpack
 from qncd_cli.spec import weight_spec
-from qncd_cli.stages import calibrate, quantize, reconstruct
+from qncd_cli.stages import calibrate, learn_block, quantize, reconstruct
 from qncd_cli.stages.assemble import full_denoiser, no_progress
 from qncd_cli.stages.block_calls import BlockCalls, CalibrationRows, record
 
@@ -105,7 +105,7 @@ def test_learning_improves_on_nearest_and_leaves_no_files(
 def test_a_result_that_does_not_help_is_dropped(
     tiny_model, model, calibrated, nearest, monkeypatch
 ):
-    monkeypatch.setattr(reconstruct, "LOGIT_TRAVEL", 300.0)  # codes fall anywhere
+    monkeypatch.setattr(learn_block, "LOGIT_TRAVEL", 300.0)  # codes fall anywhere
     result = learn(config_of(tiny_model, "brecq", iterations=3), model, calibrated, nearest)
     assert {r["kept"] for r in blocks_of(result).values()} == {False}
     for report in blocks_of(result).values():

@@ -189,6 +189,7 @@ def _parse_classes(text: str) -> str | list[int]:
 
 def sample(console: Console, options: SampleOptions) -> Path:
     from ..stages import sample as stage
+    from ..stages import sample_set
     from ..stages import subject as subjects
     from ..stages.graphs import FOLDER
 
@@ -224,9 +225,9 @@ def sample(console: Console, options: SampleOptions) -> Path:
     )
     if options.force:
         stage.check(config, model, subject, request)
-        stage.clear(folder)
+        sample_set.clear(folder)
     if quantized is not None:
-        begun = stage.begun(folder)
+        begun = sample_set.begun(folder)
         how = subjects.Compiling(
             run.path / FOLDER,
             console.note,
@@ -243,7 +244,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
         time.perf_counter() - start,
         images=len(manifest["seeds"]),
         folder=str(folder),
-        contact_sheet=str(stage.sheet_path(folder)),
+        contact_sheet=str(sample_set.sheet_path(folder)),
     )
     return folder
 

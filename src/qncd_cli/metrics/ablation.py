@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -32,6 +33,44 @@ NOTE = (
 )
 FULL = "full precision"
 IDENTICAL = "identical"
+
+
+# ------------------------------------------------------------------ numbers of a row
+
+
+def fidelity(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of metrics.json's object of that name. Infinite decibels (equal images or latents) are null
+    in JSON; identical_* says so."""
+    psnr, sqnr = measured["psnr_db"], measured["sqnr_latents_db"]
+    return {
+        "psnr_db": _finite(psnr),
+        "sqnr_latents_db": _finite(sqnr),
+        "sqnr_steps_db": [_finite(value) for value in measured["sqnr_steps_db"]],
+        "identical_images": psnr == math.inf,
+        "identical_latents": sqnr == math.inf,
+        "feature_distance_to_full": _bounds(measured["feature_distance"]),
+    }
+
+
+def distribution(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a set's object in metrics.json."""
+    return {
+        "feature_distance_to_reference": _bounds(measured.get("feature_distance")),
+        "class_agreement": measured.get("class_agreement"),
+    }
+
+
+def _bounds(entry: Mapping[str, Any] | None) -> dict[str, float | None] | None:
+    if entry is None:
+        return None
+    return {key: _finite(entry[key]) for key in ("value", "low", "high")}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+# ------------------------------------------------------------------ to read
 
 
 def cells(table: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ calibration where its digest agrees, and the quantized weights where theirs does
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,10 +28,11 @@ from ..config import Config
 from ..digests import digest_of
 from ..errors import ArtifactError
 from ..files import read_json, write_json
+from ..metrics import ablation
 from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
 from ..run_dir import RunDir
-from . import chain, graphs
+from . import chain, graphs, sample_set
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
 from .assemble import Track, denoiser_costs, no_progress
@@ -191,7 +191,7 @@ def _table(config: Config, work: _Work) -> dict[str, Any]:
 
 def sheet(request: AblateRequest, variant: Variant) -> Path:
     """The contact sheet of a row's images."""
-    return sample_stage.sheet_path(request.samples(variant))
+    return sample_set.sheet_path(request.samples(variant))
 
 
 # ------------------------------------------------------------------ one row
@@ -222,8 +222,13 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
         size = made.tensors("quantized").stat().st_size
         sizes = {"full": model.denoiser_bytes(), "quantized": size}
         metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol)
+    quantization = variant.config.quantization
     row = {
-        **_described(variant, metrics),
+        "preset": variant.name,
+        "weights": quantization.weights.bits,
+        "activations": quantization.activations.bits,
+        **ablation.fidelity(metrics["fidelity"]),
+        **ablation.distribution(metrics["quantized"]),
         "bytes": size,
         "bit_operations": read_json(made.coverage, "qncd ablate")["bit_operations"],
         "extra_calls": samples.manifest["extra_calls"],
@@ -232,7 +237,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
         "reused": [n for n, was in (("calibrate", calibrated), ("quantize", reused)) if was],
         "digests": identity,
     }
-    full = _distribution(metrics["full"])
+    full = ablation.distribution(metrics["full"])
     return {"row": row, "full": {**full, "bytes": sizes["full"]}}
 
 
@@ -261,7 +266,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     subject = compiled(config, work.model, subject, drawing.seeds, drawing.batch_size, how)
     digest = sample_stage.identify(config, work.model, subject)["digest"]
     if work.force(folder) or (begun is not None and begun.get("digest") != digest):
-        sample_stage.clear(folder)
+        sample_set.clear(folder)
     sample_stage.run(config, work.model, subject, drawing, work.track)
     return folder
 
@@ -269,7 +274,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """Of the samples in a folder; empty where it is damaged."""
     try:
-        return sample_stage.begun(folder)
+        return sample_set.begun(folder)
     except ArtifactError:
         return {}
 
@@ -285,40 +290,3 @@ def _full_set(config: Config, work: _Work) -> Measured:
     seeds = list(range(first, first + request.count))
     samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
     return evaluate_stage.measure_set(samples, work.protocol)
-
-
-# ------------------------------------------------------------------ numbers
-
-
-def _described(variant: Variant, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Infinite decibels (equal images or latents) are null in JSON; identical_* says so."""
-    quantization, fidelity = variant.config.quantization, metrics["fidelity"]
-    return {
-        "preset": variant.name,
-        "weights": quantization.weights.bits,
-        "activations": quantization.activations.bits,
-        "psnr_db": _finite(fidelity["psnr_db"]),
-        "sqnr_latents_db": _finite(fidelity["sqnr_latents_db"]),
-        "sqnr_steps_db": [_finite(value) for value in fidelity["sqnr_steps_db"]],
-        "identical_images": fidelity["psnr_db"] == math.inf,
-        "identical_latents": fidelity["sqnr_latents_db"] == math.inf,
-        "feature_distance_to_full": _interval(fidelity["feature_distance"]),
-        **_distribution(metrics["quantized"]),
-    }
-
-
-def _distribution(entry: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "feature_distance_to_reference": _interval(entry.get("feature_distance")),
-        "class_agreement": entry.get("class_agreement"),
-    }
-
-
-def _interval(entry: dict[str, Any] | None) -> dict[str, float | None] | None:
-    if entry is None:
-        return None
-    return {key: _finite(entry[key]) for key in ("value", "low", "high")}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__, artifacts, presets
+from .. import artifacts, presets
 from ..artifacts import Artifact
 from ..backends.graph import silence_compiler
 from ..config import Config
@@ -49,7 +48,7 @@ from .bench_row import (
     reason,
     with_graph,
 )
-from .bench_time import time_rows, timings
+from .bench_time import described_machine, time_rows, timings
 from .graphs import FOLDER
 
 Tell = Callable[[str], None]
@@ -147,32 +146,13 @@ def run(
         "macs": macs,
         "batch_size": request.batch_size,
         "rounds": request.rounds,
-        "machine": _machine(),
+        "machine": described_machine(),
         "rates": rates,
         "rows": table,
         "unavailable": work.unavailable,
         "profile": profile,
         "seconds": round(time.perf_counter() - start, 1),
     }
-
-
-def _machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "qncd": __version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
 
 
 @contextmanager

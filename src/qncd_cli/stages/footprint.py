@@ -1,6 +1,6 @@
 """Part of the forecast: memory of the stages, phase by phase, from what their code holds at once.
 
-Activations are metered on the meta device (models.metering), artifacts are those of `foreseen`.
+Activations are metered (activations), artifacts are those of `foreseen`.
 What the operators need inside themselves is not metered; HEADROOM stands for it.
 """
 
@@ -12,29 +12,23 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..artifacts import Artifact
-from ..backends.reference import simulate_with
 from ..config import Config
-from ..models.adapters import DECODE_PIXELS
 from ..models.loading import FIRST_STAGES
-from ..models.metering import metered, peak_bytes
 from ..models.shapes import Shapes
-from ..models.topology import capture_inputs, reconstruction_blocks, skip_boundaries, weight_layers
-from ..quant.layers import QuantizedLayer
+from ..models.topology import reconstruction_blocks, skip_boundaries, weight_layers
 from ..spec import FLOAT_BITS
-from .assemble import with_artifact
+from .activations import Activations
 from .choose_smoothing import EMBEDDED_CLASSES
 from .foreseen import refined
 from .hessians import hessian_groups
+from .learn_block import JUDGED_AT_ONCE
 from .machine import keeps
 from .plan import LayerPlan, plan_layers
 from .probes import PROBE_ELEMENTS, PROBE_STEPS, PROBE_TRAJECTORIES
-from .reconstruct import JUDGED_AT_ONCE
 from .sensitivity import ROWS_PER_STEP
 
 LOADING = "loading the model"
 """The phase in which nothing of a mapped file has been read yet."""
-ROWS = 2
-"""Of a metered call: with one, some transposed tensors would need no copy."""
 GPTQ_MATRICES = 6.3
 """Matrices of a Hessian's size that GPTQ adds to it at its height (two orderings, dampening, two
 factorisations and LAPACK's copy): the most that scripts/gptq_memory.py showed (2,000 inputs)."""
@@ -51,94 +45,6 @@ the allocator keeps what is free."""
 KERNELS = 70e6
 """Bytes of kernels that oneDNN compiles for the shapes it meets, and of threads. This and HEADROOM
 were fitted to fashion-ldm and LDM-4 (docs/models.md)."""
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Bytes per row of a denoiser call: full precision; simulated; with all that a backward pass
-    needs (0 where none is run). weights: of the simulated denoiser in float32; decoding: of one
-    call of the first stage; inputs: elements that each layer reads."""
-
-    full: float
-    simulated: float
-    graph: float
-    weights: float
-    decoding: float
-    inputs: dict[str, int]
-
-
-def meter(config: Config, shapes: Shapes, quantized: Artifact) -> Activations:
-    """One call each on the meta device."""
-    inputs: dict[str, int] = {}
-
-    def see(name: str, x: torch.Tensor) -> None:
-        inputs.setdefault(name, x[0].numel())
-
-    names = list(weight_layers(shapes.denoiser))
-    with capture_inputs(shapes.denoiser, names, see):
-        full = peak_bytes(lambda: shapes.call(ROWS)) / ROWS
-    weights, simulated = _simulated(shapes, quantized)
-    pixels = shapes.image_shape[1] * shapes.image_shape[2]
-    at_once = max(1, DECODE_PIXELS // pixels)
-    return Activations(
-        full,
-        simulated,
-        _graph(shapes, list(quantized.body["layers"])) / ROWS if refined(config) else 0.0,
-        weights,
-        0 if shapes.first_stage is None else peak_bytes(lambda: shapes.decode(at_once)),
-        inputs,
-    )
-
-
-def _simulated(shapes: Shapes, quantized: Artifact) -> tuple[float, float]:
-    """Dequantized weights, which stay; activations of one row."""
-    denoiser = with_artifact(shapes.denoiser, shapes.source, quantized, "simulate", True).module
-    weights = {
-        module: torch.empty(module.weight_shape, device="meta")
-        for module in denoiser.modules()
-        if isinstance(module, QuantizedLayer)
-    }
-
-    def compute(layer: QuantizedLayer, x: torch.Tensor) -> torch.Tensor:
-        qparams = None if layer.input_spec is None else layer.input_qparams()
-        return simulate_with(layer, x, weights[layer], layer.bias_now(), qparams)
-
-    for layer in weights:
-        layer.compute = compute
-    kept = sum(weight.nbytes for weight in weights.values())
-    return kept, peak_bytes(lambda: shapes.call(ROWS, denoiser)) / ROWS
-
-
-def _graph(shapes: Shapes, names: list[str]) -> float:
-    """Of stages.sensitivity, without the weights' gradients: activations with their graph, every
-    input's error and gradient."""
-    inputs: list[torch.Tensor] = []
-    weights = [weight_layers(shapes.denoiser)[name].weight for name in names]
-
-    def see(name: str, x: torch.Tensor) -> None:
-        inputs.append(x)
-
-    for weight in weights:
-        weight.requires_grad_(True)
-    try:
-        with torch.enable_grad(), metered() as found:
-            with capture_inputs(shapes.denoiser, names, see):
-                prediction = shapes.call(ROWS)
-            errors = [torch.empty_like(x) for x in inputs]
-            read = [x for x in inputs if x.requires_grad]
-            v = torch.empty_like(prediction)
-            grads = torch.autograd.grad(
-                prediction, [*read, *weights], v, retain_graph=True, allow_unused=True
-            )
-            of_weights = sum(g.nbytes for g in grads[len(read) :] if g is not None)
-            del errors, grads
-            return found.peak - of_weights
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-
-
-# ------------------------------------------------------------------ the stages
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ from ..models.topology import LayerCost, count_macs
 from ..sampling.levels import with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
-from . import footprint, foreseen, workload
+from . import activations, footprint, foreseen, workload
 from .coverage import coverage_of
 from .footprint import Foreseen, Machine
 from .machine import available_disk, available_memory
 from .plan import plan_layers
 from .reconstruct import CACHE_BYTES
-from .sample import SHEET_IMAGES, TRACED, default_batch
+from .sample import TRACED, default_batch
+from .sample_set import SHEET_IMAGES
 
 RATE_SECONDS = 0.3
 """How long each rate of the machine is measured."""
@@ -172,7 +173,7 @@ def _stages(
 ) -> list[dict[str, Any]]:
     machine = Machine(_copies(config, shapes), backend == "int8")
     drawing = Machine(_copies(request.sampling, shapes), backend == "int8")
-    work = footprint.meter(config, shapes, quantized)
+    work = activations.meter(config, shapes, quantized)
     held = footprint.resident(shapes, DTYPES[config.model.dtype])
     rest = footprint.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
     known = (config, shapes, held, sizes, work, machine)

@@ -8,24 +8,19 @@ for byte, the set that an uninterrupted run writes.
 
 from __future__ import annotations
 
-import io
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from .. import artifacts
 from ..artifacts import Artifact
 from ..config import Config
 from ..digests import digest_of
-from ..errors import ArtifactError, ConfigError
-from ..files import read_json, remove_temporaries, write_bytes, write_json
-from ..metrics.report import contact_sheet
+from ..errors import ConfigError
+from ..files import remove_temporaries, write_bytes, write_json
 from ..models.loading import DiffusionModel
 from ..quant.estimator_baseline import EstimatorBaseline
 from ..quant.noise_correction import RuntimeCorrection
@@ -33,17 +28,15 @@ from ..quant.offline_correction import AffineCorrection, PtqdCorrection
 from ..sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction, denoise, make_scheduler
+from . import sample_set
 from .assemble import Track, guided_predict, no_progress
 from .subject import Subject
 
 TRACED = 32
 """Seeds whose predictions are kept at every step, for the SQNR over the steps."""
-SHEET_IMAGES = 64
 LARGEST_BATCH = 50
 BATCH_MACS = 10**12
 """Of one call, as many samples as come near it where fewer are to be drawn together."""
-MANIFEST = "manifest.json"
-PARTS = ".parts"
 
 
 def default_batch(macs: int) -> int:
@@ -79,20 +72,20 @@ def run(
     """
     identity = identify(config, model, subject)
     check(config, model, subject, request)
-    finished = _finished(request.folder, identity)
-    done = set(finished.tensors["seeds"].tolist()) if finished else set()
+    drawn = sample_set.finished(request.folder, identity)
+    done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
     scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
     write_json(
-        request.folder / MANIFEST,
+        request.folder / sample_set.MANIFEST,
         {**identity, "complete": False, "seeds": sorted(done), "batch_size": request.batch_size},
     )
     remove_temporaries(request.folder)
     pending = [b for b in chunks(request.seeds, request.batch_size) if not done.issuperset(b)]
     for seeds in track(pending, f"sampling ({subject.kind})", len(pending)):
-        part = request.folder / PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
+        part = request.folder / sample_set.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
         if not part.is_file():
             draw_batch(config, model, subject, scheduler, seeds, part)
-    return _assemble(request, identity, finished)
+    return sample_set.assemble(request.folder, identity, drawn, request.batch_size)
 
 
 def check(config: Config, model: DiffusionModel, subject: Subject, request: SampleRequest) -> None:
@@ -129,52 +122,6 @@ def identify(config: Config, model: DiffusionModel, subject: Subject) -> dict[st
     if subject.compiled:
         identity["compiled"] = True  # the same
     return {**identity, "digest": digest_of(identity)}
-
-
-def _finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
-    """Latents of the samples already in the folder, None when there are none.
-
-    Raises ArtifactError when they were made with other settings.
-    """
-    manifest = begun(folder)
-    if manifest is None:
-        return None
-    if manifest.get("digest") != identity["digest"]:
-        keys = [key for key in {**identity, "compiled": None} if key != "digest"]
-        differing = [key for key in keys if manifest.get(key) != identity.get(key)]
-        raise ArtifactError(
-            f"{folder}: holds samples made with other settings (different: {', '.join(differing)})",
-            "add --force to replace them, or --name NAME to keep both",
-        )
-    latents = folder / "latents.safetensors"
-    if not latents.is_file():
-        return None
-    finished = artifacts.read(latents, "latents")
-    seeds = finished.tensors["seeds"].tolist()
-    return finished if all(image_path(folder, seed).is_file() for seed in seeds) else None
-
-
-def begun(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the set in the folder, finished or not."""
-    path = folder / MANIFEST
-    return read_json(path, "qncd sample --force") if path.exists() else None
-
-
-def image_path(folder: Path, seed: int) -> Path:
-    return folder / f"{seed:06d}.png"
-
-
-def sheet_path(folder: Path) -> Path:
-    """Beside the folder, so that the folder holds samples and no other images."""
-    return folder.with_name(f"{folder.name}_sheet.png")
-
-
-def clear(folder: Path) -> None:
-    """Remove a sample set (for --force): only what this stage writes."""
-    for path in [*folder.glob("[0-9]*.png"), folder / MANIFEST, folder / "latents.safetensors"]:
-        path.unlink(missing_ok=True)
-    sheet_path(folder).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
 # ------------------------------------------------------------------ corrections
@@ -269,7 +216,7 @@ def draw_batch(
     with torch.no_grad():
         images = model.decode(latents)
     for seed, image in zip(seeds, images, strict=True):
-        write_bytes(image_path(folder, seed), png_bytes(image))
+        write_bytes(sample_set.image_path(folder, seed), sample_set.png_bytes(image))
     body = {
         "count": len(seeds),
         "latent_shape": list(model.latent_shape),
@@ -285,73 +232,3 @@ def draw_batch(
         "prediction_seeds": torch.tensor([seeds[i] for i in keep], dtype=torch.int64),
     }
     artifacts.write(part, Artifact("latents", tensors, body, "", model.digest))
-
-
-def png_bytes(image: Tensor) -> bytes:
-    """uint8 [C, H, W], C 1 or 3 -> PNG."""
-    array = image.permute(1, 2, 0).numpy()
-    array = array[:, :, 0] if array.shape[2] == 1 else array
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-# ------------------------------------------------------------------ the set
-
-
-def _assemble(
-    request: SampleRequest, identity: dict[str, Any], finished: Artifact | None
-) -> dict[str, Any]:
-    """Join the parts (and earlier samples) into one latents file, a sheet and the manifest."""
-    folder = request.folder
-    parts = sorted((folder / PARTS).glob("*.safetensors"))
-    pieces = [finished] if finished else []
-    latents = merge_latents(pieces + [artifacts.read(path, "latents") for path in parts])
-    artifacts.write(folder / "latents.safetensors", latents)
-    seeds = latents.tensors["seeds"].tolist()
-    images = [Image.open(image_path(folder, seed)) for seed in seeds[:SHEET_IMAGES]]
-    arrays = [torch.from_numpy(np.atleast_3d(np.array(image))) for image in images]
-    sheet = contact_sheet(torch.stack(arrays).permute(0, 3, 1, 2), columns=None, scale=2)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
-    write_bytes(sheet_path(folder), buffer.getvalue())
-    manifest = {
-        **identity,
-        "complete": True,
-        "seeds": seeds,
-        "classes": latents.tensors["classes"].tolist(),
-        "batch_size": request.batch_size,
-        "extra_calls": latents.body["extra_calls"],
-        "steps": latents.body["steps"],
-    }
-    write_json(folder / MANIFEST, manifest)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-    return manifest
-
-
-def merge_latents(pieces: list[Artifact]) -> Artifact:
-    """One latents artifact, ordered by seed, each seed once (the later piece wins)."""
-
-    def merged(key: str, names: list[str]) -> dict[str, Tensor]:
-        row_of = {
-            seed: (piece, row)
-            for piece in pieces
-            for row, seed in enumerate(piece.tensors[key].tolist())
-        }
-        order = [row_of[seed] for seed in sorted(row_of)]
-        if not order:
-            return {name: pieces[0].tensors[name] for name in [key, *names]}
-        return {
-            name: torch.stack([piece.tensors[name][row] for piece, row in order])
-            for name in [key, *names]
-        }
-
-    tensors = merged("seeds", ["latents", "classes"])
-    tensors |= merged("prediction_seeds", ["predictions"])
-    body = {
-        **pieces[0].body,
-        "count": len(tensors["seeds"]),
-        "traced": len(tensors["prediction_seeds"]),
-        "extra_calls": max(piece.body["extra_calls"] for piece in pieces),
-    }
-    return Artifact("latents", tensors, body, "", pieces[0].model)

@@ -14,9 +14,10 @@ from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import LayerCost
 from ..quant.rounding import CLIP_FRACTIONS
 from ..spec import FLOAT_BITS
+from .activations import Activations
 from .budget import PROBE_ROWS, WIDTHS
 from .choose_smoothing import EMBEDDED_CLASSES
-from .footprint import Activations, Machine, judged_by_output, probe_rows, probed_for_smoothing
+from .footprint import Machine, judged_by_output, probe_rows, probed_for_smoothing
 from .foreseen import refined
 from .hessians import HESSIAN_CALLS, HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT, hessian_groups
 from .output_ranges import FRACTIONS
