@@ -14,13 +14,14 @@ from __future__ import annotations
 import click
 import torch
 
+from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.errors import ConfigError
 from qncd_cli.metrics.tensor import psnr_db, sqnr_db
 from qncd_cli.run_dir import find_run
 from qncd_cli.stages.evaluate import read_set
 
 
-@click.command()
+@click.command(cls=ErrorReportingCommand)
 @click.argument("first")
 @click.argument("second")
 @click.option("--run-dir", help="As of qncd eval.")

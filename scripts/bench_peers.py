@@ -32,9 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from qncd_cli import files
-from qncd_cli.cli.console import Console
+from qncd_cli.cli.console import Console, ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
 from qncd_cli.config_files import parse_config
+from qncd_cli.errors import ConfigError
 from qncd_cli.metrics import benchmark
 from qncd_cli.stages import bench
 from qncd_cli.stages.bench_row import Guest, Inputs, Row, parse_rows
@@ -144,7 +145,7 @@ def onnxruntime(denoiser: nn.Module, inputs: Inputs, folder: Path) -> Call:
 PEERS = {"quanto": quanto, "torchao": torchao, "nncf": nncf, "onnxruntime": onnxruntime}
 
 
-@click.command()
+@click.command(cls=ErrorReportingCommand)
 @click.argument("source")
 @click.option("--rows", default=OURS, show_default=True, help="Of qncd bench.")
 @click.option("--peers", default=",".join(PEERS), show_default=True)
@@ -154,7 +155,10 @@ PEERS = {"quanto": quanto, "torchao": torchao, "nncf": nncf, "onnxruntime": onnx
 def main(source: str, rows: str, peers: str, batch_size: int, rounds: int, out: Path) -> None:
     """Time SOURCE's denoiser; writes bench.json and bench.md into --out."""
     logging.getLogger().setLevel(logging.ERROR)  # exporters and calibrators warn of every layer
-    guests = [Guest(Row(name, "float32", "int8"), PEERS[name]) for name in peers.split(",") if name]
+    names = [name for name in peers.split(",") if name]
+    if unknown := [name for name in names if name not in PEERS]:
+        raise ConfigError(f"--peers {unknown[0]}: unknown", f"known: {', '.join(PEERS)}")
+    guests = [Guest(Row(name, "float32", "int8"), PEERS[name]) for name in names]
     own = parse_rows([name for name in rows.split(",") if name])
     request = bench.BenchRequest(own, batch_size, rounds, alone=False, guests=guests)
     config = parse_config({"model": {"source": source}}, "bench_peers")

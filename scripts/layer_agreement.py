@@ -17,10 +17,11 @@ from torch import Tensor
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.reference import simulate
+from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
 from qncd_cli.config import Config
 from qncd_cli.config_files import parse_config
-from qncd_cli.errors import BackendUnavailable
+from qncd_cli.errors import BackendUnavailable, ConfigError
 from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.stages import bench, calibrate, quantize
@@ -77,7 +78,7 @@ def compare(model: DiffusionModel, config: Config) -> Found:
     return found
 
 
-@click.command()
+@click.command(cls=ErrorReportingCommand)
 @click.argument("sources", nargs=-1, required=True)
 @click.option("--bits", default="w8a8,w4a8,w4a6", show_default=True)
 def main(sources: tuple[str, ...], bits: str) -> None:
@@ -88,8 +89,8 @@ def main(sources: tuple[str, ...], bits: str) -> None:
         config = parse_config({"model": {"source": source}}, "layer_agreement")
         model = open_model(config, "cpu")
         for text in bits.split(","):
-            widths = parse_widths(text)
-            assert widths is not None
+            if (widths := parse_widths(text)) is None:
+                raise ConfigError(f"--bits {text}: nothing is quantized", "widths like w4a8")
             found = compare(model, bench.quick_config(config, widths))
             click.echo(
                 f"{source} {text}: {found.compared} layers, {found.equal} equal in every bit, "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qncd_cli import artifacts
 from qncd_cli.backends.reference import simulate_with
+from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
 from qncd_cli.config import Config
 from qncd_cli.config_files import load_config
@@ -75,7 +76,7 @@ def best_branch(residual: Tensor, hessian: Tensor, rank: int) -> Tensor:
     return torch.linalg.solve_triangular(root, low, upper=False, left=False).float()
 
 
-@click.command()
+@click.command(cls=ErrorReportingCommand)
 @click.option("--run-dir", metavar="DIR", help="A quantized run (default: the current one).")
 @click.option("--layers", "count", default=10, show_default=True, help="How many layers.")
 @click.option("--rank", "ranks", default=(8, 32, 128), multiple=True, show_default=True)

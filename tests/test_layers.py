@@ -34,7 +34,7 @@ MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
 SHARED = [
     f"stages.{s}"
     for s in (
-        "activations",
+        "call_memory",
         "assemble",
         "attention",
         "bench_row",

@@ -17,7 +17,7 @@ from qncd_cli.config_files import load_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.shapes import Shapes, model_shapes
 from qncd_cli.quant.affine import QParams
-from qncd_cli.stages import activations, calibrate, footprint, forecast, foreseen, quantize
+from qncd_cli.stages import calibrate, call_memory, footprint, forecast, foreseen, quantize
 from qncd_cli.stages.footprint import Foreseen, Machine
 from qncd_cli.stages.plan import plan_layers
 from qncd_cli.stages.sample import default_batch
@@ -99,7 +99,7 @@ def test_memory_follows_what_the_phases_hold(tmp_path):
     shapes = shapes_of(config)
     parts = foreseen_of(config, shapes)
     sizes = Foreseen.of(*parts)
-    work = activations.Activations(1e6, 2e6, 3e6, 4e6, 5e6, {})
+    work = call_memory.Activations(1e6, 2e6, 3e6, 4e6, 5e6, {})
     held, machine = 10_000_000, Machine(2, integers=False)
 
     def phases(batch: int) -> dict[str, float]:

@@ -24,13 +24,16 @@ from torch import Tensor
 
 from ..quant.affine import quantize, quantize_uint8
 from ..quant.layers import QuantizedLayer
+from ..quant.packing import weight_bytes
 from ..spec import FLOAT_BITS, activation_spec
 from .reference import simulate
 
 SWITCH = "QNCD_DISABLE_INT8"
 """Environment variable; 1 makes the backend unavailable."""
 WORTH_A_TRIAL = 2**20
-"""Weights of a convolution."""
+"""Weights of a convolution from which on it is tried which type its kernel writes best."""
+MUCH_SLOWER = 1.5
+"""Times as long as with float32; putting the weight in order takes more than this."""
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 
 
@@ -144,7 +147,7 @@ def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> 
         start = time.perf_counter()
         product(dtype)
         seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < 1.5 * seconds[torch.float32]
+    return seconds[torch.bfloat16] < MUCH_SLOWER * seconds[torch.float32]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -189,13 +192,6 @@ def conv_output_shape(layer: QuantizedLayer, shape: Sequence[int]) -> list[int]:
         )
     ]
     return [shape[0], layer.weight_shape[0], *sides]
-
-
-def weight_bytes(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """int8 weights with a scale [O] each whose sum is the weight; one, or high and low byte."""
-    if weight.dtype == torch.int8:
-        return [(weight, scale)]
-    return [((weight & 127).to(torch.int8), scale), ((weight >> 7).to(torch.int8), 128 * scale)]
 
 
 def _prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..quant.affine import QParams
 from ..quant.attention import AttentionProducts
 from ..quant.layers import QuantizedLayer
+from ..quant.packing import weight_bytes
 from ..spec import FLOAT_BITS
 from . import int8
 
@@ -52,7 +53,7 @@ class Writer:
     def layer(self, layer: QuantizedLayer, x: ir.Value) -> ir.Value:
         """Output of a layer for which int8.why_not has no reason."""
         y = self._smoothed(layer, x)
-        weights = int8.weight_bytes(layer.integer_weight(), layer.weight_scale)
+        weights = weight_bytes(layer.integer_weight(), layer.weight_scale)
         write = self._integer if self.form is Form.INTEGER else self._fake
         outputs, bias = write(layer, y, weights)
         y = outputs[0]

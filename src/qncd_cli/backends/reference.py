@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from ..quant.affine import QParams, fake_quantize, round_to_codes
 from ..quant.layers import QuantizedLayer
-from ..spec import FLOAT_BITS, WIDE_WEIGHT_BITS
+from ..quant.packing import weight_bytes
+from ..spec import FLOAT_BITS
 
 EXACT = 2.0**24
 """Below it float32 has every integer."""
@@ -113,23 +114,21 @@ def _weight_parts(layer: QuantizedLayer) -> list[_Part]:
     memory is dear."""
     parts = layer.__dict__.get("_simulated_parts")
     if parts is None or parts[0].weight.device != layer.weight.device:
-        weight, scale = layer.integer_weight(), layer.weight_scale
-        if layer.weight_bits == WIDE_WEIGHT_BITS:  # w = 128 high + low
-            parts = [_part(weight & 127, scale), _part(weight >> 7, 128 * scale)]
-        else:
-            parts = [_part(weight, scale)]
+        parts = [_part(*part) for part in weight_bytes(layer.integer_weight(), layer.weight_scale)]
         if not layer.low_memory:
             layer.__dict__["_simulated_parts"] = parts
     return parts
 
 
 def _part(weight: Tensor, scale: Tensor) -> _Part:
+    """weight: int8 [O, ...]; scale: [O]."""
     weight = weight.float()
     nibbles = max(_reach(nibble) for nibble in _nibbles(weight))
     return _Part(weight, scale, _reach(weight), nibbles)
 
 
 def _reach(weight: Tensor) -> float:
+    """The largest sum of products with codes of one byte that any output of it can come to."""
     return LARGEST_CODE * float(weight.abs().flatten(1).sum(1).max())
 
 

@@ -16,8 +16,8 @@ from ..errors import EXIT_INTERRUPTED, EXIT_USAGE, QncdError
 T = TypeVar("T")
 
 
-class ErrorReportingGroup(click.Group):
-    """A command group whose commands fail with one line on stderr and a fixed exit code."""
+class ErrorReportingCommand(click.Command):
+    """Fails with one line on stderr and a fixed exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
@@ -38,6 +38,10 @@ class ErrorReportingGroup(click.Group):
             _fail(f"Error: {error.format_message()}", EXIT_USAGE)
         except BrokenPipeError:
             sys.exit(0)
+
+
+class ErrorReportingGroup(ErrorReportingCommand, click.Group):
+    """Its commands fail so."""
 
 
 def _fail(line: str, code: int) -> None:

@@ -16,6 +16,7 @@ attention (text and image in one), which keep their own code around the products
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -214,7 +215,7 @@ class QuantizedAttnProcessor(AttentionProducts):
         return query, key, value
 
 
-class JointProcessor:
+class JointProcessor(ABC):
     """One of diffusers' processors of joint attention, `inner`, whose products `attend` computes.
 
     attend: takes and gives what F.scaled_dot_product_attention does, which the processor calls.
@@ -222,10 +223,11 @@ class JointProcessor:
 
     inner: Any
 
+    @abstractmethod
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        raise NotImplementedError
+        """query [N, heads, L, d], key and value [N, heads, K, d] -> [N, heads, L, d]."""
 
     # diffusers reads from this signature which arguments to pass
     def __call__(

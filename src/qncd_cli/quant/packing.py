@@ -66,3 +66,11 @@ def _cut(words: Tensor, width: int, count: int) -> Tensor:
     mask = (1 << width) - 1
     parts = [(words >> (width * i)) & mask for i in range(count)]
     return torch.cat(parts, dim=-1).flatten(1)
+
+
+def weight_bytes(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """An integer weight [O, ...] with its scale [O] in bytes: int8 weights, each with a scale [O],
+    whose sum is the weight. One of int8; of int16 (15 bits, w = 128 high + low) low and high."""
+    if weight.dtype == torch.int8:
+        return [(weight, scale)]
+    return [((weight & 127).to(torch.int8), scale), ((weight >> 7).to(torch.int8), 128 * scale)]

@@ -33,6 +33,7 @@ from ..errors import BackendUnavailable
 from ..models.loading import DTYPES, DiffusionModel
 from ..models.stored import save_denoiser
 from . import calibrate as calibrate_stage
+from . import machine
 from . import quantize as quantize_stage
 from .assemble import Denoiser, Track, denoiser_costs, no_progress
 from .bench_profile import profiled
@@ -48,7 +49,7 @@ from .bench_row import (
     reason,
     with_graph,
 )
-from .bench_time import described_machine, time_rows, timings
+from .bench_time import time_rows, timings
 from .graphs import FOLDER
 
 Tell = Callable[[str], None]
@@ -146,7 +147,7 @@ def run(
         "macs": macs,
         "batch_size": request.batch_size,
         "rounds": request.rounds,
-        "machine": described_machine(),
+        "machine": machine.described(),
         "rates": rates,
         "rows": table,
         "unavailable": work.unavailable,

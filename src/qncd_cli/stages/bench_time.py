@@ -1,17 +1,12 @@
-"""Part of the bench stage: rows and probes timed in turn, what that says of each row, and where."""
+"""Part of the bench stage: rows and probes timed in turn, and what that says of each row."""
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import __version__
 from ..backends.rates import probes
 from .assemble import Track, no_progress
 from .bench_row import BASELINE, Row
@@ -80,22 +75,3 @@ def spread(seconds: Sequence[float]) -> float:
         return 0.0
     first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
     return third - first
-
-
-def described_machine() -> dict[str, Any]:
-    return {
-        "cpu": _cpu_name(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "qncd": __version__,
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())

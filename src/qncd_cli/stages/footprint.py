@@ -1,6 +1,6 @@
 """Part of the forecast: memory of the stages, phase by phase, from what their code holds at once.
 
-Activations are metered (activations), artifacts are those of `foreseen`.
+Activations are metered (call_memory), artifacts are those of `foreseen`.
 What the operators need inside themselves is not metered; HEADROOM stands for it.
 """
 
@@ -17,7 +17,7 @@ from ..models.loading import FIRST_STAGES
 from ..models.shapes import Shapes
 from ..models.topology import reconstruction_blocks, skip_boundaries, weight_layers
 from ..spec import FLOAT_BITS
-from .activations import Activations
+from .call_memory import Activations
 from .choose_smoothing import EMBEDDED_CLASSES
 from .foreseen import refined
 from .hessians import hessian_groups

@@ -24,7 +24,7 @@ from ..models.topology import LayerCost, count_macs
 from ..sampling.levels import with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
-from . import activations, footprint, foreseen, workload
+from . import call_memory, footprint, foreseen, workload
 from .coverage import coverage_of
 from .footprint import Foreseen, Machine
 from .machine import available_disk, available_memory
@@ -173,7 +173,7 @@ def _stages(
 ) -> list[dict[str, Any]]:
     machine = Machine(_copies(config, shapes), backend == "int8")
     drawing = Machine(_copies(request.sampling, shapes), backend == "int8")
-    work = activations.meter(config, shapes, quantized)
+    work = call_memory.meter(config, shapes, quantized)
     held = footprint.resident(shapes, DTYPES[config.model.dtype])
     rest = footprint.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
     known = (config, shapes, held, sizes, work, machine)

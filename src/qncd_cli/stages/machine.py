@@ -1,11 +1,17 @@
-"""What this machine has free of memory and disk, and memory given back to it."""
+"""What this machine is, what it has free of memory and disk, and memory given back to it."""
 
 from __future__ import annotations
 
 import ctypes
+import platform
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
 
 SYSTEM = Path("/")
 KEPT_SHARE = 0.25
@@ -86,3 +92,23 @@ def available_disk(folder: Path) -> int:
     """Bytes free where the folder is or would be made."""
     places = (folder.absolute(), *folder.absolute().parents)
     return shutil.disk_usage(next(place for place in places if place.is_dir())).free
+
+
+def described() -> dict[str, Any]:
+    """For reports: CPU, vector instructions and threads that torch uses, versions."""
+    return {
+        "cpu": _cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "qncd": __version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())

@@ -14,8 +14,8 @@ from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import LayerCost
 from ..quant.rounding import CLIP_FRACTIONS
 from ..spec import FLOAT_BITS
-from .activations import Activations
 from .budget import PROBE_ROWS, WIDTHS
+from .call_memory import Activations
 from .choose_smoothing import EMBEDDED_CLASSES
 from .footprint import Machine, judged_by_output, probe_rows, probed_for_smoothing
 from .foreseen import refined
