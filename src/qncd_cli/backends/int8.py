@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from ..quant.affine import quantize, quantize_uint8
 from ..quant.layers import QuantizedLayer
 from ..quant.packing import weight_bytes
 from ..spec import FLOAT_BITS, activation_spec
+from .onednn import missing, output_as
 from .reference import simulate
 
 SWITCH = "QNCD_DISABLE_INT8"
@@ -34,12 +34,6 @@ WORTH_A_TRIAL = 2**20
 """Weights of a convolution from which on it is tried which type its kernel writes best."""
 MUCH_SLOWER = 1.5
 """Times as long as with float32; putting the weight in order takes more than this."""
-OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
-
-
-def output_as(dtype: torch.dtype) -> tuple[Any, ...]:
-    """What the operators are told about their output: type, unscaled, nothing applied to it."""
-    return (1.0, 0, dtype, "none", [], "")
 
 
 # ------------------------------------------------------------------ one layer
@@ -234,9 +228,8 @@ def why_unavailable(device: torch.device) -> str:
 @functools.cache
 def _why_not_here() -> str:
     """Older CPUs add two products in int16, which saturates: 2 * 255 * 127 > 2^15 - 1."""
-    missing = [name for name in OPERATORS if not hasattr(torch.ops.onednn, name)]
-    if missing:
-        return f"this torch has no operator onednn.{missing[0]}"
+    if name := missing():
+        return f"this torch has no operator onednn.{name}"
     if not torch.cpu._is_vnni_supported():
         return "this CPU has no AVX512-VNNI, without which 8-bit products saturate"
     if not _largest_products_are_exact():

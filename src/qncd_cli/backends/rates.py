@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .int8 import output_as
+from .onednn import output_as
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHANNELS, SIDE, IMAGES = 256, 64, 2  # of the 3 x 3 convolution

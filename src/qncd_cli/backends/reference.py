@@ -19,6 +19,7 @@ from ..quant.affine import QParams, fake_quantize, round_to_codes
 from ..quant.layers import QuantizedLayer
 from ..quant.packing import weight_bytes
 from ..spec import FLOAT_BITS
+from .onednn import scale_sums
 
 EXACT = 2.0**24
 """Below it float32 has every integer."""
@@ -45,8 +46,8 @@ def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
     for part, part_scale, part_zero_point in inputs:
         centred = part.sub_(part_zero_point)
         for weight in _weight_parts(layer):
-            scaled = _sums(layer, centred, weight)
-            scaled.mul_(_per_channel(layer, part_scale * weight.scale))
+            sums, weight_scale = _sums(layer, centred, weight), _per_channel(layer, weight.scale)
+            scaled = scale_sums(sums, part_scale, weight_scale)
             if output is None:
                 output = scaled if bias is None else scaled.add_(_per_channel(layer, bias))
             else:
