@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.layers import QuantizedLayer, SteppedModule, StepState
-from .traced import traceable
+from .traced import open_norms, traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""
@@ -109,7 +109,7 @@ def compile_graph(
     inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
     silence_compiler()
-    with warnings.catch_warnings(), torch.no_grad(), traceable(layers):
+    with warnings.catch_warnings(), torch.no_grad(), traceable(layers), open_norms(module):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)

@@ -145,10 +145,10 @@ def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> 
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a int8 [B, M, K], b int8 [B, N, K] -> a b^T [B, M, N] int32."""
-    output = a.new_empty([a.shape[0], a.shape[1], b.shape[1]], dtype=torch.int32)
+    """a int8 [B, M, K], b int8 [B, K, N] -> a b [B, M, N] int32."""
+    output = a.new_empty([a.shape[0], a.shape[1], b.shape[2]], dtype=torch.int32)
     for left, right, product in zip(a, b, output, strict=True):
-        torch._int_mm(left, right.t(), out=product)
+        torch._int_mm(left, right, out=product)
     return output
 
 

@@ -17,11 +17,11 @@ attention (text and image in one), which keep their own code around the products
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -30,7 +30,7 @@ from .affine import QParams, choose_qparams, fake_quantize, round_to_codes
 from .layers import SteppedModule, StepState
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
-"""(a int8 [B, M, K], b int8 [B, N, K]) -> a b^T, int32 [B, M, N], exact"""
+"""(a int8 [B, M, K], b int8 [B, K, N]) -> a b, int32 [B, M, N], exact"""
 WORTH_INTEGERS = {"macs": 2**24, "width": 256}
 """Size of one head's product, and its width, from which on integer kernels are the faster ones."""
 
@@ -120,15 +120,17 @@ class AttentionProducts(SteppedModule):
             self._signed(x, self.operand_qparams(operand), self.bits)
             for x, operand in ((query, "query"), (key, "key"), (value, "value"))
         )
-        sums = self.matmul(q, k)
-        sums = sums + (128 - q_zero_point) * k.to(torch.int32).sum(-1).to(torch.int32).unsqueeze(1)
-        scores = sums.unflatten(0, heads).float() * (q_scale * k_scale * self.scale)
-        probabilities = _softmax(scores, mask)
+        sums = self.matmul(q, k.transpose(1, 2))
+        sums = sums + (128 - q_zero_point) * _sum(k, -1).unsqueeze(1)
+        factor = q_scale * k_scale * self.scale
+        if mask is None:
+            probabilities = _softmax_of_integers(sums, factor).unflatten(0, heads)
+        else:
+            probabilities = _softmax(sums.unflatten(0, heads).float() * factor, mask)
         p = self._signed(probabilities, self.probabilities, self.probabilities_bits)
-        v = v.transpose(1, 2).contiguous()
-        sums = self.matmul(p, v) + 128 * v.to(torch.int32).sum(-1).to(torch.int32).unsqueeze(1)
-        p_sums = (p.to(torch.int32) + 128).sum(-1, keepdim=True).to(torch.int32)
-        sums = sums + (128 - v_zero_point) * p_sums
+        p_sums = _sum(p, -1) + 128 * p.shape[-1]
+        sums = self.matmul(p, v) + 128 * _sum(v, 1).unsqueeze(1)
+        sums = sums + (128 - v_zero_point) * p_sums.unsqueeze(-1)
         return sums.unflatten(0, heads).float() * (self.probabilities.scale * v_scale)
 
     def _signed(self, x: Tensor, qparams: QParams, bits: int) -> Tensor:
@@ -190,17 +192,26 @@ class QuantizedAttnProcessor(AttentionProducts):
             context = encoder_hidden_states
             if attn.norm_cross is not None:
                 context = attn.norm_encoder_hidden_states(context)
-        query, key, value = self._heads(attn, x, context)
-        mask = _mask_per_head(attn, attention_mask, *context.shape[:2])
-        y = self.products(query.float(), key.float(), value.float(), mask).to(query.dtype)
-        y = y.transpose(1, 2).flatten(2)  # [N, L, heads * d]
-        for layer in attn.to_out:
-            y = layer(y)
+        if self.step.traced is not None and context.shape[1] == 1 and attention_mask is None:
+            y = self._of_one_key(attn, context).expand(-1, x.shape[1], -1)
+        else:
+            query, key, value = self._heads(attn, x, context)
+            mask = _mask_per_head(attn, attention_mask, *context.shape[:2])
+            y = self.products(query.float(), key.float(), value.float(), mask).to(query.dtype)
+            y = _through(attn.to_out, y.transpose(1, 2).flatten(2))
         if image_shape is not None:
             y = y.transpose(1, 2).unflatten(2, image_shape[2:])
         if attn.residual_connection:
             y = y + hidden_states
         return y / attn.rescale_output_factor
+
+    def _of_one_key(self, attn: Any, context: Tensor) -> Tensor:
+        """[N, 1, C'] -> [N, 1, C]: its probability is 1, so that every query gets its value.
+
+        In a graph; layer by layer, stages listen to what enters every layer.
+        """
+        value = attn.to_v(context)
+        return _through(attn.to_out, self._quantized(value.float(), "value").to(value.dtype))
 
     def _heads(self, attn: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, heads, L, d], k and v [N, heads, K, d]."""
@@ -287,6 +298,12 @@ class InsteadOfAttention(TorchFunctionMode):
         return called(*args, **(kwargs or {}))
 
 
+def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     """mask: added to the scores, or boolean with True where attention is allowed."""
     if mask is not None and mask.dtype == torch.bool:
@@ -294,6 +311,20 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     elif mask is not None:
         scores = scores + mask
     return scores.softmax(-1)
+
+
+def _softmax_of_integers(sums: Tensor, factor: Tensor) -> Tensor:
+    """softmax(factor * sums) over the last dimension; sums: int32; factor: positive, one number.
+
+    The largest is found and taken off as an integer: one pass less over the scores, no rounding.
+    """
+    powers = ((sums - sums.amax(-1, keepdim=True)).float() * factor).exp()
+    return powers / powers.sum(-1, keepdim=True)
+
+
+def _sum(codes: Tensor, dim: int) -> Tensor:
+    """Of signed bytes, int32."""
+    return codes.sum(dim, dtype=torch.int32)
 
 
 def _mask_per_head(attn: Any, mask: Tensor | None, rows: int, keys: int) -> Tensor | None:

@@ -15,7 +15,7 @@ from ..files import write_bytes
 from ..quant.layers import QuantizedLayer
 from .assemble import Denoiser
 
-VERSION = 4
+VERSION = 5
 """Of what a graph contains and how it is called."""
 FOLDER = "compiled"
 """Below the run directory. What lies there is machine code: it is run, like the package itself."""

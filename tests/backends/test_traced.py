@@ -1,0 +1,35 @@
+"""What compiled graphs compute in another way than the layers do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qncd_cli.backends.traced import group_norm, open_norms
+
+
+@pytest.mark.parametrize("distance", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("shape", [(2, 48, 16, 16), (3, 24, 7), (1, 8, 1, 1)])
+def test_group_norms_by_channel_are_group_norms(shape, distance):
+    """Also where the mean of a channel lies far from zero; the deviation in units of the output."""
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(4, shape[1])
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(shape) + distance * torch.randn(1, shape[1], *[1] * (len(shape) - 2))
+    with torch.no_grad():
+        exact = norm.double()(x.double())
+        found = group_norm(norm.float(), x)
+    assert found.shape == exact.shape
+    assert float((found - exact).abs().max()) < 1e-5
+
+
+def test_norms_are_opened_for_the_block_only():
+    norms = nn.Sequential(nn.GroupNorm(2, 4), nn.GroupNorm(2, 4, affine=False))
+    x = torch.randn(2, 4, 3, 3)
+    expected = norms(x)
+    with open_norms(norms):
+        assert "forward" in vars(norms[0]) and "forward" not in vars(norms[1])
+        torch.testing.assert_close(norms(x), expected)
+    assert "forward" not in vars(norms[0])
