@@ -79,3 +79,20 @@ def test_only_integers_are_compiled(own):
     refused = own("sample", "--compile", "--backend", "simulate", "--name", "s", ok=False)
     assert refused.exit_code == 6
     assert "simulate has no graph" in refused.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(bool(graph.why_unavailable()), reason=graph.why_unavailable())
+def test_full_precision_is_compiled_where_that_is_asked_for_only(own, monkeypatch):
+    monkeypatch.setattr(subject, "WORTH_COMPILING", 0)
+    draw = ("sample", "--full-precision", "--batch-size", "4", "--num")
+    plain = own(*draw, "4")
+    assert "compiling" not in plain.stderr
+    made = own(*draw, "4", "--compile")
+    assert made.stderr.count("compiling the denoiser") == 1
+    manifest, latents = set_of(own, "full_compiled")
+    assert manifest["compiled"] is True and manifest["kind"] == "full"
+    assert sqnr_db(set_of(own, "full")[1][:4], latents) > 80
+    own(*draw, "6", "--name", "full_compiled")
+    assert torch.equal(set_of(own, "full_compiled")[1][:4], latents)

@@ -215,7 +215,8 @@ def sample(console: Console, options: SampleOptions) -> Path:
             in_place=True,
         )
         _note_backend(console, subject)
-    folder = run.samples(options.name or subject.kind)
+    in_full = "full_compiled" if options.compiled else "full"  # eval compares with the plain one
+    folder = run.samples(options.name or (in_full if options.full_precision else "quantized"))
     macs = _macs(run, config, model, subject.kind)
     request = stage.SampleRequest(
         folder,
@@ -226,16 +227,15 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if options.force:
         stage.check(config, model, subject, request)
         sample_set.clear(folder)
-    if quantized is not None:
-        begun = sample_set.begun(folder)
-        how = subjects.Compiling(
-            run.path / FOLDER,
-            console.note,
-            macs,
-            False if options.low_memory else options.compiled,
-            bool(begun.get("compiled", False)) if begun else None,
-        )
-        subject = subjects.compiled(config, model, subject, request.seeds, request.batch_size, how)
+    begun = sample_set.begun(folder)
+    how = subjects.Compiling(
+        run.path / FOLDER,
+        console.note,
+        macs,
+        False if options.low_memory else options.compiled,
+        bool(begun.get("compiled", False)) if begun else None,
+    )
+    subject = subjects.compiled(config, model, subject, request.seeds, request.batch_size, how)
     manifest = stage.run(config, model, subject, request, console.track)
     _done(
         console,

@@ -121,7 +121,8 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
     "--compile/--no-compile",
     "compiled",
     default=None,
-    help="Compile the int8 denoiser, once per artifact (default: where it saves time).",
+    help="Compile the denoiser, once per artifact (default: where it saves time; never"
+    " --full-precision).",
 )
 @click.option(
     "--low-memory",
@@ -129,7 +130,11 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
     help="Keep weights packed and unpack each layer's at every call: the same images, more slowly.",
 )
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
-@click.option("--name", metavar="NAME", help="Name of the sample set (default: quantized, full).")
+@click.option(
+    "--name",
+    metavar="NAME",
+    help="Name of the sample set (default: quantized, full, full_compiled).",
+)
 @options.overrides
 @options.run_dir
 @options.device

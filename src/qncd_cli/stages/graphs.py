@@ -1,4 +1,4 @@
-"""The quantized denoiser compiled: made once per artifact and machine, kept on disk beside it."""
+"""A denoiser compiled: made once per artifact and machine, kept on disk beside it."""
 
 from __future__ import annotations
 

@@ -113,7 +113,8 @@ def compiled(
 ) -> Subject:
     """The subject with its denoiser compiled, or as it is where that is not wanted.
 
-    With a backend that runs whole graphs it is always exported. seeds: all that will be drawn.
+    With a backend that runs whole graphs it is always exported; full precision, which others are
+    measured against, is compiled only where that is wished for. seeds: all that will be drawn.
     Raises BackendUnavailable where compiling is wished for by name and cannot be done.
     """
     if subject.backend is not None and subject.backend.whole and not how.wish:
@@ -126,8 +127,11 @@ def compiled(
             how.tell,
         )
         return replace(subject, denoiser=denoiser)
-    if subject.backend is None or subject.backend.name != "int8":
-        if how.wish and subject.backend is not None:
+    wanted = how.begun if how.wish is None else how.wish
+    if subject.backend is None and not wanted:
+        return subject
+    if subject.backend is not None and subject.backend.name != "int8":
+        if how.wish:
             raise BackendUnavailable(
                 f"--compile: backend {subject.backend.name} has no graph", "only int8 has one"
             )
@@ -137,7 +141,6 @@ def compiled(
         condition = model.condition(model.labels(seeds[:batch], config.sampling.classes))
     guided = model.null_condition is not None and config.sampling.guidance_scale != 1.0
     copies = 2 if guided else 1
-    wanted = how.begun if how.wish is None else how.wish
     if wanted is None:
         kept = graphs.graph_path(how.folder, subject.digests, copies * batch).is_file()
         calls = copies * config.sampling.steps * len(seeds)
