@@ -60,14 +60,14 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """x of any float dtype -> output of the same dtype; simulated where why_not has a reason."""
     if why_not(layer):
         return simulate(layer, x)
-    qparams = layer.input_qparams()
     y = layer.smoothed(x.to(torch.float32))
-    bits, high = layer.activation_bits, None
+    bits, high, group = layer.activation_bits, None, layer.step.group
+    kernel = _kernel(layer, y)
     if bits <= 8:
-        low = quantize_uint8(y, float(qparams.scale), int(qparams.zero_point), bits)
+        low = quantize_uint8(y, kernel.input_scale[group], kernel.input_zero_point[group], bits)
     else:
-        low, high = in_bytes(quantize(y, qparams, activation_spec(bits)), bits)
-    return multiply(layer, low, high, layer.bias_now(), x.dtype)
+        low, high = in_bytes(quantize(y, layer.input_qparams(), activation_spec(bits)), bits)
+    return _multiply(layer, kernel, low, high, layer.bias_now(), x.dtype)
 
 
 def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +90,18 @@ def multiply(
     The codes have the scale and zero-point of the current timestep group. dtype: of the result,
     which is rounded to it once; sums of several passes are float32 until then.
     """
-    kernel, group = _kernel(layer, low), layer.step.group
+    return _multiply(layer, _kernel(layer, low), low, high, bias, dtype)
+
+
+def _multiply(
+    layer: QuantizedLayer,
+    kernel: _Kernel,
+    low: Tensor,
+    high: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    group = layer.step.group
     scale, zero_point = kernel.input_scale[group], kernel.input_zero_point[group]
     inputs = [(low, scale, zero_point & 255)]
     if high is not None:
@@ -120,10 +131,14 @@ def _pass(
 ) -> Tensor:
     """One product of bytes, in dtype."""
     operands = (scale, zero_point, weight, weight_scale, kernel.weight_zero_point, bias)
-    if not layer.is_conv:
-        return torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *operands, *output_as(dtype))
-    codes = codes.contiguous(memory_format=torch.channels_last)
-    return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *output_as(dtype))
+    if layer.is_conv:
+        codes = codes.contiguous(memory_format=torch.channels_last)
+    if layer.is_conv and not _of_points(layer):
+        output = output_as(dtype)
+        return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *output)
+    rows = codes.permute(0, 2, 3, 1) if layer.is_conv else codes
+    y = torch.ops.onednn.qlinear_pointwise(rows.contiguous(), *operands, *output_as(dtype))
+    return y.permute(0, 3, 1, 2) if layer.is_conv else y
 
 
 def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> bool:
@@ -133,7 +148,8 @@ def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> 
     packed, and then puts it in order at every call: for large weights and small images that takes
     as long as the product. The result has the same bits either way.
     """
-    if not layer.is_conv or layer.low_memory or math.prod(layer.weight_shape) < WORTH_A_TRIAL:
+    large = math.prod(layer.weight_shape) >= WORTH_A_TRIAL
+    if not layer.is_conv or _of_points(layer) or layer.low_memory or not large:
         return True
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -170,6 +186,14 @@ def products(layer: QuantizedLayer) -> int:
     return (1 + (layer.weight_bits > 8)) * (1 + (layer.activation_bits > 8))
 
 
+def _of_points(layer: QuantizedLayer) -> bool:
+    """Whether a convolution is a linear layer at every position of the image. With the channels
+    last in memory that is one matrix product, which oneDNN computes faster than a convolution."""
+    stride, padding, _, groups = geometry(layer)
+    window = layer.weight_shape[2:]
+    return max(*window, *stride) == 1 and max(padding) == 0 and groups == 1
+
+
 def geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
     """stride, padding, dilation, groups."""
     assert not isinstance(layer.padding, str)  # why_not has refused it
@@ -190,8 +214,9 @@ def conv_output_shape(layer: QuantizedLayer, shape: Sequence[int]) -> list[int]:
 
 def _prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """weight int8 in the order that oneDNN wants for inputs of x's shape."""
-    if not layer.is_conv:
-        return torch.ops.onednn.qlinear_prepack(weight, [x.shape[:-1].numel(), x.shape[-1]])
+    if not layer.is_conv or _of_points(layer):
+        inputs = layer.in_channels
+        return torch.ops.onednn.qlinear_prepack(weight.flatten(1), [x.numel() // inputs, inputs])
     input_scale, input_zero_point = float(layer.input_scale[0]), int(layer.input_zero_point[0])
     return torch.ops.onednn.qconv_prepack(
         weight, scale, input_scale, input_zero_point, *geometry(layer), list(x.shape)
