@@ -131,14 +131,10 @@ def _pass(
 ) -> Tensor:
     """One product of bytes, in dtype."""
     operands = (scale, zero_point, weight, weight_scale, kernel.weight_zero_point, bias)
-    if layer.is_conv:
-        codes = codes.contiguous(memory_format=torch.channels_last)
-    if layer.is_conv and not _of_points(layer):
-        output = output_as(dtype)
-        return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *output)
-    rows = codes.permute(0, 2, 3, 1) if layer.is_conv else codes
-    y = torch.ops.onednn.qlinear_pointwise(rows.contiguous(), *operands, *output_as(dtype))
-    return y.permute(0, 3, 1, 2) if layer.is_conv else y
+    if not layer.is_conv:
+        return torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *operands, *output_as(dtype))
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *output_as(dtype))
 
 
 def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> bool:
@@ -148,8 +144,7 @@ def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> 
     packed, and then puts it in order at every call: for large weights and small images that takes
     as long as the product. The result has the same bits either way.
     """
-    large = math.prod(layer.weight_shape) >= WORTH_A_TRIAL
-    if not layer.is_conv or _of_points(layer) or layer.low_memory or not large:
+    if not layer.is_conv or layer.low_memory or math.prod(layer.weight_shape) < WORTH_A_TRIAL:
         return True
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -186,14 +181,6 @@ def products(layer: QuantizedLayer) -> int:
     return (1 + (layer.weight_bits > 8)) * (1 + (layer.activation_bits > 8))
 
 
-def _of_points(layer: QuantizedLayer) -> bool:
-    """Whether a convolution is a linear layer at every position of the image. With the channels
-    last in memory that is one matrix product, which oneDNN computes faster than a convolution."""
-    stride, padding, _, groups = geometry(layer)
-    window = layer.weight_shape[2:]
-    return max(*window, *stride) == 1 and max(padding) == 0 and groups == 1
-
-
 def geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
     """stride, padding, dilation, groups."""
     assert not isinstance(layer.padding, str)  # why_not has refused it
@@ -214,9 +201,8 @@ def conv_output_shape(layer: QuantizedLayer, shape: Sequence[int]) -> list[int]:
 
 def _prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """weight int8 in the order that oneDNN wants for inputs of x's shape."""
-    if not layer.is_conv or _of_points(layer):
-        inputs = layer.in_channels
-        return torch.ops.onednn.qlinear_prepack(weight.flatten(1), [x.numel() // inputs, inputs])
+    if not layer.is_conv:
+        return torch.ops.onednn.qlinear_prepack(weight, [x.shape[:-1].numel(), x.shape[-1]])
     input_scale, input_zero_point = float(layer.input_scale[0]), int(layer.input_zero_point[0])
     return torch.ops.onednn.qconv_prepack(
         weight, scale, input_scale, input_zero_point, *geometry(layer), list(x.shape)
