@@ -14,7 +14,7 @@ input that is timed. What each leaves in floating point is its own choice:
     torchao       int8 weights, dynamic int8 activations of linear layers, compiled
     nncf          post-training int8 of the OpenVINO model, on OpenVINO in the precision it chooses
                   (bfloat16 where the CPU multiplies it)
-    onnxruntime   static QDQ int8 per channel, on ONNX Runtime
+    onnxruntime   static QDQ int8 per channel of convolutions and matrix products, on ONNX Runtime
 
 One that is not installed or fails is listed with the reason.
 """
@@ -133,6 +133,7 @@ def onnxruntime(denoiser: nn.Module, inputs: Inputs, folder: Path) -> Call:
         quantized,
         Reader(),
         quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],  # of others it cannot share some ranges
         per_channel=True,
         use_external_data_format=True,
     )
