@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.layers import QuantizedLayer, SteppedModule, StepState
-from .traced import open_norms, traceable
+from .norms import open_norms
+from .traced import traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""

@@ -25,7 +25,7 @@ from ..quant.affine import quantize, quantize_uint8
 from ..quant.layers import QuantizedLayer
 from ..quant.packing import weight_bytes
 from ..spec import FLOAT_BITS, activation_spec
-from .onednn import missing, output_as
+from .onednn import missing_operator, output_as
 from .reference import simulate
 
 SWITCH = "QNCD_DISABLE_INT8"
@@ -101,6 +101,7 @@ def _multiply(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
+    """multiply with the layer's kernel at hand, which nothing keeps where memory is dear."""
     group = layer.step.group
     scale, zero_point = kernel.input_scale[group], kernel.input_zero_point[group]
     inputs = [(low, scale, zero_point & 255)]
@@ -239,7 +240,7 @@ def why_unavailable(device: torch.device) -> str:
 @functools.cache
 def _why_not_here() -> str:
     """Older CPUs add two products in int16, which saturates: 2 * 255 * 127 > 2^15 - 1."""
-    if name := missing():
+    if name := missing_operator():
         return f"this torch has no operator onednn.{name}"
     if not torch.cpu._is_vnni_supported():
         return "this CPU has no AVX512-VNNI, without which 8-bit products saturate"

@@ -22,7 +22,7 @@ def output_as(dtype: torch.dtype) -> tuple[Any, ...]:
     return (1.0, 0, dtype, "none", [], "")
 
 
-def missing() -> str:
+def missing_operator() -> str:
     """An operator that this torch does not have; empty where it has all."""
     return next((name for name in OPERATORS if not hasattr(torch.ops.onednn, name)), "")
 
@@ -40,7 +40,7 @@ def scale_sums(sums: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tenso
 @functools.cache
 def _input_scale_first() -> bool:
     """Found out by one product; False where there is no such operator."""
-    if missing():
+    if missing_operator():
         return False
     draw = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (ROWS, INPUTS), generator=draw, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What compiled graphs compute in another way than the layers do."""
+"""Group norms of compiled graphs against those of torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qncd_cli.backends.traced import group_norm, open_norms
+from qncd_cli.backends.norms import group_norm, open_norms
 
 
 @pytest.mark.parametrize("distance", [0.0, 30.0, 1000.0])
