@@ -61,13 +61,17 @@ class Denoiser:
         self.step.group = timestep_group(self.step.timestep, self.group_bounds)
         self.calls += 1
         with torch.no_grad():
-            condition = {
-                name: value.to(self._dtype) if value.is_floating_point() else value
-                for name, value in condition.items()
-            }
-            x = x.to(self._device, self._dtype)
+            x, condition = self.in_own_dtype(x, condition)
+            x = x.to(self._device)
             t = torch.as_tensor(t, device=self._device).expand(len(x))
             return self._predict(x, t, condition).float().cpu()
+
+    def in_own_dtype(
+        self, x: Tensor, condition: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """x and condition as the module takes them; labels stay integers."""
+        own = {k: v.to(self._dtype) if v.is_floating_point() else v for k, v in condition.items()}
+        return x.to(self._dtype), own
 
     def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         return self.module(x, t, **condition).sample

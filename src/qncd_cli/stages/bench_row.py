@@ -150,8 +150,8 @@ def with_graph(row: Row, denoiser: Denoiser, inputs: Inputs, folder: Path) -> De
         return in_openvino(denoiser, digests, (two.pop("x"), two), folder, dtype, _silent)
     if row.backend is None or not row.compiled:
         return denoiser
-    example = inputs.x.to(DTYPES[row.dtype]), inputs.condition
-    return graphs.compiled(denoiser, {"row": row.name}, example, folder, _silent)
+    digests = {"row": row.name}
+    return graphs.compiled(denoiser, digests, (inputs.x, inputs.condition), folder, _silent)
 
 
 def _silent(line: str) -> None:

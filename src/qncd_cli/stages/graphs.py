@@ -15,7 +15,7 @@ from ..files import write_bytes
 from ..quant.layers import QuantizedLayer
 from .assemble import Denoiser
 
-VERSION = 5
+VERSION = 6
 """Of what a graph contains and how it is called."""
 FOLDER = "compiled"
 """Below the run directory. What lies there is machine code: it is run, like the package itself."""
@@ -64,6 +64,7 @@ def compiled(
     Raises BackendUnavailable where this model cannot be compiled on this machine.
     """
     rows = graph.batch_range(len(example[0]))
+    example = eager.in_own_dtype(*example)
     key = _key(digests)
     modules = eager.module.named_modules()
     layers = {f"{key}:{n}": layer for n, layer in modules if isinstance(layer, QuantizedLayer)}
