@@ -231,3 +231,14 @@ def refused(minimal: str, *overrides: str) -> str:
         load_config(minimal, overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture(scope="session")
+def operators(tmp_path_factory):
+    """torch.ops.qncd with the operators of graphs, compiled for this session."""
+    from qncd_cli.backends import graph, int8, native
+
+    if why := int8.why_unavailable(torch.device("cpu")) or graph.why_unavailable():
+        pytest.skip(why)
+    native.load(tmp_path_factory.mktemp("operators"))
+    return torch.ops.qncd

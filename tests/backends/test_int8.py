@@ -221,7 +221,9 @@ def test_smoothing_strides_batch_size_and_timestep_group(channels_last):
 @needs_int8
 @pytest.mark.parametrize("activation_bits", [6, 8, 16])
 @pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
-def test_what_a_graph_is_traced_from_is_what_the_layer_computes(original, shape, activation_bits):
+def test_what_a_graph_is_traced_from_is_what_the_layer_computes(
+    operators, original, shape, activation_bits
+):
     """Bit for bit, at every timestep group; the operator's fake has the output's layout."""
     out, channels = original.weight.shape[0], shape[1] if len(shape) == 4 else shape[-1]
     zero_points = (7, 2**activation_bits - 20)
@@ -235,7 +237,7 @@ def test_what_a_graph_is_traced_from_is_what_the_layer_computes(original, shape,
     for group in (0, 1):
         layer.step.group = group
         expected = layer(x)
-        with traced.traceable(layers):
+        with traced.traceable(layer, layers):
             layer.step.traced = tables.cut(tables.values[group])
             assert torch.equal(layer(x), expected)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:

@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
-from qncd_cli.backends import int8, traced
+from qncd_cli.backends import int8
 from qncd_cli.models.topology import attention_sites
 from qncd_cli.quant import attention
 from qncd_cli.quant.affine import choose_qparams, quantize
@@ -269,7 +269,7 @@ def exact_matmul(a, b):
 
 MATMULS = [exact_matmul]
 if not int8.why_unavailable(torch.device("cpu")):
-    MATMULS.append(traced.matmul)
+    MATMULS.append(int8.matmul)
 
 
 @pytest.mark.parametrize("matmul", MATMULS, ids=lambda m: m.__name__)
@@ -324,8 +324,8 @@ def test_the_kernel_is_exact_at_the_ends_of_the_codes(rows, columns, width):
     a[0], b[0], b[1] = -128, -128, 127
     b = b.transpose(1, 2)
     expected = exact_matmul(a, b)
-    assert torch.equal(traced.matmul(a, b), expected)
-    assert torch.equal(traced.matmul(a, b.contiguous()), expected)
+    assert torch.equal(int8.matmul(a, b), expected)
+    assert torch.equal(int8.matmul(a, b.contiguous()), expected)
 
 
 def test_in_a_graph_a_single_key_needs_no_query():

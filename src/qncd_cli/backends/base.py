@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import BackendUnavailable
 from ..quant.attention import Matmul
 from ..quant.layers import QuantizedLayer
-from . import int8, runtimes, traced
+from . import int8, runtimes
 from .reference import simulate
 
 
@@ -50,7 +50,7 @@ BACKENDS = {
         "integer kernels of oneDNN on the CPU",
         int8.why_unavailable,
         int8.why_not,
-        traced.matmul,
+        int8.matmul,
     ),
     "simulate": Backend(
         "simulate", simulate, "fake quantization in float32, slower than full precision"

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.layers import QuantizedLayer, SteppedModule, StepState
-from .norms import open_norms
+from .fusion import fused
 from .traced import traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -56,24 +56,30 @@ OPTIONS = {"cpp.dynamic_threads": True}
 class Tables:
     """The tables of all modules of a denoiser, side by side: values float32 [G, K].
 
-    G timestep groups; K scales, zero-points and corrected biases together. Zero-points are codes of
-    up to 16 bits, exact in float32.
+    G timestep groups; K scales, zero-points and corrected biases together, equal tables once:
+    layers that quantize one input alike then do so together. Zero-points are codes of up to 16
+    bits, exact in float32.
     """
 
     def __init__(self, module: nn.Module):
         stepped = [m for m in module.modules() if isinstance(m, SteppedModule)]
         self._tables = [(m, name) for m in stepped for name in m.tables]
-        found = [m.get_buffer(name).to(torch.float32) for m, name in self._tables]
-        flat = [table.reshape(len(table), -1) for table in found]
-        self.values = torch.cat(flat, dim=1) if flat else torch.zeros(1, 0)
+        different: dict[bytes, Tensor] = {}
+        keys = []
+        for module, name in self._tables:
+            table = module.get_buffer(name).to(torch.float32)
+            flat = table.reshape(len(table), -1)
+            keys.append(flat.numpy().tobytes())
+            different.setdefault(keys[-1], flat)
+        self._widths = [flat.shape[1] for flat in different.values()]
+        self._places = [list(different).index(key) for key in keys]
+        self.values = torch.cat([*different.values()], 1) if different else torch.zeros(1, 0)
 
     def cut(self, row: Tensor) -> dict[tuple[nn.Module, str], Tensor]:
-        """A row of values -> that of every table, [1] where a table is [G]."""
-        widths = [m.get_buffer(name)[0].numel() for m, name in self._tables]
-        parts = row.split(widths)
+        """A row of values -> that of every table, [1] where a table is [G]; all of it float32."""
+        parts = row.split(self._widths)
         return {
-            (m, n): part.to(m.get_buffer(n).dtype)
-            for (m, n), part in zip(self._tables, parts, strict=True)
+            table: parts[place] for table, place in zip(self._tables, self._places, strict=True)
         }
 
 
@@ -110,10 +116,11 @@ def compile_graph(
     inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
     silence_compiler()
-    with warnings.catch_warnings(), torch.no_grad(), traceable(layers), open_norms(module):
+    with warnings.catch_warnings(), torch.no_grad(), traceable(module, layers):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)
+            program = fused(program)
         finally:
             step.traced = None
         with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ SWITCH = "QNCD_DISABLE_INT8"
 """Environment variable; 1 makes the backend unavailable."""
 WORTH_A_TRIAL = 2**20
 """Weights of a convolution from which on it is tried which type its kernel writes best."""
+Geometry = tuple[list[int], list[int], list[int], int]
+"""stride, padding, dilation, groups"""
 MUCH_SLOWER = 1.5
 """Times as long as with float32; putting the weight in order takes more than this."""
 
@@ -56,6 +59,19 @@ class _Kernel:
     rounds: bool | None = None
 
 
+class Prepared(NamedTuple):
+    """What a layer's products need in a graph: see _Kernel; writes_bfloat16: its `rounds`.
+
+    geometry: of a convolution. upsampled: the input is an image whose pixels are to be doubled.
+    """
+
+    weights: list[tuple[Tensor, Tensor]]
+    weight_zero_point: Tensor
+    geometry: Geometry | None
+    writes_bfloat16: bool
+    upsampled: bool = False
+
+
 def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     """x of any float dtype -> output of the same dtype; simulated where why_not has a reason."""
     if why_not(layer):
@@ -78,19 +94,13 @@ def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     return (codes & 255).to(torch.uint8), (codes >> 8).to(torch.uint8)
 
 
-def multiply(
-    layer: QuantizedLayer,
-    low: Tensor,
-    high: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Codes uint8 [N, C, ...] or [..., C], of one or two bytes, times the layer's weight.
-
-    The codes have the scale and zero-point of the current timestep group. dtype: of the result,
-    which is rounded to it once; sums of several passes are float32 until then.
-    """
-    return _multiply(layer, _kernel(layer, low), low, high, bias, dtype)
+def prepared(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> Prepared:
+    """Of a layer whose codes look like `low` and whose output is of that type."""
+    kernel = _kernel(layer, low)
+    if dtype == torch.bfloat16 and products(layer) == 1:
+        _multiply(layer, kernel, low, None, None, dtype)
+    shape = geometry(layer) if layer.is_conv else None
+    return Prepared(kernel.weights, kernel.weight_zero_point, shape, bool(kernel.rounds))
 
 
 def _multiply(
@@ -101,7 +111,11 @@ def _multiply(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """multiply with the layer's kernel at hand, which nothing keeps where memory is dear."""
+    """Codes uint8 [N, C, ...] or [..., C], of one or two bytes, times the layer's weight.
+
+    The codes have the scale and zero-point of the current timestep group. dtype: of the result,
+    which is rounded to it once; sums of several passes are float32 until then.
+    """
     group = layer.step.group
     scale, zero_point = kernel.input_scale[group], kernel.input_zero_point[group]
     inputs = [(low, scale, zero_point & 255)]
@@ -182,7 +196,7 @@ def products(layer: QuantizedLayer) -> int:
     return (1 + (layer.weight_bits > 8)) * (1 + (layer.activation_bits > 8))
 
 
-def geometry(layer: QuantizedLayer) -> tuple[list[int], list[int], list[int], int]:
+def geometry(layer: QuantizedLayer) -> Geometry:
     """stride, padding, dilation, groups."""
     assert not isinstance(layer.padding, str)  # why_not has refused it
     return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups

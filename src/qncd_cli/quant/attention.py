@@ -62,6 +62,7 @@ class AttentionProducts(SteppedModule):
     ):
         super().__init__(step)
         self.matmul = matmul
+        self.softmax_codes = softmax_codes
         self.bits = bits
         self.probabilities_bits = probabilities_bits
         self.scale = scale
@@ -121,26 +122,28 @@ class AttentionProducts(SteppedModule):
             for x, operand in ((query, "query"), (key, "key"), (value, "value"))
         )
         sums = self.matmul(q, k.transpose(1, 2))
-        sums = sums + (128 - q_zero_point) * _sum(k, -1).unsqueeze(1)
+        shift = (128 - q_zero_point) * _sum(k, -1)
         factor = q_scale * k_scale * self.scale
         if mask is None:
-            probabilities = _softmax_of_integers(sums, factor).unflatten(0, heads)
+            p, p_sums = self.softmax_codes(sums, shift, factor, self.probabilities_bits)
         else:
-            probabilities = _softmax(sums.unflatten(0, heads).float() * factor, mask)
-        p = self._signed(probabilities, self.probabilities, self.probabilities_bits)
-        p_sums = _sum(p, -1) + 128 * p.shape[-1]
+            sums = (sums + shift.unsqueeze(1)).unflatten(0, heads)
+            probabilities = _softmax(sums.float() * factor, mask)
+            p = self._signed(probabilities, self.probabilities, self.probabilities_bits)
+            p_sums = _sum(p, -1)
+        p_sums = p_sums + 128 * p.shape[-1]
         sums = self.matmul(p, v) + 128 * _sum(v, 1).unsqueeze(1)
         sums = sums + (128 - v_zero_point) * p_sums.unsqueeze(-1)
         return sums.unflatten(0, heads).float() * (self.probabilities.scale * v_scale)
 
     def _signed(self, x: Tensor, qparams: QParams, bits: int) -> Tensor:
         """Codes less 128, int8, all heads in one dimension: [N * heads, ...]."""
-        codes = round_to_codes(x, qparams, activation_spec(bits)) - 128
-        return codes.to(torch.int8).flatten(0, 1)
+        return _signed_codes(x, qparams, bits).flatten(0, 1)
 
     def operand_qparams(self, operand: str) -> QParams:
         """Of the query, key or value, at the current timestep group."""
-        return QParams(self.now(f"{operand}_scale"), self.now(f"{operand}_zero_point"))
+        zero_point = self.now(f"{operand}_zero_point").to(torch.int32)  # float32 in a graph
+        return QParams(self.now(f"{operand}_scale"), zero_point)
 
     def _quantized(self, x: Tensor, operand: str) -> Tensor:
         if self.bits == FLOAT_BITS:
@@ -313,13 +316,21 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1)
 
 
-def _softmax_of_integers(sums: Tensor, factor: Tensor) -> Tensor:
-    """softmax(factor * sums) over the last dimension; sums: int32; factor: positive, one number.
+def softmax_codes(sums: Tensor, shift: Tensor, factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes of softmax(factor * (sums + shift)), less 128, int8 [B, L, K], and their sums [B, L].
 
-    The largest is found and taken off as an integer: one pass less over the scores, no rounding.
+    sums: int32 [B, L, K]; shift: int32 [B, K]; factor: positive, one number. The
+    largest is found and taken off as an integer: one pass less over the scores, no rounding.
     """
+    sums = sums + shift.unsqueeze(1)
     powers = ((sums - sums.amax(-1, keepdim=True)).float() * factor).exp()
-    return powers / powers.sum(-1, keepdim=True)
+    p = _signed_codes(powers / powers.sum(-1, keepdim=True), probabilities_qparams(bits), bits)
+    return p, _sum(p, -1)
+
+
+def _signed_codes(x: Tensor, qparams: QParams, bits: int) -> Tensor:
+    """Codes less 128, int8."""
+    return (round_to_codes(x, qparams, activation_spec(bits)) - 128).to(torch.int8)
 
 
 def _sum(codes: Tensor, dim: int) -> Tensor:

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends import graph, traced
+from ..backends import graph, native, traced
 from ..digests import digest_of
 from ..errors import ArtifactError, BackendUnavailable
 from ..files import write_bytes
 from ..quant.layers import QuantizedLayer
 from .assemble import Denoiser
 
-VERSION = 6
+VERSION = 7
 """Of what a graph contains and how it is called."""
 FOLDER = "compiled"
 """Below the run directory. What lies there is machine code: it is run, like the package itself."""
@@ -70,11 +70,13 @@ def compiled(
     layers = {f"{key}:{n}": layer for n, layer in modules if isinstance(layer, QuantizedLayer)}
     traced.register(layers)
     path = graph_path(folder, digests, len(example[0]))
-    if not path.is_file():
-        if why := graph.why_unavailable():
-            raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
+    missing = not path.is_file()
+    if (missing or native.missing(folder)) and (why := graph.why_unavailable()):
+        raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
+    if missing:
         tell("compiling the denoiser, once for this artifact and machine")
         try:
+            native.load(folder)
             content = graph.compile_graph(eager.module, eager.step, layers, example, rows)
         except Exception as error:  # whatever a tracer and a compiler can stumble over
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -83,8 +85,9 @@ def compiled(
             ) from error
         write_bytes(path, content)
     try:
+        native.load(folder)
         run = graph.load_graph(path)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise ArtifactError(f"{path}: damaged: {error}", "delete it and repeat") from error
     return GraphDenoiser(eager, run, rows)
 

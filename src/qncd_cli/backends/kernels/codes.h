@@ -1,0 +1,89 @@
+// From numbers to the codes of a layer's input.
+
+#pragma once
+
+#include <ATen/ops/empty.h>
+
+#include <optional>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+float number(const Tensor& one) {
+  return *one.const_data_ptr<float>();
+}
+
+struct Quantizer {
+  const float *smoothing, *shift;  // null where there is none
+  float scale, zero_point, largest;
+  bool two_bytes;
+
+  // Codes of channels [c, c + 16) from y, which is smoothed first. Clamped before it is rounded:
+  // the bounds are whole numbers.
+  void write(__m512 y, int64_t c, __mmask16 mask, uint8_t* low, uint8_t* high) const {
+    const __m512 step = _mm512_set1_ps(scale);
+    if (shift) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(mask, shift + c));
+    if (smoothing) y = _mm512_div_ps(y, _mm512_mask_loadu_ps(step, mask, smoothing + c));
+    y = _mm512_max_ps(_mm512_div_ps(y, step), _mm512_set1_ps(-zero_point));
+    y = _mm512_min_ps(y, _mm512_set1_ps(largest - zero_point));
+    const __m512i zero = _mm512_set1_epi32(static_cast<int32_t>(zero_point));
+    const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(y), zero);
+    store(low, _mm512_cvtepi32_epi8(code), mask);
+    if (two_bytes) store(high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 8)), mask);
+  }
+};
+
+// A parameter [C] or [N, C, 1, 1] in float32, or null; without an operator's overhead.
+class Floats {
+ public:
+  explicit Floats(const OptionalTensor& x) {
+    if (!x) return;
+    if (x->scalar_type() == at::kFloat && x->is_contiguous()) {
+      kept_ = *x;
+      return;
+    }
+    const int64_t columns = x->dim() > 1 ? x->size(1) : x->size(0),
+                  step = x->dim() > 1 ? x->stride(1) : x->stride(0);
+    const int64_t rows = x->dim() > 1 ? x->size(0) : 1, jump = x->dim() > 1 ? x->stride(0) : 0;
+    TORCH_CHECK(rows * columns == x->numel(), "a parameter varies over positions");
+    copied_.reserve(x->numel());
+    const auto copy = [&](const auto* from) {
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t c = 0; c < columns; ++c)
+          copied_.push_back(static_cast<float>(from[i * jump + c * step]));
+    };
+    if (x->scalar_type() == at::kFloat)
+      copy(x->const_data_ptr<float>());
+    else
+      copy(x->const_data_ptr<at::BFloat16>());
+  }
+
+  operator const float*() const {
+    if (!copied_.empty()) return copied_.data();
+    return kept_.defined() ? kept_.const_data_ptr<float>() : nullptr;
+  }
+
+ private:
+  Tensor kept_;
+  std::vector<float> copied_;
+};
+
+int64_t largest_code(int64_t bits) {
+  return (int64_t(1) << bits) - 1;
+}
+
+// Codes of shape `shape`, low and high bytes, the latter empty up to 8 bits.
+std::pair<Tensor, Tensor> empty_codes(const std::vector<int64_t>& shape,
+                                      int64_t bits,
+                                      at::MemoryFormat order) {
+  const auto bytes = at::TensorOptions().dtype(at::kByte);
+  Tensor low = at::empty(shape, bytes.memory_format(order));
+  return {low, bits > 8 ? at::empty(shape, bytes.memory_format(order)) : at::empty({0}, bytes)};
+}
+
+}  // namespace

@@ -1,0 +1,25 @@
+// The operators of a compiled graph that stand for what the compiler is not good at. Their schemas
+// and shapes are in traced.py.
+
+#include <torch/library.h>
+
+#include "images.h"
+#include "products.h"
+#include "rows.h"
+
+TORCH_LIBRARY_FRAGMENT(qncd, library) {
+  library.def(
+      "keep(str key, bool is_conv, bool upsampled, Tensor[] weights, Tensor[] weight_scales, "
+      "Tensor weight_zero_point, int[] stride, int[] padding, int[] dilation, int groups, "
+      "bool writes_bfloat16) -> ()",
+      keep);
+  library.def("forget(str key) -> ()", forget);
+}
+
+TORCH_LIBRARY_IMPL(qncd, CPU, library) {
+  library.impl("multiply", multiply);
+  library.impl("matmul", matmul);
+  library.impl("image_codes", image_codes);
+  library.impl("gated_codes", gated_codes);
+  library.impl("softmax_codes", softmax_codes);
+}

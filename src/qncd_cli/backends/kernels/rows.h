@@ -1,0 +1,116 @@
+// What works on rows: gated linear units and attention.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/_int_mm.h>
+
+#include "codes.h"
+
+namespace {
+
+// x [..., 2 C] -> codes uint8 [..., C] of (first gelu(second) - shift) / smoothing, x's two halves
+// (GEGLU: Shazeer, arXiv 2002.05202); the rest as in image_codes.
+std::tuple<Tensor, Tensor> gated_codes(const Tensor& given,
+                                       const OptionalTensor& smoothing,
+                                       const OptionalTensor& shift,
+                                       const Tensor& scale,
+                                       const Tensor& zero_point,
+                                       int64_t bits) {
+  const Tensor x = given.contiguous();
+  std::vector<int64_t> shape = x.sizes().vec();
+  const int64_t channels = shape.back() /= 2, rows = x.numel() / (2 * channels);
+  const Floats s(smoothing), d(shift);
+  const Quantizer q{s, d, number(scale), number(zero_point), float(largest_code(bits)), bits > 8};
+  auto [low, high] = empty_codes(shape, bits, at::MemoryFormat::Contiguous);
+  uint8_t *lows = low.mutable_data_ptr<uint8_t>(), *highs = high.mutable_data_ptr<uint8_t>();
+  const auto work = [&](const auto* from) {
+    at::parallel_for(0, rows, 8, [&, q](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+          const __mmask16 mask = mask_of(channels - c);
+          const auto* at = from + 2 * row * channels + c;
+          const __m512 y = _mm512_mul_ps(load(at, mask), gelu(load(at + channels, mask)));
+          q.write(y, c, mask, lows + row * channels + c, highs + row * channels + c);
+        }
+    });
+  };
+  if (x.scalar_type() == at::kFloat)
+    work(x.const_data_ptr<float>());
+  else
+    work(x.const_data_ptr<at::BFloat16>());
+  return {low, high};
+}
+
+// Of one row of scores, (sums + added) factor: exponentials less the largest into `powers`, their
+// sum.
+float exponentials_of(
+    const int32_t* sums, const int32_t* added, int64_t keys, float factor, float* powers) {
+  __m512i most = _mm512_set1_epi32(INT32_MIN);
+  for (int64_t k = 0; k < keys; k += WIDTH) {
+    const __mmask16 mask = mask_of(keys - k);
+    const __m512i score = _mm512_add_epi32(_mm512_maskz_loadu_epi32(mask, sums + k),
+                                           _mm512_maskz_loadu_epi32(mask, added + k));
+    most = _mm512_mask_max_epi32(most, mask, most, score);
+  }
+  const __m512i largest = _mm512_set1_epi32(_mm512_reduce_max_epi32(most));
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t k = 0; k < keys; k += WIDTH) {
+    const __mmask16 mask = mask_of(keys - k);
+    const __m512i score = _mm512_add_epi32(_mm512_maskz_loadu_epi32(mask, sums + k),
+                                           _mm512_maskz_loadu_epi32(mask, added + k));
+    const __m512 less = _mm512_cvtepi32_ps(_mm512_sub_epi32(score, largest));
+    const __m512 power = exponential(_mm512_mul_ps(less, _mm512_set1_ps(factor)));
+    store(powers + k, power, mask);
+    total = _mm512_mask_add_ps(total, mask, total, power);
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
+// sums int32 [B, L, K], added int32 [B, K], factor float32: one number -> signed codes of
+// softmax(factor (sums + added)) less 128, int8 [B, L, K], and the sum of each row of them, int32
+// [B, L]. A probability of 1 has the largest code of `bits`.
+std::tuple<Tensor, Tensor> softmax_codes(const Tensor& given,
+                                         const Tensor& given_added,
+                                         const Tensor& factor,
+                                         int64_t bits) {
+  const Tensor sums = given.contiguous(), added = given_added.contiguous();
+  const int64_t queries = sums.size(1), keys = sums.size(2), rows = sums.size(0) * queries;
+  Tensor codes = at::empty(sums.sizes(), sums.options().dtype(at::kChar));
+  Tensor totals = at::empty({sums.size(0), queries}, sums.options());
+  const auto* from = sums.const_data_ptr<int32_t>();
+  const auto* more = added.const_data_ptr<int32_t>();
+  auto* to = codes.mutable_data_ptr<int8_t>();
+  auto* of_rows = totals.mutable_data_ptr<int32_t>();
+  const float times = number(factor), largest = float(largest_code(bits));
+  at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> powers(keys);
+    for (int64_t row = begin; row < end; ++row) {
+      const int32_t* more_here = more + row / queries * keys;
+      const float all = exponentials_of(from + row * keys, more_here, keys, times, powers.data());
+      const __m512 scale = _mm512_set1_ps(largest / all);
+      __m512i total = _mm512_setzero_si512();
+      for (int64_t k = 0; k < keys; k += WIDTH) {
+        const __mmask16 mask = mask_of(keys - k);
+        const __m512 p = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, powers.data() + k), scale);
+        const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(p), _mm512_set1_epi32(128));
+        store(to + row * keys + k, _mm512_cvtepi32_epi8(code), mask);
+        total = _mm512_mask_add_epi32(total, mask, total, code);
+      }
+      of_rows[row] = _mm512_reduce_add_epi32(total);
+    }
+  });
+  return {codes, totals};
+}
+
+// a int8 [B, M, K], b int8 [B, K, N] -> a b, int32 [B, M, N].
+Tensor matmul(const Tensor& a, const Tensor& b) {
+  Tensor output = at::empty({a.size(0), a.size(1), b.size(2)}, a.options().dtype(at::kInt));
+  for (int64_t i = 0; i < a.size(0); ++i) {
+    Tensor product = output.select(0, i);
+    at::_int_mm_out(product, a.select(0, i), b.select(0, i));
+  }
+  return output;
+}
+
+}  // namespace

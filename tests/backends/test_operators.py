@@ -1,0 +1,271 @@
+"""The operators of compiled graphs, in C++, against the same in torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from qncd_cli.backends import doubling, fusion, graph, int8, native, traced
+from qncd_cli.quant.attention import softmax_codes
+from qncd_cli.quant.layers import QuantizedLayer, StepState
+from qncd_cli.quant.packing import pack
+
+pytestmark = pytest.mark.timeout(300)  # whichever test is first waits for the compiler
+EPS = 1e-5
+
+
+def image(*shape, dtype=torch.float32):
+    x = (3 * torch.randn(shape) + 5).to(dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def number_of(low, high):
+    return low.long() + (256 * high.long() if high.numel() else 0)
+
+
+def quantizer(bits, channels=0):
+    """smoothing, shift, scale, zero-point, bits."""
+    scale, zero_point = torch.tensor([8.0 / 2**bits]), torch.tensor([float(2 ** (bits - 2))])
+    if not channels:
+        return None, None, scale, zero_point, bits
+    return torch.rand(channels) + 0.5, torch.randn(channels), scale, zero_point, bits
+
+
+def close(codes, expected, share):
+    """Codes may part by one, where a number lies at the border of two, and seldom do."""
+    assert codes.shape == expected.shape
+    apart = (codes - expected).abs()
+    assert apart.max() <= 1 and (apart > 0).float().mean() <= share
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((2, 48, 16, 16), [48]),
+        ((3, 40, 7, 5), [24, 16]),
+        ((17, 16, 3, 1), [16]),
+        ((1, 72, 20, 20), [72]),
+    ],
+)
+def test_images_are_normalized_and_quantized(operators, shape, parts, dtype, bits):
+    torch.manual_seed(0)
+    count, channels = shape[:2]
+    x = [image(count, width, *shape[2:], dtype=dtype) for width in parts]
+    weight, bias = torch.randn(channels), torch.randn(channels)
+    embedding, multiplier, addend = (torch.randn(count, channels, 1, 1) for _ in range(3))
+    smooth = quantizer(bits, channels)
+    before = (embedding.to(dtype), weight, bias, multiplier, addend, 8, EPS, True)
+    low, high = operators.image_codes(x, *before, *smooth)
+    exact = torch.cat(x, 1).double() + embedding.to(dtype).double()
+    exact = F.group_norm(exact, 8, weight.double(), bias.double(), EPS)
+    exact = F.silu(exact * multiplier + addend).float()
+    expected = number_of(*traced.codes(exact, True, *smooth))
+    assert low.is_contiguous(memory_format=torch.channels_last)
+    close(number_of(low, high), expected, 0.02 if bits == 16 else 1e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_images_without_a_norm_have_the_very_codes(operators, bits, smoothed):
+    torch.manual_seed(0)
+    x = [image(3, width, 9, 4) for width in (24, 40)]
+    others = quantizer(bits, 64 if smoothed else 0)
+    found = operators.image_codes(x, *fusion._NO_NORM, *others)
+    expected = traced.codes(torch.cat(x, 1), True, *others)
+    assert torch.equal(number_of(*found), number_of(*expected))
+
+
+def test_a_mean_far_from_zero_costs_no_digits(operators):
+    torch.manual_seed(0)
+    x = image(2, 16, 12, 12) + 1000
+    weight, bias = torch.ones(16), torch.zeros(16)
+    low, high = operators.image_codes(
+        [x], None, weight, bias, None, None, 4, EPS, False, *quantizer(8)
+    )
+    exact = F.group_norm(x.double(), 4, eps=EPS).float()
+    close(number_of(low, high), number_of(*traced.codes(exact, True, *quantizer(8))), 0.01)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gated_rows_are_quantized(operators, dtype, bits):
+    torch.manual_seed(0)
+    x = torch.randn(3, 11, 2 * 40).to(dtype)
+    others = quantizer(bits, 40)
+    first, second = x.double().chunk(2, -1)
+    expected = traced.codes((first * F.gelu(second)).float(), False, *others)
+    found = operators.gated_codes(x, *others)
+    close(number_of(*found), number_of(*expected), 0.02 if bits == 16 else 1e-3)
+
+
+@pytest.mark.parametrize("keys", [16, 77, 1024])
+def test_attention_probabilities_are_those_of_the_layers(operators, keys):
+    torch.manual_seed(0)
+    sums = torch.randint(-20_000, 20_000, (3, 5, keys), dtype=torch.int32)
+    shift = torch.randint(-20_000, 20_000, (3, keys), dtype=torch.int32)
+    factor = torch.tensor([3e-4])
+    codes, totals = operators.softmax_codes(sums, shift, factor, 8)
+    close(codes.long(), softmax_codes(sums, shift, factor, 8)[0].long(), 1e-3)
+    assert torch.equal(totals, codes.sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 30.0, 1e4])
+def test_activation_functions_at_their_ends(operators, magnitude):
+    """Neither a vanishing nor a huge input may turn into something else."""
+    x = magnitude * torch.linspace(-1, 1, 64).reshape(1, 1, -1)
+    scale = torch.tensor([magnitude / 2**14])
+    others = (None, None, scale, torch.tensor([2.0**15]), 16)
+    found = operators.gated_codes(torch.cat([torch.ones_like(x), x], -1), *others)
+    expected = traced.codes(F.gelu(x.double()).float(), False, *others)
+    close(number_of(*found), number_of(*expected), 0.1)
+
+
+def test_no_code_depends_on_the_number_of_threads(operators):
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    x, weight, bias = image(3, 32, 30, 30), torch.randn(32), torch.randn(32)
+    before, found = (None, weight, bias, None, None, 8, EPS, True), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(operators.image_codes([x], *before, *quantizer(16)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(number_of(*one), number_of(*found[0])) for one in found)
+
+
+def quantized(module, bits, activation_bits=8, zero_point=0):
+    """The layer with random codes, of which every extreme occurs."""
+    shape = module.weight.shape
+    codes = torch.randint(0, 2**bits, shape).to(torch.uint8 if bits < 8 else torch.int8)
+    codes.flatten()[:2] = torch.tensor([0, 2**bits - 1])
+    tensors = {
+        "weight": pack(codes, bits),
+        "weight_scale": 0.01 * torch.rand(shape[0]),
+        "weight_zero_point": torch.full((shape[0],), zero_point, dtype=torch.int32),
+        "bias": torch.randn(shape[0]),
+        "input_scale": torch.tensor([8.0 / 2**activation_bits]),
+        "input_zero_point": torch.tensor([2 ** (activation_bits - 2)], dtype=torch.int32),
+    }
+    return QuantizedLayer(module, tensors, bits, activation_bits, StepState(), int8.compute)
+
+
+@pytest.mark.parametrize("activation_bits", [4, 8, 16])
+@pytest.mark.parametrize(("bits", "zero_point"), [(2, 1), (4, 0), (4, 8), (5, 0), (5, 31)])
+def test_pixels_doubled_later_give_the_same_bits(operators, bits, zero_point, activation_bits):
+    torch.manual_seed(0)
+    layer = quantized(nn.Conv2d(24, 20, 3, padding=1), bits, activation_bits, zero_point)
+    key = f"doubled:{bits}:{zero_point}:{activation_bits}"
+    traced.register({key: layer})
+    x = image(3, 24, 7, 5)
+    scale, zero = layer.input_scale, layer.input_zero_point.float()
+    low, high = traced.codes(x, True, None, None, scale, zero, activation_bits)
+    high = high if high.numel() else None
+    assert doubling.doubles(layer)
+    found = operators.multiply(low, high, scale, zero, layer.bias, key, torch.float32, True)
+    doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    assert torch.equal(found, layer(doubled))
+
+
+@pytest.mark.parametrize(
+    ("module", "bits"),
+    [
+        (nn.Conv2d(8, 8, 3, padding=1), 6),
+        (nn.Conv2d(8, 8, 3, padding=1, stride=2), 4),
+        (nn.Conv2d(8, 8, 3), 4),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=2), 4),
+        (nn.Conv2d(8, 8, 1), 4),
+        (nn.Linear(8, 8), 4),
+    ],
+)
+def test_other_layers_are_not_doubled_later(module, bits):
+    assert not doubling.doubles(quantized(module, bits))
+
+
+class Block(nn.Module):
+    """What a denoiser is made of, around quantized layers."""
+
+    def __init__(self, scaled: bool):
+        super().__init__()
+        self.scaled = scaled
+        self.norm, self.other_norm = nn.GroupNorm(4, 24), nn.GroupNorm(4, 16)
+        self.first = quantized(nn.Conv2d(24, 16, 3, padding=1), 4)
+        self.second = quantized(nn.Conv2d(16, 16, 3, padding=1), 4, 16)
+        self.shortcut = quantized(nn.Conv2d(24, 16, 1), 4)
+        self.upsampler = quantized(nn.Conv2d(16, 16, 3, padding=1), 4)
+        self.gate, self.out = quantized(nn.Linear(16, 64), 4), quantized(nn.Linear(32, 16), 4)
+
+    def forward(self, x, skip, embedding):
+        x = torch.cat([x, skip], 1)
+        y = self.first(F.silu(self.norm(x)))
+        scale, shift = embedding[:, :, None, None].chunk(2, 1)
+        if self.scaled:
+            y = self.other_norm(y) * (1 + scale) + shift
+        else:
+            y = self.other_norm(y + scale)
+        y = self.second(F.dropout(F.silu(y), 0.5, False)) + self.shortcut(x)
+        y = self.upsampler(F.interpolate(y, scale_factor=2.0, mode="nearest"))
+        rows = self.gate(y.flatten(2).transpose(1, 2))
+        first, second = rows.chunk(2, dim=-1)
+        return self.out(first * F.gelu(second))
+
+
+def program_of(module, inputs):
+    """Traced and fused, with the tables' rows as constants."""
+    layers = {f"{id(module)}:{n}": m for n, m in module.named_modules() if n and "norm" not in n}
+    step = StepState()
+    for layer in layers.values():
+        layer.step = step
+    traced.register(layers)
+    tables = graph.Tables(module)
+    step.traced = tables.cut(tables.values[0])
+    try:
+        with traced.traceable(module, layers), torch.no_grad():
+            return tables, fusion.fused(torch.export.export(module, inputs, strict=False))
+    finally:
+        step.traced = None
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_fused_graph_computes_what_the_layers_do(operators, scaled):
+    torch.manual_seed(0)
+    module = Block(scaled)
+    inputs = image(3, 16, 8, 8), image(3, 8, 8, 8), torch.randn(3, 32)
+    _, program = program_of(module, inputs)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called.count("qncd.image_codes.default") == 3
+    assert called.count("qncd.gated_codes.default") == 1
+    assert called.count("qncd.multiply.default") == 6
+    assert not any(name in called for name in ("aten.upsample_nearest2d.vec", "aten.gelu.default"))
+    with torch.no_grad():
+        expected, found = module(*inputs), program.module()(*inputs)
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def test_layers_that_quantize_one_input_alike_do_it_once(operators):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = quantized(nn.Linear(8, 4), 4), quantized(nn.Linear(8, 4), 4)
+            self.b.input_scale = self.a.input_scale
+            self.b.input_zero_point = self.a.input_zero_point
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    tables, program = program_of(Two(), (torch.randn(2, 8),))
+    assert tables.values.shape == (1, 2)  # one scale, one zero-point
+    called = [str(node.target) for node in program.graph.nodes]
+    assert called.count("aten.round.default") == 1
+
+
+def test_a_library_is_compiled_once(tmp_path, monkeypatch, operators):
+    monkeypatch.setattr(native, "_loaded", lambda: False)
+    monkeypatch.setattr(native, "_compiled", lambda: pytest.fail("compiled again"))
+    native._path(tmp_path).write_bytes(b"no library")
+    with pytest.raises(OSError, match="operators_"):
+        native.load(tmp_path)
