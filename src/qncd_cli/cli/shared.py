@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from .process import collect_as_usual
 
 
 def open_model(config: Config, device: str = "auto", folder: Path | None = None) -> Any:
@@ -27,7 +28,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
             image_size=sampling.image_size,
             guidance_scale=sampling.guidance_scale,
         )
-    return load_model(
+    loaded = load_model(
         model.source,
         model.dtype,
         device,
@@ -36,6 +37,8 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
     )
+    collect_as_usual()
+    return loaded
 
 
 def silence_diffusers() -> None:
