@@ -21,8 +21,8 @@ _usual = gc.get_threshold()
 def run_alone(command: Callable[[], object]) -> None:
     """Run a command that ends with SystemExit, and end the process with its code.
 
-    Its handlers of `atexit` are called as ever; what is skipped after them is the interpreter taking
-    itself apart. Where the command ends otherwise, so does the process.
+    Its handlers of `atexit` are called as ever; what is skipped after them is that the interpreter
+    takes itself apart. Where the command ends otherwise, so does the process.
     """
     code: list[int] = []
     atexit.register(_leave, code)  # the first to be registered is the last to be called
