@@ -36,8 +36,13 @@ def run_alone(command: Callable[[], object]) -> None:
 
 
 def collect_as_usual() -> None:
-    """To be called once everything large is imported: a command may make garbage for hours."""
-    gc.set_threshold(*_usual)
+    """To be called once everything large is imported: a command may make garbage for hours.
+
+    In a process of its own the collector does not look at what is there by now, ever again.
+    """
+    if gc.get_threshold()[2] == RARELY:
+        gc.freeze()
+        gc.set_threshold(*_usual)
 
 
 def _leave(code: list[int]) -> None:

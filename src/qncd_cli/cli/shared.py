@@ -19,6 +19,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
     from ..models.text import Prompts
 
     silence_diffusers()
+    collect_as_usual()
     model, sampling = config.model, config.sampling
     prompts = None
     if sampling.prompts is not None:
@@ -28,7 +29,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
             image_size=sampling.image_size,
             guidance_scale=sampling.guidance_scale,
         )
-    loaded = load_model(
+    return load_model(
         model.source,
         model.dtype,
         device,
@@ -37,8 +38,6 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
     )
-    collect_as_usual()
-    return loaded
 
 
 def silence_diffusers() -> None:
