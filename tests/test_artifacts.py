@@ -179,6 +179,19 @@ def test_tensors_below_a_prefix_lose_it_once_and_keep_their_order():
     assert below["a.b"] is tensors["a.a.b"]
 
 
+def test_tensors_by_module_are_those_below_it_without_its_children():
+    tensors = {name: torch.ones(1) for name in ("a.b", "a.a.b", "b.a.", "a", "ab.c", "a.0")}
+    found = artifacts.tensors_by_module(tensors)
+    assert {module: list(parts) for module, parts in found.items()} == {
+        "a": ["b", "0"],
+        "a.a": ["b"],
+        "b.a": [""],
+        "": ["a"],
+        "ab": ["c"],
+    }
+    assert found["a.a"]["b"] is tensors["a.a.b"]
+
+
 # ---- damage -------------------------------------------------------------------------------------
 
 

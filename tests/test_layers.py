@@ -66,7 +66,7 @@ SHARED = [
 # where that is written here.
 EDGES: list[tuple[str, list[str]]] = [
     ("", []),
-    ("__main__", ["cli.main"]),
+    ("__main__", ["cli.main", "cli.process"]),
     ("errors", []),
     ("spec", []),
     ("presets", []),

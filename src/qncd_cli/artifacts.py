@@ -64,6 +64,15 @@ def tensors_below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
+def tensors_by_module(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each module by what stands after the last dot of their names."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        module, _, part = name.rpartition(".")
+        found.setdefault(module, {})[part] = tensor
+    return found
+
+
 # ------------------------------------------------------------------ grammar
 
 

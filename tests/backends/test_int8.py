@@ -20,7 +20,7 @@ from torch._subclasses import FakeTensorMode
 from qncd_cli.backends import base, graph, int8, traced
 from qncd_cli.backends.reference import simulate
 from qncd_cli.errors import BackendUnavailable
-from qncd_cli.quant.affine import QParams, quantize, quantize_uint8
+from qncd_cli.quant.affine import QParams, quantize, quantize_two_bytes, quantize_uint8
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
 from qncd_cli.spec import activation_spec
@@ -114,12 +114,27 @@ def test_fast_codes_are_those_of_the_oracle(bits, scale):
         assert torch.equal(codes.int(), quantize(x, qparams, activation_spec(bits)))
 
 
+@pytest.mark.parametrize("bits", [9, 12, 16])
+@pytest.mark.parametrize("zero_point", [0, 1, 255, 256, 511, -1])
+def test_fast_codes_of_two_bytes_are_those_of_the_oracle(bits, zero_point):
+    """zero_point: -1 stands for the largest code."""
+    scale, zero_point = torch.tensor(3.1e-4), zero_point % 2**bits
+    halves = torch.arange(-(2 ** (bits + 2)), 2 ** (bits + 2)) / 2
+    ends = torch.tensor([-0.0, 1e30, -1e30, math.inf, -math.inf])
+    x = torch.cat([halves * scale, random(5000) * 2**bits * scale, ends])
+    low, high = quantize_two_bytes(x, float(scale), zero_point, bits)
+    assert low.dtype == high.dtype == torch.uint8
+    qparams = QParams(scale, torch.tensor(zero_point, dtype=torch.int32))
+    expected = quantize(x, qparams, activation_spec(bits))
+    assert torch.equal(256 * high.int() + low.int(), expected)
+
+
 def test_fast_codes_leave_their_input_alone_and_keep_its_order():
     x = random(2, 3, 4, 5).to(memory_format=torch.channels_last)
     before = x.clone()
-    codes = quantize_uint8(x, 0.1, 3, 8)
-    assert torch.equal(x, before)
-    assert codes.is_contiguous(memory_format=torch.channels_last)
+    for codes in (quantize_uint8(x, 0.1, 3, 8), *quantize_two_bytes(x, 0.1, 300, 16)):
+        assert torch.equal(x, before)
+        assert codes.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- layers -------------------------------------------------------------------------------------

@@ -344,3 +344,23 @@ def test_in_a_graph_a_single_key_needs_no_query():
     assert len(asked) == 1
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert float((expected[:, 0] - expected[:, 1]).abs().max()) < 1e-6 < float(expected.std())
+
+
+@pytest.mark.parametrize("p_bits", [2, 4, 8, 16, 32])
+def test_with_one_key_and_integer_kernels_the_query_is_left_out(p_bits):
+    """Its probability is 1 at every width, so that the bits are the same."""
+    module = Attention(query_dim=8, cross_attention_dim=6, heads=2, dim_head=4).eval()
+    made, step = processor(8, p_bits, groups=2)
+    x, context = randn(3, 5, 8), randn(3, 1, 6, seed=1)
+    step.group = 1
+    heard = []
+    module.to_q.register_forward_pre_hook(lambda *call: heard.append(call))
+    with torch.no_grad():
+        expected = made(module, x, context)
+        made.matmul = exact_matmul
+        found = made(module, x, context)
+        assert torch.equal(found, expected)
+        assert len(heard) == 1
+        made(module, x, context.expand(-1, 2, -1))
+        made(module, x, context, attention_mask=torch.zeros(3, 1, 1))
+    assert len(heard) == 3

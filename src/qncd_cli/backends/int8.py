@@ -22,10 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..quant.affine import quantize, quantize_uint8
+from ..quant.affine import quantize_two_bytes, quantize_uint8
 from ..quant.layers import QuantizedLayer
 from ..quant.packing import weight_bytes
-from ..spec import FLOAT_BITS, activation_spec
+from ..spec import FLOAT_BITS
 from .onednn import missing_operator, output_as
 from .reference import simulate
 
@@ -79,10 +79,11 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     y = layer.smoothed(x.to(torch.float32))
     bits, high, group = layer.activation_bits, None, layer.step.group
     kernel = _kernel(layer, y)
+    quantizer = kernel.input_scale[group], kernel.input_zero_point[group], bits
     if bits <= 8:
-        low = quantize_uint8(y, kernel.input_scale[group], kernel.input_zero_point[group], bits)
+        low = quantize_uint8(y, *quantizer)
     else:
-        low, high = in_bytes(quantize(y, layer.input_qparams(), activation_spec(bits)), bits)
+        low, high = quantize_two_bytes(y, *quantizer)
     return _multiply(layer, kernel, low, high, layer.bias_now(), x.dtype)
 
 

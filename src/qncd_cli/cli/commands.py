@@ -164,9 +164,11 @@ def sampling_config(config: Config, options: SampleOptions) -> Config:
     return parse_config(tree, "sample")
 
 
-def _sampled_run(run: RunDir, overrides: Sequence[str]) -> Config:
-    """The run's configuration with overrides that sampling can follow. Raises ConfigError."""
-    own, config = load_config(str(run.config)), load_config(str(run.config), overrides)
+def _sampled_run(run: RunDir, own: Config, overrides: Sequence[str]) -> Config:
+    """The run's own configuration with overrides that sampling can follow. Raises ConfigError."""
+    if not overrides:
+        return own
+    config = load_config(str(run.config), overrides)
     same = [own.calibration == config.calibration, own.quantization == config.quantization]
     if not all(same) or own.correction.intra != config.correction.intra:
         raise ConfigError(
@@ -195,12 +197,12 @@ def sample(console: Console, options: SampleOptions) -> Path:
 
     start = time.perf_counter()
     run = find_run(options.run_dir)
-    config = sampling_config(_sampled_run(run, options.overrides), options)
+    own = load_config(str(run.config))
+    config = sampling_config(_sampled_run(run, own, options.overrides), options)
     quantized = noise_stats = None
     if not options.full_precision:
         quantized = artifacts.read(run.tensors("quantized"), "quantized")
-        digest = load_config(str(run.config)).stage_digest("quantize")
-        artifacts.check_lineage(quantized, config=digest)
+        artifacts.check_lineage(quantized, config=own.stage_digest("quantize"))
         noise_stats = artifacts.read(run.tensors("noise_stats"), "noise_stats")
     model = open_model(config, options.device, run.path)
     if quantized is None or noise_stats is None:

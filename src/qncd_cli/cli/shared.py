@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from .process import collect_as_usual
 
 
 def open_model(config: Config, device: str = "auto", folder: Path | None = None) -> Any:
@@ -18,6 +19,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
     from ..models.text import Prompts
 
     silence_diffusers()
+    collect_as_usual()
     model, sampling = config.model, config.sampling
     prompts = None
     if sampling.prompts is not None:

@@ -97,14 +97,31 @@ def fake_quantize(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
 ROUND_TO_EVEN = 1.5 * 2.0**23
 """y + this has no room for a fraction: y is rounded, half to even, and |y| < 2^22 lies in the low
 bits of the float32 sum."""
+ITS_BITS = 0x4B400000
+"""Of ROUND_TO_EVEN, as an integer."""
 
 
 def quantize_uint8(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
     """As quantize with one scale and at most 8 bits, in fewer passes over memory: uint8 codes.
 
-    x: float32 of any shape and order; the codes keep both. The bounds are integers, so clamping
-    before rounding gives what clamping after it gives. NaN becomes zero_point.
+    x: float32 of any shape and order; the codes keep both. NaN becomes zero_point.
     """
-    y = torch.div(x, scale).clamp_(-zero_point, 2**bits - 1 - zero_point).add_(ROUND_TO_EVEN)
-    low_byte = y.view(torch.int32).to(torch.uint8)
+    low_byte = _rounded(x, scale, zero_point, bits).to(torch.uint8)
     return low_byte.add_(zero_point)
+
+
+def quantize_two_bytes(
+    x: Tensor, scale: float, zero_point: int, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The same for at most 16 bits: low bytes and high bytes, uint8."""
+    codes = _rounded(x, scale, zero_point, bits).add_(zero_point - ITS_BITS)
+    return codes.to(torch.uint8), codes.bitwise_right_shift_(8).to(torch.uint8)
+
+
+def _rounded(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
+    """ITS_BITS and the code less its zero-point, int32.
+
+    The bounds are integers, so clamping before rounding gives what clamping after it gives.
+    """
+    y = torch.div(x, scale).clamp_(-zero_point, 2**bits - 1 - zero_point)
+    return y.add_(ROUND_TO_EVEN).view(torch.int32)

@@ -195,8 +195,8 @@ class QuantizedAttnProcessor(AttentionProducts):
             context = encoder_hidden_states
             if attn.norm_cross is not None:
                 context = attn.norm_encoder_hidden_states(context)
-        if self.step.traced is not None and context.shape[1] == 1 and attention_mask is None:
-            y = self._of_one_key(attn, context).expand(-1, x.shape[1], -1)
+        if self._keeps_to_value(context, attention_mask):
+            y = self._of_one_key(attn, context, x.shape[1])
         else:
             query, key, value = self._heads(attn, x, context)
             mask = _mask_per_head(attn, attention_mask, *context.shape[:2])
@@ -208,13 +208,26 @@ class QuantizedAttnProcessor(AttentionProducts):
             y = y + hidden_states
         return y / attn.rescale_output_factor
 
-    def _of_one_key(self, attn: Any, context: Tensor) -> Tensor:
-        """[N, 1, C'] -> [N, 1, C]: its probability is 1, so that every query gets its value.
+    def _keeps_to_value(self, context: Tensor, mask: Tensor | None) -> bool:
+        """Whether there is one key, so that its probability is 1 and every query gets its value.
 
-        In a graph; layer by layer, stages listen to what enters every layer.
+        In a graph and with integer kernels; where layers are simulated, stages listen to what
+        enters every one of them, those that make the query and the key too.
+        """
+        unheard = self.step.traced is not None or self.matmul is not None
+        return unheard and context.shape[1] == 1 and mask is None
+
+    def _of_one_key(self, attn: Any, context: Tensor, queries: int) -> Tensor:
+        """[N, 1, C'] -> [N, queries, C].
+
+        Layer by layer the last layer sees all queries as it would otherwise: for fewer rows
+        oneDNN may take another kernel, whose sums it scales in another order.
         """
         value = attn.to_v(context)
-        return _through(attn.to_out, self._quantized(value.float(), "value").to(value.dtype))
+        value = self._quantized(value.float(), "value").to(value.dtype)
+        if self.step.traced is not None:
+            return _through(attn.to_out, value).expand(-1, queries, -1)
+        return _through(attn.to_out, value.expand(-1, queries, -1))
 
     def _heads(self, attn: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [N, heads, L, d], k and v [N, heads, K, d]."""

@@ -53,6 +53,8 @@ def _words(bits: int) -> tuple[int, int, torch.dtype]:
 
 def _join(parts: Tensor, width: int, count: int) -> Tensor:
     """Parts [O, N] of `width` bits -> words [O, ceil(N / count), 1] of `count` parts each."""
+    if count == 1:
+        return parts.unsqueeze(-1)
     short = -parts.shape[1] % count
     parts = F.pad(parts, (0, short)).reshape(parts.shape[0], -1, count)
     words = parts[..., 0]

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..artifacts import Artifact, tensors_below
+from ..artifacts import Artifact, tensors_by_module
 from ..backends.base import Backend, get_backend
 from ..config import Config
 from ..errors import ArtifactError, ModelError
@@ -184,6 +184,7 @@ def install(
     The state that they follow comes back. Raises ArtifactError as quantized_denoiser does.
     """
     step, layers = StepState(), weight_layers(module)
+    tensors = tensors_by_module(artifact.tensors)
     for name, entry in artifact.body["layers"].items():
         layer = layers.get(name)
         if layer is None or list(layer.weight.shape) != entry["weight_shape"]:
@@ -191,11 +192,9 @@ def install(
                 f"{artifact.path}: layer {name} does not fit {source}",
                 'repeat "qncd quantize"',
             )
-        below = tensors_below(f"{name}.", artifact.tensors)
-        tensors = {key: value for key, value in below.items() if "." not in key}
         quantized = QuantizedLayer(
             layer,
-            tensors,
+            tensors[name],
             entry["weight_bits"],
             entry["activation_bits"],
             step,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..artifacts import Artifact, tensors_below
+from ..artifacts import Artifact, tensors_below, tensors_by_module
 from ..config import Config
 from ..errors import ArtifactError
 from ..models.topology import AttentionSite, attention_sites
@@ -64,6 +64,7 @@ def install_attention(
     Raises ArtifactError naming the first module that the denoiser does not have.
     """
     sites = {site.name: site for site in attention_sites(denoiser)}
+    tables = tensors_by_module(artifact.tensors)
     for name, entry in artifact.body["attention"].items():
         if name not in sites:
             raise ArtifactError(
@@ -71,7 +72,7 @@ def install_attention(
                 'repeat "qncd quantize"',
             )
         site = sites[name]
-        tensors = tensors_below(f"{name}.", artifact.tensors)
+        tensors = tables.get(name, {})  # none where both products stay in floating point
         bits = entry["bits"], entry["probabilities_bits"]
         module: Any = denoiser.get_submodule(name)
         processor = (

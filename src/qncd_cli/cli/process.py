@@ -1,0 +1,52 @@
+"""A command as a process of its own: what torch and diffusers make slow about beginning and ending.
+
+They bring half a million objects that stay until the end. The collector of reference cycles looks
+through all of them again and again while they are imported, and the interpreter takes them apart
+one by one before it leaves: together two of six seconds of a short command.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import sys
+from collections.abc import Callable
+
+RARELY = 1000
+"""Collections of the middle generation before one of all objects; usually 10."""
+_usual = gc.get_threshold()
+
+
+def run_alone(command: Callable[[], object]) -> None:
+    """Run a command that ends with SystemExit, and end the process with its code.
+
+    Its handlers of `atexit` are called as ever; what is skipped after them is that the interpreter
+    takes itself apart. Where the command ends otherwise, so does the process.
+    """
+    code: list[int] = []
+    atexit.register(_leave, code)  # the first to be registered is the last to be called
+    gc.set_threshold(*_usual[:2], RARELY)
+    try:
+        command()
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            code.append(end.code)
+        raise
+
+
+def collect_as_usual() -> None:
+    """To be called once everything large is imported: a command may make garbage for hours.
+
+    In a process of its own the collector does not look at what is there by now, ever again.
+    """
+    if gc.get_threshold()[2] == RARELY:
+        gc.freeze()
+        gc.set_threshold(*_usual)
+
+
+def _leave(code: list[int]) -> None:
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code[0])
