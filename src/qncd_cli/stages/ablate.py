@@ -123,9 +123,9 @@ def run(
 
 def identify(config: Config, work: _Work) -> dict[str, Any]:
     """Everything that decides a row, as digests and values."""
-    inter = config.correction.inter.model_dump()
-    if inter["method"] == "none":
-        inter = {"method": "none"}
+    inter = config.correction.inter.identity()
+    if config.correction.inter.depends_on_batch:
+        inter["batch_size"] = work.request.batch_size
     backend = get_backend(work.request.backend, work.model.device).name
     identity = {
         "model": work.model.digest,
@@ -264,7 +264,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     was = bool(begun.get("compiled", False)) if begun else None
     how = Compiling(made.path / graphs.FOLDER, work.tell, macs, begun=was)
     subject = compiled(config, work.model, subject, drawing.seeds, drawing.batch_size, how)
-    digest = sample_stage.identify(config, work.model, subject)["digest"]
+    digest = sample_stage.identify(config, work.model, subject, drawing)["digest"]
     if work.force(folder) or (begun is not None and begun.get("digest") != digest):
         sample_set.clear(folder)
     sample_stage.run(config, work.model, subject, drawing, work.track)
