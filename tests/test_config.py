@@ -61,6 +61,9 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_key(minimal, override, key)
         ("quantization.overrides={'a*': {weights: {bits: 16}}}", "quantization.overrides.a*"),
         ("quantization.overrides={'a*': {activations: {bits: 17}}}", "quantization.overrides.a*"),
         ("calibration.trajectories=0", "calibration.trajectories"),
+        ("correction.inter.part=0", "correction.inter.part"),
+        ("correction.inter.part=1.01", "correction.inter.part"),
+        ("correction.inter.part=.nan", "correction.inter.part"),
         ("evaluation.num_samples=1", "evaluation.num_samples"),
     ],
 )
@@ -111,6 +114,23 @@ def test_the_resolved_yaml_reads_back_as_the_same_configuration(name, tmp_path):
     assert again == config
     assert again.to_yaml() == config.to_yaml()
     assert again.stage_digest("quantize") == config.stage_digest("quantize")
+
+
+@pytest.mark.parametrize(
+    ("changes", "depends"),
+    [
+        ({}, False),
+        ({"method": "runtime"}, False),
+        ({"method": "runtime", "part": 0.5}, True),
+        ({"method": "ptqd", "part": 0.5}, False),
+    ],
+)
+def test_a_part_is_named_only_where_it_decides_something(changes, depends):
+    """So that sets drawn before there was one stay valid."""
+    inter = parse_config({**MODEL, "correction": {"inter": changes}}, "here").correction.inter
+    assert inter.depends_on_batch == depends
+    assert ("part" in inter.identity()) == depends
+    assert inter.identity()["method"] == changes.get("method", "none")
 
 
 # ---- digests ------------------------------------------------------------------------------------
@@ -167,6 +187,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "correction.inter.target": ("injected", QUANTIZE),
     "correction.inter.granularity": ("tensor", NEITHER),
     "correction.inter.interval": (3, NEITHER),
+    "correction.inter.part": (0.5, NEITHER),
     "correction.inter.baseline": ("none", NEITHER),
     "correction.inter.slope": (True, NEITHER),
     "evaluation.num_samples": (50, NEITHER),

@@ -253,12 +253,23 @@ class QuantizationConfig(_Section):
 
 
 class InterConfig(_Section):
-    """Correction of the noise that accumulates over the steps (method.md section 3)."""
+    """Correction of the noise that accumulates over the steps (method.md section 3).
+
+    part below 1 makes the run-time estimates cheaper, and a sample dependent on the batch that it
+    is drawn in: the others of a batch take the mean of its first samples' readings.
+    """
 
     method: Literal["none", "runtime", "ptqd", "affine"] = "none"
     target: Literal["injected", "total"] = "total"
     granularity: Literal["tensor", "channel"] = "channel"
     interval: int = Field(5, ge=1, description="steps between two run-time estimates")
+    part: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="of a batch that has run-time estimates of its own; below 1 the rest takes "
+        "their mean, and samples depend on their batch",
+    )
     baseline: Literal["none", "full_precision"] = "full_precision"
     slope: bool = Field(False, description="also divide by the slope over full precision's")
 
@@ -267,6 +278,20 @@ class InterConfig(_Section):
         if self.slope and self.baseline == "none":
             raise ValueError("slope needs baseline full_precision to compare with")
         return self
+
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether a sample is not the same in every batch."""
+        return self.method == "runtime" and self.part < 1
+
+    def identity(self) -> dict[str, Any]:
+        """What of it decides images."""
+        if self.method == "none":
+            return {"method": "none"}
+        tree = self.model_dump()
+        if not self.depends_on_batch:  # sets drawn before there was a part stay valid
+            del tree["part"]
+        return tree
 
 
 class CorrectionConfig(_Section):

@@ -54,6 +54,12 @@ def test_a_graph_is_compiled_once_and_a_set_goes_on_as_it_began(own):
     assert torch.equal(set_of(own, "graph")[1][:6], latents)
     own("sample", "--num", "8", "--batch-size", "4")
     assert torch.equal(set_of(own, "quantized")[1][:6], eager)
+    part = (*draw, "--inter", "runtime", "--set", "correction.inter.part=0.25")
+    part += ("--set", "correction.inter.baseline=none")
+    own(*part, "--name", "part")  # an extra call for one of four
+    own(*part, "--no-compile", "--name", "eager part")
+    assert set_of(own, "part")[0]["compiled"] is True
+    assert sqnr_db(set_of(own, "eager part")[1], set_of(own, "part")[1]) > 30
     refused = own(*draw, "--no-compile", "--name", "graph", ok=False)
     assert refused.exit_code == 4
     assert "other settings (different: compiled)" in refused.stderr

@@ -30,8 +30,9 @@ INTER = {
     "runtime alone": {"method": "runtime", "baseline": "none", "interval": 1},
     "runtime": {"method": "runtime", "interval": 1},
     "runtime slope": {"method": "runtime", "interval": 1, "slope": True},
+    "runtime part": {"method": "runtime", "interval": 1, "part": 0.5, "slope": True},
 }
-PREPARED = ["ptqd", "affine", "runtime", "runtime slope"]
+PREPARED = ["ptqd", "affine", "runtime", "runtime slope", "runtime part"]
 
 
 def config_for(folder, inter="none", **changes):
@@ -118,6 +119,7 @@ def test_every_correction_samples_a_v_model(tmp_path, tiny_model, v_model, name)
     believed = {  # of these, only what is believed can change anything; no estimate at the last
         "runtime": ["runtime_channel_gain"],
         "runtime slope": ["runtime_channel_gain", "runtime_slope_gain"],
+        "runtime part": ["runtime_channel_gain", "runtime_slope_gain"],
     }.get(name, ["variance"])
     changed = any(bool(statistics[key][:-1].any()) for key in believed)
     assert torch.equal(corrected, plain) != changed

@@ -13,7 +13,7 @@ from ..errors import BackendUnavailable
 from ..quant.attention import Matmul
 from ..quant.layers import QuantizedLayer
 from . import int8, runtimes
-from .reference import simulate
+from .reference import forget_weight, simulate
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Backend:
 
     why_unavailable: why it cannot be used for a model on this device, empty where it can;
     why_not: why one layer is simulated instead, empty where it is not; matmul: computes attention's
-    products in integers. whole: the denoiser runs as one graph in another runtime, which
-    stages.sessions exports it to; layer by layer it can only be simulated.
+    products in integers; forget: lets go of what it keeps with a layer. whole: the denoiser runs
+    as one graph in another runtime, which stages.sessions exports it to; layer by layer it can
+    only be simulated.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Backend:
     why_unavailable: Callable[[torch.device], str] = lambda device: ""
     why_not: Callable[[QuantizedLayer], str] = lambda layer: ""
     matmul: Matmul | None = None
+    forget: Callable[[QuantizedLayer], None] = forget_weight
     whole: bool = False
 
 
@@ -51,6 +53,7 @@ BACKENDS = {
         int8.why_unavailable,
         int8.why_not,
         int8.matmul,
+        int8.forget_kernel,
     ),
     "simulate": Backend(
         "simulate", simulate, "fake quantization in float32, slower than full precision"
@@ -63,17 +66,18 @@ BACKENDS = {
         whole=True,
     ),
 }
-"""auto takes the first that is available: of those that compute layer by layer the fastest."""
+"""In the order in which auto takes them where nothing was timed: those that compute layer by layer
+as a rule have the fastest first. stages.fastest times them."""
 
 
 def get_backend(name: str, device: str | torch.device = "cpu") -> Backend:
-    """The backend of that name, or with auto the fastest for a model on this device.
+    """The backend of that name, or with auto the first that is available on this device.
 
     Raises BackendUnavailable that lists the known names, or says why it cannot be used here.
     """
     device = torch.device(device)
     if name == AUTO:
-        return _fastest(device)
+        return _first_available(device)
     if name not in BACKENDS:
         raise BackendUnavailable(f"no backend {name}", f"known: {AUTO}, {', '.join(BACKENDS)}")
     why = BACKENDS[name].why_unavailable(device)
@@ -82,8 +86,8 @@ def get_backend(name: str, device: str | torch.device = "cpu") -> Backend:
     return BACKENDS[name]
 
 
-def _fastest(device: torch.device) -> Backend:
-    """Its remark also says why the faster ones were passed over."""
+def _first_available(device: torch.device) -> Backend:
+    """Its remark also says why those before it were passed over."""
     passed_over = []
     for backend in BACKENDS.values():
         why = backend.why_unavailable(device)

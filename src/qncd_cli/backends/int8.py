@@ -240,6 +240,11 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
     return kernel
 
 
+def forget_kernel(layer: QuantizedLayer) -> None:
+    """It is prepared again when the layer is called again."""
+    layer.__dict__.pop("_int8_kernel", None)
+
+
 # ------------------------------------------------------------------ this machine
 
 

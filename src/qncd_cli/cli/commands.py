@@ -190,8 +190,9 @@ def _parse_classes(text: str) -> str | list[int]:
 
 
 def sample(console: Console, options: SampleOptions) -> Path:
+    from ..backends.base import AUTO
+    from ..stages import fastest, sample_set
     from ..stages import sample as stage
-    from ..stages import sample_set
     from ..stages import subject as subjects
     from ..stages.graphs import FOLDER
 
@@ -204,21 +205,18 @@ def sample(console: Console, options: SampleOptions) -> Path:
         quantized = artifacts.read(run.tensors("quantized"), "quantized")
         artifacts.check_lineage(quantized, config=own.stage_digest("quantize"))
         noise_stats = artifacts.read(run.tensors("noise_stats"), "noise_stats")
+    in_full = "full_compiled" if options.compiled else "full"  # eval compares with the plain one
+    folder = run.samples(options.name or (in_full if options.full_precision else "quantized"))
+    begun = None if options.force else sample_set.begun(folder)
     model = open_model(config, options.device, run.path)
+    little = options.low_memory
+    backend = fastest.of_set(options.backend, begun, model.device, low_memory=little)
     if quantized is None or noise_stats is None:
         subject = subjects.full_precision(model)
     else:
         subject = subjects.quantized(
-            model,
-            quantized,
-            noise_stats,
-            options.backend,
-            low_memory=options.low_memory,
-            in_place=True,
+            model, quantized, noise_stats, backend, low_memory=little, in_place=True
         )
-        _note_backend(console, subject)
-    in_full = "full_compiled" if options.compiled else "full"  # eval compares with the plain one
-    folder = run.samples(options.name or (in_full if options.full_precision else "quantized"))
     macs = _macs(run, config, model, subject.kind)
     request = stage.SampleRequest(
         folder,
@@ -229,15 +227,19 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if options.force:
         stage.check(config, model, subject, request)
         sample_set.clear(folder)
-    begun = sample_set.begun(folder)
     how = subjects.Compiling(
         run.path / FOLDER,
         console.note,
         macs,
-        False if options.low_memory else options.compiled,
+        False if little else options.compiled,
         bool(begun.get("compiled", False)) if begun else None,
     )
-    subject = subjects.compiled(config, model, subject, request.seeds, request.batch_size, how)
+    drawn = request.seeds, request.batch_size, how
+    subject = subjects.compiled(config, model, subject, *drawn)
+    if backend == AUTO:
+        place = fastest.Place(how.folder, subject.digests, little, graphs=not little)
+        subject = fastest.chosen(config, model, subject, *drawn, place)
+    _note_backend(console, subject)
     manifest = stage.run(config, model, subject, request, console.track)
     _done(
         console,
@@ -261,6 +263,8 @@ def _macs(run: RunDir, config: Config, model: Any, kind: str) -> int:
 
 
 def _note_backend(console: Console, subject: Any) -> None:
+    if subject.backend is None:
+        return
     console.note(f"backend {subject.backend.name}: {subject.backend.remark}")
     fallbacks = subject.fallbacks()
     for name, why in list(fallbacks.items())[:1]:

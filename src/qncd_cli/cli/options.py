@@ -102,7 +102,8 @@ def backend(command: Command) -> Command:
         type=click.Choice(["auto", "int8", "simulate", "openvino"]),
         default="auto",
         show_default=True,
-        help="What computes quantized layers; auto: int8 where the CPU can, else simulate. "
+        help="What computes quantized layers; auto: what a set began with; for long work the "
+        "fastest, timed once and remembered; else int8 where the CPU can, or simulate. "
         "openvino exports the denoiser once and runs it there (extra openvino).",
     )(command)
 

@@ -126,6 +126,9 @@ class RuntimeCorrection:
         without it, as published, the model's own error and all chance count as quantization noise.
     slope: also divide the prediction by the sample's own slope over the baseline's (not in the
         paper). A slope is a chance quantity, too: with no factor to find, it adds noise of its own.
+    part: of the batch that has estimates of its own: the first ceil(part N) samples, for which
+        alone the extra call is made. The others take the mean of their readings, so that below 1
+        (not in the paper) a sample depends on the batch that it is drawn in.
     apply: False only records `estimates`. deduct_variance: see `deductible_variance`.
     """
 
@@ -136,6 +139,7 @@ class RuntimeCorrection:
         target: str = "total",
         granularity: str = "tensor",
         interval: int = 10,
+        part: float = 1.0,
         baseline: EstimatorBaseline | None = None,
         slope: bool = False,
         apply: bool = True,
@@ -145,8 +149,13 @@ class RuntimeCorrection:
         _check_choice("granularity", granularity, GRANULARITIES)
         if interval < 1:
             raise ConfigError(f"correction interval {interval} is not positive", "use 1 or more")
+        if not 0 < part <= 1:
+            raise ConfigError(
+                f"correction part {part} is no part of a batch", "use more than 0, at most 1"
+            )
         self.generators = list(generators)
         self.target, self.granularity, self.interval = target, granularity, interval
+        self.estimated = estimated_of(len(self.generators), part)
         self.baseline, self.slope = baseline, slope
         self.apply, self.deduct_variance = apply, deduct_variance
         self.extra_calls = 0
@@ -174,15 +183,17 @@ class RuntimeCorrection:
             return
         self._due = False
         self.extra_calls += 1
+        self._check_size(x_next)
+        assert step.x0 is not None
+        x_next, x0 = x_next[: self.estimated], step.x0[: self.estimated]
         z = self._draw(x_next)
         x_t = renoise(x_next, step.abar_t, step.abar_next, z)
         e = predict(x_t, torch.as_tensor(step.t, device=x_t.device))
         noise = z
-        assert step.x0 is not None
         if self.target == "total":
-            eps_s = contained_noise(x_next, step.x0, step.abar_next)
+            eps_s = contained_noise(x_next, x0, step.abar_next)
             noise = total_noise(eps_s, z, step.abar_t, step.abar_next)
-        perfect = noise - step.x0 if step.velocity else noise
+        perfect = noise - x0 if step.velocity else noise
         self._store(timestep_key(step.t), e - perfect, slope(e, z))
 
     def deductible_variance(self, step: Step) -> Tensor | None:
@@ -192,26 +203,42 @@ class RuntimeCorrection:
         """
         return self.q_variance if self.apply and self.deduct_variance else None
 
-    def _draw(self, like: Tensor) -> Tensor:
-        """z ~ N(0, I), every sample from its own generator, on the CPU in float32."""
-        if len(self.generators) != len(like):
+    def _check_size(self, x: Tensor) -> None:
+        if len(self.generators) != len(x):
             raise ConfigError(
-                f"{len(self.generators)} generators for {len(like)} samples",
+                f"{len(self.generators)} generators for {len(x)} samples",
                 "make a new correction for every batch",
             )
-        draws = [torch.randn((1, *like.shape[1:]), generator=g) for g in self.generators]
+
+    def _draw(self, like: Tensor) -> Tensor:
+        """z ~ N(0, I), every sample from its own generator, on the CPU in float32."""
+        generators = self.generators[: len(like)]
+        draws = [torch.randn((1, *like.shape[1:]), generator=g) for g in generators]
         return torch.cat(draws).to(like)
 
     def _store(self, t: int, q: Tensor, k: Tensor) -> None:
         mean = reduce_mean(q, self.granularity)
         variance = reduce_mean((q - mean).square(), "tensor").flatten()
         self.estimates.append(Estimate(t, reduce_mean(q, "channel").flatten(1), variance, k))
+        mean, variance, k = (self._for_all(reading) for reading in (mean, variance, k))
         if self.baseline is not None:
             mean = self.baseline.excess(t, mean, self.granularity)
             variance = self.baseline.excess_variance(t, variance)
             if self.slope:
                 self.slope_ratio = self.baseline.slope_ratio(t, k, SLOPE_RATIOS)
         self.q_mean, self.q_variance = mean, variance
+
+    def _for_all(self, reading: Tensor) -> Tensor:
+        """[estimated, ...] -> [N, ...]: samples without a reading of their own take the mean."""
+        rest = len(self.generators) - len(reading)
+        if rest == 0:
+            return reading
+        return torch.cat([reading, reading.mean(0, keepdim=True).expand(rest, *reading.shape[1:])])
+
+
+def estimated_of(samples: int, part: float) -> int:
+    """ceil(part * samples), with 0.07 of 100 as 7, which in floating point is more; at least 1."""
+    return max(1, math.ceil(round(part * samples, 9)))
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -61,7 +61,8 @@ class Correction(Protocol):
     def observe(self, step: StepInfo, x_next: Tensor, predict: Predict) -> None:
         """Called right after `scheduler.step`, except the last; x_next [N, C, ...] in VP scale.
 
-        predict(x, step.t): guided eps, uncorrected, for x at the level of t.
+        predict(x, step.t): guided eps, uncorrected, for x at the level of t; x may be the first
+        rows of the batch alone.
         """
         ...
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, artifacts
-from ..backends.base import get_backend
+from ..backends.base import AUTO, get_backend
 from ..config import Config
 from ..digests import digest_of
 from ..errors import ArtifactError
@@ -32,7 +32,7 @@ from ..metrics import ablation
 from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
 from ..run_dir import RunDir
-from . import chain, graphs, sample_set
+from . import chain, fastest, graphs, sample_set
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
 from .assemble import Track, denoiser_costs, no_progress
@@ -71,13 +71,18 @@ class AblateRequest:
 
 @dataclass
 class _Work:
-    """What the rows of one call share; redone: folders that --force has already renewed."""
+    """What the rows of one call share.
+
+    backend: the one of all rows, auto until a row has been drawn or found; redone: folders that
+    --force has already renewed.
+    """
 
     request: AblateRequest
     model: DiffusionModel
     protocol: Protocol
     tell: Tell
     track: Track
+    backend: str
     full: Measured | None = None
     redone: set[Path] = field(default_factory=set)
 
@@ -102,7 +107,9 @@ def run(
     protocol = evaluate_stage.prepared(protocol)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
-    work = _Work(request, model, protocol, tell, track)
+    work = _Work(request, model, protocol, tell, track, request.backend)
+    if work.backend == AUTO:
+        work.backend = fastest.of_table(_place(work), model.device)
     table = _table(variants[0].config, work)
     for number, variant in enumerate(variants, start=1):
         identity = identify(variant.config, work)
@@ -115,6 +122,7 @@ def run(
             row = _measure(variant, identity, work)
             write_json(request.row(variant), row)
             tell(f"  done in {row['row']['seconds']:.1f} s")
+        work.backend = get_backend(work.backend, model.device).name
         table["full"] = row["full"]
         table["rows"].append(row["row"])
         write_json(request.table, table)
@@ -123,10 +131,10 @@ def run(
 
 def identify(config: Config, work: _Work) -> dict[str, Any]:
     """Everything that decides a row, as digests and values."""
-    inter = config.correction.inter.model_dump()
-    if inter["method"] == "none":
-        inter = {"method": "none"}
-    backend = get_backend(work.request.backend, work.model.device).name
+    inter = config.correction.inter.identity()
+    if config.correction.inter.depends_on_batch:
+        inter["batch_size"] = work.request.batch_size
+    backend = get_backend(work.backend, work.model.device).name
     identity = {
         "model": work.model.digest,
         "calibrate": config.stage_digest("calibrate"),
@@ -214,6 +222,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
         )
     with _clock(seconds, "sample"):
         folder = _sample(variant, made, work)
+        identity = identify(config, work)  # the first row may have settled the backend
     if work.full is None:
         work.full = _full_set(config, work)
     with _clock(seconds, "evaluate"):
@@ -253,7 +262,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     config, request = variant.config, work.request
     artifact = artifacts.read(made.tensors("quantized"), "quantized")
     noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
-    subject = quantized(work.model, artifact, noise_stats, request.backend)
+    subject = quantized(work.model, artifact, noise_stats, work.backend)
     folder = request.samples(variant)
     macs = read_json(made.coverage, "qncd ablate")["macs"]
     drawing = sample_stage.SampleRequest(
@@ -263,12 +272,24 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     begun = _manifest(folder)
     was = bool(begun.get("compiled", False)) if begun else None
     how = Compiling(made.path / graphs.FOLDER, work.tell, macs, begun=was)
-    subject = compiled(config, work.model, subject, drawing.seeds, drawing.batch_size, how)
-    digest = sample_stage.identify(config, work.model, subject)["digest"]
+    drawn = drawing.seeds, drawing.batch_size, how
+    subject = compiled(config, work.model, subject, *drawn)
+    if work.backend == AUTO:
+        subject = fastest.chosen(config, work.model, subject, *drawn, _place(work))
+    if subject.backend is not None and subject.backend.name != work.backend:
+        work.backend = subject.backend.name
+        work.tell(f"  backend {work.backend}: {subject.backend.remark}")
+    digest = sample_stage.identify(config, work.model, subject, drawing)["digest"]
     if work.force(folder) or (begun is not None and begun.get("digest") != digest):
         sample_set.clear(folder)
     sample_stage.run(config, work.model, subject, drawing, work.track)
     return folder
+
+
+def _place(work: _Work) -> fastest.Place:
+    """What holds for all rows: they are compared with each other."""
+    folder = work.request.folder / graphs.FOLDER
+    return fastest.Place(folder, {"model": work.model.digest}, graphs=False)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:

@@ -21,6 +21,7 @@ from ..models.topology import (
     time_layers,
     weight_layers,
 )
+from ..quant.attention import AttentionProducts
 from ..quant.layers import CachedTimestepLayer, QuantizedLayer, StepState
 from ..sampling.guidance import guided
 from .attention import install_attention
@@ -204,6 +205,15 @@ def install(
         replace_module(module, name, quantized)
     install_attention(module, artifact, step, backend.matmul)
     return step
+
+
+def compute_with(module: nn.Module, backend: Backend) -> None:
+    """The quantized layers and attention products of a denoiser are the backend's from now on."""
+    for part in module.modules():
+        if isinstance(part, QuantizedLayer):
+            part.compute = backend.compute
+        elif isinstance(part, AttentionProducts):
+            part.matmul = backend.matmul
 
 
 def install_time_cache(module: nn.Module, step: StepState) -> None:

@@ -70,7 +70,7 @@ def run(
     Raises ArtifactError when the folder holds another set than the one asked for, ConfigError
     when the correction was prepared for other sampling settings.
     """
-    identity = identify(config, model, subject)
+    identity = identify(config, model, subject, request)
     check(config, model, subject, request)
     drawn = sample_set.finished(request.folder, identity)
     done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
@@ -102,25 +102,39 @@ def check(config: Config, model: DiffusionModel, subject: Subject, request: Samp
         plan_steps(with_timesteps(scheduler, steps, eta), eta)
 
 
-def identify(config: Config, model: DiffusionModel, subject: Subject) -> dict[str, Any]:
-    """Everything but the seeds that decides the images of a set."""
+def identify(
+    config: Config,
+    model: DiffusionModel,
+    subject: Subject,
+    request: SampleRequest | None = None,
+) -> dict[str, Any]:
+    """Everything but the seeds that decides the images of a set.
+
+    Where samples depend on their batch, the seeds and how they are cut into batches as well: such
+    a set can be finished, but not go on to other seeds. request: needed for that alone.
+    """
     sampling = config.to_dict()["sampling"]
     sampling.pop("seed")
-    inter = config.correction.inter.model_dump() if subject.kind == "quantized" else None
-    if inter is not None and inter["method"] == "none":
-        inter = {"method": "none"}
+    inter = config.correction.inter if subject.kind == "quantized" else None
     identity = {
         "kind": subject.kind,
         "source": model.source,
         "dtype": config.model.dtype,
         "sampling": sampling,
-        "correction": inter,
+        "correction": inter.identity() if inter is not None else None,
         "digests": subject.digests,
     }
     if subject.backend is not None:
         identity["backend"] = subject.backend.name  # equal to others only up to float rounding
     if subject.compiled:
         identity["compiled"] = True  # the same
+    if inter is not None and inter.depends_on_batch:
+        assert request is not None
+        identity["batches"] = {
+            "first_seed": request.first_seed,
+            "count": request.count,
+            "size": request.batch_size,
+        }
     return {**identity, "digest": digest_of(identity)}
 
 
@@ -175,6 +189,7 @@ def make_correction(
         target=inter.target,
         granularity=inter.granularity,
         interval=inter.interval,
+        part=inter.part,
         baseline=EstimatorBaseline.from_statistics(statistics) if compared else None,
         slope=inter.slope,
         deduct_variance=deduct,

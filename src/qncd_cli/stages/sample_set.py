@@ -22,6 +22,8 @@ from ..metrics.report import contact_sheet
 SHEET_IMAGES = 64
 MANIFEST = "manifest.json"
 PARTS = ".parts"
+REASONS = {"batches": "batches, on which samples depend below correction.inter.part 1"}
+"""Keys of a manifest that say too little by themselves."""
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
@@ -34,7 +36,9 @@ def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
         return None
     if manifest.get("digest") != identity["digest"]:
         keys = [key for key in {**identity, "compiled": None} if key != "digest"]
-        differing = [key for key in keys if manifest.get(key) != identity.get(key)]
+        differing = [
+            REASONS.get(key, key) for key in keys if manifest.get(key) != identity.get(key)
+        ]
         raise ArtifactError(
             f"{folder}: holds samples made with other settings (different: {', '.join(differing)})",
             "add --force to replace them, or --name NAME to keep both",

@@ -123,8 +123,8 @@ def in_openvino(
     what stays unquantized; tell hears when it is exported. Raises BackendUnavailable where it
     cannot be, ArtifactError for a damaged graph.
     """
-    place = openvino_place(folder, digests)
-    path = place / TARGETS["openvino"].file
+    path = openvino_graph(folder, digests)
+    place = path.parent
     if not path.is_file():
         tell("exporting the denoiser to OpenVINO, once for this artifact")
         with replacing_folder(place) as made:
@@ -139,7 +139,7 @@ def in_openvino(
     return SessionDenoiser(simulated, session)
 
 
-def openvino_place(folder: Path, digests: Mapping[str, str]) -> Path:
-    """Where the graph is kept."""
+def openvino_graph(folder: Path, digests: Mapping[str, str]) -> Path:
+    """Where the graph is kept, in a folder of its own."""
     key = digest_of({"version": VERSION, **digests, "torch": torch.__version__})
-    return folder / f"{key}_openvino"
+    return folder / f"{key}_openvino" / TARGETS["openvino"].file

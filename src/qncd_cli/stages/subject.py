@@ -33,6 +33,12 @@ def worth(rows: int, macs: int) -> float:
     return rows * math.sqrt(macs / 1e9)
 
 
+def copies(config: Config, model: DiffusionModel) -> int:
+    """Rows of a sample in a call: two with guidance."""
+    guided = model.null_condition is not None and config.sampling.guidance_scale != 1.0
+    return 2 if guided else 1
+
+
 @dataclass(frozen=True)
 class Subject:
     """Whose samples: the denoiser, and the digests of what it was made from.
@@ -139,16 +145,15 @@ def compiled(
     batch = min(len(seeds), batch_size)
     with torch.no_grad():
         condition = model.condition(model.labels(seeds[:batch], config.sampling.classes))
-    guided = model.null_condition is not None and config.sampling.guidance_scale != 1.0
-    copies = 2 if guided else 1
+    copied = copies(config, model)
     if wanted is None:
-        kept = graphs.graph_path(how.folder, subject.digests, copies * batch).is_file()
-        calls = copies * config.sampling.steps * len(seeds)
+        kept = graphs.graph_path(how.folder, subject.digests, copied * batch).is_file()
+        calls = copied * config.sampling.steps * len(seeds)
         wanted = kept or worth(calls, how.macs) >= WORTH_COMPILING
     if not wanted:
         return subject
-    x = torch.zeros(copies * batch, *model.latent_shape, dtype=model.dtype)
-    rows = {name: torch.cat([value] * copies) for name, value in condition.items()}
+    x = torch.zeros(copied * batch, *model.latent_shape, dtype=model.dtype)
+    rows = {name: torch.cat([value] * copied) for name, value in condition.items()}
     try:
         graph = graphs.compiled(subject.denoiser, subject.digests, (x, rows), how.folder, how.tell)
     except BackendUnavailable as error:

@@ -1,0 +1,249 @@
+"""What `auto` takes: timed once where it is worth it, remembered, never a reason to fail."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from qncd_cli import artifacts
+from qncd_cli.backends import int8
+from qncd_cli.backends.base import AUTO, BACKENDS
+from qncd_cli.config_files import parse_config
+from qncd_cli.models.loading import load_model
+from qncd_cli.quant.layers import QuantizedLayer
+from qncd_cli.stages import calibrate, fastest, quantize
+from qncd_cli.stages import subject as subjects
+from qncd_cli.stages.fastest import Place, chosen
+
+CPU = torch.device("cpu")
+why = int8.why_unavailable(CPU)
+pytestmark = pytest.mark.skipif(bool(why), reason=why)
+
+SEEDS = list(range(4))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model):
+    """Configuration, model, its quantized artifact and noise statistics."""
+    model = load_model(str(tiny_model))
+    tree = tiny_config(
+        tiny_model,
+        sampling__steps=2,
+        calibration={"trajectories": 2, "batch_size": 2, "noise_trajectories": 2},
+        quantization__weights={"bits": 4, "rounding": "nearest"},
+        quantization__activations__observer="minmax",
+    )
+    config = parse_config(tree, "test")
+    calibration, smoothing = calibrate.run(config, model)
+    result = quantize.run(config, model, calibration, smoothing)
+    quantized = artifacts.seal(result.quantized)
+    noise_stats = replace(result.noise_stats, parents={"quantized": quantized.digest})
+    return config, model, quantized, artifacts.seal(noise_stats)
+
+
+class Auto:
+    """`chosen` on the tiny model; said: what it told."""
+
+    def __init__(self, made, folder, monkeypatch):
+        self.made, self.folder, self.said = made, folder, []
+        self.timed = []
+        self.monkeypatch = monkeypatch
+        monkeypatch.setattr(fastest, "WORTH_TIMING", 0)
+        seconds = fastest._seconds
+
+        def watched(subject, inputs):
+            self.timed.append(subject.backend.name)
+            return seconds(subject, inputs)
+
+        monkeypatch.setattr(fastest, "_seconds", watched)
+
+    def pretend(self, **seconds):
+        """What the next timings come to."""
+
+        def timed(subject, inputs):
+            self.timed.append(subject.backend.name)
+            return seconds[subject.backend.name]
+
+        self.monkeypatch.setattr(fastest, "_seconds", timed)
+
+    def subject(self, **options):
+        _, model, artifact, noise_stats = self.made
+        return subjects.quantized(model, artifact, noise_stats, AUTO, **options)
+
+    def __call__(self, wish=False, low_memory=False, **digests):
+        config, model = self.made[:2]
+        self.timed.clear()
+        subject = self.subject(low_memory=low_memory)
+        how = subjects.Compiling(self.folder, self.said.append, 1, wish)
+        place = Place(self.folder, {**subject.digests, **digests}, low_memory)
+        return chosen(config, model, subject, SEEDS, 2, how, place)
+
+    @property
+    def file(self):
+        return self.folder / fastest.FILE
+
+
+@pytest.fixture
+def auto(made, tmp_path, monkeypatch):
+    return Auto(made, tmp_path, monkeypatch)
+
+
+def call(made, subject):
+    x, t, condition = fastest._inputs(made[1], 3)
+    return subject.denoiser(x, t, condition)
+
+
+def kept(subject, name):
+    layers = [m for m in subject.denoiser.module.modules() if isinstance(m, QuantizedLayer)]
+    return any(name in layer.__dict__ for layer in layers)
+
+
+def test_it_is_timed_once_and_remembered(auto):
+    first = auto()
+    assert auto.timed == ["int8", "simulate"]
+    assert "the fastest of those tried (seconds a call: int8 " in first.backend.remark
+    second = auto()
+    assert auto.timed == []
+    assert second.backend.name == first.backend.name
+    assert "the fastest as measured before (seconds a call: " in second.backend.remark
+    (entry,) = json.loads(auto.file.read_text()).values()
+    assert entry["chosen"] == first.backend.name
+    assert entry["machine"]["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("winner", "keeps", "lets_go"),
+    [
+        ("int8", "_int8_kernel", "_simulated_parts"),
+        ("simulate", "_simulated_parts", "_int8_kernel"),
+    ],
+)
+def test_the_fastest_computes_and_the_other_lets_go(auto, made, winner, keeps, lets_go):
+    seconds = {"int8": 2.0, "simulate": 2.0, winner: 1.0}
+    auto.pretend(**seconds)
+    subject = auto()
+    assert subject.backend.name == winner
+    layers = [m for m in subject.denoiser.module.modules() if isinstance(m, QuantizedLayer)]
+    assert {layer.compute for layer in layers} == {BACKENDS[winner].compute}
+    expected = call(made, auto.subject())
+    assert torch.equal(call(made, subject), expected)
+    assert kept(subject, keeps) and not kept(subject, lets_go)
+    assert auto().backend.name == winner
+
+
+def test_what_was_overtaken_lets_go_of_its_kernels_at_once(auto):
+    subject = auto()
+    lost = {"int8": "_simulated_parts", "simulate": "_int8_kernel"}[subject.backend.name]
+    assert not kept(subject, lost)
+
+
+def test_little_work_is_not_timed_but_follows_what_is_remembered(auto, monkeypatch):
+    monkeypatch.setattr(fastest, "WORTH_TIMING", 10**6)
+    subject = auto()
+    assert auto.timed == [] and not auto.file.exists()
+    assert subject.backend.name == "int8"
+    assert "too little work" in subject.backend.remark
+    monkeypatch.setattr(fastest, "WORTH_TIMING", 0)
+    auto.pretend(int8=2.0, simulate=1.0)
+    auto()
+    monkeypatch.setattr(fastest, "WORTH_TIMING", 10**6)
+    assert auto().backend.name == "simulate"
+    assert auto.timed == []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[1]",
+        b"\xff\xfe",
+        b'{"KEY": 3}',
+        b'{"KEY": {"seconds": {"int8": 1.0}}}',
+        b'{"KEY": {"seconds": {"int8": "fast", "simulate": NaN}}}',
+    ],
+)
+def test_a_damaged_file_is_measured_again(auto, content):
+    auto()
+    (key,) = json.loads(auto.file.read_text())
+    auto.file.write_bytes(content.replace(b"KEY", key.encode()))
+    auto()
+    assert auto.timed == ["int8", "simulate"]
+    auto()
+    assert auto.timed == []
+
+
+def test_another_machine_or_artifact_is_measured_for_itself(auto, monkeypatch):
+    auto()
+    auto(quantized="another")
+    assert len(auto.timed) == 2
+    own = fastest.described()
+    monkeypatch.setattr(fastest, "described", lambda: {**own, "cpu": "another"})
+    auto()
+    assert len(auto.timed) == 2
+    monkeypatch.setattr(fastest, "described", lambda: own)
+    auto()
+    auto(quantized="another")
+    assert auto.timed == []
+
+
+def test_with_little_memory_nothing_is_kept(auto):
+    auto()
+    subject = auto(low_memory=True)
+    assert len(auto.timed) == 2  # takes other times
+    assert not kept(subject, "_int8_kernel") and not kept(subject, "_simulated_parts")
+
+
+def test_where_there_is_no_choice_nothing_is_timed(auto, monkeypatch):
+    assert auto(wish=True).backend.name == "int8"
+    monkeypatch.setenv(int8.SWITCH, "1")
+    subject = auto()
+    assert subject.backend.name == "simulate"
+    assert auto.timed == [] and not auto.file.exists()
+
+
+@pytest.mark.skipif(
+    bool(BACKENDS["openvino"].why_unavailable(CPU)), reason="needs the extra openvino"
+)
+def test_a_graph_that_cannot_be_loaded_is_passed_over(auto):
+    graph = fastest.openvino_graph(auto.folder, auto.subject().digests)
+    graph.parent.mkdir(parents=True)
+    graph.write_text("<net")
+    auto.pretend(int8=2.0, simulate=1.0)
+    assert auto().backend.name == "simulate"
+    (line,) = auto.said
+    assert line.startswith("openvino was not tried") and "\n" not in line
+
+
+def test_full_precision_has_no_backend(auto):
+    config, model = auto.made[:2]
+    subject = subjects.full_precision(model)
+    how = subjects.Compiling(auto.folder, auto.said.append, 1)
+    assert chosen(config, model, subject, SEEDS, 2, how, Place(auto.folder, {})) is subject
+
+
+@pytest.mark.parametrize(
+    ("manifest", "low_memory", "backend"),
+    [
+        (None, False, AUTO),
+        ({}, False, AUTO),
+        ({"backend": "abacus"}, False, AUTO),
+        ({"backend": 3}, False, AUTO),
+        ({"backend": "simulate"}, False, "simulate"),
+        ({"backend": "simulate"}, True, "simulate"),
+        ({"backend": "openvino"}, True, AUTO),
+    ],
+)
+def test_a_set_goes_on_with_what_it_began_with(manifest, low_memory, backend):
+    assert fastest.of_set(AUTO, manifest, CPU, low_memory=low_memory) == backend
+    assert fastest.of_set("int8", manifest, CPU, low_memory=low_memory) == "int8"
+
+
+def test_a_set_of_a_backend_that_is_missing_here_is_not_gone_on_with(monkeypatch):
+    monkeypatch.setenv(int8.SWITCH, "1")
+    assert fastest.of_set(AUTO, {"backend": "int8"}, CPU, low_memory=False) == AUTO
+    assert fastest.of_set(AUTO, {"backend": "int8"}, torch.device("cuda"), low_memory=False) == AUTO
