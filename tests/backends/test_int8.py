@@ -234,17 +234,18 @@ def test_smoothing_strides_batch_size_and_timestep_group(channels_last):
 
 
 @needs_int8
+@pytest.mark.parametrize("bits", [4, 15])
 @pytest.mark.parametrize("activation_bits", [6, 8, 16])
 @pytest.mark.parametrize(("original", "shape"), CASES, ids=[str(c[0]) for c in CASES])
 def test_what_a_graph_is_traced_from_is_what_the_layer_computes(
-    operators, original, shape, activation_bits
+    operators, original, shape, activation_bits, bits
 ):
     """Bit for bit, at every timestep group; the operator's fake has the output's layout."""
     out, channels = original.weight.shape[0], shape[1] if len(shape) == 4 else shape[-1]
     zero_points = (7, 2**activation_bits - 20)
     extras = {"shift": random(channels, seed=4), "bias_correction": random(2, out, seed=5)}
     factor = random(channels, seed=3).abs() + 0.2
-    layer = layer_of(original, 4, activation_bits, zero_points, smoothing=factor, **extras)
+    layer = layer_of(original, bits, activation_bits, zero_points, smoothing=factor, **extras)
     x, layers = random(*shape) * 2, {f"test:{id(layer)}": layer}
     x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
     traced.register(layers)
@@ -252,11 +253,11 @@ def test_what_a_graph_is_traced_from_is_what_the_layer_computes(
     for group in (0, 1):
         layer.step.group = group
         expected = layer(x)
-        with traced.traceable(layer, layers):
-            layer.step.traced = tables.cut(tables.values[group])
-            assert torch.equal(layer(x), expected)
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                fake = layer(mode.from_tensor(x))
+        layer.step.traced = tables.cut(tables.values[group])
+        assert torch.equal(traced._traced(*layers)(layer, x), expected)
+        fakes = FakeTensorMode(allow_non_fake_inputs=True)
+        with traced.traceable(layer, layers), fakes:
+            fake = layer(fakes.from_tensor(x))
         layer.step.traced = None
         assert fake.shape == expected.shape
         assert fake.dtype == expected.dtype

@@ -109,7 +109,10 @@ def test_low_memory_computes_the_same_and_keeps_only_codes(made, tiny_model, bac
     )
     for _ in range(2):
         assert torch.equal(plain(*rows_of(model)), low(*rows_of(model)))
-    assert kept_weights(plain.module) == len(artifact.body["layers"])
+    layers = artifact.body["layers"]
+    # with one key, a class, integer kernels need neither query nor key
+    unused = [name for name in layers if "attn2.to_q" in name or "attn2.to_k" in name]
+    assert kept_weights(plain.module) == len(layers) - len(unused) * (backend == "int8")
     assert kept_weights(low.module) == 0
 
 

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.layers import QuantizedLayer, SteppedModule, StepState
-from .fusion import fused
 from .traced import traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""
-BATCHES = ((2, 63), (64, 4096))
-"""Batch sizes that one graph serves; diffusers' upsampling treats those from 64 on otherwise."""
+ROWS = (2, 63)
+"""Smallest and largest batch that a graph serves. Larger ones are no faster: less of them is in the
+cache. diffusers' upsampling treats those from 64 on otherwise, which would be another graph."""
 
 
 def why_unavailable() -> str:
@@ -43,11 +43,6 @@ def silence_compiler() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for module in ("torch._dynamo", "torch._inductor"):
         warnings.filterwarnings("ignore", module=rf"{re.escape(module)}(\..*)?$")
-
-
-def batch_range(rows: int) -> tuple[int, int]:
-    """Of the graph that serves this many rows, the last one's for more than it takes at once."""
-    return next((sizes for sizes in BATCHES if rows <= sizes[1]), BATCHES[-1])
 
 
 OPTIONS = {"cpp.dynamic_threads": True}
@@ -103,15 +98,16 @@ def compile_graph(
     step: StepState,
     layers: Mapping[str, QuantizedLayer],
     example: tuple[Tensor, Mapping[str, Tensor]],
-    rows: tuple[int, int],
 ) -> bytes:
     """Trace the denoiser on x [N, ...] and its condition and compile it: the file's content.
 
-    layers: registered, by the keys that the graph will know them by; rows: smallest and largest
-    N to serve. Raises whatever torch raises where a model cannot be traced.
+    N: within ROWS, as all batches that the graph serves; layers: registered, by the keys that
+    the graph will know them by. Raises whatever torch raises where a model cannot be traced.
     """
+    from .fusion import fused  # brings torch's tracer, of which loading needs nothing
+
     x, condition = example
-    batch = {0: torch.export.Dim("batch", min=rows[0], max=rows[1])}
+    batch = {0: torch.export.Dim("batch", min=ROWS[0], max=ROWS[1])}
     denoiser = _Traced(module, step)
     inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch._inductor import inductor_prims
 
 
 def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
@@ -34,4 +33,6 @@ def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float)
 
 def _in_memory(x: Tensor) -> Tensor:
     """x [N, C]; the compiler would else compute it again for every position of an image."""
+    from torch._inductor import inductor_prims  # large
+
     return inductor_prims.force_stride_order(x, (x.shape[1], 1))

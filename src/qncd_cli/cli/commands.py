@@ -234,11 +234,11 @@ def sample(console: Console, options: SampleOptions) -> Path:
         False if little else options.compiled,
         bool(begun.get("compiled", False)) if begun else None,
     )
-    drawn = request.seeds, request.batch_size, how
-    subject = subjects.compiled(config, model, subject, *drawn)
+    subject = subjects.compiled(config, model, subject, request.seeds, how)
     if backend == AUTO:
         place = fastest.Place(how.folder, subject.digests, little, graphs=not little)
-        subject = fastest.chosen(config, model, subject, *drawn, place)
+        drawn = request.seeds, request.batch_size
+        subject = fastest.chosen(config, model, subject, *drawn, how, place)
     _note_backend(console, subject)
     manifest = stage.run(config, model, subject, request, console.track)
     _done(

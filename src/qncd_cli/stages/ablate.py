@@ -272,10 +272,10 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     begun = _manifest(folder)
     was = bool(begun.get("compiled", False)) if begun else None
     how = Compiling(made.path / graphs.FOLDER, work.tell, macs, begun=was)
-    drawn = drawing.seeds, drawing.batch_size, how
-    subject = compiled(config, work.model, subject, *drawn)
+    subject = compiled(config, work.model, subject, drawing.seeds, how)
     if work.backend == AUTO:
-        subject = fastest.chosen(config, work.model, subject, *drawn, _place(work))
+        drawn = drawing.seeds, drawing.batch_size
+        subject = fastest.chosen(config, work.model, subject, *drawn, how, _place(work))
     if subject.backend is not None and subject.backend.name != work.backend:
         work.backend = subject.backend.name
         work.tell(f"  backend {work.backend}: {subject.backend.remark}")

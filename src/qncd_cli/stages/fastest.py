@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from ..backends.base import AUTO, BACKENDS, Backend
-from ..backends.graph import batch_range
 from ..config import Config
 from ..digests import digest_of
 from ..errors import ArtifactError, BackendUnavailable
@@ -133,8 +132,6 @@ def chosen(
         rows_of_sample = copies(config, model)
         batch = rows_of_sample * min(len(seeds), batch_size)
         rows = min(ROWS, batch)
-        if subject.compiled:  # a graph fills smaller batches up
-            rows = max(rows, batch_range(batch)[0])
         ahead = rows_of_sample * config.sampling.steps * len(seeds)
         if ahead < WORTH_TIMING * rows:
             return _saying(subject, "the first available, too little work to time others")

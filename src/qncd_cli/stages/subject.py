@@ -114,7 +114,6 @@ def compiled(
     model: DiffusionModel,
     subject: Subject,
     seeds: list[int],
-    batch_size: int,
     how: Compiling,
 ) -> Subject:
     """The subject with its denoiser compiled, or as it is where that is not wanted.
@@ -142,20 +141,17 @@ def compiled(
                 f"--compile: backend {subject.backend.name} has no graph", "only int8 has one"
             )
         return subject
-    batch = min(len(seeds), batch_size)
-    with torch.no_grad():
-        condition = model.condition(model.labels(seeds[:batch], config.sampling.classes))
-    copied = copies(config, model)
     if wanted is None:
-        kept = graphs.graph_path(how.folder, subject.digests, copied * batch).is_file()
-        calls = copied * config.sampling.steps * len(seeds)
+        kept = graphs.graph_path(how.folder, subject.digests).is_file()
+        calls = copies(config, model) * config.sampling.steps * len(seeds)
         wanted = kept or worth(calls, how.macs) >= WORTH_COMPILING
     if not wanted:
         return subject
-    x = torch.zeros(copied * batch, *model.latent_shape, dtype=model.dtype)
-    rows = {name: torch.cat([value] * copied) for name, value in condition.items()}
+    with torch.no_grad():
+        condition = model.condition(model.labels(seeds[:1], config.sampling.classes))
+    row = torch.zeros(1, *model.latent_shape, dtype=model.dtype), condition
     try:
-        graph = graphs.compiled(subject.denoiser, subject.digests, (x, rows), how.folder, how.tell)
+        graph = graphs.compiled(subject.denoiser, subject.digests, row, how.folder, how.tell)
     except BackendUnavailable as error:
         if how.wish:
             raise
