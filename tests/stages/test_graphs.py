@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from qncd_cli.backends import graph, int8
+from qncd_cli.backends import graph, int8, native
 from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ArtifactError, BackendUnavailable
 from qncd_cli.metrics.tensor import sqnr_db
@@ -116,6 +116,14 @@ def test_other_artifacts_and_models_have_graphs_of_their_own(tmp_path):
         for digests in (DIGESTS, {**DIGESTS, "quantized": "c"}, {**DIGESTS, "model": "c"})
     }
     assert len(paths) == 3
+
+
+def test_another_cpu_has_a_graph_of_its_own(tmp_path, monkeypatch):
+    """It may lack instructions that this one has."""
+    here = graphs.graph_path(tmp_path, DIGESTS)
+    other = {**native.machine(), "instructions": "flags : fpu"}
+    monkeypatch.setattr(native, "machine", lambda: other)
+    assert graphs.graph_path(tmp_path, DIGESTS) != here
 
 
 def test_a_damaged_graph_is_named(made, tmp_path):

@@ -6,6 +6,7 @@ graphs that call it.
 
 from __future__ import annotations
 
+import platform
 import tempfile
 from pathlib import Path
 
@@ -38,14 +39,24 @@ def missing(folder: Path) -> bool:
     return not _loaded() and not _path(folder).is_file()
 
 
+def machine() -> dict[str, str]:
+    """What machine code is made for here: it may use every instruction that this CPU has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith("flags")), platform.processor())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "cpu": capability, "instructions": flags}
+
+
 def _loaded() -> bool:
     return hasattr(torch.ops.qncd, "keep")
 
 
 def _path(folder: Path) -> Path:
-    machine = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
     sources = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
-    key = digest_of({"sources": sources, "flags": list(FLAGS), **machine})
+    key = digest_of({"sources": sources, "flags": list(FLAGS), **machine()})
     return folder / f"operators_{key}.so"
 
 

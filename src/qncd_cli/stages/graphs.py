@@ -99,8 +99,7 @@ def graph_path(folder: Path, digests: Mapping[str, str]) -> Path:
 
 
 def _key(digests: Mapping[str, str]) -> str:
-    machine = {"torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability()}
-    return digest_of({"version": VERSION, **digests, **machine})
+    return digest_of({"version": VERSION, **digests, **native.machine()})
 
 
 def _filled(value: Tensor) -> Tensor:
