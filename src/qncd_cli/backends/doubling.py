@@ -29,19 +29,15 @@ def prepared(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> int8.Pre
 
     Of the nine weights those meet in one product which fall on one pixel: for each of the four
     places within a doubled pixel a kernel of 2x2 (weights [4 O, C, 2, 2]), four ninths of the
-    products in all. The sums are the same integers.
+    products in all, with the layer's own stride and padding. The sums are the same integers.
     """
     weight = layer.integer_weight().to(torch.int16)
     rows = torch.stack([_paired(weight, 2, place) for place in (0, 1)])
     places = [_paired(part, 3, place) for part in rows for place in (0, 1)]
     doubled, scale = torch.cat(places).to(torch.int8), layer.weight_scale.repeat(4)
-    shape: int8.Geometry = ([1, 1], [1, 1], [1, 1], 1)
-    first, zero_point = float(layer.input_scale[0]), int(layer.input_zero_point[0])
-    packed = torch.ops.onednn.qconv_prepack(
-        doubled, scale, first, zero_point, *shape, list(low.shape)
-    )
+    packed = int8.prepacked(layer, low, doubled, scale)
     zeros = torch.zeros(len(scale), dtype=torch.int64)
-    writes = dtype == torch.bfloat16
+    shape, writes = int8.geometry(layer), dtype == torch.bfloat16
     return int8.Prepared([(packed, scale)], zeros, shape, writes, upsampled=True)
 
 

@@ -215,7 +215,7 @@ def conv_output_shape(layer: QuantizedLayer, shape: Sequence[int]) -> list[int]:
     return [shape[0], layer.weight_shape[0], *sides]
 
 
-def _prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """weight int8 in the order that oneDNN wants for inputs of x's shape."""
     if not layer.is_conv:
         return torch.ops.onednn.qlinear_prepack(weight, [x.shape[:-1].numel(), x.shape[-1]])
@@ -232,7 +232,7 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
     if kernel is None:
         parts = weight_bytes(layer.integer_weight(), layer.weight_scale)
         scales, zero_points = layer.input_scale.tolist(), layer.input_zero_point.tolist()
-        weights = [(_prepacked(layer, x, part, scale), scale) for part, scale in parts]
+        weights = [(prepacked(layer, x, part, scale), scale) for part, scale in parts]
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)
         kernel = _Kernel(weights, zeros, scales, zero_points)
         if not layer.low_memory:

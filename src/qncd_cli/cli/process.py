@@ -1,8 +1,8 @@
 """A command as a process of its own: what torch and diffusers make slow about beginning and ending.
 
-They bring half a million objects that stay until the end. The collector of reference cycles looks
+They bring very many objects that stay until the end. The collector of reference cycles looks
 through all of them again and again while they are imported, and the interpreter takes them apart
-one by one before it leaves: together two of six seconds of a short command.
+one by one before it leaves: a good part of a short command (docs/performance.md, cold process).
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ float number(const Tensor& one) {
   return *one.const_data_ptr<float>();
 }
 
+// What the input of a layer is quantized with; codes of 0 to `largest`.
 struct Quantizer {
   const float *smoothing, *shift;  // null where there is none
   float scale, zero_point, largest;
@@ -47,9 +48,9 @@ class Floats {
       kept_ = *x;
       return;
     }
-    const int64_t columns = x->dim() > 1 ? x->size(1) : x->size(0),
-                  step = x->dim() > 1 ? x->stride(1) : x->stride(0);
-    const int64_t rows = x->dim() > 1 ? x->size(0) : 1, jump = x->dim() > 1 ? x->stride(0) : 0;
+    const int64_t channel = x->dim() > 1;  // its dimension
+    const int64_t columns = x->size(channel), step = x->stride(channel);
+    const int64_t rows = channel ? x->size(0) : 1, jump = channel ? x->stride(0) : 0;
     TORCH_CHECK(rows * columns == x->numel(), "a parameter varies over positions");
     copied_.reserve(x->numel());
     const auto copy = [&](const auto* from) {

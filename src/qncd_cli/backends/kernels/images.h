@@ -98,6 +98,7 @@ struct Work {
   const float *weight, *bias, *embedding, *multiplier, *addend;
 };
 
+// f(where the part of an image begins), as float32 or bfloat16.
 template <typename F>
 void with_pointer(const Part& part, int64_t image, int64_t positions, F f) {
   const int64_t start = image * positions * part.channels;
@@ -163,6 +164,7 @@ void finish(const Work& norm, int64_t image, const float* sums, float* factor, f
   }
 }
 
+// Codes of one piece of an image; low, high: of all images.
 void write_codes(const Work& norm,
                  int64_t image,
                  int64_t piece,
@@ -185,11 +187,12 @@ void write_codes(const Work& norm,
     });
 }
 
+// Everything, by as many threads as torch has.
 void run(const Work& norm, const Quantizer& q, uint8_t* low, uint8_t* high) {
   const int64_t pieces = norm.pieces, channels = norm.channels, images = norm.images;
   const int64_t threads = at::get_num_threads();
-  if (images >= 8 * threads ||
-      images % threads == 0) {  // an image at a time, while it is in the cache
+  if (images >= 8 * threads || images % threads == 0) {
+    // an image at a time, while it is in the cache
     at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> sums(2 * pieces * channels), factor(channels), offset(channels);
       for (int64_t image = begin; image < end; ++image) {
