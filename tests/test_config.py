@@ -117,19 +117,21 @@ def test_the_resolved_yaml_reads_back_as_the_same_configuration(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "depends"),
+    ("changes", "depends", "named"),
     [
-        ({}, False),
-        ({"method": "runtime"}, False),
-        ({"method": "runtime", "part": 0.5}, True),
-        ({"method": "ptqd", "part": 0.5}, False),
+        ({}, False, False),
+        ({"method": "runtime"}, False, False),
+        ({"method": "runtime", "part": 0.5}, True, True),
+        ({"method": "runtime", "granularity": "batch"}, True, False),
+        ({"method": "runtime", "granularity": "batch", "part": 0.5}, True, True),
+        ({"method": "ptqd", "part": 0.5, "granularity": "batch"}, False, False),
     ],
 )
-def test_a_part_is_named_only_where_it_decides_something(changes, depends):
+def test_a_part_is_named_only_where_it_decides_something(changes, depends, named):
     """So that sets drawn before there was one stay valid."""
     inter = parse_config({**MODEL, "correction": {"inter": changes}}, "here").correction.inter
     assert inter.depends_on_batch == depends
-    assert ("part" in inter.identity()) == depends
+    assert ("part" in inter.identity()) == named
     assert inter.identity()["method"] == changes.get("method", "none")
 
 

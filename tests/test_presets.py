@@ -62,7 +62,7 @@ def test_qncd_is_both_corrections_as_published_on_the_weights_of_qdiffusion(tmp_
     assert (both.correction.intra, plain.correction.intra) == ("embedding", "none")
     inter = both.correction.inter
     found = (inter.method, inter.target, inter.granularity, inter.interval, inter.baseline)
-    assert found == ("runtime", "injected", "tensor", 10, "none")
+    assert found == ("runtime", "injected", "batch", 10, "none")
 
 
 def test_a_preset_is_its_keys_written_out(tmp_path):

@@ -255,13 +255,18 @@ class QuantizationConfig(_Section):
 class InterConfig(_Section):
     """Correction of the noise that accumulates over the steps (method.md section 3).
 
-    part below 1 makes the run-time estimates cheaper, and a sample dependent on the batch that it
-    is drawn in: the others of a batch take the mean of its first samples' readings.
+    A run-time estimate with granularity batch is one number for all samples that are drawn
+    together, as published; part below 1 makes estimates for the first samples of a batch alone.
+    With either, a sample depends on the batch that it is drawn in.
     """
 
     method: Literal["none", "runtime", "ptqd", "affine"] = "none"
     target: Literal["injected", "total"] = "total"
-    granularity: Literal["tensor", "channel"] = "channel"
+    granularity: Literal["batch", "tensor", "channel"] = Field(
+        "channel",
+        description="over what a run-time estimate is averaged: all samples that are drawn "
+        "together, as published (they then depend on their batch), one sample, one of its channels",
+    )
     interval: int = Field(5, ge=1, description="steps between two run-time estimates")
     part: float = Field(
         1.0,
@@ -282,14 +287,16 @@ class InterConfig(_Section):
     @property
     def depends_on_batch(self) -> bool:
         """Whether a sample is not the same in every batch."""
-        return self.method == "runtime" and self.part < 1
+        return self.method == "runtime" and (self.part < 1 or self.granularity == "batch")
 
     def identity(self) -> dict[str, Any]:
         """What of it decides images."""
         if self.method == "none":
             return {"method": "none"}
         tree = self.model_dump()
-        if not self.depends_on_batch:  # sets drawn before there was a part stay valid
+        if (
+            self.part == 1 or not self.depends_on_batch
+        ):  # sets drawn before there was a part stay valid
             del tree["part"]
         return tree
 

@@ -83,7 +83,7 @@ _INTER: Tree = {
         "inter": {
             "method": "runtime",
             "target": "injected",
-            "granularity": "tensor",
+            "granularity": "batch",
             "interval": 10,
             "baseline": "none",
         }
@@ -115,7 +115,8 @@ PRESETS: dict[str, Preset] = {
         _TRANSFORMER_NOTE,
     ),
     "qncd-inter": Preset(
-        "qdiffusion with the run-time estimate as published (arXiv 2403.19140, inter noise)",
+        "qdiffusion with the published run-time estimate, one number for all samples that are "
+        "drawn together (arXiv 2403.19140, inter noise)",
         merged(_QDIFFUSION, _INTER),
         _TRANSFORMER_BLOCKS,
         _TRANSFORMER_NOTE,

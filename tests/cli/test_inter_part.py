@@ -1,4 +1,4 @@
-"""correction.inter.part of `qncd sample`: samples that depend on their batch."""
+"""Samples of `qncd sample` that depend on their batch: estimates of a part or of all of it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from qncd_cli.stages import sample as stage
 RUNTIME = ("--inter", "runtime", "--set", "correction.inter.interval=1")
 RUNTIME += ("--set", "correction.inter.baseline=none")
 PART = (*RUNTIME, "--set", "correction.inter.part=0.5")
+BATCH = (*RUNTIME, "--set", "correction.inter.granularity=batch")
 DRAW = ("sample", "--num", "8", "--batch-size", "4")
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory, sampled):
-    """A run with the sets "whole" and "part". Do not change."""
+    """A run with the sets "whole", "part" and "batch". Do not change."""
     runner = Qncd(shutil.copytree(sampled, tmp_path_factory.mktemp("drawn") / "own"))
     runner(*DRAW, "--name", "whole", *RUNTIME)
     runner(*DRAW, "--name", "part", *PART)
+    runner(*DRAW, "--name", "batch", *BATCH)
     return runner
 
 
@@ -56,21 +58,30 @@ def test_the_first_half_of_every_batch_is_drawn_as_without(drawn):
     assert "part" not in whole_manifest["correction"] and "batches" not in whole_manifest
 
 
+def test_one_estimate_for_all_changes_every_sample_and_is_recorded(drawn):
+    (_, whole), (manifest, batch) = set_of(drawn, "whole"), set_of(drawn, "batch")
+    assert not any(torch.equal(a, b) for a, b in zip(whole, batch, strict=True))
+    assert manifest["correction"]["granularity"] == "batch"
+    assert manifest["batches"] == {"first_seed": 0, "count": 8, "size": 4}
+
+
+@pytest.mark.parametrize(("name", "how"), [("part", PART), ("batch", BATCH)])
 @pytest.mark.parametrize(
     "change",
     [("--num", "10"), ("--num", "6"), ("--batch-size", "2"), ("--seed", "4")],
     ids=lambda change: change[0] + change[1],
 )
-def test_other_batches_are_refused_in_one_line(own, change):
-    before = files(own, "part")
-    refused = own(*DRAW, "--name", "part", *PART, *change, ok=False)
+def test_other_batches_are_refused_in_one_line(own, change, name, how):
+    before = files(own, name)
+    refused = own(*DRAW, "--name", name, *how, *change, ok=False)
     assert refused.exit_code == 4
     (line,) = refused.stderr.strip().splitlines()[-1:]
     assert "different: batches, on which samples depend" in line and "--force" in line
-    assert files(own, "part") == before
+    assert files(own, name) == before
 
 
-def test_an_interrupted_set_is_finished_to_the_same_bytes(own, monkeypatch):
+@pytest.mark.parametrize(("name", "how"), [("part", PART), ("batch", BATCH)])
+def test_an_interrupted_set_is_finished_to_the_same_bytes(own, monkeypatch, name, how):
     draw_batch, first = stage.draw_batch, []
 
     def once(*arguments):
@@ -80,10 +91,10 @@ def test_an_interrupted_set_is_finished_to_the_same_bytes(own, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(stage, "draw_batch", once)
-        assert own(*DRAW, "--name", "again", *PART, ok=False).exit_code == 130
+        assert own(*DRAW, "--name", "again", *how, ok=False).exit_code == 130
     assert not (folder_of(own, "again") / "latents.safetensors").exists()
-    own(*DRAW, "--name", "again", *PART)
-    assert files(own, "again") == files(own, "part")
+    own(*DRAW, "--name", "again", *how)
+    assert files(own, "again") == files(own, name)
 
 
 @pytest.mark.parametrize("part", ["0", "1.5", "-0.25", ".nan", "half"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -32,9 +33,11 @@ def test_what_is_no_part_is_refused(part):
         runtime(part=part)
 
 
-def test_the_whole_batch_is_read_as_published():
+@pytest.mark.parametrize("granularity", ["tensor", "batch"])
+def test_the_whole_batch_is_read_as_published(granularity):
     """Bit by bit: z from every sample's own generator, e^ - z, its mean, nothing between."""
-    correction = runtime(SEEDS, part=1.0, target="injected", interval=STEPS)
+    options = {"target": "injected", "interval": STEPS, "granularity": granularity}
+    correction = runtime(SEEDS, part=1.0, **options)
     seen = []
 
     def predict(x, t):
@@ -49,7 +52,42 @@ def test_the_whole_batch_is_read_as_published():
     )
     x_s = next_of(seen[0][0], MODEL(*seen[0]), seen[0][1])
     assert torch.equal(x_t, renoise(x_s, step.abar_t, step.abar_next, z))
-    assert torch.equal(correction.q_mean, reduce_mean(MODEL(x_t, t) - z, "tensor"))
+    assert torch.equal(correction.q_mean, reduce_mean(MODEL(x_t, t) - z, granularity))
+
+
+def test_the_published_estimate_is_one_number_for_all_that_is_drawn_together():
+    """Mean and deviation of a reading that is chance alone: 1 / sqrt(what is averaged)."""
+    q = torch.randn((50, 3, 8, 8), generator=torch.Generator().manual_seed(7))
+    batch, own = reduce_mean(q, "batch"), reduce_mean(q, "tensor")
+    assert batch.shape == own.shape == (50, 1, 1, 1)
+    assert torch.allclose(batch, q.double().mean().float().expand_as(batch), rtol=0, atol=1e-7)
+    assert batch.unique().numel() == 1
+    assert own.std() == pytest.approx(1 / math.sqrt(3 * 8 * 8), rel=0.2)
+    assert batch.abs().max() < 4 / math.sqrt(q.numel())
+    part = runtime(SEEDS, part=0.4, granularity="batch", target="injected", interval=STEPS)
+    sample(MODEL, part, SEEDS)
+    assert len(part.q_mean) == len(SEEDS)
+    assert torch.allclose(part.q_mean, part.q_mean[:1].expand_as(part.q_mean), rtol=0, atol=1e-7)
+
+
+def test_samples_of_a_batch_estimate_depend_on_their_batch():
+    def draw(seeds):
+        return sample(MODEL, runtime(seeds, granularity="batch", interval=3), seeds)
+
+    four, six = draw([0, 1, 2, 3]), draw([0, 1, 2, 3, 4, 5])
+    assert not any(torch.equal(a, b) for a, b in zip(four, six[:4], strict=True))
+    assert torch.equal(draw([0, 1, 2, 3]), four)
+
+
+def test_a_batch_estimate_leaves_the_full_precision_model_as_it_is():
+    """Against a baseline whose gains found nothing to correct."""
+    exact = gaussian(1.0)
+    baseline = full_precision_baseline(exact, target="total")
+    gains = {g: dict.fromkeys(baseline.mean, torch.tensor(0.0)) for g in ("tensor", "channel")}
+    baseline = dataclasses.replace(baseline, gain=gains)
+    options = {"granularity": "batch", "baseline": baseline, "interval": 1}
+    corrected = sample(exact, runtime(SEEDS, **options), SEEDS)
+    assert torch.equal(corrected, sample(exact, None, SEEDS))
 
 
 def next_of(x, prediction, t):

@@ -20,7 +20,10 @@ from .noise_statistics import at_timestep, by_timestep
 
 REACH = 5
 """Steps after an estimate whose mean error it has to foretell: the default interval."""
-GRANULARITIES = ("tensor", "channel")
+GRANULARITIES = ("tensor", "channel", "batch")
+"""Shares of a batch over which a reading is averaged: a sample, each of its channels, all of it."""
+FITTED = ("tensor", "channel")
+"""Those with a gain of their own. A calibration holds too few batches to fit one for them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class EstimatorBaseline:
             by_timestep(statistics, "runtime_mean"),
             by_timestep(statistics, "runtime_variance"),
             by_timestep(statistics, "runtime_slope"),
-            {g: by_timestep(statistics, f"runtime_{g}_gain") for g in GRANULARITIES},
+            {g: by_timestep(statistics, f"runtime_{g}_gain") for g in FITTED},
             by_timestep(statistics, "runtime_slope_gain"),
             dict(
                 zip(
@@ -100,12 +103,13 @@ class EstimatorBaseline:
     def excess(self, t: int, mean: Tensor, granularity: str) -> Tensor:
         """The believed part of a reading [N, 1 or C, 1, ...] at t over the baseline.
 
-        Raises ConfigError where there is no baseline for t.
+        A batch's reading is believed as far as a sample's, which is too little: it holds less
+        chance. Raises ConfigError where there is no baseline for t.
         """
         own = at_timestep(self.mean, t).to(mean)
-        own = own.mean() if granularity == "tensor" else own
+        own = own if granularity == "channel" else own.mean()
         excess = mean - own.reshape(1, -1, *[1] * (mean.ndim - 2))
-        gains = self.gain.get(granularity)
+        gains = self.gain.get("tensor" if granularity == "batch" else granularity)
         return excess if gains is None else at_timestep(gains, t).to(mean) * excess
 
     def excess_variance(self, t: int, variance: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def fit_gains(
 
     batches: per batch of trajectories of the quantized model, its readings and its true errors.
     """
-    sums: dict[str, dict[int, Tensor]] = {name: {} for name in (*GRANULARITIES, "slope")}
+    sums: dict[str, dict[int, Tensor]] = {name: {} for name in (*FITTED, "slope")}
     for estimates, errors in batches:
         index_of = {error.t: error.index for error in errors}  # the last, where timesteps repeat
         for estimate in estimates:

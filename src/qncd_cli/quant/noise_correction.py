@@ -92,10 +92,12 @@ def total_noise(eps_s: Tensor, z: Tensor, abar_t: float, abar_s: float) -> Tenso
 
 
 def reduce_mean(q: Tensor, granularity: str) -> Tensor:
-    """Mean of q [N, C, ...] per sample: "tensor" -> [N, 1, 1, ...], "channel" -> [N, C, 1, ...].
+    """Mean of q [N, C, ...]: "tensor", "batch" -> [N, 1, 1, ...], "channel" -> [N, C, 1, ...].
 
-    Samples are reduced one at a time: the order of summation, and with it every bit of the
-    result, is then the same in a batch of any size. Raises ConfigError: unknown granularity.
+    "tensor" and "channel" are means of each sample. They are computed one sample at a time: the
+    order of summation, and with it every bit of the result, is then the same in a batch of any
+    size. "batch" is one number for all, the mean over the samples and all their elements (QNCD's
+    published code). Raises ConfigError: unknown granularity.
     """
     if granularity not in GRANULARITIES:
         raise ConfigError(
@@ -104,6 +106,8 @@ def reduce_mean(q: Tensor, granularity: str) -> Tensor:
         )
     groups = q.shape[1] if granularity == "channel" else 1
     means = torch.stack([sample.reshape(groups, -1).float().mean(-1) for sample in q])
+    if granularity == "batch":
+        means = means.mean(0, keepdim=True).expand_as(means)
     return means.to(q.dtype).reshape(len(q), -1, *[1] * (q.ndim - 2))
 
 
@@ -118,7 +122,8 @@ class RuntimeCorrection:
 
     generators: one per sample for z (their own stream, so that the sample's draws stay put).
     target: "injected" compares e^ with z as published, "total" with n.
-    granularity: of the mean, `reduce_mean`.
+    granularity: of the mean, `reduce_mean`; with "batch", as published, a sample depends on the
+        batch that it is drawn in.
     interval: estimates follow steps 0, interval, 2 * interval, ... and act from the next step on,
         until replaced. A step that does not lower the noise level (PNDM repeats timesteps) cannot
         be estimated; its turn passes to the next one.
@@ -128,7 +133,7 @@ class RuntimeCorrection:
         paper). A slope is a chance quantity, too: with no factor to find, it adds noise of its own.
     part: of the batch that has estimates of its own: the first ceil(part N) samples, for which
         alone the extra call is made. The others take the mean of their readings, so that below 1
-        (not in the paper) a sample depends on the batch that it is drawn in.
+        (not in the paper) a sample depends on its batch, too.
     apply: False only records `estimates`. deduct_variance: see `deductible_variance`.
     """
 

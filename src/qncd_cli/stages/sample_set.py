@@ -22,7 +22,10 @@ from ..metrics.report import contact_sheet
 SHEET_IMAGES = 64
 MANIFEST = "manifest.json"
 PARTS = ".parts"
-REASONS = {"batches": "batches, on which samples depend below correction.inter.part 1"}
+REASONS = {
+    "batches": "batches, on which samples depend with correction.inter.granularity batch or with "
+    "part below 1"
+}
 """Keys of a manifest that say too little by themselves."""
 
 
