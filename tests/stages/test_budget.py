@@ -20,10 +20,11 @@ from qncd_cli.config import Config
 from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import DiffusionModel, load_model
+from qncd_cli.progress import no_progress
 from qncd_cli.quant.rounding import round_nearest
 from qncd_cli.spec import weight_spec
 from qncd_cli.stages import budget, calibrate, quantize
-from qncd_cli.stages.assemble import Denoiser, full_denoiser, no_progress, quantized_denoiser
+from qncd_cli.stages.assemble import Denoiser, full_denoiser, quantized_denoiser
 from qncd_cli.stages.budget import WIDTHS, allocate, probe_rows
 from qncd_cli.stages.choose_smoothing import factors_of
 from qncd_cli.stages.plan import has_own_weight_bits, plan_layers

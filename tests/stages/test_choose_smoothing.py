@@ -11,7 +11,8 @@ from qncd_cli.artifacts import Artifact
 from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import skip_boundaries
-from qncd_cli.stages.assemble import full_denoiser, no_progress
+from qncd_cli.progress import no_progress
+from qncd_cli.stages.assemble import full_denoiser
 from qncd_cli.stages.calibrate import sampler_timesteps
 from qncd_cli.stages.choose_smoothing import Described, Factors, choose_factors, factors_of
 from qncd_cli.stages.plan import plan_layers

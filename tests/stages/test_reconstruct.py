@@ -16,10 +16,11 @@ from qncd_cli.config import Config
 from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import reconstruction_blocks, weight_layers
+from qncd_cli.progress import no_progress
 from qncd_cli.quant.packing import unpack
 from qncd_cli.spec import weight_spec
 from qncd_cli.stages import calibrate, learn_block, quantize, reconstruct
-from qncd_cli.stages.assemble import full_denoiser, no_progress
+from qncd_cli.stages.assemble import full_denoiser
 from qncd_cli.stages.block_calls import BlockCalls, CalibrationRows, record
 
 RESNET = "down_blocks.1.resnets.0"

@@ -6,12 +6,13 @@ import json
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar
 
 import click
 
 from ..errors import EXIT_INTERRUPTED, EXIT_USAGE, QncdError
+from .progress import Bars, lines
 
 T = TypeVar("T")
 
@@ -57,31 +58,15 @@ class Console:
 
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
+        self._bars = Bars()
 
-    def track(self, items: Iterable[T], description: str, total: int) -> Iterator[T]:
-        """Progress on stderr; silent when that is no terminal."""
+    def track(
+        self, items: Iterable[T], description: str, total: int, unit: str
+    ) -> Generator[T, None, None]:
+        """Progress on stderr (see progress.py)."""
         if not sys.stderr.isatty():
-            yield from items
-            return
-        from rich.console import Console as RichConsole
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=RichConsole(stderr=True)) as progress:
-            yield from progress.track(items, total=total, description=description)
+            return lines(items, description, total, unit, self.note)
+        return self._bars.track(items, description, total, unit)
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal, on stderr."""

@@ -48,7 +48,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         images = load_images(Path(options.images))
         source = options.reference or "zoo"
         protocol = protocol_of(options, source, packaged_model=source == "zoo")
-        metrics = stage.images_only(images, options.images, protocol)
+        metrics = stage.images_only(images, options.images, protocol, console.track)
         console.result(metrics, lambda: _render_images(console, metrics))
         return
     run = find_run(options.run_dir)
@@ -73,7 +73,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         "full": model.denoiser_bytes(),
         "quantized": run.tensors("quantized").stat().st_size,
     }
-    metrics, report = stage.run(full_set, quantized_set, sizes, protocol)
+    metrics, report = stage.run(full_set, quantized_set, sizes, protocol, console.track)
     suffix = "" if options.name == "quantized" else f"_{options.name}"
     report_path = run.report.with_name(f"report{suffix}.html")
     write_json(run.metrics.with_name(f"metrics{suffix}.json"), finite(metrics))

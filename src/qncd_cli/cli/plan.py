@@ -13,6 +13,7 @@ from ..config_files import load_config
 from ..run_dir import find_run
 from .commands import DEFAULT_NUM, SampleOptions, run_folder, sampling_config
 from .console import Console
+from .progress import duration
 from .shared import silence_diffusers
 
 STAGES = ("calibrate", "quantize", "sample")
@@ -118,7 +119,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
                 stage["at"],
                 "yes" if stage["fits"] else "no",
                 _gb(stage["disk_bytes"]),
-                _time(stage["seconds"]),
+                duration(stage["seconds"]),
             ]
             for stage in report["stages"]
         ],
@@ -147,9 +148,3 @@ def _gb(size: int | None) -> str:
     if size is None:
         return "unknown"
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

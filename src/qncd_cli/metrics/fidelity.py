@@ -6,7 +6,6 @@ keyed by name alone, worker processes, a progress bar) are never used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +26,11 @@ from torch_fidelity import (
 )
 
 from ..errors import ArtifactError, BackendUnavailable
+from ..progress import Track, counted, no_progress
 from .features import IMAGE_SIZE, FashionClassifier, to_classifier_input
 from .networks import FeatureNetwork, first_line
 from .reference import Statistics
 
-BATCHES_PER_REPORT = 8  # how often extract_features reports progress
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
 KID_KERNEL = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3}  # Binkowski et al. 2018, eq. (4)
 ISC_SPLITS, ISC_IMAGES_PER_SPLIT = 10, 10  # 10 splits as published, fewer for a small set
@@ -39,8 +38,6 @@ PRC_NEIGHBORHOOD = 3  # Kynkaanniemi et al. 2019, section 3.1
 PRC_ROWS_PER_BLOCK = 2000  # bounds a block of distances: 400 MB against 50,000 images
 # Fewer images and the formula is not defined
 MINIMUM_IMAGES = {"fid": 2, "isc": 1, "kid": 2, "prc": PRC_NEIGHBORHOOD + 1}
-
-Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +100,7 @@ def extract_features(
     *,
     batch_size: int = 64,
     device: str = "cpu",
-    progress: Progress | None = None,
+    track: Track = no_progress,
 ) -> Features:
     """First rung: features and logits of images, by torch-fidelity's extractor.
 
@@ -120,8 +117,8 @@ def extract_features(
     cuda = _is_cuda(device)
     extractor = _create_extractor(network).to(device)
     parts: list[dict[str, Tensor]] = []
-    done = 0
-    for chunk in images.split(batch_size * BATCHES_PER_REPORT):
+    chunks = images.split(batch_size)
+    for chunk, tick in counted(track, chunks, "extracting features", len(images), "images"):
         with torch.cuda.device(device) if cuda else nullcontext():
             # save_cpu_ram: no worker processes, verbose: no progress bar
             parts.append(
@@ -129,9 +126,8 @@ def extract_features(
                     _ImageDataset(chunk.cpu()), extractor, batch_size, cuda, True, False
                 )
             )
-        done += len(chunk)
-        if progress is not None:
-            progress(done, len(images))
+        for _ in chunk:
+            tick()
     features, logits = (torch.cat([part[layer] for part in parts]) for layer in network.layers)
     if not (features.isfinite().all() and logits.isfinite().all()):
         raise ArtifactError(f"{network.weights}: features are not finite", "use intact weights")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
+from ..progress import Track, no_progress
 from .features import NUM_CLASSES
 from .fidelity import (
     MINIMUM_IMAGES,
     Features,
-    Progress,
     class_score,
     extract_features,
     frechet_distance,
@@ -47,6 +47,7 @@ def frechet_interval(
     rounds: int = BOOTSTRAP_ROUNDS,
     seed: int = 0,
     paired: bool = False,
+    track: Track = no_progress,
 ) -> tuple[float, float | None, float | None]:
     """(value, low, high): the Frechet distance of features [N, D] to other, 95% bootstrap interval.
 
@@ -64,7 +65,7 @@ def frechet_interval(
         return value, None, None
     rng = np.random.default_rng(seed)
     distances = []
-    for _ in range(rounds):
+    for _ in track(range(rounds), "bootstrapping the distance", rounds, "rounds"):
         rows = torch.from_numpy(rng.integers(len(features), size=len(features)))
         if not isinstance(other, dict):
             drawn = rows if paired else torch.from_numpy(rng.integers(len(other), size=len(other)))
@@ -84,6 +85,7 @@ def feature_distance(
     seed: int = 0,
     device: str = "cpu",
     bootstrap_rounds: int | None = None,
+    track: Track = no_progress,
 ) -> dict[str, Any]:
     """Frechet distance between two sets of samples, e.g. full precision and quantized.
 
@@ -95,7 +97,7 @@ def feature_distance(
         _to_features(images, network, {"fid"}, what, batch_size=batch_size, device=device).features
         for what, images in sides.items()
     )
-    return _frechet_entry(network, a, b, bootstrap_rounds, seed, paired)
+    return _frechet_entry(network, a, b, bootstrap_rounds, seed, track, paired)
 
 
 def prepare_reference(
@@ -105,7 +107,7 @@ def prepare_reference(
     *,
     batch_size: int = 64,
     device: str = "cpu",
-    progress: Progress | None = None,
+    track: Track = no_progress,
 ) -> Reference:
     """The reference with the features and statistics that the metrics need; measure does it too.
 
@@ -123,7 +125,7 @@ def prepare_reference(
             what,
             batch_size=batch_size,
             device=device,
-            progress=progress,
+            track=track,
         )
         ready = replace(ready, features=features.features)
     if "fid" in metrics and ready.statistics is None and ready.features is not None:
@@ -144,7 +146,7 @@ def measure(
     seed: int = 0,
     device: str = "cpu",
     bootstrap_rounds: int | None = None,
-    progress: Progress | None = None,
+    track: Track = no_progress,
 ) -> dict[str, Any]:
     """The metrics of one set of images: the entry `full`, `quantized` or `images` of metrics.json.
 
@@ -161,7 +163,7 @@ def measure(
         raise ValueError(f"unknown metrics {unknown}, known are {list(METRICS)}")
     if reference is None and set(metrics) - {"isc"}:
         raise ArtifactError("fid, kid and prc need a reference set", "name one or ask for isc only")
-    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "progress": progress}
+    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "track": track}
     known = prepare_reference(reference, network, metrics, **options) if reference else None
     mine = _to_features(images, network, metrics, "the samples", **options)
     features = mine.features
@@ -170,7 +172,7 @@ def measure(
         found["class_score"] = class_score(mine.logits, seed)
     if known is not None and known.statistics is not None and "fid" in metrics:
         found["feature_distance"] = _frechet_entry(
-            network, features, known.statistics, bootstrap_rounds, seed
+            network, features, known.statistics, bootstrap_rounds, seed, track
         )
     if known is not None and known.features is not None:
         if "kid" in metrics:
@@ -220,15 +222,13 @@ def _to_features(
     *,
     batch_size: int,
     device: str,
-    progress: Progress | None = None,
+    track: Track = no_progress,
 ) -> Features:
     """Features of images, extracted unless they are features already; enough for the metrics."""
     count = len(images.features) if isinstance(images, Features) else len(images)
     _check_count(what, count, metrics)
     if isinstance(images, Tensor):
-        return extract_features(
-            images, network, batch_size=batch_size, device=device, progress=progress
-        )
+        return extract_features(images, network, batch_size=batch_size, device=device, track=track)
     if images.network != network.name:
         raise ValueError(f"features of {images.network}, but the network is {network.name}")
     return images
@@ -246,11 +246,14 @@ def _frechet_entry(
     other: Tensor | Statistics,
     rounds: int | None,
     seed: int,
+    track: Track,
     paired: bool = False,
 ) -> dict[str, Any]:
     if rounds is None:
         rounds = BOOTSTRAP_ROUNDS if network.feature_size <= BOOTSTRAP_MAX_FEATURES else 0
-    value, low, high = frechet_interval(features, other, rounds=rounds, seed=seed, paired=paired)
+    value, low, high = frechet_interval(
+        features, other, rounds=rounds, seed=seed, paired=paired, track=track
+    )
     entry = {"network": network.name, "name": network.distance_name}
     return {**entry, "value": value, "low": low, "high": high}
 

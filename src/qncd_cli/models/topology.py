@@ -237,7 +237,10 @@ class _Recording(JointProcessor):
 
 
 def step_embeddings(
-    denoiser: nn.Module, projections: list[str], call: Callable[[float], Tensor], timesteps: list
+    denoiser: nn.Module,
+    projections: list[str],
+    call: Callable[[float], Tensor],
+    timesteps: Iterable[float],
 ) -> dict[str, Tensor]:
     """Outputs of the time projections at each timestep, [S * rows, C] by name.
 

@@ -31,11 +31,12 @@ from ..files import read_json, write_json
 from ..metrics import ablation
 from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
+from ..progress import Track, no_progress
 from ..run_dir import RunDir
 from . import chain, fastest, graphs, sample_set
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
-from .assemble import Track, denoiser_costs, no_progress
+from .assemble import denoiser_costs
 from .evaluate import Measured, Protocol
 from .subject import Compiling, compiled, quantized
 from .variants import Variant
@@ -104,7 +105,7 @@ def run(
 
     Raises what the stages raise; finished rows are kept and the next call goes on from there.
     """
-    protocol = evaluate_stage.prepared(protocol)
+    protocol = evaluate_stage.prepared(protocol, track)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
     work = _Work(request, model, protocol, tell, track, request.backend)
@@ -227,10 +228,10 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
         work.full = _full_set(config, work)
     with _clock(seconds, "evaluate"):
         _, samples = evaluate_stage.matched(work.full.samples, evaluate_stage.read_set(folder))
-        measured = evaluate_stage.measure_set(samples, work.protocol)
+        measured = evaluate_stage.measure_set(samples, work.protocol, work.track)
         size = made.tensors("quantized").stat().st_size
         sizes = {"full": model.denoiser_bytes(), "quantized": size}
-        metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol)
+        metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol, work.track)
     quantization = variant.config.quantization
     row = {
         "preset": variant.name,
@@ -310,4 +311,4 @@ def _full_set(config: Config, work: _Work) -> Measured:
     first = config.sampling.seed
     seeds = list(range(first, first + request.count))
     samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
-    return evaluate_stage.measure_set(samples, work.protocol)
+    return evaluate_stage.measure_set(samples, work.protocol, work.track)

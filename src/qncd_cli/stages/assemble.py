@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +20,13 @@ from ..models.topology import (
     time_layers,
     weight_layers,
 )
+from ..progress import Tick
 from ..quant.attention import AttentionProducts
 from ..quant.layers import CachedTimestepLayer, QuantizedLayer, StepState
 from ..sampling.guidance import guided
 from .attention import install_attention
 
-T = TypeVar("T")
 Predict = Callable[[Tensor, Tensor], Tensor]
-
-
-class Track(Protocol):
-    """Wraps an iterable to show progress: track(items, description, total)."""
-
-    def __call__(self, items: Iterable[T], description: str, total: int) -> Iterator[T]: ...
-
-
-def no_progress(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """The silent Track."""
-    return iter(items)
 
 
 class Denoiser:
@@ -106,6 +94,17 @@ def guided_predict(
             "set sampling.guidance_scale: 1",
         )
     return guided(denoiser, condition, null, guidance_scale)
+
+
+def ticking(predict: Predict, tick: Tick) -> Predict:
+    """The same predictions, each of them one tick."""
+
+    def counting(x: Tensor, t: Tensor) -> Tensor:
+        prediction = predict(x, t)
+        tick()
+        return prediction
+
+    return counting
 
 
 def full_denoiser(model: DiffusionModel) -> Denoiser:

@@ -32,10 +32,11 @@ from ..config_files import parse_config
 from ..errors import BackendUnavailable
 from ..models.loading import DTYPES, DiffusionModel
 from ..models.stored import save_denoiser
+from ..progress import Track, no_progress
 from . import calibrate as calibrate_stage
 from . import machine
 from . import quantize as quantize_stage
-from .assemble import Denoiser, Track, denoiser_costs, no_progress
+from .assemble import Denoiser, denoiser_costs
 from .bench_profile import profiled
 from .bench_row import (
     BASELINE,
@@ -246,7 +247,7 @@ def _measure_alone(work: _Work) -> dict[str, dict[str, Any]]:
         save_denoiser(work.floats[dtype], work.folder / dtype)
     facts = {}
     rows = work.available()
-    for row in work.track(rows, "loading each row alone", len(rows)):
+    for row in work.track(rows, "loading each row alone", len(rows), "rows"):
         made = work.made[row.widths][0].path if row.widths is not None else None
         cached = work.config.quantization.cache_time_embeddings
         threads = torch.get_num_threads()
@@ -271,7 +272,7 @@ def _warm(work: _Work) -> dict[str, Denoiser]:
     """Every row's denoiser, prepared by its first calls; a row that fails is dropped."""
     denoisers = {}
     rows = work.available()
-    for row in work.track(rows, "preparing rows", len(rows)):
+    for row in work.track(rows, "preparing rows", len(rows), "rows"):
         module = work.floats[row.dtype]
         if row.channels_last and module is work.model.denoiser:
             module = copy.deepcopy(module)  # the baseline keeps its own layout
@@ -293,7 +294,7 @@ def _prepare_guests(work: _Work) -> dict[str, Callable[[], Any]]:
     """Their calls by name, warm; one that fails is listed with the reason."""
     calls = {}
     guests = work.request.guests
-    for guest in work.track(guests, "preparing guests", len(guests)):
+    for guest in work.track(guests, "preparing guests", len(guests), "rows"):
         folder = work.folder / guest.row.name
         folder.mkdir()
         try:

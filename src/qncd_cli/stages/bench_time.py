@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..backends.rates import probes
-from .assemble import Track, no_progress
+from ..progress import Track, no_progress
 from .bench_row import BASELINE, Row
 
 
@@ -33,7 +33,7 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of each call in every round; a round makes all calls once, in their order."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in track(range(rounds), "timing rounds", rounds):
+    for _ in track(range(rounds), "timing all rows", rounds, "rounds"):
         for name, call in calls.items():
             start = time.perf_counter()
             call()

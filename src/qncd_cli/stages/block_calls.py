@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
+from ..progress import Track, no_progress
 from .assemble import Denoiser, guided_predict
 
 
@@ -186,6 +187,7 @@ def record(
     arguments: bool,
     output: bool,
     batches: list[Tensor] | None = None,
+    track: Track = no_progress,
 ) -> dict[str, BlockCalls]:
     """Calls of the named blocks on the rows (or on these batches), in the order of execution.
 
@@ -219,7 +221,8 @@ def record(
             raise _AllRecorded
 
     with _hooks(denoiser, wanted, before, after):
-        for size in rows.run(denoiser, chosen):
+        sizes = rows.run(denoiser, chosen)
+        for size in track(sizes, "recording blocks", len(chosen), "calls"):
             start, batch = start + batch, size
             done.clear()
     return calls

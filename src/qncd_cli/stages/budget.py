@@ -22,11 +22,11 @@ from ..artifacts import Artifact
 from ..config import Config
 from ..errors import ConfigError
 from ..models.loading import DiffusionModel
+from ..progress import Track
 from ..quant.affine import dequantize
 from ..quant.rounding import round_nearest
 from ..quant.smoothing import SmoothingFactor, fold
 from ..spec import FLOAT_BITS, weight_spec
-from .assemble import Track
 from .choose_smoothing import Factors
 from .plan import LayerPlan, has_own_weight_bits
 
@@ -115,7 +115,7 @@ def measure_sensitivity(
     exact = predict({})
     power = exact.square().sum(1).clamp(min=1e-30)
     found: dict[str, Widths] = {}
-    for plan in track(plans, "measuring sensitivity", len(plans)):
+    for plan in track(plans, "measuring sensitivity", len(plans), "layers"):
         found[plan.name] = {}
         for bits in WIDTHS:
             weight = rounded_weight(plan, factors.get(plan.name), bits)

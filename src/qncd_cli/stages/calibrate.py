@@ -11,6 +11,7 @@ from ..artifacts import Artifact, seal
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import attention_sites, capture_attention, capture_inputs
+from ..progress import Track, counted, no_progress
 from ..quant.observers import RangeObserver
 from ..quant.smoothing import smooth
 from ..sampling.levels import with_timesteps
@@ -18,11 +19,10 @@ from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import denoise, make_scheduler
 from .assemble import (
     Denoiser,
-    Track,
     full_denoiser,
     group_bounds,
     guided_predict,
-    no_progress,
+    ticking,
     timestep_group,
 )
 from .attention import operand_observers
@@ -120,11 +120,13 @@ def _collect_rows(
         name: [] for name in ("x", "prediction", "timestep", "class", "seed")
     }
     batches = chunks(seeds, calibration.batch_size)
-    for batch in track(batches, "calibrating", len(batches)):
+    calls = len(batches) * len(sampler_timesteps(config, model))
+    for batch, tick in counted(track, batches, "calibrating", calls, "calls"):
         labels = model.labels(batch, sampling.classes)
         record = _recorder(parts, batch, labels)
+        predict = guided_predict(model, denoiser, labels, sampling.guidance_scale)
         denoise(
-            guided_predict(model, denoiser, labels, sampling.guidance_scale),
+            ticking(predict, tick),
             scheduler,
             sampling.steps,
             generators_for(batch),

@@ -14,11 +14,11 @@ from ..config import Config
 from ..errors import ArtifactError
 from ..files import remove_temporaries, write_json
 from ..models.loading import DiffusionModel
+from ..progress import Track, no_progress
 from ..run_dir import RunDir
 from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from . import sample as sample_stage
-from .assemble import Track, no_progress
 from .subject import full_precision
 
 

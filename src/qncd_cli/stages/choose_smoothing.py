@@ -12,6 +12,7 @@ from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import skip_boundaries, step_embeddings
+from ..progress import Track
 from ..quant.smoothing import (
     SmoothingFactor,
     embedding_factor,
@@ -20,7 +21,7 @@ from ..quant.smoothing import (
     smoothquant_factor,
     split_factor,
 )
-from .assemble import Denoiser, Track, group_bounds
+from .assemble import Denoiser, group_bounds
 from .layer_error import LayerError
 from .plan import LayerPlan, plan_layers
 from .probes import Probe, collect_probes
@@ -69,19 +70,19 @@ def choose_factors(
     boundaries = skip_boundaries(model.denoiser) if split else {}
     embedded: Factors = {}
     if intra in ("embedding", "auto"):
-        embedded = embedding_factors(config, model, denoiser, timesteps)
+        embedded = embedding_factors(config, model, denoiser, timesteps, track)
     if intra == "embedding" and not boundaries:
         return _describe({name: ("embedding", f) for name, f in embedded.items()}, {})
     if intra == "none" and not boundaries:
         return {}, {}
     names = list(plans) if intra not in ("none", "embedding") else [*boundaries]
     wanted = [plans[name] for name in names if name in plans]
-    probes = collect_probes(config, model, denoiser, wanted, len(timesteps))
+    probes = collect_probes(config, model, denoiser, wanted, len(timesteps), track)
     chosen: Chosen = {}
     if intra == "embedding":
         chosen = {name: ("embedding", f) for name, f in embedded.items()}
     errors: dict[str, dict[str, float]] = {}
-    for plan in track(wanted, "choosing smoothing factors", len(wanted)):
+    for plan in track(wanted, "choosing smoothing factors", len(wanted), "layers"):
         probe = probes.pop(plan.name)
         candidates = _candidates(config, plan, probe, embedded.get(plan.name))
         if plan.name in boundaries:
@@ -153,7 +154,11 @@ def _describe(chosen: Chosen, errors: dict[str, dict[str, float]]) -> tuple[Fact
 
 
 def embedding_factors(
-    config: Config, model: DiffusionModel, denoiser: Denoiser, timesteps: list[float]
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    timesteps: list[float],
+    track: Track,
 ) -> dict[str, SmoothingFactor]:
     """The embedding-derived factor of every layer behind a timestep embedding."""
     sites = smoothing_sites(model.denoiser)
@@ -162,11 +167,12 @@ def embedding_factors(
     rows = min(model.num_classes or 1, EMBEDDED_CLASSES)
     x = torch.zeros(rows, *model.latent_shape)
     condition = model.condition(model.labels(list(range(rows)), config.sampling.classes))
+    times = sorted(set(timesteps), reverse=True)
     embeddings = step_embeddings(
         model.denoiser,
         sorted({site.projection for site in sites}),
         lambda t: denoiser(x, torch.tensor(t), condition),
-        sorted(set(timesteps), reverse=True),
+        track(times, "reading timestep embeddings", len(times), "calls"),
     )
     factors: Factors = {}
     for site in sites:

@@ -29,6 +29,7 @@ from ..metrics.image import (
 )
 from ..metrics.report import html_report
 from ..metrics.tensor import psnr_db, sqnr_db, sqnr_steps_db
+from ..progress import Track, no_progress
 
 PAIRS = 16
 """Images shown side by side in the report."""
@@ -82,10 +83,17 @@ def read_set(folder: Path) -> SampleSet:
     return SampleSet(folder, manifest, images, latents)
 
 
-def images_only(images: Tensor, source: str, protocol: Protocol) -> dict[str, Any]:
+def images_only(
+    images: Tensor, source: str, protocol: Protocol, track: Track = no_progress
+) -> dict[str, Any]:
     """metrics.json of one set of images that qncd did not make."""
     entry = measure(
-        images, protocol.reference, protocol.network, protocol.metrics, seed=protocol.seed
+        images,
+        protocol.reference,
+        protocol.network,
+        protocol.metrics,
+        seed=protocol.seed,
+        track=track,
     )
     return {"protocol": _describe(protocol, len(images), {"images": source}), "images": entry}
 
@@ -99,11 +107,13 @@ class Measured:
     entry: dict[str, Any]
 
 
-def measure_set(samples: SampleSet, protocol: Protocol) -> Measured:
+def measure_set(samples: SampleSet, protocol: Protocol, track: Track = no_progress) -> Measured:
     """What does not depend on another set. Raises what measure raises."""
     network = protocol.network
-    features = extract_features(samples.images, network)
-    entry = measure(features, protocol.reference, network, protocol.metrics, seed=protocol.seed)
+    features = extract_features(samples.images, network, track=track)
+    entry = measure(
+        features, protocol.reference, network, protocol.metrics, seed=protocol.seed, track=track
+    )
     if network.name == "fashion-classifier" and "classes" in samples.manifest:
         classes = samples.manifest["classes"]
         entry["class_agreement"] = class_agreement(features, classes, network)
@@ -111,7 +121,11 @@ def measure_set(samples: SampleSet, protocol: Protocol) -> Measured:
 
 
 def compare(
-    full: Measured, quantized: Measured, quantized_bytes: dict[str, int], protocol: Protocol
+    full: Measured,
+    quantized: Measured,
+    quantized_bytes: dict[str, int],
+    protocol: Protocol,
+    track: Track = no_progress,
 ) -> dict[str, Any]:
     """metrics.json of two sets of the same seeds; quantized_bytes: {full, quantized}."""
     one, other = full.samples, quantized.samples
@@ -122,7 +136,12 @@ def compare(
         ),
         "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
         "feature_distance": feature_distance(
-            full.features, quantized.features, protocol.network, paired=True, seed=protocol.seed
+            full.features,
+            quantized.features,
+            protocol.network,
+            paired=True,
+            seed=protocol.seed,
+            track=track,
         ),
     }
     sampling = {
@@ -146,6 +165,7 @@ def run(
     quantized: SampleSet,
     quantized_bytes: dict[str, int],
     protocol: Protocol,
+    track: Track = no_progress,
 ) -> tuple[dict[str, Any], str]:
     """metrics.json and report.html of two sets that share their seeds and sampling settings.
 
@@ -153,9 +173,9 @@ def run(
     share settings or seeds.
     """
     full, quantized = matched(full, quantized)
-    protocol = prepared(protocol)
-    sets = [measure_set(samples, protocol) for samples in (full, quantized)]
-    metrics = compare(sets[0], sets[1], quantized_bytes, protocol)
+    protocol = prepared(protocol, track)
+    sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
+    metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
     report = html_report(
         metrics,
         {"SQNR of the prediction": metrics["fidelity"]["sqnr_steps_db"]},
@@ -166,11 +186,13 @@ def run(
     return metrics, report
 
 
-def prepared(protocol: Protocol) -> Protocol:
+def prepared(protocol: Protocol, track: Track = no_progress) -> Protocol:
     """With the reference's features and statistics, so that they are computed once."""
     if protocol.reference is None:
         return protocol
-    reference = prepare_reference(protocol.reference, protocol.network, protocol.metrics)
+    reference = prepare_reference(
+        protocol.reference, protocol.network, protocol.metrics, track=track
+    )
     return replace(protocol, reference=reference)
 
 

@@ -24,11 +24,13 @@ from ..files import write_json
 from ..metrics.tensor import psnr_db
 from ..models.loading import DiffusionModel
 from ..models.topology import weight_layers
+from ..progress import Track, counted
 from ..quant.attention import AttentionProducts
 from ..quant.layers import QuantizedLayer
+from ..sampling.levels import with_timesteps
 from ..sampling.noise import generators_for
 from ..sampling.samplers import denoise, make_scheduler
-from .assemble import Denoiser, Track, guided_predict, quantized_denoiser
+from .assemble import Denoiser, guided_predict, quantized_denoiser, ticking
 from .sessions import TARGETS, SessionDenoiser, example_of, write_graph
 
 INDEX = "graph.json"
@@ -181,9 +183,11 @@ def compare(
 
     images = []
     runs = [(reference, record), (graph, None)]
-    for predict, on_step in track(runs, "comparing with the simulation", len(runs)):
+    calls = len(runs) * len(with_timesteps(scheduler, sampling.steps, sampling.eta).timesteps)
+    what = "comparing with the simulation"
+    for (predict, on_step), tick in counted(track, runs, what, calls, "calls"):
         latents = denoise(
-            predict,
+            ticking(predict, tick),
             scheduler,
             sampling.steps,
             generators_for(seeds),

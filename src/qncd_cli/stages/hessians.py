@@ -11,6 +11,7 @@ from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import capture_inputs
+from ..progress import Track, no_progress
 from ..quant.affine import QParams, fake_quantize
 from ..quant.gptq import HessianAccumulator
 from ..quant.smoothing import smooth
@@ -36,11 +37,12 @@ def with_hessians(
     qparams: dict[str, QParams | None],
     factors: Factors,
     gptq: bool,
+    track: Track,
 ) -> Iterator[tuple[LayerPlan, Tensor | None]]:
     """Every layer with its Hessian, or with None where rounding is to be nearest."""
     rounded = [p for p in plans if gptq and p.weight_bits != FLOAT_BITS]
     for group in hessian_groups(rounded):
-        hessians = collect_hessians(model, config, calibration, group, qparams, factors)
+        hessians = collect_hessians(model, config, calibration, group, qparams, factors, track)
         for plan in group:
             yield plan, hessians.pop(plan.name)
     yield from ((plan, None) for plan in plans if plan not in rounded)
@@ -67,6 +69,7 @@ def collect_hessians(
     plans: list[LayerPlan],
     qparams: dict[str, QParams | None],
     factors: Factors,
+    track: Track = no_progress,
 ) -> dict[str, Tensor]:
     """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
     by_name = {plan.name: plan for plan in plans}
@@ -88,7 +91,7 @@ def collect_hessians(
         accumulators[name].update(x, plan.layer, rows)
 
     with capture_inputs(model.denoiser, list(by_name), receive):
-        for t, picked in batches:
+        for t, picked in track(batches, "collecting Hessians", len(batches), "calls"):
             labels = calibration.tensors["inputs.class"][picked]
             predict = guided_predict(model, denoiser, labels, config.sampling.guidance_scale)
             predict(calibration.tensors["inputs.x"][picked], torch.tensor(t))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.reference import forget_weight, simulate_with
 from ..config import WeightsConfig
+from ..progress import Tick
 from ..quant.adaround import SoftRounding, undecided
 from ..quant.affine import QParams
 from ..quant.layers import QuantizedLayer
@@ -124,12 +125,12 @@ class Block:
 
 
 def learn_block(
-    block: Block, settings: WeightsConfig, held_out: Tensor, seed: int
+    block: Block, settings: WeightsConfig, held_out: Tensor, seed: int, tick: Tick
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Learn the rounding of a block's layers; leaves the better of start and result in them.
 
-    held_out: [K] bool, samples that judge and do not teach. Returns the layers' learnt tensors by
-    name, and a report: relative_output_error_{before, after} on the held-out samples, kept.
+    held_out: [K] bool, samples that judge and do not teach; tick: called at every iteration.
+    Returns the layers' learnt tensors by name, and a report: relative_output_error_{before, after} on the held-out samples, kept.
     """
     indices = torch.arange(len(held_out))
     judges, teaching = indices[held_out], indices[~held_out]
@@ -140,7 +141,7 @@ def learn_block(
     after = before
     if unit > 0:
         start = {n: _buffers(layer) for n, layer in block.layers.items()}
-        learnt = _descend(block, settings, teaching, unit, seed)
+        learnt = _descend(block, settings, teaching, unit, seed, tick)
         _load(block.layers, learnt)
         after = block.mean_error(judges)
         if not after < before:
@@ -164,7 +165,7 @@ def _load(layers: dict[str, QuantizedLayer], states: dict[str, dict[str, Tensor]
 
 
 def _descend(
-    block: Block, settings: WeightsConfig, teaching: Tensor, unit: float, seed: int
+    block: Block, settings: WeightsConfig, teaching: Tensor, unit: float, seed: int, tick: Tick
 ) -> dict[str, dict[str, Tensor]]:
     """Adam on error / unit + regulariser; unit: the error at the start. Returns the hard results.
 
@@ -202,6 +203,7 @@ def _descend(
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
+            tick()
     finally:
         for name, layer in block.layers.items():
             layer.compute = computes[name]

@@ -12,6 +12,7 @@ from ..artifacts import KINDS, Artifact
 from ..config import Config
 from ..errors import ConfigError
 from ..models.loading import DiffusionModel
+from ..progress import Track, counted
 from ..quant.estimator_baseline import Estimate, EstimatorBaseline, StepError, fit_gains
 from ..quant.noise_correction import SLOPE_RATIOS, RuntimeCorrection
 from ..quant.noise_statistics import NoiseStatistics, timestep_key
@@ -19,8 +20,12 @@ from ..sampling.levels import StepInfo, plan_steps, with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.parametrization import prediction_type, to_corrected
 from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
-from .assemble import Track, full_denoiser, guided_predict, quantized_denoiser
+from .assemble import full_denoiser, guided_predict, quantized_denoiser, ticking
 from .machine import keeps
+
+CALLS_PER_STEP = 5
+"""Of the denoisers: both models and their estimators, two fewer in all at the last step, and full
+precision at the quantized model's inputs."""
 
 
 def measure_noise(
@@ -89,10 +94,13 @@ def _measure(
     readings: list[tuple[list[Estimate], list[StepError]]] = []
     seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
     batches = chunks(seeds, calibration.batch_size)
-    for batch in track(batches, "measuring quantization noise", len(batches)):
+    calls = len(batches) * (CALLS_PER_STEP * len(plan) - 2)
+    for batch, tick in counted(track, batches, "measuring quantization noise", calls, "calls"):
         labels = model.labels(batch, sampling.classes)
-        predict_full = guided_predict(model, full, labels, sampling.guidance_scale)
-        predict_quantized = guided_predict(model, simulated, labels, sampling.guidance_scale)
+        predict_full, predict_quantized = (
+            ticking(guided_predict(model, denoiser, labels, sampling.guidance_scale), tick)
+            for denoiser in (full, simulated)
+        )
 
         def estimates(
             predict: Predict, batch: list[int] = batch, on_step: OnStep | None = None

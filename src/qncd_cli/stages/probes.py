@@ -10,9 +10,10 @@ from torch import Tensor
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import capture_inputs
+from ..progress import Track, counted
 from ..sampling.noise import generators_for
 from ..sampling.samplers import denoise, make_scheduler
-from .assemble import Denoiser, guided_predict
+from .assemble import Denoiser, guided_predict, ticking
 from .plan import LayerPlan
 
 PROBE_TRAJECTORIES = 8
@@ -36,7 +37,12 @@ class Probe:
 
 
 def collect_probes(
-    config: Config, model: DiffusionModel, denoiser: Denoiser, plans: list[LayerPlan], steps: int
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    plans: list[LayerPlan],
+    steps: int,
+    track: Track,
 ) -> dict[str, Probe]:
     """Inputs of every layer at PROBE_STEPS evenly spaced steps of a few trajectories.
 
@@ -58,7 +64,7 @@ def collect_probes(
         picked = x[:: max(1, -(-len(x) // rows))].detach().float().cpu().clone()
         probes[name].parts.append((denoiser.step.timestep, picked))
 
-    def counted(x: Tensor, t: Tensor) -> Tensor:
+    def numbered(x: Tensor, t: Tensor) -> Tensor:
         nonlocal calls
         prediction = predict(x, t)
         calls += 1
@@ -66,12 +72,13 @@ def collect_probes(
 
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
     with capture_inputs(model.denoiser, list(probes), receive):
-        denoise(
-            counted,
-            scheduler,
-            sampling.steps,
-            generators_for(seeds),
-            model.latent_shape,
-            eta=sampling.eta,
-        )
+        for batch, tick in counted(track, [seeds], "looking at layers' inputs", steps, "calls"):
+            denoise(
+                ticking(numbered, tick),
+                scheduler,
+                sampling.steps,
+                generators_for(batch),
+                model.latent_shape,
+                eta=sampling.eta,
+            )
     return probes

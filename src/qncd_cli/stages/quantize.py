@@ -12,6 +12,7 @@ from ..artifacts import Artifact, seal, tensors_below
 from ..backends.reference import simulate
 from ..config import Config
 from ..models.loading import DiffusionModel
+from ..progress import Track, no_progress
 from ..quant.affine import QParams, choose_qparams
 from ..quant.layers import QuantizedLayer, StepState
 from ..quant.observers import choose_range
@@ -19,7 +20,7 @@ from ..quant.packing import pack
 from ..quant.rounding import hessian_error, round_gptq, round_nearest
 from ..quant.smoothing import SmoothingFactor, fold, shifted_bias
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
-from .assemble import Track, full_denoiser, no_progress
+from .assemble import full_denoiser
 from .attention import quantize_attention
 from .budget import BitAssignment, assign_bits
 from .choose_smoothing import Factors, factors_of
@@ -65,15 +66,18 @@ def run(
     if config.quantization.weights.budget is not None:
         assigned = assign_bits(config, model, calibration, plans, factors, track)
         plans = [replace(p, weight_bits=assigned.bits.get(p.name, p.weight_bits)) for p in plans]
-    plans, sensitivity = refine(config, model, calibration, plans, factors)
-    outputs = layer_outputs(config, model, calibration, plans, factors)
-    qparams = {p.name: input_qparams(p, calibration, config, outputs.get(p.name)) for p in plans}
+    plans, sensitivity = refine(config, model, calibration, plans, factors, track)
+    outputs = layer_outputs(config, model, calibration, plans, factors, track)
+    qparams = {
+        p.name: input_qparams(p, calibration, config, outputs.get(p.name))
+        for p in track(plans, "choosing activation ranges", len(plans), "layers")
+    }
     rounding = config.quantization.weights.rounding
     gptq = rounding != "nearest"  # the others start from its codes
     tensors: dict[str, Tensor] = {}
     entries: dict[str, dict[str, Any]] = {}
-    work = with_hessians(model, config, calibration, plans, qparams, factors, gptq)
-    for plan, hessian in track(work, "rounding weights", len(plans)):
+    work = with_hessians(model, config, calibration, plans, qparams, factors, gptq, track)
+    for plan, hessian in track(work, "rounding weights", len(plans), "layers"):
         factor = factors.get(plan.name)
         layer_tensors, entry = quantize_layer(plan, qparams[plan.name], factor, hessian)
         if config.quantization.bias_correction:
@@ -127,13 +131,14 @@ def layer_outputs(
     calibration: Artifact,
     plans: list[LayerPlan],
     factors: Factors,
+    track: Track,
 ) -> dict[str, LayerOutput]:
     """What judges the output of each layer that asks for it (observer output, bias correction)."""
     asked = [p for p in plans if p.observer == "output" or config.quantization.bias_correction]
     if not asked:
         return {}
     steps = len(calibration.body["timesteps"])
-    probes = collect_probes(config, model, full_denoiser(model), asked, steps)
+    probes = collect_probes(config, model, full_denoiser(model), asked, steps, track)
     bounds = tuple(calibration.body["group_bounds"])
     return {p.name: LayerOutput(p, probes[p.name], factors.get(p.name), bounds) for p in asked}
 

@@ -24,10 +24,11 @@ from ..artifacts import Artifact
 from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import reconstruction_blocks, weight_layers
+from ..progress import Track, counted
 from ..quant.layers import QuantizedLayer
 from ..quant.smoothing import fold
 from ..spec import FLOAT_BITS
-from .assemble import Denoiser, Track, full_denoiser, quantized_denoiser, timestep_group
+from .assemble import Denoiser, full_denoiser, quantized_denoiser, timestep_group
 from .block_calls import BlockCalls, CalibrationRows, record
 from .learn_block import Block, learn_block
 
@@ -56,8 +57,12 @@ def reconstruct(
     group = torch.tensor([timestep_group(t, student.group_bounds) for t in rows.timestep.tolist()])
     tensors, entries = dict(start.tensors), dict(start.body["layers"])
     with tempfile.TemporaryDirectory(prefix="qncd-reconstruct-") as name:
-        pairs = recorded_blocks(rows, teacher, student, grouped, Path(name), settings.rounding)
-        for block_name, calls, targets in track(pairs, "learning the rounding", len(grouped)):
+        pairs = recorded_blocks(
+            rows, teacher, student, grouped, Path(name), settings.rounding, track
+        )
+        total = len(grouped) * settings.iterations
+        learning = counted(track, pairs, "learning the rounding", total, "iterations")
+        for (block_name, calls, targets), tick in learning:
             layers = quantized_layers(student.module, grouped[block_name])
             block = Block(
                 student.module.get_submodule(block_name),
@@ -68,7 +73,9 @@ def reconstruct(
                 group,
                 model.device,
             )
-            learnt, report = learn_block(block, settings, rows.held_out, config.calibration.seed)
+            learnt, report = learn_block(
+                block, settings, rows.held_out, config.calibration.seed, tick
+            )
             for n in layers:
                 entries[n] = {**entries[n], "reconstruction": {"block": block_name, **report}}
                 if report["kept"]:
@@ -97,6 +104,7 @@ def recorded_blocks(
     grouped: dict[str, list[str]],
     folder: Path,
     method: str,
+    track: Track,
 ) -> Iterator[tuple[str, BlockCalls, BlockCalls]]:
     """(name, arguments, targets) of every block in the order of execution.
 
@@ -111,11 +119,13 @@ def recorded_blocks(
         calls.delete()
     alone = method == "adaround"
     for part in _parts(size):
-        found = record(rows, teacher, part, folder, arguments=alone, output=True)
+        found = record(rows, teacher, part, folder, arguments=alone, output=True, track=track)
         for name in part:
             targets = calls = found[name]
             if not alone:
-                recorded = record(rows, student, [name], folder, arguments=True, output=False)
+                recorded = record(
+                    rows, student, [name], folder, arguments=True, output=False, track=track
+                )
                 calls = recorded[name]
             yield name, calls, targets
             calls.delete()

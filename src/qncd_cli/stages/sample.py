@@ -22,6 +22,7 @@ from ..digests import digest_of
 from ..errors import ConfigError
 from ..files import remove_temporaries, write_bytes, write_json
 from ..models.loading import DiffusionModel
+from ..progress import Tick, Track, counted, no_progress
 from ..quant.estimator_baseline import EstimatorBaseline
 from ..quant.noise_correction import RuntimeCorrection
 from ..quant.offline_correction import AffineCorrection, PtqdCorrection
@@ -29,7 +30,7 @@ from ..sampling.levels import plan_steps, supports_variance_deduction, with_time
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction, denoise, make_scheduler
 from . import sample_set
-from .assemble import Track, guided_predict, no_progress
+from .assemble import guided_predict
 from .subject import Subject
 
 TRACED = 32
@@ -81,10 +82,13 @@ def run(
     )
     remove_temporaries(request.folder)
     pending = [b for b in chunks(request.seeds, request.batch_size) if not done.issuperset(b)]
-    for seeds in track(pending, f"sampling ({subject.kind})", len(pending)):
+    timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
+    calls = len(pending) * len(timed.timesteps)
+    what = f"sampling {sum(map(len, pending))} images ({subject.kind})"
+    for seeds, tick in counted(track, pending, what, calls, "calls"):
         part = request.folder / sample_set.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
         if not part.is_file():
-            draw_batch(config, model, subject, scheduler, seeds, part)
+            draw_batch(config, model, subject, scheduler, seeds, part, tick)
     return sample_set.assemble(request.folder, identity, drawn, request.batch_size)
 
 
@@ -206,8 +210,12 @@ def draw_batch(
     scheduler: Any,
     seeds: list[int],
     part: Path,
+    tick: Tick,
 ) -> None:
-    """Sample one batch; write its images, then its part file, which says that it is done."""
+    """Sample one batch; write its images, then its part file, which says that it is done.
+
+    tick: called at every step.
+    """
     sampling = config.sampling
     labels = model.labels(seeds, sampling.classes)
     correction = make_correction(config, subject, scheduler, seeds)
@@ -216,6 +224,7 @@ def draw_batch(
 
     def trace(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
         traced.append(prediction[keep].float().clone())
+        tick()
 
     latents = denoise(
         guided_predict(model, subject.denoiser, labels, sampling.guidance_scale),

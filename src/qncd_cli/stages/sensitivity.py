@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..artifacts import Artifact, tensors_below
 from ..config import Config
 from ..models.loading import DiffusionModel
+from ..progress import Track, counted, no_progress
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
 from ..quant.rounding import weight_qparams
@@ -57,6 +58,7 @@ def refine(
     calibration: Artifact,
     plans: list[LayerPlan],
     factors: Factors,
+    track: Track = no_progress,
 ) -> tuple[list[LayerPlan], Sensitivity]:
     """The plans, the most sensitive layers with more bits for their weights or inputs; and what
     decided it, empty where nothing is to be spent.
@@ -72,7 +74,7 @@ def refine(
     if not (extra_weight_bits and coarse) and not (extra.activation_bits and narrow):
         return plans, Sensitivity()
     concerned = [p for p in plans if p.name in coarse or p.name in narrow]
-    found = sensitivity(config, model, calibration, concerned, factors)
+    found = sensitivity(config, model, calibration, concerned, factors, track)
     sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
     finer = spend(found.weights, coarse, sizes, WEIGHT_WIDTHS, extra_weight_bits)
     macs = {cost.name: cost.macs for cost in denoiser_costs(config, model)}
@@ -131,6 +133,7 @@ def sensitivity(
     calibration: Artifact,
     plans: list[LayerPlan],
     factors: Factors,
+    track: Track = no_progress,
 ) -> Sensitivity:
     """What rounding each layer's inputs and weight does to the guided prediction.
 
@@ -138,8 +141,10 @@ def sensitivity(
     (nearest, for weights); E[(v J e)^2] = ||J e||^2 over random v (Hutchinson), and one backward
     pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows.
     """
-    roundings = {p.name: _InputError(config, calibration, p, factors) for p in plans}
-    differences = {p.name: _weight_error(p, factors) for p in plans}
+    roundings, differences = {}, {}
+    for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
+        roundings[p.name] = _InputError(config, calibration, p, factors)
+        differences[p.name] = _weight_error(p, factors)
     timestep = calibration.tensors["inputs.timestep"]
     times = sorted(set(timestep.tolist()), reverse=True)
     picked = sorted({times[round(i * (len(times) - 1) / (STEPS - 1))] for i in range(STEPS)})
@@ -149,7 +154,8 @@ def sensitivity(
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        for t in picked:
+        passes = PROJECTIONS * len(picked)
+        for t, tick in counted(track, picked, "measuring sensitivity", passes, "passes"):
             rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
             with torch.enable_grad(), _own_inputs(model.denoiser, list(roundings)) as inputs:
                 prediction = _prediction(config, model, calibration, rows, t)
@@ -175,6 +181,7 @@ def sensitivity(
                     if grad is not None:
                         product = (grad * differences[name]).double().sum()
                         result.weights[name] += float(product.square()) / count
+                tick()
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
