@@ -58,13 +58,17 @@ def test_features_are_the_classifiers_own(network) -> None:
     classifier.load_state_dict(safetensors.torch.load_file(network.weights))
     with torch.no_grad():
         features, logits = classifier(to_classifier_input(images))
-    seen: list[tuple[int, int]] = []
-    found = image.extract_features(
-        images, network, batch_size=3, progress=lambda *state: seen.append(state)
-    )
+    seen = []
+
+    def track(items, description, total, unit):
+        for item in items:
+            yield item
+            seen.append((item + 1, total, unit))
+
+    found = image.extract_features(images, network, batch_size=3, track=track)
     torch.testing.assert_close(found.features, features)
     torch.testing.assert_close(found.logits, logits)
-    assert found.features.dtype == torch.float32 and seen[-1] == (7, 7)
+    assert found.features.dtype == torch.float32 and seen[-1] == (7, 7, "images")
 
 
 def test_features_do_not_depend_on_the_batch_size_or_grey_storage(network) -> None:

@@ -130,7 +130,8 @@ def learn_block(
     """Learn the rounding of a block's layers; leaves the better of start and result in them.
 
     held_out: [K] bool, samples that judge and do not teach; tick: called at every iteration.
-    Returns the layers' learnt tensors by name, and a report: relative_output_error_{before, after} on the held-out samples, kept.
+    Returns the layers' learnt tensors by name, and a report: relative_output_error_{before,
+    after} on the held-out samples, kept.
     """
     indices = torch.arange(len(held_out))
     judges, teaching = indices[held_out], indices[~held_out]
