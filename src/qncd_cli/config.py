@@ -17,6 +17,8 @@ from .digests import digest_of
 from .spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
 
 MAX_STEPS = 1000
+MAX_GUIDANCE = 100
+"""Published uses stay below 20; far above, every image is saturated or not finite."""
 
 Bits = Annotated[int, Field(ge=2, le=FLOAT_BITS)]
 
@@ -61,7 +63,10 @@ class SamplingConfig(_Section):
     guidance_scale: float = Field(
         3.0,
         ge=0,
-        description="1 turns classifier-free guidance off; FLUX.1-dev reads it as an input",
+        le=MAX_GUIDANCE,
+        description="classifier-free guidance; off at 1, in diffusers' own pipelines at anything "
+        "up to 1 (0 keeps the prompt); of class-conditional models 0 is the null class alone, "
+        "whatever the class; FLUX.1-dev reads it as an input",
     )
     seed: int = Field(0, ge=0, description="seed of the first sample; the next ones count up")
     classes: Literal["all"] | tuple[int, ...] = Field(
@@ -345,6 +350,8 @@ class Config(_Section):
         inputs["sampling"].pop("seed")
         if inputs["model"]["tokenizer"] is None:  # runs made before there was one stay valid
             del inputs["model"]["tokenizer"]
+        if tree["sampling"]["guidance_scale"] < 1:  # once led away from prompts
+            inputs["guidance"] = "off, or towards the null class"
         inputs["intra"] = intra = tree["correction"]["intra"]
         inputs["timestep_groups"] = tree["quantization"]["activations"]["timestep_groups"]
         inputs["split"] = tree["quantization"]["split_skip_connections"]

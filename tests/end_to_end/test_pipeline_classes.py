@@ -98,6 +98,40 @@ def test_a_text_model_is_sampled_as_its_own_pipeline_does(folder, name, negative
     assert other.digest == model.digest
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("name", [n for n in tiny.TEXT if "Alpha" not in n and "v" not in n])
+def test_up_to_one_guidance_is_off_as_in_diffusers(folder, name, scale):
+    """Turbo cards name 0: the prompt alone, in one row a sample."""
+    model = load_model(str(folder(name)), prompts=Prompts(TEXTS, "bag"))
+    assert not model.guides(scale) and model.guides(1.5)
+    pipeline = DiffusionPipeline.from_pretrained(folder(name))
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"use_resolution_binning": False} if name.startswith("PixArt") else {}
+    expected = pipeline(
+        [TEXTS[seed % 2] for seed in SEEDS],
+        negative_prompt=["bag"] * len(SEEDS),
+        num_inference_steps=STEPS,
+        guidance_scale=scale,
+        latents=noise(model),
+        output_type="latent",
+        **options,
+    ).images
+    found = drawn(model, scale)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    other = load_model(str(folder(name)), prompts=Prompts(TEXTS[::-1], "bag"))
+    assert not torch.allclose(drawn(other, scale), found, rtol=1e-3)
+
+
+def test_guidance_that_a_model_cannot_have_is_off_or_refused(folder):
+    """FLUX.1-schnell's card names 0, too."""
+    flux = load_model(str(folder("FluxPipeline, schnell")), prompts=Prompts(TEXTS, image_size=16))
+    plain = load_model(str(folder("DDIMPipeline")))
+    for model in (flux, plain):
+        assert torch.equal(drawn(model, 0.0), drawn(model, 1.0))
+        with pytest.raises(ModelError, match="no null class to guide away from"):
+            drawn(model, 1.5)
+
+
 @pytest.mark.parametrize("name", tiny.FLUX)
 def test_flux_is_sampled_as_its_own_pipeline_does(folder, name):
     scale = 3.5 if name.endswith("dev") else 1.0
@@ -145,19 +179,20 @@ def test_the_size_of_images_is_the_pipelines(folder, name):
     torch.testing.assert_close(drawn(model, GUIDANCE), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_dit_is_sampled_as_its_own_pipeline_does(folder):
+@pytest.mark.parametrize("guidance", [0.0, 1.0, GUIDANCE])
+def test_dit_is_sampled_as_its_own_pipeline_does(folder, guidance):
     model = load_model(str(folder("DiTPipeline")))
     assert model.num_classes == 1000
     pipeline = DiffusionPipeline.from_pretrained(folder("DiTPipeline"))
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(
         SEEDS,
-        guidance_scale=GUIDANCE,
+        guidance_scale=guidance,
         generator=generators_for(SEEDS),
         num_inference_steps=STEPS,
         output_type="np",
     ).images
-    images = model.decode(drawn(model, GUIDANCE)).permute(0, 2, 3, 1).numpy() / 255
+    images = model.decode(drawn(model, guidance)).permute(0, 2, 3, 1).numpy() / 255
     assert abs(images - expected).max() < 0.51 / 255 + 1e-4
 
 

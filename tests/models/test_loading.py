@@ -226,6 +226,17 @@ def test_a_class_conditional_model_of_another_kind_loads(other_model):
         assert set(images.flatten().tolist()) == {128}  # half of 255, rounded to even
 
 
+def test_class_conditional_guidance_is_off_at_one_alone(other_model):
+    """CompVis' rule: 0 is the null class, whatever the class."""
+    model = load_model(str(other_model))
+    assert [model.guides(scale) for scale in (0.0, 0.5, 1.0, 3.0)] == [True, True, False, True]
+    x, t = torch.randn(2, *model.latent_shape), torch.tensor(500)
+    denoiser = full_denoiser(model)
+    of_classes = guided_predict(model, denoiser, torch.tensor([2, 0]), 0.0)(x, t)
+    of_null = denoiser(x, t, model.null_condition(2))
+    assert torch.allclose(of_classes, of_null, atol=1e-5)
+
+
 def test_the_other_pipelines_are_what_the_stages_compute(other_model):
     model = load_model(str(other_model))
     kinds = {"pixel": ClassConditionalPixelPipeline, "dit": ClassConditionalDiTPipeline}

@@ -43,6 +43,8 @@ def same(shapes, model) -> None:
     assert costs(shapes) == denoiser_costs(config, model)
     assert shapes.latent_shape == model.latent_shape
     assert shapes.guided == (model.null_condition is not None)
+    scales = (0.0, 0.5, 1.0, 2.0)
+    assert [shapes.guides(s) for s in scales] == [model.guides(s) for s in scales]
     assert shapes.classes == (model.num_classes or 0)
     with torch.no_grad():
         image = model.decode(torch.zeros(1, *model.latent_shape))[0]

@@ -16,7 +16,7 @@ from ..files import read_json, write_bytes
 from ..run_dir import RunDir, find_run, set_current
 from .console import Console, show
 from .evaluation import EvalOptions, evaluate
-from .shared import open_model
+from .shared import note_sampling, open_model
 
 DEFAULT_NUM = 64
 DRAWING = ("steps", "num", "seed", "classes", "prompts", "batch_size", "backend")
@@ -87,6 +87,7 @@ def calibrate(
 
     start = time.perf_counter()
     model = open_model(config, device, run.path)
+    note_sampling(console, config, model)
     calibration, _, skipped = chain.calibrate(run, config, model, console.track, force=force)
     write_bytes(run.config, config.to_yaml().encode())
     set_current(run)
@@ -217,6 +218,8 @@ def sample(console: Console, options: SampleOptions) -> Path:
         subject = subjects.quantized(
             model, quantized, noise_stats, backend, low_memory=little, in_place=True
         )
+    if config.sampling != own.sampling:
+        note_sampling(console, config, model)
     macs = _macs(run, config, model, subject.kind)
     request = stage.SampleRequest(
         folder,

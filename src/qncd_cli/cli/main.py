@@ -111,7 +111,7 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
 @options.sampling
 @click.option("--scheduler", metavar="NAME", help="ddim, ddpm, pndm, plms, dpmsolver++, euler, ...")
 @click.option("--eta", type=click.FloatRange(0, 1), help="Stochasticity of DDIM.")
-@click.option("--guidance", type=click.FloatRange(0), help="Classifier-free guidance scale.")
+@click.option("--guidance", type=click.FloatRange(0, 100), help="Classifier-free guidance scale.")
 @click.option(
     "--inter",
     type=click.Choice(["none", "runtime", "ptqd", "affine"]),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
+from .console import Console
 from .process import collect_as_usual
 
 
@@ -38,6 +39,16 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
     )
+
+
+def note_sampling(console: Console, config: Config, model: Any) -> None:
+    """Say what of the way of sampling may surprise."""
+    from ..models.schedule import distilled
+
+    if remark := distilled(model.scheduler_config):
+        console.note(f"{model.source}: {remark}")
+    if model.interpolates and config.sampling.guidance_scale == 0:
+        console.note("guidance 0: every image is of the null class, whatever sampling.classes says")
 
 
 def silence_diffusers() -> None:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
-from .schedule import FLUX_MAX_SHIFT, FROM_ONE, SD3_MAX_SHIFT, schedule_of, shifted
+from .schedule import (
+    FLUX_MAX_SHIFT,
+    FROM_ONE,
+    FROM_ONE_SOLVERS,
+    SD3_MAX_SHIFT,
+    schedule_of,
+    shifted,
+)
 from .text import TEXT_TABLES, Encoded, Prompts, latent_side
 
 Condition = dict[str, Tensor]
@@ -116,11 +123,13 @@ def _flux(pipeline: Any, request: Request) -> Parts:
         return {**encoded(labels), "guidance": scale}
 
     schedule = shifted(schedule_of(pipeline), height * width // 4, FLUX_MAX_SHIFT)
+    if schedule["_class_name"] in FROM_ONE_SOLVERS:
+        schedule["_class_name"] = FROM_ONE
     return {
         **parts,
         "latent_shape": (channels // 4, height, width),
         "condition": condition if transformer.config.guidance_embeds else encoded,
-        "scheduler_config": {**schedule, "_class_name": FROM_ONE},
+        "scheduler_config": schedule,
     }
 
 

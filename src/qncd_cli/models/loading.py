@@ -21,7 +21,7 @@ from .calling import level
 from .compvis import compvis_pipeline
 from .compvis_file import checkpoint_digest, is_checkpoint
 from .compvis_text import tokenizer_files
-from .pipelines import CLASS_CONDITIONAL
+from .pipelines import CLASS_CONDITIONAL, is_guided
 from .prompt_cache import PromptCache
 from .random_models import SEED, random_pipeline
 from .schedule import schedule_of
@@ -45,6 +45,8 @@ class DiffusionModel:
     denoiser: called as denoiser(x [N, *latent_shape], t, **condition).sample.
     condition: class labels [N] -> keyword arguments of the denoiser, batch first.
     null_condition: number of rows -> the same for the null class; None: no guidance possible.
+    interpolates: whether guidance scales below 1 lead towards the null class, as CompVis has it;
+    in diffusers' own pipelines guidance is off there.
     decode: latents [N, *latent_shape] -> images uint8 [N, C, H, W].
     num_classes: of a text model, the number of prompts; None for an unconditional model.
     scheduler_config: as the pipeline sets it for images of that size.
@@ -59,6 +61,7 @@ class DiffusionModel:
     num_classes: int | None
     condition: Callable[[Tensor], Condition]
     null_condition: Callable[[int], Condition] | None
+    interpolates: bool
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     device: torch.device
@@ -79,6 +82,10 @@ class DiffusionModel:
                 f"it has classes 0 to {self.num_classes - 1}",
             )
         return torch.tensor([known[s % len(known)] for s in seeds], dtype=torch.int64)
+
+    def guides(self, scale: float) -> bool:
+        """Whether a call of the denoiser holds every sample twice, once of the null class."""
+        return self.null_condition is not None and is_guided(scale, self.interpolates)
 
     def denoiser_bytes(self) -> int:
         """Of the denoiser's parameters in float32."""
@@ -123,7 +130,8 @@ def load_model(
         encoded = encode(pipeline, prompts)
         if cache is not None and path is not None:
             cache.write(path, encoded)
-    parts = ADAPTERS[type(pipeline).__name__](pipeline, (prompts, encoded))
+    kind = type(pipeline).__name__
+    parts = ADAPTERS[kind](pipeline, (prompts, encoded))
     level(parts["denoiser"])
     schedule = {"scheduler_config": schedule_of(pipeline)}
     return DiffusionModel(
@@ -131,6 +139,7 @@ def load_model(
         digest=digest,
         dtype=DTYPES[dtype],
         device=place,
+        interpolates=kind in CLASS_CONDITIONAL,
         **{**schedule, **parts},
     )
 

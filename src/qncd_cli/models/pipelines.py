@@ -28,6 +28,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 
+def is_guided(scale: float, interpolates: bool) -> bool:
+    """Whether a guidance scale guides, by the rule of the pipeline's class.
+
+    interpolates: of the pipelines below, where only 1 is off and 0 is the null class alone (LDM,
+    arXiv 2112.10752); in those of diffusers guidance is off up to 1, so that 0 keeps the prompt.
+    """
+    return scale != 1.0 if interpolates else scale > 1.0
+
+
 class ClassEmbedder(ModelMixin, ConfigMixin):
     """Learned class embedding as a cross-attention context, of one token unless told otherwise.
 
@@ -85,14 +94,15 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
     ) -> ImagePipelineOutput | tuple:
         """Draw one image per label.
 
-        guidance_scale: eps = eps_null + guidance_scale * (eps_class - eps_null); 1 turns it off.
+        guidance_scale: eps = eps_null + guidance_scale * (eps_class - eps_null); 1 turns it off,
+        0 is the null class alone.
         output_type: "pil", "np" ([N, H, W, C] in [0, 1]) or "latent" ([N, C, h, w]).
         """
         device = self._execution_device
         labels = torch.as_tensor(class_labels, device=device)
         config: Any = self.denoiser.config
         shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-        guided = guidance_scale != 1.0
+        guided = is_guided(guidance_scale, interpolates=True)
         if guided:
             labels = torch.cat([torch.full_like(labels, self.null_class), labels])
         condition = self.condition(labels)

@@ -10,12 +10,29 @@ SD3_MAX_SHIFT, FLUX_MAX_SHIFT = 1.16, 1.15
 """The pipelines' own, where the scheduler has none."""
 FROM_ONE = "FlowMatchFromOne"
 """The scheduler of `sampling.flow` that sets its steps as FluxPipeline does."""
+FROM_ONE_SOLVERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""Whose place it takes."""
 
 
 def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Its scheduler's configuration, the class of which it is among it."""
     scheduler = pipeline.scheduler
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
+def distilled(config: dict[str, Any]) -> str:
+    """What there is to say of the scheduler of a distilled model (Turbo, Lightning), else nothing.
+
+    Such folders space their timesteps from the last one on, as do those of models that were trained
+    to start without any signal (zero terminal SNR), which are no such models.
+    """
+    trailing = config.get("timestep_spacing") == "trailing"
+    if not trailing or config.get("rescale_betas_zero_snr", False):
+        return ""
+    return (
+        f"the folder's {config['_class_name']} with trailing timesteps is that of distilled models "
+        "(Turbo, Lightning): take the few steps and the guidance that the model's card names"
+    )
 
 
 def shifted(config: dict[str, Any], tokens: int, most: float) -> dict[str, Any]:

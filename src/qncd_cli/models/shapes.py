@@ -31,6 +31,7 @@ from .arguments import FLUX_TOKENS, TEXT_TOKENS, Arguments, arguments_of
 from .compvis import described_modules
 from .compvis_file import is_checkpoint
 from .loading import FIRST_STAGES, UNUSED
+from .pipelines import CLASS_CONDITIONAL, is_guided
 from .published import PUBLISHED
 from .random_models import RANDOM
 from .zoo import zoo_path
@@ -74,7 +75,8 @@ class Shapes:
     """A diffusion model without its weights.
 
     arguments: rows -> keyword arguments of the denoiser, tensors on the meta device. classes: of
-    the model, 0 for none; guided: whether it has a null class or prompt. image_shape: of one image.
+    the model, 0 for none; guided: whether it has a null class or prompt, and interpolates: how,
+    as of DiffusionModel. image_shape: of one image.
     scheduler: configuration, None where nothing says. dtype: of all but the first stage.
     """
 
@@ -88,8 +90,13 @@ class Shapes:
     image_shape: tuple[int, ...]
     classes: int
     guided: bool
+    interpolates: bool
     scheduler: dict[str, Any] | None
     arguments: Callable[[int], Arguments] = field(repr=False)
+
+    def guides(self, scale: float) -> bool:
+        """As DiffusionModel says."""
+        return self.guided and is_guided(scale, self.interpolates)
 
     def call(self, rows: int, denoiser: nn.Module | None = None) -> Tensor:
         """One call of the denoiser, or of another one in its place."""
@@ -117,7 +124,7 @@ def model_shapes(
     """
     scheduler: dict[str, Any] | None = None
     stored: dict[str, Stored] = {}
-    tokens, is_folder = 0, False
+    tokens, is_folder, kind = 0, False, ""
     if source.startswith("random:"):
         modules, scheduler = _random(source.removeprefix("random:"))
     elif is_checkpoint(source):
@@ -128,6 +135,7 @@ def model_shapes(
     else:
         folder, is_folder = _find(source), True
         modules, scheduler, stored = _folder(folder, source)
+        kind = _index(folder)["_class_name"]
         tokens = _prompt_tokens(folder)
     name = next((n for n in DENOISERS if n in modules), None)
     if name is None:
@@ -155,6 +163,7 @@ def model_shapes(
         image_shape=image,
         classes=max(1, prompts) if text else classes,
         guided=bool(classes or text) and not isinstance(denoiser, FluxTransformer2DModel),
+        interpolates=bool(classes) and (not kind or kind in CLASS_CONDITIONAL),
         scheduler=scheduler,
         arguments=arguments_of(denoiser, dtype, latent, tokens),
     )
@@ -196,9 +205,14 @@ def _classes(denoiser: Any, embedder: Any) -> int:
     return 0
 
 
+def _index(folder: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    return tree
+
+
 def _prompt_tokens(folder: Path) -> int:
     """What a folder says of its prompts, 0 where that is nothing."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = _index(folder)
     encoder = folder / "text_encoder" / "config.json"
     if index["_class_name"] == "PixArtAlphaPipeline":
         return PIXART_ALPHA_TOKENS
@@ -255,7 +269,7 @@ def _folder(folder: Path, source: str) -> Found:
     stored: dict[str, Stored] = {}
     scheduler = None
     try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = _index(folder)
         for name, entry in index.items():
             if not isinstance(entry, list) or entry[0] is None or name in UNUSED:
                 continue

@@ -21,9 +21,9 @@ def guided(
 
     condition, null_condition: keyword arguments of the denoiser with the batch first, like x,
     which may hold fewer rows: the first ones of the batch.
-    guidance_scale 1, or no null condition: the conditional prediction alone.
+    No null condition, where guidance is off: the conditional prediction alone.
     """
-    if guidance_scale == 1.0 or null_condition is None:
+    if null_condition is None:
         return lambda x, t: predict(x, t, _first(condition, len(x)))
 
     @functools.cache

@@ -9,15 +9,19 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, QncdError
 from .parametrization import PARAMETRIZATIONS, prediction_type
 
+PNDM_ORDER = 4
+"""Runge-Kutta steps that PNDM begins with (arXiv 2202.09778, sec. 3.3)."""
 NO_CORRECTION = "set correction.inter.method to none"
 
 
@@ -56,6 +60,11 @@ def with_timesteps(
     kind, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
     if not 1 <= steps <= most:
         raise ConfigError(f"sampling.steps is {steps}", f"use 1 to {most}")
+    if kind == "PNDMScheduler" and not scheduler.config.skip_prk_steps and steps < PNDM_ORDER:
+        raise ConfigError(
+            f"{kind} takes no {steps} steps: it begins with {PNDM_ORDER} of another kind",
+            f"use sampling.steps of at least {PNDM_ORDER}, or the scheduler plms",
+        )
     if eta > 0 and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ConfigError(
             f"{kind} has no eta (sampling.eta is {eta})", "use the ddim scheduler or eta 0"
@@ -68,8 +77,34 @@ def with_timesteps(
     options = {}
     if scheduler.config.get("use_dynamic_shifting", False) and _is_straight(scheduler):
         options["mu"] = scheduler.config.base_shift  # models.schedule: at the size of the images
-    scheduler.set_timesteps(steps, device=device, **options)
+    with refusals(f"{kind} takes no {steps} steps"):
+        scheduler.set_timesteps(steps, device=device, **options)
+    last = most - 1 + _is_straight(scheduler)
+    first = float(max(scheduler.timesteps))
+    if first > last and scheduler.config.get("timestep_type", "discrete") == "discrete":
+        raise ConfigError(
+            f"{kind} takes no {steps} steps: the first would be at timestep {first:g}, "
+            f"the model knows 0 to {last}",
+            f"use sampling.steps of {steps - 1} or less, or another sampling.scheduler",
+        )
     return scheduler
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Errors of diffusers inside the block become a ConfigError: what, and what diffusers said."""
+    try:
+        yield
+    except QncdError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of as many kinds as schedulers have checks, and lack them
+        said = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"{what}: {type(error).__name__} {said}".rstrip(),
+            "use another sampling.scheduler or other sampling.steps",
+        ) from error
 
 
 def plan_steps(scheduler: Any, eta: float = 0.0) -> list[StepInfo]:

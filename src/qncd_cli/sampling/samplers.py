@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .families import check_family, without_clipping
 from .flow import FlowMatchFromOne
-from .levels import StepInfo, plan_steps, with_timesteps
+from .levels import StepInfo, plan_steps, refusals, with_timesteps
 from .noise import initial_noise
 from .parametrization import (
     FLOW,
@@ -80,7 +81,7 @@ def make_scheduler(name: str, scheduler_config: Mapping[str, Any], **overrides: 
 
     Betas, prediction_type, clipping, timestep spacing etc. stay those of `scheduler_config`;
     `overrides` replace single keys. Raises ConfigError for an unknown name, and for one whose
-    noise levels are not those of the model: rectified flows have straight paths, others have not.
+    noise levels are not those of the model (`families`).
     """
     if name not in SCHEDULERS:
         near = difflib.get_close_matches(name, SCHEDULERS, n=1)
@@ -90,18 +91,14 @@ def make_scheduler(name: str, scheduler_config: Mapping[str, Any], **overrides: 
             f"{guess}known: {', '.join(sorted(SCHEDULERS))}",
         )
     class_name, fixed = SCHEDULERS[name]
-    own = str(scheduler_config.get("_class_name", ""))
-    straight = own.startswith(FLOW_MATCH)
-    if straight != class_name.startswith(FLOW_MATCH):
-        raise ConfigError(
-            f"sampling.scheduler {name!r} does not fit a model made for {own or 'diffusion'}",
-            "use flow-euler" if straight else "flow-euler is for rectified flows; use another",
-        )
-    config = {k: v for k, v in scheduler_config.items() if k != "_class_name"}
     kind = getattr(diffusers, class_name)
-    if own == FlowMatchFromOne.__name__:
+    check_family(name, kind, scheduler_config)
+    if scheduler_config.get("_class_name") == FlowMatchFromOne.__name__:
         kind = FlowMatchFromOne
-    return kind.from_config({**config, **fixed, **overrides})
+    config = without_clipping(scheduler_config)
+    config.pop("_class_name", None)
+    with refusals(f"{class_name} cannot be made from the model's scheduler_config.json"):
+        return kind.from_config({**config, **fixed, **overrides})
 
 
 @torch.no_grad()
@@ -144,13 +141,13 @@ def denoise(
             prediction = with_corrected(prediction, predicted, eps, abar_t, kind)
         if on_step is not None:
             on_step(i, t, model_input, prediction)
-        if correction is None or plan is None:
-            x = scheduler.step(prediction, t, x, **options).prev_sample
-            continue
-        deduct = _deduction(correction, plan[i])
+        deduct = _deduction(correction, plan[i]) if correction is not None and plan else None
         before = [g.get_state() for g in generators] if deduct is not None else []
-        output = scheduler.step(prediction, t, x, **options)
+        with refusals(f"{type(scheduler).__name__} fails at step {i + 1} of {steps}"):
+            output = scheduler.step(prediction, t, x, **options)
         x = output.prev_sample
+        if correction is None or plan is None:
+            continue
         if deduct is not None:
             x = x - _per_sample(deduct, x) * _redraw(before, x)
         if plan[i].t_next is not None:
@@ -232,7 +229,6 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
-FLOW_MATCH = "FlowMatch"
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),

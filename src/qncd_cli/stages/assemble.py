@@ -85,10 +85,12 @@ def guided_predict(
     model: DiffusionModel, denoiser: Denoiser, labels: Tensor, guidance_scale: float
 ) -> Predict:
     """(x, t) -> guided prediction for one batch of labels. Raises ModelError."""
+    null = None
     with torch.no_grad():
         condition = model.condition(labels)
-        null = model.null_condition(len(labels)) if model.null_condition else None
-    if null is None and guidance_scale != 1.0 and "guidance" not in condition:
+        if model.null_condition is not None and model.guides(guidance_scale):
+            null = model.null_condition(len(labels))
+    if model.null_condition is None and guidance_scale > 1.0 and "guidance" not in condition:
         raise ModelError(
             f"{model.source} has no null class to guide away from",
             "set sampling.guidance_scale: 1",

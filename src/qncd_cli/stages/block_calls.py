@@ -36,8 +36,7 @@ class CalibrationRows:
             name: calibration.tensors[f"inputs.{name}"]
             for name in ("x", "timestep", "class", "seed")
         }
-        guided = config.sampling.guidance_scale != 1.0 and model.null_condition is not None
-        self.samples_per_row = 2 if guided else 1
+        self.samples_per_row = 2 if model.guides(config.sampling.guidance_scale) else 1
         self.batches = self._choose(most)
         copies = self.samples_per_row
         order = torch.cat([rows.repeat(copies) for rows in self.batches])

@@ -217,7 +217,7 @@ def _stages(
 
 def _copies(config: Config, shapes: Shapes) -> int:
     """Rows of a denoiser call per sample."""
-    return 2 if shapes.guided and config.sampling.guidance_scale != 1.0 else 1
+    return 2 if shapes.guides(config.sampling.guidance_scale) else 1
 
 
 def _decoding_macs(shapes: Shapes) -> int:

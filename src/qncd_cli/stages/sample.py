@@ -95,15 +95,15 @@ def run(
 def check(config: Config, model: DiffusionModel, subject: Subject, request: SampleRequest) -> None:
     """Before anything is drawn or replaced. Raises ModelError, ConfigError.
 
-    A correction is refused where its statistics were prepared for other sampling, and where the
-    scheduler leaves it without meaning (`plan_steps`).
+    Refused are schedulers and numbers of steps that the model cannot have, and a correction that
+    was prepared for other sampling or is left without meaning by the scheduler (`plan_steps`).
     """
     model.labels(request.seeds, config.sampling.classes)
     _check_correction(config, subject)
+    scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
+    timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
     if subject.kind == "quantized" and config.correction.inter.method != "none":
-        scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
-        steps, eta = config.sampling.steps, config.sampling.eta
-        plan_steps(with_timesteps(scheduler, steps, eta), eta)
+        plan_steps(timed, config.sampling.eta)
 
 
 def identify(
@@ -128,6 +128,8 @@ def identify(
         "correction": inter.identity() if inter is not None else None,
         "digests": subject.digests,
     }
+    if sampling["guidance_scale"] < 1 and not model.interpolates:
+        identity["guidance"] = "off"  # sets drawn when it led away from the prompt are others
     if subject.backend is not None:
         identity["backend"] = subject.backend.name  # equal to others only up to float rounding
     if subject.compiled:

@@ -235,7 +235,7 @@ def _prediction(
     scale = config.sampling.guidance_scale
     x = calibration.tensors["inputs.x"][rows].to(model.device, model.dtype)
     conditions = [model.condition(calibration.tensors["inputs.class"][rows])]
-    if scale != 1.0 and model.null_condition is not None:
+    if model.null_condition is not None and model.guides(scale):
         conditions.insert(0, model.null_condition(len(rows)))
     n = len(conditions)
     condition = {name: torch.cat([c[name] for c in conditions]).detach() for name in conditions[0]}

@@ -35,8 +35,7 @@ def worth(rows: int, macs: int) -> float:
 
 def copies(config: Config, model: DiffusionModel) -> int:
     """Rows of a sample in a call: two with guidance."""
-    guided = model.null_condition is not None and config.sampling.guidance_scale != 1.0
-    return 2 if guided else 1
+    return 2 if model.guides(config.sampling.guidance_scale) else 1
 
 
 @dataclass(frozen=True)
