@@ -77,7 +77,7 @@ def check_family(name: str, wanted: type, config: Mapping[str, Any]) -> None:
             refused,
             "flow-euler is for rectified flows; use another" if straight else "use flow-euler",
         )
-    known = inspect.signature(wanted.__init__).parameters
+    known = inspect.signature(wanted).parameters
     for key, nothing in LEVELS.items():
         value = config.get(key, nothing)
         if not straight and value != nothing and key not in known:
