@@ -80,3 +80,24 @@ def test_arguments_are_left_alone():
 def test_impossible_ranges_are_refused(low, high):
     with pytest.raises(ValueError, match="range is not finite|exceeds"):
         choose_qparams(torch.tensor(low), torch.tensor(high), QSpec(8))
+
+
+@pytest.mark.parametrize("exponent", [-20, -30, -60, -100])
+@pytest.mark.parametrize("spec", [weight_spec(4), weight_spec(8), activation_spec(8)], ids=str)
+def test_small_values_are_quantized_as_well_as_large_ones(spec, exponent):
+    """A power of two passes through unchanged: the same codes, the scale times it."""
+    x = torch.randn(6, 40, generator=torch.Generator().manual_seed(3))
+    axis = (1,) if spec.axis == 0 else (0, 1)
+    one = choose_qparams(x.amin(axis), x.amax(axis), spec)
+    small = x * 2.0**exponent
+    other = choose_qparams(small.amin(axis), small.amax(axis), spec)
+    assert torch.equal(other.scale, one.scale * 2.0**exponent)
+    assert torch.equal(quantize(small, other, spec), quantize(x, one, spec))
+
+
+def test_the_smallest_ranges_have_a_scale_that_can_be_divided_by():
+    spec = activation_spec(8)
+    for high in (0.0, 1e-45, 1e-38):
+        qparams = choose_qparams(torch.tensor(0.0), torch.tensor(high), spec)
+        assert qparams.scale > 0 and torch.isfinite(1 / qparams.scale)
+        assert fake_quantize(torch.tensor(high), qparams, spec).isfinite()

@@ -202,3 +202,23 @@ def test_a_channels_range_depends_on_no_other_channel(monkeypatch):
         parts = mse_weight_qparams(weight, spec)
         assert torch.equal(parts.scale, whole.scale)
         assert torch.equal(parts.zero_point, whole.zero_point)
+
+
+@pytest.mark.parametrize(("weights", "inputs"), [(-30, 0), (0, -30), (-40, -20), (30, 20)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiny_and_huge_weights_are_rounded_to_the_same_codes(bits, weights, inputs):
+    """Scaled by powers of two, as before a large gain; a floor of a scale turned them to zeros."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(6, 24, generator=generator)
+    x = torch.randn(200, 24, generator=generator)
+    spec, hessian = weight_spec(bits), 2 * x.T @ x / len(x)
+    small, small_hessian = weight * 2.0**weights, hessian * 2.0 ** (2 * inputs)
+    for one, other in (
+        (round_nearest(weight, spec), round_nearest(small, spec)),
+        (round_gptq(weight, spec, hessian), round_gptq(small, spec, small_hessian)),
+    ):
+        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.qparams.scale * 2.0**weights, other.qparams.scale)
+        assert one.note == other.note == ""
+    variances = conditional_variances(small_hessian)
+    assert torch.equal(variances, conditional_variances(hessian) * 2.0 ** (2 * inputs))

@@ -174,3 +174,30 @@ def test_clamping_is_counted():
     factor, clamped, _ = clamp_factor(torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1e-9]))
     assert clamped == 1
     assert factor.min() > 1e-9
+
+
+@pytest.mark.parametrize("exponent", [-60, -30, 30])
+def test_factors_do_not_depend_on_the_unit_of_inputs_or_weights(exponent):
+    """But for a common factor, which one scale per tensor takes back."""
+    generator = torch.Generator().manual_seed(2)
+    low, high = -torch.rand(16, generator=generator), torch.rand(16, generator=generator)
+    low[3] = high[3] = 0.0  # a channel that was never on
+    weight = torch.randn(8, 16, generator=generator)
+    unit = 2.0**exponent
+    pairs = [
+        (smoothquant_factor(high, weight, 0.5), smoothquant_factor(high * unit, weight, 0.5)),
+        (smoothquant_factor(high, weight, 0.5), smoothquant_factor(high, weight * unit, 0.5)),
+        (
+            range_factor(low, high, 1.0, shifted=False),
+            range_factor(low * unit, high * unit, 1.0, shifted=False),
+        ),
+        (
+            range_factor(low, high, 1.0, shifted=True),
+            range_factor(low * unit, high * unit, 1.0, shifted=True),
+        ),
+        (split_factor(low, high, 8), split_factor(low * unit, high * unit, 8)),
+    ]
+    for one, other in pairs:
+        assert one.clamped == other.clamped
+        ratio = other.factor / one.factor
+        assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-5)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..spec import QSpec
 
-MIN_SCALE = 1e-8
-"""Floor of a scale, for tensors that are constant zero."""
+ZERO_SCALE = 1e-8
+"""Scale of a range that is constant zero, where any will do."""
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+"""Below it float32 loses digits, and 1 / scale is infinite."""
 
 
 class QParams(NamedTuple):
@@ -39,11 +41,16 @@ def choose_qparams(x_min: Tensor, x_max: Tensor, spec: QSpec) -> QParams:
     low = x_min.to(torch.float32).clamp(max=0)
     high = x_max.to(torch.float32).clamp(min=0)
     if spec.symmetric:
-        scale = (torch.maximum(-low, high) / spec.qmax).clamp(min=MIN_SCALE)
+        scale = _positive_scale(torch.maximum(-low, high) / spec.qmax)
         return QParams(scale, torch.zeros_like(scale, dtype=torch.int32))
-    scale = ((high - low) / (spec.qmax - spec.qmin)).clamp(min=MIN_SCALE)
+    scale = _positive_scale((high - low) / (spec.qmax - spec.qmin))
     zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
     return QParams(scale, zero_point.to(torch.int32))
+
+
+def _positive_scale(scale: Tensor) -> Tensor:
+    """The scale, with no floor but the type's: tiny weights may stand before a large gain."""
+    return torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), ZERO_SCALE)
 
 
 def _aligned(parameter: Tensor, x: Tensor, spec: QSpec) -> Tensor:

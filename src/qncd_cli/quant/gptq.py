@@ -75,13 +75,19 @@ def _stride(count: int, most: int | None) -> int:
     return 1 if most is None else max(1, -(-count // most))
 
 
+def _scale_of(diagonal: Tensor) -> Tensor:
+    """Mean of a Hessian's diagonal, to which dampening is relative; 1 where it is zero."""
+    mean = diagonal.mean()
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
 def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, float]:
     """Upper triangular U with U^T U = (H + lambda I)^-1, and lambda / mean(diag H).
 
     Dampening starts at 1% and is raised tenfold until the Cholesky factorisation exists;
     (None, lambda) when it never does.
     """
-    mean = hessian.diagonal().mean().clamp(min=1e-12)
+    mean = _scale_of(hessian.diagonal())
     dampening = DAMPENING
     eye = torch.eye(len(hessian), dtype=hessian.dtype)
     for _ in range(MAX_DAMPENING_TRIES):
@@ -103,7 +109,7 @@ def conditional_variances(hessian: Tensor) -> Tensor:
     diagonal = hessian.diagonal().clone()
     order = torch.argsort(diagonal, descending=True, stable=True).flip(0)
     damped = hessian[order][:, order]
-    damped.diagonal().add_(DAMPENING * diagonal.mean().clamp(min=1e-12))
+    damped.diagonal().add_(DAMPENING * _scale_of(diagonal))
     lower, bad = torch.linalg.cholesky_ex(damped)
     result = torch.empty(len(hessian), dtype=torch.float64)
     found = diagonal if bad else lower.diagonal().square()

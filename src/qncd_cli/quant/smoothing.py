@@ -16,6 +16,7 @@ from torch.nn import functional as F
 MAX_RATIO = 16.0
 """A factor stays within this ratio of the median of its layer's factors."""
 TINY = 1e-12
+"""Floor of a magnitude, as a share of the largest in its layer."""
 
 
 class SmoothingFactor(NamedTuple):
@@ -37,9 +38,15 @@ def clamp_factor(raw: Tensor) -> SmoothingFactor:
     Published code lets negative signs through; a factor of 0 would divide by zero.
     """
     magnitude = torch.nan_to_num(raw.detach().abs().to(torch.float32), nan=1.0, posinf=1e12)
-    centre = magnitude.clamp(min=TINY).median()
+    centre = _floored(magnitude).median()
     factor = magnitude.clamp(centre / MAX_RATIO, centre * MAX_RATIO)
     return SmoothingFactor(factor, int((factor != magnitude).sum()))
+
+
+def _floored(magnitude: Tensor) -> Tensor:
+    """Magnitudes without zeros, relative to the largest; ones where all are zero."""
+    largest = magnitude.max()
+    return torch.where(largest > 0, magnitude.clamp(min=TINY * largest), torch.ones_like(magnitude))
 
 
 def embedding_factor(
@@ -74,8 +81,8 @@ def smoothquant_factor(channel_absmax: Tensor, weight: Tensor, strength: float) 
     strength: a in [0, 1], how much of the difficulty moves from activations to weights.
     """
     weight_absmax = weight.detach().abs().to(torch.float32).movedim(1, 0).flatten(1).amax(1)
-    h = channel_absmax.to(torch.float32).clamp(min=TINY) ** strength
-    return clamp_factor(h / weight_absmax.clamp(min=TINY) ** (1 - strength))
+    h = _floored(channel_absmax.to(torch.float32)) ** strength
+    return clamp_factor(h / _floored(weight_absmax) ** (1 - strength))
 
 
 def range_factor(
@@ -89,10 +96,10 @@ def range_factor(
     """
     low, high = channel_min.to(torch.float32), channel_max.to(torch.float32)
     if not shifted:
-        return clamp_factor(torch.maximum(-low, high).clamp(min=TINY) ** strength)
+        return clamp_factor(_floored(torch.maximum(-low, high)) ** strength)
     shift = low / 2 + high / 2  # halves first: their sum stays finite
     shift = torch.where(torch.isfinite(shift), shift, 0)
-    return clamp_factor((high / 2 - low / 2).clamp(min=TINY) ** strength)._replace(shift=shift)
+    return clamp_factor(_floored(high / 2 - low / 2) ** strength)._replace(shift=shift)
 
 
 def split_factor(channel_min: Tensor, channel_max: Tensor, boundary: int) -> SmoothingFactor:
@@ -106,7 +113,7 @@ def split_factor(channel_min: Tensor, channel_max: Tensor, boundary: int) -> Smo
     factor = torch.empty_like(magnitude)
     factor[:boundary] = magnitude[:boundary].max()
     factor[boundary:] = magnitude[boundary:].max()
-    return clamp_factor(factor / factor.max().clamp(min=TINY))
+    return clamp_factor(factor / _floored(factor).max())
 
 
 def smooth(x: Tensor, factor: Tensor, channel_axis: int, shift: Tensor | None = None) -> Tensor:
