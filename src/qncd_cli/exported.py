@@ -35,6 +35,7 @@ from .errors import ArtifactError, BackendUnavailable
 from .models.calling import training_timestep
 from .models.pipelines import CLASS_CONDITIONAL
 from .quant.layers import CachedTimestepLayer, SteppedModule, StepState
+from .quant.packing import narrowed
 from .stages.assemble import install, install_time_cache, timestep_group
 
 PREFIX = "qncd."
@@ -126,9 +127,14 @@ class QncdQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The unquantized tensors under diffusers' names, the artifact's under ours."""
+        """The unquantized tensors under diffusers' names, the artifact's under ours.
+
+        The former take 16 bits where these are exact.
+        """
         assert self.artifact is not None
-        kept = {self.moved.get(n, n): t for n, t in state_dict.items() if n not in self.own}
+        kept = {
+            self.moved.get(n, n): narrowed(t) for n, t in state_dict.items() if n not in self.own
+        }
         added = {f"{PREFIX}{name}": tensor for name, tensor in self.artifact.tensors.items()}
         return {**kept, **added}, {KEY: artifacts.description(self.artifact)}
 

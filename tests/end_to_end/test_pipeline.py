@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qncd_cli.quant.layers import QuantizedLayer
+from qncd_cli.quant.packing import narrowed
 
 RUN = Path("runs/tiny")
 EVAL = ("eval", "--fid", "--network", "fashion", "--reference", "reference")
@@ -677,9 +678,14 @@ def test_sizes_and_fidelity_are_those_of_the_files(evaluated, tiny_model):
     metrics = json.loads((evaluated.folder / RUN / "metrics.json").read_text())
     quantized = evaluated.folder / RUN / "quantized.safetensors"
     unet = load_file(tiny_model / "unet" / "diffusion_pytorch_model.safetensors")
+    layers = json.loads((evaluated.folder / RUN / "coverage.json").read_text())["layers"]
+    integer = {row["name"] for row in layers if row["integer"]}
+    rest = sum(narrowed(w).nbytes for n, w in unet.items() if n.rpartition(".")[0] not in integer)
     assert metrics["bytes"] == {
         "full": 4 * sum(w.numel() for w in unet.values()),
-        "quantized": quantized.stat().st_size,
+        "quantized": quantized.stat().st_size + rest,
+        "artifact": quantized.stat().st_size,
+        "rest": rest,
     }
     (full_latents,) = (evaluated.folder / "runs/full-precision").rglob("latents.safetensors")
     full = load_file(full_latents)["latents"].double()

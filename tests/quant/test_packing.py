@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from qncd_cli.artifacts import packed_width
-from qncd_cli.quant.packing import pack, unpack
+from qncd_cli.quant.packing import narrowed, pack, unpack
 
 STREAMED = [2, 3, 4, 5, 6, 7]
 WIDTHS = [*STREAMED, 8, 15]
@@ -71,3 +71,22 @@ def test_round_trip(bits, shape):
 def test_the_largest_codes_come_back(bits):
     codes = torch.full((1, 17), 2**bits - 1)
     assert torch.equal(unpack(pack(codes, bits), bits, (1, 17)).long(), codes)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0.5, -3.0, 65504.0], torch.float16),
+        ([2.0**100, 1.0], torch.bfloat16),
+        ([1.0, 1 + 2.0**-20], torch.float32),
+        ([2.0**-10 + 1, 2.0**100], torch.float32),  # each fits one of the two
+        ([float("inf"), 1.0], torch.float16),
+    ],
+)
+def test_numbers_are_kept_in_16_bits_only_where_these_hold_them_exactly(values, kind):
+    x = torch.tensor(values)
+    kept = narrowed(x)
+    assert kept.dtype == kind
+    assert torch.equal(kept.float(), x)
+    whole = torch.arange(3)
+    assert narrowed(whole) is whole

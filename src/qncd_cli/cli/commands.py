@@ -125,16 +125,20 @@ def quantize(
     if overrides:
         write_bytes(run.config, config.to_yaml().encode())
     coverage = read_json(run.coverage, "qncd quantize --force")
-    size = run.tensors("quantized").stat().st_size
+    artifact_bytes = run.tensors("quantized").stat().st_size
+    size = artifact_bytes + coverage["rest_bytes"]
     _done(
         console,
         "quantize",
         run,
         time.perf_counter() - start,
         bytes=size,
+        artifact_bytes=artifact_bytes,
         share_of_float32=size / coverage["float_denoiser_bytes"],
         integer_macs_share=coverage["integer_macs_share"],
         average_weight_bits=coverage["average_weight_bits"],
+        mean_weight_bits=coverage["mean_weight_bits"],
+        mean_input_bits=coverage["mean_input_bits"],
         skipped=skipped,
     )
 

@@ -69,10 +69,8 @@ def evaluate(console: Console, options: EvalOptions) -> None:
     source = options.reference or config.evaluation.reference
     protocol = protocol_of(options, source, config.model.source.startswith("zoo:"))
     full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
-    sizes = {
-        "full": model.denoiser_bytes(),
-        "quantized": run.tensors("quantized").stat().st_size,
-    }
+    coverage = read_json(run.coverage, "qncd quantize --force")
+    sizes = stage.sizes(run.tensors("quantized"), coverage)
     metrics, report = stage.run(full_set, quantized_set, sizes, protocol, console.track)
     suffix = "" if options.name == "quantized" else f"_{options.name}"
     report_path = run.report.with_name(f"report{suffix}.html")

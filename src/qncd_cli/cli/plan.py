@@ -105,8 +105,10 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             ["MACs of one call on one sample", covered["macs"]],
             ["of these in integers", f"{100 * covered['integer_macs_share']:.2f} %"],
             ["bits of a quantized weight, in the mean", None if bits is None else f"{bits:.2f}"],
+            ["bits of weights and inputs, mean over MACs", _mean_bits(covered)],
             ["result, bytes", result["bytes"]],
-            ["of these weights", result["weight_bytes"]],
+            ["of these quantized weights", result["weight_bytes"]],
+            ["of these left unquantized", result["rest_bytes"]],
             ["of float32", f"{100 * result['share_of_float32']:.1f} %"],
         ],
     )
@@ -137,6 +139,10 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             f"Of the memory, up to {_gb(mapped)} are the model's own files, mapped: where memory "
             "is short the system gives them up and reads them again."
         )
+
+
+def _mean_bits(covered: dict[str, Any]) -> str:
+    return f"{covered['mean_weight_bits']:.1f} / {covered['mean_input_bits']:.1f}"
 
 
 def _quantized(rows: list[dict[str, Any]]) -> str:

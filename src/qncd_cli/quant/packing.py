@@ -44,6 +44,14 @@ def unpack(
     return codes[:, : math.prod(shape[1:])].reshape(shape).to(dtype)
 
 
+def narrowed(x: Tensor) -> Tensor:
+    """The same numbers in 16 bits where these hold all of them exactly, else x itself."""
+    if x.dtype != torch.float32:
+        return x
+    halves = (x.to(kind) for kind in (torch.float16, torch.bfloat16))
+    return next((half for half in halves if torch.equal(half.to(x.dtype), x)), x)
+
+
 def _words(bits: int) -> tuple[int, int, torch.dtype]:
     """The shortest word of whole codes and whole bytes: its codes, its bytes, a type it fits."""
     length = math.lcm(bits, 8)

@@ -229,8 +229,8 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
     with _clock(seconds, "evaluate"):
         _, samples = evaluate_stage.matched(work.full.samples, evaluate_stage.read_set(folder))
         measured = evaluate_stage.measure_set(samples, work.protocol, work.track)
-        size = made.tensors("quantized").stat().st_size
-        sizes = {"full": model.denoiser_bytes(), "quantized": size}
+        coverage = read_json(made.coverage, "qncd ablate")
+        sizes = evaluate_stage.sizes(made.tensors("quantized"), coverage)
         metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol, work.track)
     quantization = variant.config.quantization
     row = {
@@ -239,8 +239,9 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
         "activations": quantization.activations.bits,
         **ablation.fidelity(metrics["fidelity"]),
         **ablation.distribution(metrics["quantized"]),
-        "bytes": size,
-        "bit_operations": read_json(made.coverage, "qncd ablate")["bit_operations"],
+        "bytes": sizes["quantized"],
+        "artifact_bytes": sizes["artifact"],
+        **{key: coverage[key] for key in ("bit_operations", "mean_weight_bits", "mean_input_bits")},
         "extra_calls": samples.manifest["extra_calls"],
         "seconds": round(sum(seconds.values()), 2),
         "seconds_by_stage": {name: round(value, 2) for name, value in seconds.items()},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..config import Config
 from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, float_attention, time_layers
 from ..presets import excluded_by
+from ..quant.packing import narrowed
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
 from .assemble import denoiser_costs
 from .attention import product_entries
@@ -24,9 +26,16 @@ def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict
 
 
 def coverage_of(
-    config: Config, denoiser: nn.Module, costs: list[LayerCost], quantized: Artifact
+    config: Config,
+    denoiser: nn.Module,
+    costs: list[LayerCost],
+    quantized: Artifact,
+    element_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """coverage of a denoiser whose costs are known; of the artifact only the body is read."""
+    """Coverage of a denoiser whose costs are known; of the artifact only the body is read.
+
+    element_bytes: of one number of what stays unquantized; None looks at the numbers.
+    """
     entries = quantized.body["layers"]
     cached = config.quantization.cache_time_embeddings
     timed = time_layers(denoiser)
@@ -63,10 +72,27 @@ def coverage_of(
         "macs_share_by_precision": per_precision,
         "macs": total,
         "bit_operations": sum(r["macs"] * r["weight_bits"] * r["activation_bits"] for r in rows),
+        "mean_weight_bits": sum(r["macs"] * r["weight_bits"] for r in rows) / total,
+        "mean_input_bits": sum(r["macs"] * r["activation_bits"] for r in rows) / total,
+        "rest_bytes": rest_bytes(denoiser, entries, element_bytes),
         "weight_code_bytes": code_bytes,
         "average_weight_bits": code_bits / codes if codes else None,
         "float_denoiser_bytes": 4 * sum(p.numel() for p in denoiser.parameters()),
     }
+
+
+def rest_bytes(
+    denoiser: nn.Module, entries: Container[str], element_bytes: int | None = None
+) -> int:
+    """What the denoiser needs beside the artifact: norms, embeddings and layers left in float.
+
+    In 16 bits where these hold a tensor exactly, as `qncd export` stores it. entries: names of the
+    artifact's layers; element_bytes: as in coverage_of.
+    """
+    rest = (t for n, t in denoiser.state_dict().items() if n.rpartition(".")[0] not in entries)
+    if element_bytes is not None:
+        return element_bytes * sum(tensor.numel() for tensor in rest)
+    return sum(narrowed(tensor).nbytes for tensor in rest)
 
 
 def _kernel(cost: LayerCost, weight_bits: int, activation_bits: int) -> str:

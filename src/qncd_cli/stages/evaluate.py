@@ -127,7 +127,7 @@ def compare(
     protocol: Protocol,
     track: Track = no_progress,
 ) -> dict[str, Any]:
-    """metrics.json of two sets of the same seeds; quantized_bytes: {full, quantized}."""
+    """metrics.json of two sets of the same seeds; quantized_bytes: of `sizes`."""
     one, other = full.samples, quantized.samples
     fidelity = {
         "psnr_db": psnr_db(one.images, other.images),
@@ -169,7 +169,7 @@ def run(
 ) -> tuple[dict[str, Any], str]:
     """metrics.json and report.html of two sets that share their seeds and sampling settings.
 
-    quantized_bytes: {full, quantized}, of the denoiser. Raises ArtifactError if the sets do not
+    quantized_bytes: of `sizes`. Raises ArtifactError if the sets do not
     share settings or seeds.
     """
     full, quantized = matched(full, quantized)
@@ -184,6 +184,17 @@ def run(
         {"model": full.manifest["source"], **_flat(full.manifest["sampling"])},
     )
     return metrics, report
+
+
+def sizes(quantized: Path, coverage: dict[str, Any]) -> dict[str, int]:
+    """Bytes of the denoiser: full in float32, quantized with all that it needs to run.
+
+    artifact: of these the file at `quantized`; rest: what stays unquantized, in 16 bits where
+    these are exact. coverage: the content of coverage.json.
+    """
+    artifact, rest = quantized.stat().st_size, coverage["rest_bytes"]
+    full = coverage["float_denoiser_bytes"]
+    return {"full": full, "quantized": artifact + rest, "artifact": artifact, "rest": rest}
 
 
 def prepared(protocol: Protocol, track: Track = no_progress) -> Protocol:

@@ -65,7 +65,9 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     quantized = foreseen.quantized(config, shapes, calibration, smoothing)
     with torch.no_grad():
         costs = count_macs(shapes.denoiser, lambda: shapes.call(1))
-    covered = coverage_of(config, shapes.denoiser, costs, quantized)
+    covered = coverage_of(
+        config, shapes.denoiser, costs, quantized, shapes.denoiser_element_bytes()
+    )
     batch_size = request.batch_size or default_batch(covered["macs"])
     result = _result(config, shapes, covered, quantized)
     backend = get_backend(request.backend, "cpu").name
@@ -74,7 +76,7 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     noise = foreseen.noise_stats(config, shapes, times)
     disk = {
         "calibrate": sum(map(foreseen.file_bytes, (calibration, smoothing))),
-        "quantize": result["bytes"] + foreseen.file_bytes(noise) + _temporary(config),
+        "quantize": result["artifact_bytes"] + foreseen.file_bytes(noise) + _temporary(config),
         "sample": _samples_bytes(shapes, request),
     }
     available = {"memory": available_memory(), "disk": available_disk(request.run_dir)}
@@ -123,7 +125,8 @@ def _timesteps(config: Config, shapes: Shapes) -> list[float]:
 def _result(
     config: Config, shapes: Shapes, covered: dict[str, Any], quantized: Artifact
 ) -> dict[str, Any]:
-    """Of quantized.safetensors, with the bits that quantization.sensitive or a budget spends."""
+    """quantized.safetensors, with the bits that quantization.sensitive or a budget spends, and
+    what the denoiser needs beside it."""
     spent = foreseen.extra_weight_bits(config, plan_layers(config, shapes.denoiser))
     entries = quantized.body["layers"]
     codes = sum(
@@ -133,11 +136,13 @@ def _result(
     whole = foreseen.result_bytes(config, shapes, quantized)
     weights = covered["weight_code_bytes"] + spent // 8
     return {
-        "bytes": whole,
+        "bytes": whole + covered["rest_bytes"],
+        "artifact_bytes": whole,
         "weight_bytes": weights,
         "other_bytes": whole - weights,
+        "rest_bytes": covered["rest_bytes"],
         "float32_bytes": covered["float_denoiser_bytes"],
-        "share_of_float32": whole / covered["float_denoiser_bytes"],
+        "share_of_float32": (whole + covered["rest_bytes"]) / covered["float_denoiser_bytes"],
         "average_weight_bits": None if average is None else average + spent / codes,
     }
 
