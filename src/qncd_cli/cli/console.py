@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, TypeVar
@@ -42,7 +44,18 @@ class ErrorReportingCommand(click.Command):
 
 
 class ErrorReportingGroup(ErrorReportingCommand, click.Group):
-    """Its commands fail so."""
+    """Its commands fail so, and are listed with their summaries in full."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        commands = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        rows = [
+            (name, command.get_short_help_str(limit=10**4))  # wrapped, not cut
+            for name, command in commands.items()
+            if command is not None and not command.hidden
+        ]
+        if rows:
+            with formatter.section("Commands"):
+                formatter.write_dl(rows)
 
 
 def _fail(line: str, code: int) -> None:
@@ -79,20 +92,27 @@ class Console:
         else:
             render()
 
-    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
-        """A table on stdout; numbers to the right."""
-        from rich.console import Console as RichConsole
-        from rich.table import Table
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[Any]],
+        title: str = "",
+        keys: int = 1,
+    ) -> None:
+        """A table on stdout, in full at any width; numbers to the right.
+
+        keys: how many of the first columns say what a row is. Without a terminal it is as wide as
+        COLUMNS says, or 120.
+        """
+        from . import tables
 
         rows = [list(row) for row in rows]
-        table = Table(title=title or None, title_justify="left")
-        for i, column in enumerate(columns):
-            numeric = any(isinstance(row[i], int | float) for row in rows)
-            table.add_column(column, justify="right" if numeric else "left")
-        for row in rows:
-            table.add_row(*(show(value) for value in row))
-        width = None if sys.stdout.isatty() else 120
-        RichConsole(file=sys.stdout, width=width).print(table)
+        right = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+        cells = [[show(value) for value in row] for row in rows]
+        width = shutil.get_terminal_size((120, 24)).columns
+        if title:
+            click.echo(textwrap.fill(title, width, break_long_words=False))
+        tables.show(tables.Grid(columns, cells, right, keys), width, sys.stdout)
 
 
 def show(value: Any) -> str:

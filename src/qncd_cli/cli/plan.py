@@ -97,7 +97,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
     products = [row for row in rows if row["kind"] == "matmul"]
     bits = result["average_weight_bits"]
     console.table(
-        ["plan", report["source"]],
+        ["plan", ""],
         [
             ["parameters", report["parameters"]],
             ["layers", _quantized(layers)],
@@ -111,6 +111,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             ["of these left unquantized", result["rest_bytes"]],
             ["of float32", f"{100 * result['share_of_float32']:.1f} %"],
         ],
+        report["source"],
     )
     console.table(
         ["stage", "peak memory", "reached while", "fits", "disk, at most", "time, roughly"],
