@@ -35,7 +35,7 @@ Exit codes: 0 done, 2 usage, 3 configuration, 4 artifact, 5 model, 6 backend or 
 )
 @click.version_option(__version__, prog_name="qncd")
 def cli() -> None:
-    """Make diffusion models small by post-training quantization, and prove that nothing was lost.
+    """Make diffusion models small by post-training quantization, and measure what was lost.
 
     Each stage reads the artifacts of the one before from a run directory (runs/<config name>) and
     is skipped when its outputs are there and its inputs are unchanged.
