@@ -148,6 +148,7 @@ def tiny_config(model: Path, **changes) -> dict:
         "sampling": {"steps": 4, "guidance_scale": 2.0},
         "calibration": {"trajectories": 6, "batch_size": 3, "noise_trajectories": 3},
         "quantization": {
+            "preset": None,
             "weights": {"bits": 4, "rounding": "gptq"},
             "activations": {"bits": 8, "observer": "mse"},
         },

@@ -42,9 +42,10 @@ def test_an_unknown_name_gets_the_nearest_shipped_one():
         find_config("ldm4_w4a88.yaml")
 
 
-def test_a_name_like_no_other_gets_the_list():
-    with pytest.raises(ConfigError, match="shipped: .*ldm4_w4a8"):
+def test_a_name_like_no_other_gets_one_short_line():
+    with pytest.raises(ConfigError, match="qncd models lists those that are shipped") as caught:
         find_config("qqqq")
+    assert len(str(caught.value)) < 150
 
 
 def test_a_missing_path_is_not_taken_for_a_shipped_name(tmp_path):
@@ -143,7 +144,7 @@ def test_overrides_reach_every_depth_and_read_yaml_values(minimal):
 def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path):
     path = tmp_path / "twice.yaml"
     path.write_text("model: {source: m}\nsampling:\n  steps: 20\n  eta: 0\n  steps: 50\n")
-    assert "line 5: the key steps stands there again" in refused(path)
+    assert "line 5: the key steps stands there again" in refused(str(path))
 
 
 def test_the_last_of_two_overrides_wins_and_neighbours_stay(minimal):

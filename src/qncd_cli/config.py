@@ -19,6 +19,7 @@ from .spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100
 """Published uses stay below 20; far above, every image is saturated or not finite."""
+NOISE_TRAJECTORIES = 32
 
 Bits = Annotated[int, Field(ge=2, le=FLOAT_BITS)]
 
@@ -29,6 +30,11 @@ Observer = Literal["minmax", "moving_average", "percentile", "mse", "output"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _without_mark(text: Any) -> Any:
+    """A text without byte order marks, which editors put at the beginning of files."""
+    return text.replace("\ufeff", "") if isinstance(text, str) else text
 
 
 def _check_bits(bits: int, what: str, most: int = 8) -> None:
@@ -86,7 +92,10 @@ class SamplingConfig(_Section):
         if not isinstance(data, dict):
             return data
         lists = {k: tuple(v) for k in ("classes", "prompts") if isinstance(v := data.get(k), list)}
-        return {**data, **lists}
+        data = {**data, **lists}
+        if isinstance(data.get("prompts"), tuple):
+            data["prompts"] = tuple(_without_mark(text) for text in data["prompts"])
+        return {**data, "negative_prompt": _without_mark(data.get("negative_prompt", ""))}
 
     @model_validator(mode="after")
     def _check(self) -> SamplingConfig:
@@ -109,8 +118,17 @@ class CalibrationConfig(_Section):
         1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
     )
     noise_trajectories: int = Field(
-        32, ge=1, description="how many of them also measure the quantization noise"
+        NOISE_TRAJECTORIES,
+        ge=1,
+        description="how many of them also measure the quantization noise (default: 32, or all)",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_there_are(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("trajectories"), int):
+            return data
+        return {"noise_trajectories": min(NOISE_TRAJECTORIES, data["trajectories"]), **data}
 
     @model_validator(mode="after")
     def _check(self) -> CalibrationConfig:

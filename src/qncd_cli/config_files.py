@@ -7,19 +7,24 @@ matter; here are the file lookup, the overrides and the suggestions.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from . import presets
+from . import model_card, presets
 from .config import Config, LayerOverride, SamplingConfig
 from .errors import ConfigError
+from .own_settings import Download, ask_model, place_model, place_of, section_of
 
 _PACKAGE = Path(__file__).resolve().parent
 _ALTERNATIVES = ("literal[", "tuple[")
+_SHOWN = 80
+DEFAULT_PRESET = "best"
+"""Of a configuration that names none; null is none."""
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -46,33 +51,73 @@ def shipped_configs() -> dict[str, Path]:
 def find_config(name: str) -> Path:
     """A path, or the name of a shipped configuration with or without .yaml. Raises ConfigError."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(name) and not model_card.is_model(name):
         return path
     shipped = shipped_configs()
     stem = path.name.removesuffix(".yaml").removesuffix(".yml")
     if path.name == name and stem in shipped:
         return shipped[stem]
+    raise _no_config(name, stem, shipped)
+
+
+def _no_config(name: str, stem: str, shipped: Iterable[str]) -> ConfigError:
+    if model_card.is_model(name):
+        hint = f"qncd run {name} --bits w4a8, or first qncd init {name} > my.yaml"
+        return ConfigError(f"{name} is a model, not a configuration", hint)
+    if os.path.isdir(name):
+        run = os.path.join(name, "config.yaml")
+        hint = (
+            f"--config {run}" if os.path.isfile(run) else "a model's folder has a model_index.json"
+        )
+        return ConfigError(f"{name} is a folder, not a configuration", hint)
     close = difflib.get_close_matches(stem, shipped, n=1)
-    hint = f"did you mean {close[0]}.yaml?" if close else f"shipped: {', '.join(shipped)}"
-    raise ConfigError(f"no configuration {name}", hint)
+    hint = "qncd models lists those that are shipped; qncd init MODEL writes one for a model"
+    return ConfigError(
+        f"no configuration {shortened(name)}",
+        f"did you mean {close[0]}.yaml?" if close else hint,
+    )
 
 
-def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a configuration and apply `key.path=value` overrides (values are YAML).
+def shortened(text: str) -> str:
+    """A word of the user's for an error, which can be a whole prompt where a path is expected."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
-    A preset fills what the file does not set. A preset among the overrides comes before the file:
-    the file's values of the keys that presets set give way to it.
+
+def load_config(name: str, overrides: Sequence[str] = (), **others: Any) -> Config:
+    """Read a configuration file; overrides, others: as `resolved` takes them.
+
     Raises ConfigError naming the file, the dotted key and the nearest known key.
     """
     path = find_config(name)
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
+    return resolved(tree, str(path), path.parent, overrides, **others)
+
+
+def resolved(
+    tree: dict[str, Any],
+    where: str,
+    beside: Path,
+    overrides: Sequence[str] = (),
+    *,
+    prompts: Sequence[str] = (),
+    download: Download | None = None,
+) -> Config:
+    """The configuration that a tree means, with `key.path=value` overrides (values are YAML).
+
+    What the tree does not set comes from its preset (`best` unless it names one) and, for
+    scheduler, steps and guidance, from the model's own files. A preset among the overrides comes
+    before the tree: the tree's values of the keys that presets set give way to it.
+    where: names the tree in errors; beside: a folder that relative paths are looked up in after the
+    current one; prompts: of a text model that has none; download: brings a model that is not here
+    yet. Raises ConfigError, also for a text model without prompts.
+    """
     assigned = {override.partition("=")[0] for override in overrides}
     if "quantization.preset" in assigned:
         tree = presets.without_settings(tree)
@@ -80,8 +125,32 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
         tree = presets.without_exclusions(tree)
     for override in overrides:
         _apply_override(tree, override)
-    _read_prompts(tree, path.parent)
-    return parse_config(presets.filled(tree, _steps(tree)), str(path))
+    if "calibration.trajectories" in assigned and "calibration.noise_trajectories" not in assigned:
+        _fewer_noise_trajectories(tree)
+    place_model(tree, beside)
+    card = ask_model(tree, where, download)
+    sampling = tree.get("sampling")
+    if card and card.needs == "prompts" and isinstance(sampling, dict):
+        if sampling.get("prompts") is None and prompts:
+            sampling["prompts"] = list(prompts)
+        if sampling.get("prompts") is None:
+            raise ConfigError(
+                f"{where}: a text model ({card.kind}) needs sampling.prompts",
+                "a YAML list, or the name of a file with one prompt a line",
+            )
+    _read_prompts(tree, beside)
+    quantization = tree.setdefault("quantization", {})
+    if isinstance(quantization, dict):
+        quantization.setdefault("preset", DEFAULT_PRESET)
+    return parse_config(presets.filled(tree, _steps(tree)), where)
+
+
+def _fewer_noise_trajectories(tree: dict[str, Any]) -> None:
+    """Fewer trajectories alone, as an override, are also fewer of those that measure noise."""
+    section = section_of(tree, "calibration")
+    every, noise = section.get("trajectories"), section.get("noise_trajectories")
+    if isinstance(every, int) and isinstance(noise, int):
+        section["noise_trajectories"] = min(every, noise)
 
 
 def _read_prompts(tree: dict[str, Any], beside: Path) -> None:
@@ -90,14 +159,19 @@ def _read_prompts(tree: dict[str, Any], beside: Path) -> None:
     if not isinstance(section, dict) or not isinstance(section.get("prompts"), str):
         return
     name = section["prompts"]
-    path = next((p for p in (Path(name), beside / name) if p.is_file()), None)
-    if path is None:
-        raise ConfigError(f"sampling.prompts: no file {name}", "one prompt a line, or a YAML list")
+    path = place_of(name, beside)
+    if path is None or path.is_dir():
+        raise ConfigError(
+            f"sampling.prompts: no file {shortened(name)}",
+            "a file with one prompt a line, or a YAML list: [a red shoe, a blue bag]",
+        )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"sampling.prompts: {path}: cannot be read: {error}") from error
-    section["prompts"] = [line.strip() for line in lines if line.strip()]
+        raise ConfigError(
+            f"sampling.prompts: {path}: cannot be read: {error}", "a text file in UTF-8"
+        ) from error
+    section["prompts"] = [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def _steps(tree: dict[str, Any]) -> int:
@@ -105,6 +179,9 @@ def _steps(tree: dict[str, Any]) -> int:
     section = tree.get("sampling")
     steps = section.get("steps") if isinstance(section, dict) else None
     return steps if isinstance(steps, int) else SamplingConfig().steps
+
+
+# ------------------------------------------------------------------ validation
 
 
 def parse_config(tree: dict[str, Any], where: str) -> Config:

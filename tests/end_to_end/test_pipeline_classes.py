@@ -387,8 +387,8 @@ def test_prompts_belong_to_text_models_and_files_are_found(folder, tmp_path, tin
     work = Qncd(tmp_path)
     work.write_config(tiny_config(folder("StableDiffusionPipeline")))
     refused = work("calibrate", "--config", "tiny.yaml", ok=False)
-    assert refused.exit_code == 5
-    assert "set sampling.prompts" in refused.stderr
+    assert refused.exit_code == 3
+    assert "needs sampling.prompts" in refused.stderr
     missing = work(
         "calibrate", "--config", "tiny.yaml", "--set", "sampling.prompts=no.txt", ok=False
     )

@@ -95,7 +95,9 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     quantized = artifacts.read(run.tensors("quantized"), "quantized")
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
     model = config.model
-    pipeline, digest = open_pipeline(model.source, model.compvis_config, model.tokenizer)
+    pipeline, digest = open_pipeline(
+        model.source, model.compvis_config, model.tokenizer, console.note
+    )
     artifacts.check_lineage(quantized, model=digest)
     scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))
     save_folder(exported_pipeline(pipeline, quantized, scheduler), folder, force=force)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import click
 
 from ..config import Config
 from .console import Console
@@ -38,6 +41,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
         tokenizer=model.tokenizer,
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
+        tell=partial(click.echo, err=True),
     )
 
 

@@ -17,7 +17,7 @@ from .schedule import (
     schedule_of,
     shifted,
 )
-from .text import TEXT_TABLES, Encoded, Prompts, latent_side
+from .text import TEXT_TABLES, Encoded, Prompts, latent_sides
 
 Condition = dict[str, Tensor]
 Parts = dict[str, Any]
@@ -86,7 +86,7 @@ def _text(pipeline: Any, request: Request) -> Parts:
     assert prompts is not None and encoded is not None
     table, negative = encoded.table, encoded.negative
     denoiser = pipeline.components.get("transformer") or pipeline.unet
-    side = latent_side(pipeline, prompts)
+    sides = latent_sides(pipeline, prompts)
 
     def condition(labels: Tensor) -> Condition:
         return {name: value[labels.to(value.device)] for name, value in table.items()}
@@ -97,7 +97,7 @@ def _text(pipeline: Any, request: Request) -> Parts:
 
     return {
         "denoiser": denoiser,
-        "latent_shape": (denoiser.config.in_channels, side, side),
+        "latent_shape": (denoiser.config.in_channels, *sides),
         "num_classes": len(prompts.texts),
         "condition": condition,
         "null_condition": None if negative is None else null_condition,
@@ -107,7 +107,9 @@ def _text(pipeline: Any, request: Request) -> Parts:
 
 def _stable_diffusion_3(pipeline: Any, request: Request) -> Parts:
     parts = _text(pipeline, request)
-    tokens = (parts["latent_shape"][1] // pipeline.transformer.config.patch_size) ** 2
+    patch = pipeline.transformer.config.patch_size
+    _, height, width = parts["latent_shape"]
+    tokens = (height // patch) * (width // patch)
     return {**parts, "scheduler_config": shifted(schedule_of(pipeline), tokens, SD3_MAX_SHIFT)}
 
 

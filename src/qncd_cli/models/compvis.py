@@ -6,8 +6,8 @@ is every parameter of the modules that the file has nothing for.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def compvis_pipeline(
     multiplied by the checkpoint's scale_factor if it has one, else by the YAML's. tokenizer: a
     folder or hub id, of models that read text alone. Raises ModelError.
     """
-    if not Path(checkpoint).is_file():
+    if not os.path.isfile(checkpoint):
         raise ModelError(f"{checkpoint}: no such file", "check model.source")
     yaml = _needed(checkpoint, config)
     parts = _Parts.described(yaml)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -40,7 +41,7 @@ class _Inert:
 def is_checkpoint(source: str) -> bool:
     """Whether a model source names a checkpoint file, whether that is there or not."""
     path = Path(source)
-    return path.suffix in SUFFIXES and not path.is_dir()
+    return path.suffix in SUFFIXES and not os.path.isdir(path)
 
 
 def checkpoint_digest(*files: str | Path) -> str:

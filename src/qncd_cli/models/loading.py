@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -21,17 +20,22 @@ from .calling import level
 from .compvis import compvis_pipeline
 from .compvis_file import checkpoint_digest, is_checkpoint
 from .compvis_text import tokenizer_files
+from .folder_check import check_folder, is_there, read_index, reason
 from .pipelines import CLASS_CONDITIONAL, is_guided
 from .prompt_cache import PromptCache
+from .prompt_length import Tell, untold
 from .random_models import SEED, random_pipeline
 from .schedule import schedule_of
 from .stored import check_weights
 from .text import TEXT_TABLES, Prompts, encode
+from .variant_parts import variant_parts
 from .zoo import zoo_path
 
 FIRST_STAGES = ("vae", "vqvae")
 """Components that always compute in float32, as SDXL's has to."""
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+LEFT_OUT = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
+"""Parts that a folder of that class can have been saved without, and works without."""
 TEXT_PARTS = tuple(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -101,33 +105,34 @@ def load_model(
     tokenizer: str | None = None,
     prompts: Prompts | None = None,
     cache: PromptCache | None = None,
+    tell: Tell = untold,
 ) -> DiffusionModel:
     """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
     device: auto takes a CUDA device if there is one. compvis_config, tokenizer: the YAML of
     a checkpoint, and its text encoder's; no other source reads them. prompts: of text models, and
     of no others; cache: where those that a folder's text encoders made are kept, which are then not
-    even read again.
+    even read again. tell: hears what a user should know.
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place, folder = find_device(device), _folder_of(source)
     encoded, path = None, None
     if folder is None:
-        pipeline, digest = open_pipeline(source, compvis_config, tokenizer)
+        pipeline, digest = open_pipeline(source, compvis_config, tokenizer, tell)
     else:
         digest = _digest(folder)
         if cache is not None and prompts is not None:
             path = cache.path(digest, dtype, prompts)
             encoded = cache.read(path, place)
         left_out = UNUSED if encoded is None else {*UNUSED, *TEXT_PARTS}
-        pipeline = _load_pipeline(folder, source, DTYPES[dtype], left_out)
+        pipeline = _load_pipeline(folder, source, DTYPES[dtype], left_out, tell)
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             own = torch.float32 if name in FIRST_STAGES else DTYPES[dtype]
             component.to(place, own).eval().requires_grad_(False)
     _check_kind(source, type(pipeline).__name__, prompts)
     if prompts is not None and encoded is None:
-        encoded = encode(pipeline, prompts)
+        encoded = encode(pipeline, prompts, tell)
         if cache is not None and path is not None:
             cache.write(path, encoded)
     kind = type(pipeline).__name__
@@ -156,12 +161,21 @@ def _check_kind(source: str, kind: str, prompts: Prompts | None) -> None:
 
 
 def open_pipeline(
-    source: str, compvis_config: str | None, tokenizer: str | None = None
+    source: str, compvis_config: str | None, tokenizer: str | None = None, tell: Tell = untold
 ) -> tuple[DiffusionPipeline, str]:
-    """The whole pipeline as it is stored, and the digest of its files. Raises ModelError."""
+    """The whole pipeline as it is stored, and the digest of its files; of parts that no stage
+    needs, those that cannot be loaded are left out, which is told. Raises ModelError."""
     folder = _folder_of(source)
     if folder is not None:
-        return _load_pipeline(folder, source, None, ()), _digest(folder)
+        try:
+            pipeline = _load_pipeline(folder, source, None, (), tell)
+        except ModelError as error:
+            unused = [part for part in UNUSED if is_there(read_index(folder, source), part)]
+            if not unused:
+                raise
+            pipeline = _load_pipeline(folder, source, None, unused, tell)
+            tell(f"{source}: without {', '.join(unused)} ({error.message})")
+        return pipeline, _digest(folder)
     if source.startswith("random:"):
         pipeline = random_pipeline(source.removeprefix("random:"))
         made_from = f"{source} {SEED} {torch.__version__}"
@@ -197,13 +211,13 @@ def find_device(name: str) -> torch.device:
 
 def _find_folder(source: str) -> Path:
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(source):
         if not (path / "model_index.json").is_file():
             raise ModelError(
                 f"{source}: no model_index.json", "a diffusers pipeline folder has one"
             )
         return path
-    if path.is_file():
+    if os.path.isfile(source):
         raise ModelError(
             f"{source}: is a file",
             "give a diffusers folder, a hub id, zoo:NAME, or a checkpoint (.ckpt, .safetensors)",
@@ -213,23 +227,22 @@ def _find_folder(source: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(source))
     except Exception as error:  # diffusers and the hub raise many kinds; all mean: not to be had
-        reason = str(error).strip().splitlines()
         raise ModelError(
-            f"{source}: no such folder, and not to be had from the hub"
-            f" ({reason[0][:120] if reason else type(error).__name__})",
+            f"{source}: no such folder, and not to be had from the hub ({reason(error)})",
             "check the name, or download it and give the folder",
         ) from error
 
 
 def _load_pipeline(
-    folder: Path, source: str, dtype: torch.dtype | None, left_out: Collection[str]
+    folder: Path,
+    source: str,
+    dtype: torch.dtype | None,
+    left_out: Collection[str],
+    tell: Tell,
 ) -> DiffusionPipeline:
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-        name = index["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source}: model_index.json is damaged: {error}") from error
-    libraries = {part[0] for part in index.values() if isinstance(part, list)}
+    index = read_index(folder, source)
+    check_folder(folder, source, index)
+    libraries = {part[0] for part in index.values() if isinstance(part, list) and part}
     if "transformers" in libraries and importlib.util.find_spec("transformers") is None:
         raise ModelError(
             f"{source}: its text encoder needs the package transformers",
@@ -237,9 +250,14 @@ def _load_pipeline(
         )
     if "transformers" in libraries:
         _silence_transformers()
+    name = index["_class_name"]
     try:
         loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
         options: dict[str, Any] = {part: None for part in left_out if part in index}
+        options |= {part: None for part in LEFT_OUT.get(name, ()) if not is_there(index, part)}
+        options |= variant_parts(folder, index, options, lambda part: _own(part, dtype), tell)
+        if options.get("safety_checker", ...) is None and "requires_safety_checker" in index:
+            options["requires_safety_checker"] = False
         if dtype is not None:
             first = {part: torch.float32 for part in FIRST_STAGES if part in index}
             options["dtype"] = {"default": dtype, **first}
@@ -250,11 +268,14 @@ def _load_pipeline(
     except ModelError:
         raise
     except Exception as error:  # a broken folder fails in as many ways as it can be broken
-        reason = str(error).strip().splitlines()
         raise ModelError(
-            f"{source}: cannot be loaded: {reason[0][:160] if reason else type(error).__name__}",
-            "is the folder complete?",
+            f"{source}: cannot be loaded: {reason(error)}", "is the folder complete?"
         ) from error
+
+
+def _own(part: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Of a component; None: as it is stored."""
+    return torch.float32 if dtype is not None and part in FIRST_STAGES else dtype
 
 
 def _silence_transformers() -> None:
@@ -272,7 +293,13 @@ def _digest(folder: Path) -> str:
         if path.suffix not in (".json", ".safetensors", ".bin") or path.name == "training.json":
             continue
         digest.update(os.fsencode(path.relative_to(folder).as_posix()))
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        except OSError as error:
+            where = "a link to nothing" if path.is_symlink() else error.strerror
+            raise ModelError(
+                f"{path}: cannot be read ({where})", "download the model again"
+            ) from error
     return digest.hexdigest()[:16]

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,17 +24,19 @@ from diffusers import (
     FluxTransformer2DModel,
     UNet2DModel,
 )
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from .arguments import FLUX_TOKENS, TEXT_TOKENS, Arguments, arguments_of
 from .compvis import described_modules
 from .compvis_file import is_checkpoint
+from .folder_check import check_folder, read_index, reason
 from .loading import FIRST_STAGES, UNUSED
 from .pipelines import CLASS_CONDITIONAL, is_guided
 from .published import PUBLISHED
 from .random_models import RANDOM
+from .weight_files import weight_files
 from .zoo import zoo_path
 
 DENOISERS = ("unet", "transformer")
@@ -253,7 +256,7 @@ def _find(source: str) -> Path:
     if source.startswith("zoo:"):
         return zoo_path(source.removeprefix("zoo:"))
     folder = Path(source)
-    if not folder.is_dir() and source.count("/") == 1 and source[0] not in "./~":
+    if not os.path.isdir(folder) and source.count("/") == 1 and source[0] not in "./~":
         try:
             folder = Path(DiffusionPipeline.download(source, local_files_only=True))
         except Exception as error:  # of many kinds; all mean: not here
@@ -262,7 +265,7 @@ def _find(source: str) -> Path:
                 "give a folder, or the shapes of a published model: "
                 + ", ".join(f"random:{n}" for n in {**RANDOM, **PUBLISHED}),
             ) from error
-    if not (folder / "model_index.json").is_file():
+    if not os.path.isfile(folder / "model_index.json"):
         raise ModelError(f"{source}: no model_index.json", "a diffusers pipeline folder has one")
     return folder
 
@@ -276,8 +279,9 @@ def _folder(folder: Path, source: str) -> Found:
     modules: dict[str, nn.Module] = {}
     stored: dict[str, Stored] = {}
     scheduler = None
+    index = read_index(folder, source)
+    check_folder(folder, source, index)
     try:
-        index = _index(folder)
         for name, entry in index.items():
             if not isinstance(entry, list) or entry[0] is None or name in UNUSED:
                 continue
@@ -290,10 +294,9 @@ def _folder(folder: Path, source: str) -> Found:
             if kind is not None:
                 with torch.device("meta"):
                     modules[name] = kind.from_config(kind.load_config(folder / name))
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         raise ModelError(
-            f"{source}: cannot be read: {str(error).strip().splitlines()[0][:160]}",
-            "is the folder complete?",
+            f"{source}: cannot be read: {reason(error)}", "is the folder complete?"
         ) from error
     return modules, scheduler, stored
 
@@ -310,12 +313,11 @@ def _module_class(library: str, name: str) -> Any:
 
 def _weights(folder: Path) -> Stored:
     """Of a component's safetensors, of the one variant that is loaded."""
-    paths = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    plain = [p for p in paths if p.name.count(".") == 1]
+    paths = weight_files(folder)
     elements, types = 0, set()
-    for path in plain:
+    for path in paths:
         with safe_open(path, framework="pt") as file:
             slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
             elements += sum(math.prod(part.get_shape()) for part in slices)
             types |= {part.get_dtype() for part in slices}
-    return Stored(sum(p.stat().st_size for p in plain), elements, frozenset(types))
+    return Stored(sum(p.stat().st_size for p in paths), elements, frozenset(types))

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import ModelError
 from .calling import level
+from .weight_files import named, variant_of
 
 
 def save_denoiser(denoiser: Any, folder: Path) -> None:
@@ -57,8 +58,10 @@ def check_weights(part: Any, folder: Path) -> None:
 
 
 def _stored_names(folder: Path) -> list[str] | None:
-    """Of the tensors in the weights that diffusers reads by default; None: in another format."""
-    index, whole = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFETENSORS_WEIGHTS_NAME
+    """Of the tensors in the weights that are loaded; None: in another format."""
+    variant = variant_of(folder)
+    index = folder / named(SAFE_WEIGHTS_INDEX_NAME, variant)
+    whole = folder / named(SAFETENSORS_WEIGHTS_NAME, variant)
     if index.is_file():
         return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     if not whole.is_file():

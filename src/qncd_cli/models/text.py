@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from .prompt_length import Tell, check_lengths
 
 ENCODED_AT_ONCE = 16
 Table = dict[str, Tensor]
@@ -43,18 +44,23 @@ class Encoded:
     negative: Table | None
 
 
-def latent_side(pipeline: Any, prompts: Prompts) -> int:
-    """Side of the latents. Raises ModelError for an image size that the model cannot have."""
+def latent_sides(pipeline: Any, prompts: Prompts) -> tuple[int, int]:
+    """Height and width of latents. Raises ModelError for an image size that the model cannot have.
+
+    The model's own size is one number, or a pair where its images are not square.
+    """
     factor: int = pipeline.vae_scale_factor
     if prompts.image_size is None:
         own = getattr(_denoiser(pipeline).config, "sample_size", None)
-        return int(own or pipeline.default_sample_size)
+        sides = own or pipeline.default_sample_size
+        height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
+        return int(height), int(width)
     if prompts.image_size % (2 * factor):  # transformers read patches of 2 x 2
         raise ModelError(
             f"sampling.image_size {prompts.image_size} does not fit {type(pipeline).__name__}",
             f"use a multiple of {2 * factor}",
         )
-    return prompts.image_size // factor
+    return prompts.image_size // factor, prompts.image_size // factor
 
 
 def _denoiser(pipeline: Any) -> Any:
@@ -78,14 +84,15 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> Encoded:
     here the size that is drawn, uncropped. Without a negative prompt its embeddings are zeros where
     the pipeline was trained so.
     """
-    size = latent_side(pipeline, prompts) * pipeline.vae_scale_factor
+    height, width = (pipeline.vae_scale_factor * n for n in latent_sides(pipeline, prompts))
     device = pipeline.unet.device
 
     def encode(texts: list[str]) -> Table:
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             texts, device=device, do_classifier_free_guidance=False
         )
-        ids = torch.tensor([size, size, 0, 0, size, size], dtype=pooled.dtype, device=device)
+        sizes = [height, width, 0, 0, height, width]
+        ids = torch.tensor(sizes, dtype=pooled.dtype, device=device)
         return {
             "encoder_hidden_states": embeddings,
             "text_embeds": pooled,
@@ -105,7 +112,7 @@ def pixart_table(pipeline: Any, prompts: Prompts) -> Encoded:
     The 1024-pixel models of alpha also take the image's size (arXiv 2310.00426, sec. 2.4).
     """
     config, device = pipeline.transformer.config, pipeline.transformer.device
-    side = float(latent_side(pipeline, prompts) * pipeline.vae_scale_factor)
+    height, width = (pipeline.vae_scale_factor * n for n in latent_sides(pipeline, prompts))
 
     def encode(texts: list[str]) -> Table:
         embeddings, mask, _, _ = pipeline.encode_prompt(
@@ -116,9 +123,9 @@ def pixart_table(pipeline: Any, prompts: Prompts) -> Encoded:
         )
         table = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
         if type(pipeline).__name__ == "PixArtAlphaPipeline" and config.sample_size == 128:
-            size = torch.tensor([side, side], dtype=embeddings.dtype, device=device)
+            size = torch.tensor([height, width], dtype=embeddings.dtype, device=device)
             table["resolution"] = size.expand(len(texts), -1)
-            table["aspect_ratio"] = torch.ones_like(size[:1]).expand(len(texts), -1)
+            table["aspect_ratio"] = (size[:1] / size[1:]).expand(len(texts), -1)
         return table
 
     return Encoded(_in_parts(encode, prompts.texts), encode([prompts.negative]))
@@ -170,6 +177,10 @@ TEXT_TABLES = {
 
 
 @torch.no_grad()
-def encode(pipeline: Any, prompts: Prompts) -> Encoded:
-    """By the pipeline's own text encoders. Raises ModelError."""
+def encode(pipeline: Any, prompts: Prompts, tell: Tell) -> Encoded:
+    """By the pipeline's own text encoders. tell: hears of prompts that are cut.
+
+    Raises ModelError, and ConfigError for prompts that become the same by being cut.
+    """
+    check_lengths(pipeline, prompts.texts, prompts.negative, tell)
     return TEXT_TABLES[type(pipeline).__name__](pipeline, prompts)

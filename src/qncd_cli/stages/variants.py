@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from ..config_files import load_config, parse_config
 from ..errors import ConfigError
 from ..presets import PRESETS
 from ..spec import FLOAT_BITS
+from ..widths import Widths, parse_widths
 
 CORRECTIONS = {
     "none": (False, False),
@@ -38,8 +38,6 @@ INGREDIENTS: dict[str, tuple[str, Any]] = {
     "bias": ("quantization.bias_correction", True),
 }
 """Suffix: the key that it sets, whatever the row's preset and --set say of it, and the value."""
-FULL_PRECISION = "fp"
-Widths = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -81,20 +79,6 @@ def variants(
             tree = _tree(config_name, name, [strict, *overrides])
             rows.append(Variant(name, text, _at_widths(tree, parsed[text], f"{name} at {text}")))
     return rows
-
-
-def parse_widths(text: str) -> Widths | None:
-    """w4a8 -> (4, 8), fp -> None. Raises ConfigError."""
-    if text == FULL_PRECISION:
-        return None
-    match = re.fullmatch(r"w(\d{1,2})a(\d{1,2})", text)
-    found = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not all(2 <= bits <= 8 or bits == FLOAT_BITS for bits in found):
-        raise ConfigError(
-            f"--bits {text}: expected widths like w4a8, or {FULL_PRECISION}",
-            f"2 to 8 bits, or {FLOAT_BITS} for floating point",
-        )
-    return found
 
 
 def _own_widths(config: Config) -> str:
