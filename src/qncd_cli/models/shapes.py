@@ -146,8 +146,8 @@ def model_shapes(
     else:
         folder, is_folder = _find(source), True
         modules, scheduler, stored = _folder(folder, source)
-        kind = _index(folder)["_class_name"]
-        tokens = _prompt_tokens(folder)
+        kind = read_index(folder, source)["_class_name"]
+        tokens = _prompt_tokens(folder, kind)
     name = next((n for n in DENOISERS if n in modules), None)
     if name is None:
         raise ModelError(f"{source}: has no {' or '.join(DENOISERS)}", "is it a diffusion model?")
@@ -216,18 +216,12 @@ def _classes(denoiser: Any, embedder: Any) -> int:
     return 0
 
 
-def _index(folder: Path) -> dict[str, Any]:
-    tree: dict[str, Any] = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return tree
-
-
-def _prompt_tokens(folder: Path) -> int:
-    """What a folder says of its prompts, 0 where that is nothing."""
-    index = _index(folder)
+def _prompt_tokens(folder: Path, kind: str) -> int:
+    """What a folder says of its prompts, 0 where that is nothing. kind: of its pipeline."""
     encoder = folder / "text_encoder" / "config.json"
-    if index["_class_name"] == "PixArtAlphaPipeline":
+    if kind == "PixArtAlphaPipeline":
         return PIXART_ALPHA_TOKENS
-    beside = CLIP_PIPELINES.get(index["_class_name"])
+    beside = CLIP_PIPELINES.get(kind)
     if beside is None or not encoder.is_file():
         return 0
     own = json.loads(encoder.read_text(encoding="utf-8")).get("max_position_embeddings", 0)
