@@ -12,7 +12,17 @@ from qncd_cli.config_files import load_config
 from qncd_cli.errors import ConfigError
 from qncd_cli.presets import PRESETS, merged
 
-NAMES = ["minmax", "qdiffusion", "ptqd", "tdq", "qncd-intra", "qncd-inter", "qncd", "best"]
+NAMES = [
+    "minmax",
+    "qdiffusion",
+    "ptqd",
+    "tdq",
+    "qncd-intra",
+    "qncd-inter",
+    "qncd",
+    "best",
+    "best-label",
+]
 
 
 def read(tmp_path: Path, tree: dict, *overrides: str) -> Config:
@@ -128,3 +138,12 @@ def test_the_name_alone_makes_no_other_artifact(tmp_path):
 def test_an_unknown_preset_names_the_nearest(tmp_path):
     with pytest.raises(ConfigError, match="did you mean minmax"):
         read(tmp_path, preset("min-max"))
+
+
+def test_best_label_spends_no_bits_that_the_label_does_not_name(tmp_path):
+    plain, best = read(tmp_path, preset("best-label")), read(tmp_path, preset("best"))
+    label, spent = plain.quantization, best.quantization
+    assert (label.sensitive.weight_bits, label.sensitive.activation_bits) == (0, 0)
+    assert (spent.sensitive.weight_bits, spent.sensitive.activation_bits) == (0.6, 1.0)
+    assert (label.first_last_bits, label.first_last_activation_bits) == (8, 8)
+    assert label.activations == spent.activations and label.weights == spent.weights

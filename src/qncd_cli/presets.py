@@ -77,6 +77,15 @@ _BEST: Tree = {
     },
     "correction": {"intra": "none", "inter": {"method": "none"}},
 }
+_BEST_LABEL: Tree = merged(
+    _BEST,
+    {
+        "quantization": {
+            "first_last_activation_bits": 8,
+            "sensitive": {"weight_bits": 0.0, "activation_bits": 0.0},
+        }
+    },
+)
 _INTRA: Tree = {"correction": {"intra": "embedding"}}
 _INTER: Tree = {
     "correction": {
@@ -131,6 +140,11 @@ PRESETS: dict[str, Preset] = {
         "what measured best (docs/quality.md): ranges by the layer's output at every step, "
         "extra bits for the few layers that matter most",
         _BEST,
+    ),
+    "best-label": Preset(
+        "best without its extra bits: the widths that the label names, 8 bits in the weights of the "
+        "outer layers",
+        _BEST_LABEL,
     ),
 }
 

@@ -240,7 +240,7 @@ def compare(run_dirs, as_json, debug):
 @click.option(
     "--presets",
     metavar="NAME,NAME,...",
-    default="minmax,qdiffusion,ptqd,tdq,qncd-intra,qncd-inter,qncd,best",
+    default="minmax,qdiffusion,ptqd,tdq,qncd-intra,qncd-inter,qncd,best-label,best",
     show_default=True,
     help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
     "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
