@@ -142,8 +142,8 @@ PRESETS: dict[str, Preset] = {
         _BEST,
     ),
     "best-label": Preset(
-        "best without its extra bits: the widths that the label names, 8 bits in the weights of the "
-        "outer layers",
+        "best without its extra bits: the widths that the label names, 8 bits in the outer "
+        "layers' weights",
         _BEST_LABEL,
     ),
 }
