@@ -54,6 +54,52 @@ def test_the_names_of_temporaries_are_those_that_are_removed(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+# ---- links --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["leads to a file", "leads to nothing yet"])
+def test_a_file_is_written_through_a_link(tmp_path, there):
+    target, link = tmp_path / "elsewhere" / "a", tmp_path / "b"
+    if there:
+        target.parent.mkdir()
+        target.write_bytes(b"old")
+    link.symlink_to("elsewhere/a")
+    files.write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert [p.name for p in target.parent.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["leads to a folder", "leads to nothing yet"])
+def test_a_folder_is_replaced_behind_a_link(tmp_path, there):
+    target, link = tmp_path / "elsewhere" / "target", tmp_path / "out"
+    if there:
+        target.mkdir(parents=True)
+        (target / "old").write_text("old")
+    link.symlink_to(target)
+    with files.replacing_folder(link) as made:
+        (made / "new").write_text("new")
+    assert link.is_symlink()
+    assert [p.name for p in target.iterdir()] == ["new"]
+    assert [p.name for p in target.parent.iterdir()] == ["target"]
+
+
+def test_a_file_is_written_into_a_folder_that_a_link_leads_to(tmp_path):
+    (tmp_path / "samples").symlink_to("big_disk/samples")  # which is not there yet
+    files.write_bytes(tmp_path / "samples" / "set" / "a", b"data")
+    assert (tmp_path / "big_disk" / "samples" / "set" / "a").read_bytes() == b"data"
+
+
+def test_a_link_that_leads_to_itself_is_one_line_and_stays(tmp_path):
+    link = tmp_path / "a"
+    link.symlink_to("a")
+    with pytest.raises(ArtifactError, match="leads back to itself"):
+        files.write_bytes(link, b"data")
+    with pytest.raises(ArtifactError, match="leads back to itself"), files.replacing_folder(link):
+        pass
+    assert link.is_symlink()
+
+
 # ---- JSON ---------------------------------------------------------------------------------------
 
 

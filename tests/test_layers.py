@@ -62,6 +62,7 @@ SHARED = [
         "sample_set",
         "sensitivity",
         "sessions",
+        "set_files",
         "subject",
         "workload",
     )

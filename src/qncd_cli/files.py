@@ -2,7 +2,8 @@
 
 This module is the only writer of the run directory: artifacts.py adds what tensor files hold,
 run_dir.py where everything lies. A file is written beside its place, synced and renamed, so that
-it is either the old one or the new one.
+it is either the old one or the new one. Links are written through: what they lead to is replaced,
+they stay.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises ArtifactError when the disk is full or the place cannot be written.
     """
-    temporary = None
+    temporary, named, path = None, path, target_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -39,12 +40,23 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ArtifactError(
-                f"{path}: no room on disk", "free some space and repeat the command"
+                f"{named}: no room on disk", "free some space and repeat the command"
             ) from error
-        raise ArtifactError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise ArtifactError(f"{named}: cannot be written: {error.strerror or error}") from error
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def target_of(path: Path) -> Path:
+    """The place that a path leads to, through links, whether something is there or not.
+
+    Raises ArtifactError for links that lead in a circle.
+    """
+    place = Path(os.path.realpath(path))
+    if place.is_symlink():
+        raise ArtifactError(f"{path}: a link that leads back to itself", "remove it")
+    return place
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -86,6 +98,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     Raises ArtifactError when the disk is full or the place cannot be written.
     """
+    named, folder = folder, target_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
@@ -105,7 +118,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                     replaced.rename(folder)
                 raise
     except OSError as error:
-        raise unwritable(folder, error) from error
+        raise unwritable(named, error) from error
 
 
 def unwritable(folder: Path, error: Exception) -> ArtifactError:

@@ -369,10 +369,19 @@ def test_eval_refuses_folders_that_are_no_sets_of_images(work, option, content):
     assert "pictures" in line
 
 
-def test_eval_refuses_other_images_in_the_folder_of_a_set(work):
+def test_eval_measures_what_the_manifest_names_and_no_other_images(work, done):
     folder = work.folder / RUN / "samples/quantized"
-    shutil.copy(folder / "000000.png", folder / "holiday.png")
-    assert "the manifest names 4" in one_line(work(*EVAL, ok=False), 4)
+    for name in ("holiday.png", "20261126.png", "000004.png"):
+        shutil.copy(folder / "000000.png", folder / name)
+    work(*EVAL)
+    measured = [snapshot(runner)["tiny/metrics.json"] for runner in (work, Qncd(done))]
+    assert measured[0] == measured[1]
+
+
+def test_eval_names_the_image_that_is_missing(work):
+    missing(work.folder / RUN / "samples/quantized/000002.png")
+    line = one_line(work(*EVAL, ok=False), 4)
+    assert "3 images, the manifest names 4, without 000002.png" in line
 
 
 # ---- no room on disk ----------------------------------------------------------------------------
@@ -456,21 +465,23 @@ def interrupted_at(call: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "call"),
+    ("stage", "call", "kept"),
     [
-        ("calibrate", 1),  # smoothing
-        ("calibrate", 4),  # trajectories
-        ("quantize", 3),  # noise statistics
-        ("sample", 1),  # before the first batch ends
-        ("sample", 4),  # in the second batch
-        ("eval", 3),  # while drawing full precision
+        ("calibrate", 1, "nothing of calibrate is kept"),  # smoothing
+        ("calibrate", 4, "nothing of calibrate is kept"),  # trajectories
+        ("quantize", 3, "calibrate is kept, nothing of quantize is"),  # noise statistics
+        ("sample", 1, "images of finished batches are kept"),  # before the first batch ends
+        ("sample", 4, "images of finished batches are kept"),  # in the second batch
+        ("eval", 3, "images of finished batches are kept"),  # while drawing full precision
     ],
 )
-def test_an_interrupted_stage_exits_130_and_the_same_command_completes(work, done, stage, call):
+def test_an_interrupted_stage_exits_130_says_what_is_kept_and_the_same_command_completes(
+    work, done, stage, call, kept
+):
     before = back_to(work, stage)
     with interrupted_at(call):
         line = one_line(work(*COMMANDS[stage], ok=False), 130)
-    assert line == "Interrupted: the same command goes on from here."
+    assert line.startswith(f"Interrupted: {kept}")
     check_unharmed(work, before)
     work(*COMMANDS[stage])
     assert snapshot(work) == up_to(Qncd(done), stage)

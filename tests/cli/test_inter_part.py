@@ -76,7 +76,7 @@ def test_other_batches_are_refused_in_one_line(own, change, name, how):
     refused = own(*DRAW, "--name", name, *how, *change, ok=False)
     assert refused.exit_code == 4
     (line,) = refused.stderr.strip().splitlines()[-1:]
-    assert "different: batches, on which samples depend" in line and "--force" in line
+    assert "samples depend on their batches" in line and "--force" in line
     assert files(own, name) == before
 
 

@@ -338,7 +338,7 @@ def test_another_setting_does_not_go_into_the_same_set(work):
     command = ("sample", "--num", "6", "--batch-size", "4", "--classes", "1")
     result = work(*command, ok=False)
     assert result.exit_code == 4
-    assert "different: sampling" in result.stderr
+    assert "sampling.classes: all -> [1]" in result.stderr
     assert "--force" in result.stderr
     assert "--name" in result.stderr
     assert sample_set(work, "quantized") == before

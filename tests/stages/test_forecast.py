@@ -20,7 +20,7 @@ from qncd_cli.quant.affine import QParams
 from qncd_cli.stages import calibrate, call_memory, footprint, forecast, foreseen, quantize
 from qncd_cli.stages.footprint import Foreseen, Machine
 from qncd_cli.stages.plan import plan_layers
-from qncd_cli.stages.sample import default_batch
+from qncd_cli.stages.set_files import default_batch
 
 FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1}
 NEAREST = {"bits": 4, "rounding": "nearest"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config_files import load_config
 from ..files import write_bytes
-from .console import Console
+from .console import Console, keeping
 from .evaluation import EvalOptions, protocol_of
 from .shared import open_model
 
@@ -66,7 +66,8 @@ def ablate(console: Console, options: AblateOptions) -> None:
     source = options.reference or config.evaluation.reference
     protocol = protocol_of(_measuring(options), source, config.model.source.startswith("zoo:"))
     model = open_model(config, options.device, folder)
-    table = stage.run(rows, model, request, protocol, _teller(), console.track)
+    with keeping("finished rows are kept, the same command goes on with the next"):
+        table = stage.run(rows, model, request, protocol, _teller(), console.track)
     title = f"Variants of {name}"
     page = folder / "ablation.html"
     sheets = [(row.label, stage.sheet(request, row)) for row in rows]

@@ -14,7 +14,7 @@ from ..config_files import load_config, parse_config
 from ..errors import ConfigError
 from ..files import read_json, write_bytes
 from ..run_dir import RunDir, find_run, set_current
-from .console import Console, show
+from .console import Console, keeping, show
 from .evaluation import EvalOptions, evaluate
 from .shared import note_sampling, open_model
 
@@ -86,9 +86,10 @@ def calibrate(
     from ..stages import chain
 
     start = time.perf_counter()
-    model = open_model(config, device, run.path)
-    note_sampling(console, config, model)
-    calibration, _, skipped = chain.calibrate(run, config, model, console.track, force=force)
+    with keeping("nothing of calibrate is kept, the same command begins it again"):
+        model = open_model(config, device, run.path)
+        note_sampling(console, config, model)
+        calibration, _, skipped = chain.calibrate(run, config, model, console.track, force=force)
     write_bytes(run.config, config.to_yaml().encode())
     set_current(run)
     _done(
@@ -121,7 +122,10 @@ def quantize(
     artifacts.check_lineage(smoothing, config=digest, model=model.digest)
     parents = {"smoothing": smoothing.digest}
     artifacts.check_lineage(calibration, config=digest, model=model.digest, parents=parents)
-    skipped = chain.quantize(run, config, model, calibration, smoothing, console.track, force=force)
+    with keeping("calibrate is kept, nothing of quantize is; the same command begins it again"):
+        skipped = chain.quantize(
+            run, config, model, calibration, smoothing, console.track, force=force
+        )
     if overrides:
         write_bytes(run.config, config.to_yaml().encode())
     coverage = read_json(run.coverage, "qncd quantize --force")
@@ -196,7 +200,7 @@ def _parse_classes(text: str) -> str | list[int]:
 
 def sample(console: Console, options: SampleOptions) -> Path:
     from ..backends.base import AUTO
-    from ..stages import fastest, sample_set
+    from ..stages import fastest, set_files
     from ..stages import sample as stage
     from ..stages import subject as subjects
     from ..stages.graphs import FOLDER
@@ -212,7 +216,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
         noise_stats = artifacts.read(run.tensors("noise_stats"), "noise_stats")
     in_full = "full_compiled" if options.compiled else "full"  # eval compares with the plain one
     folder = run.samples(options.name or (in_full if options.full_precision else "quantized"))
-    begun = None if options.force else sample_set.begun(folder)
+    begun = None if options.force else set_files.begun(folder)
     model = open_model(config, options.device, run.path)
     little = options.low_memory
     backend = fastest.of_set(options.backend, begun, model.device, low_memory=little)
@@ -229,11 +233,11 @@ def sample(console: Console, options: SampleOptions) -> Path:
         folder,
         config.sampling.seed,
         options.num or DEFAULT_NUM,
-        options.batch_size or stage.default_batch(macs),
+        options.batch_size or set_files.default_batch(macs),
     )
     if options.force:
         stage.check(config, model, subject, request)
-        sample_set.clear(folder)
+        set_files.clear(folder)
     how = subjects.Compiling(
         run.path / FOLDER,
         console.note,
@@ -247,7 +251,11 @@ def sample(console: Console, options: SampleOptions) -> Path:
         drawn = request.seeds, request.batch_size
         subject = fastest.chosen(config, model, subject, *drawn, how, place)
     _note_backend(console, subject)
-    manifest = stage.run(config, model, subject, request, console.track)
+    with keeping("images of finished batches are kept, the same command goes on with the next"):
+        manifest = stage.run(config, model, subject, request, console.track)
+    there = len(manifest["seeds"])
+    if there > request.count:
+        console.note(f"{folder}: {there} images are there, {request.count} asked for: all are kept")
     _done(
         console,
         "sample",
@@ -255,7 +263,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
         time.perf_counter() - start,
         images=len(manifest["seeds"]),
         folder=str(folder),
-        contact_sheet=str(sample_set.sheet_path(folder)),
+        contact_sheet=str(set_files.sheet_path(folder)),
     )
     return folder
 

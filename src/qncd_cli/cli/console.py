@@ -8,7 +8,8 @@ import shutil
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
@@ -17,6 +18,19 @@ from ..errors import EXIT_INTERRUPTED, EXIT_USAGE, QncdError
 from .progress import Bars, lines
 
 T = TypeVar("T")
+
+
+class Interrupted(Exception):
+    """Ctrl-C, and what is kept of the work: a phrase."""
+
+
+@contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Whoever interrupts the block is told what is kept. The innermost block is heard."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(what) from error
 
 
 class ErrorReportingCommand(click.Command):
@@ -29,8 +43,10 @@ class ErrorReportingCommand(click.Command):
             sys.exit(result if isinstance(result, int) else 0)
         except QncdError as error:
             _fail(f"Error: {error}", error.exit_code)
+        except Interrupted as interruption:
+            _fail(f"Interrupted: {interruption}.", EXIT_INTERRUPTED)
         except (click.Abort, KeyboardInterrupt):
-            _fail("Interrupted: the same command goes on from here.", EXIT_INTERRUPTED)
+            _fail("Interrupted.", EXIT_INTERRUPTED)
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(EXIT_USAGE)

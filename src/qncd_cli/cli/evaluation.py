@@ -14,7 +14,7 @@ from ..config_files import load_config, parse_config
 from ..errors import ArtifactError
 from ..files import read_json, write_bytes, write_json
 from ..run_dir import RunDir, find_run
-from .console import Console, finite
+from .console import Console, finite, keeping
 from .shared import open_model
 
 
@@ -71,7 +71,8 @@ def evaluate(console: Console, options: EvalOptions) -> None:
     full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
     coverage = read_json(run.coverage, "qncd quantize --force")
     sizes = stage.sizes(run.tensors("quantized"), coverage)
-    metrics, report = stage.run(full_set, quantized_set, sizes, protocol, console.track)
+    with keeping("all images are kept, the same command measures them again"):
+        metrics, report = stage.run(full_set, quantized_set, sizes, protocol, console.track)
     suffix = "" if options.name == "quantized" else f"_{options.name}"
     report_path = run.report.with_name(f"report{suffix}.html")
     write_json(run.metrics.with_name(f"metrics{suffix}.json"), finite(metrics))
@@ -119,9 +120,10 @@ def _full_folder(
             return own
     count = seeds[-1] - seeds[0] + 1
     batch_size = quantized_set.manifest["batch_size"]
-    return chain.full_precision_samples(
-        run.path.parent, config, model, count, batch_size, console.track
-    )
+    with keeping("images of finished batches are kept, the same command goes on with the next"):
+        return chain.full_precision_samples(
+            run.path.parent, config, model, count, batch_size, console.track
+        )
 
 
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (

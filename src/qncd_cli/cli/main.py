@@ -24,7 +24,7 @@ Or all four:
 
 \b
 Exit codes: 0 done, 2 usage, 3 configuration, 4 artifact, 5 model, 6 backend or hardware,
-130 interrupted (the same command goes on).
+130 interrupted (the line says what is kept).
 """
 
 

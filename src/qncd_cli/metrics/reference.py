@@ -6,7 +6,7 @@ A reference holds images, or what is left of them: features, or mean and covaria
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,9 +81,8 @@ class Reference:
 def load_images(folder: Path) -> Tensor:
     """Every image of a folder, sorted by file name -> uint8 [N, 3, H, W].
 
-    Reads IMAGE_SUFFIXES, no sub-folders; grey becomes RGB, transparency is dropped.
-    Raises ArtifactError, with the file's name, if the folder is missing or holds no images, or an
-    image is damaged, deeper than 8 bits, or of another size than the first.
+    Reads IMAGE_SUFFIXES, no sub-folders.
+    Raises ArtifactError if the folder is missing or holds no images, and what read_images raises.
     """
     if not folder.is_dir():
         raise ArtifactError(f"{folder}: no such folder of images", "check the path")
@@ -91,6 +90,15 @@ def load_images(folder: Path) -> Tensor:
     if not paths:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise ArtifactError(f"{folder}: no images in this folder", f"it reads {suffixes}")
+    return read_images(paths)
+
+
+def read_images(paths: Sequence[Path]) -> Tensor:
+    """Images in the order of their paths -> uint8 [N, 3, H, W]; at least one.
+
+    Grey becomes RGB, transparency is dropped. Raises ArtifactError, with the file's name, if an
+    image is damaged, deeper than 8 bits, or of another size than the first.
+    """
     first = _read_image(paths[0])
     images = torch.empty((len(paths), *first.shape), dtype=torch.uint8)
     for index, path in enumerate(paths):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -15,7 +13,6 @@ from torch import Tensor
 
 from ..errors import ModelError
 
-SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 # What PyTorch Lightning stores of its callbacks beside the weights, by name; none of it is needed
 # (without these, CompVis' own files are refused: flowtyone/ComfyUI-Flowty-LDSR, issue 8).
 _INERT = (
@@ -36,21 +33,6 @@ class _Inert:
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def is_checkpoint(source: str) -> bool:
-    """Whether a model source names a checkpoint file, whether that is there or not."""
-    path = Path(source)
-    return path.suffix in SUFFIXES and not os.path.isdir(path)
-
-
-def checkpoint_digest(*files: str | Path) -> str:
-    """First 16 hex digits of a SHA-256 over the contents of a checkpoint, its YAML, and others."""
-    digest = hashlib.sha256()
-    for path in files:
-        with Path(path).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def read_tensors(checkpoint: str) -> dict[str, Tensor]:

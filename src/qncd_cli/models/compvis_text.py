@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -222,11 +221,3 @@ def load_tokenizer(checkpoint: str, options: TextOptions, given: str | None) -> 
         tokenizer.convert_ids_to_tokens(0) if options.open_clip else tokenizer.eos_token
     )
     return tokenizer
-
-
-def tokenizer_files(tokenizer: str | None) -> list[Path]:
-    """What a digest of the model has to cover beside its checkpoint; none for a hub id."""
-    folder = Path(tokenizer) if tokenizer else None
-    if folder is None or not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Collection
@@ -18,13 +17,12 @@ from ..errors import BackendUnavailable, ModelError
 from .adapters import ADAPTERS, Condition
 from .calling import level
 from .compvis import compvis_pipeline
-from .compvis_file import checkpoint_digest, is_checkpoint
-from .compvis_text import tokenizer_files
+from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest
 from .folder_check import check_folder, is_there, read_index, reason
 from .pipelines import CLASS_CONDITIONAL, is_guided
 from .prompt_cache import PromptCache
 from .prompt_length import Tell, untold
-from .random_models import SEED, random_pipeline
+from .random_models import random_pipeline
 from .schedule import schedule_of
 from .stored import check_weights
 from .text import TEXT_TABLES, Prompts, encode
@@ -120,7 +118,7 @@ def load_model(
     if folder is None:
         pipeline, digest = open_pipeline(source, compvis_config, tokenizer, tell)
     else:
-        digest = _digest(folder)
+        digest = folder_digest(folder)
         if cache is not None and prompts is not None:
             path = cache.path(digest, dtype, prompts)
             encoded = cache.read(path, place)
@@ -175,13 +173,12 @@ def open_pipeline(
                 raise
             pipeline = _load_pipeline(folder, source, None, unused, tell)
             tell(f"{source}: without {', '.join(unused)} ({error.message})")
-        return pipeline, _digest(folder)
+        return pipeline, folder_digest(folder)
     if source.startswith("random:"):
         pipeline = random_pipeline(source.removeprefix("random:"))
-        made_from = f"{source} {SEED} {torch.__version__}"
-        return pipeline, hashlib.sha256(made_from.encode()).hexdigest()[:16]
+        return pipeline, random_digest(source)
     pipeline = compvis_pipeline(source, compvis_config, tokenizer)
-    return pipeline, checkpoint_digest(source, str(compvis_config), *tokenizer_files(tokenizer))
+    return pipeline, checkpoint_digest(source, compvis_config, tokenizer)
 
 
 def _folder_of(source: str) -> Path | None:
@@ -284,22 +281,3 @@ def _silence_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-
-
-def _digest(folder: Path) -> str:
-    """First 16 hex digits of a SHA-256 over names and contents of the pipeline's files."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix not in (".json", ".safetensors", ".bin") or path.name == "training.json":
-            continue
-        digest.update(os.fsencode(path.relative_to(folder).as_posix()))
-        try:
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        except OSError as error:
-            where = "a link to nothing" if path.is_symlink() else error.strerror
-            raise ModelError(
-                f"{path}: cannot be read ({where})", "download the model again"
-            ) from error
-    return digest.hexdigest()[:16]

@@ -27,13 +27,13 @@ from diffusers import (
 )
 
 from ..errors import ModelError
+from .digest import RANDOM_SEED
 from .pipelines import (
     ClassConditionalDiTPipeline,
     ClassConditionalLDMPipeline,
     ClassEmbedder,
 )
 
-SEED = 0
 PROMPTS = 16
 
 
@@ -140,5 +140,5 @@ def random_pipeline(name: str) -> DiffusionPipeline:
         hint = f"did you mean random:{close[0]}?" if close else f"known: {', '.join(RANDOM)}"
         raise ModelError(f"no architecture random:{name}", hint)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(RANDOM_SEED)
         return RANDOM[name]()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .arguments import FLUX_TOKENS, TEXT_TOKENS, Arguments, arguments_of
 from .compvis import described_modules
-from .compvis_file import is_checkpoint
+from .digest import is_checkpoint
 from .folder_check import check_folder, read_index, reason
 from .loading import FIRST_STAGES, UNUSED
 from .pipelines import CLASS_CONDITIONAL, is_guided

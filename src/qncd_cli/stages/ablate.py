@@ -33,7 +33,7 @@ from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
 from ..run_dir import RunDir
-from . import chain, fastest, graphs, sample_set
+from . import chain, fastest, graphs, set_files
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
 from .assemble import denoiser_costs
@@ -67,7 +67,7 @@ class AblateRequest:
 
     def batch(self, macs: int) -> int:
         """Samples drawn together. macs: of one call on one sample."""
-        return self.batch_size or sample_stage.default_batch(macs)
+        return self.batch_size or set_files.default_batch(macs)
 
 
 @dataclass
@@ -200,7 +200,7 @@ def _table(config: Config, work: _Work) -> dict[str, Any]:
 
 def sheet(request: AblateRequest, variant: Variant) -> Path:
     """The contact sheet of a row's images."""
-    return sample_set.sheet_path(request.samples(variant))
+    return set_files.sheet_path(request.samples(variant))
 
 
 # ------------------------------------------------------------------ one row
@@ -283,7 +283,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
         work.tell(f"  backend {work.backend}: {subject.backend.remark}")
     digest = sample_stage.identify(config, work.model, subject, drawing)["digest"]
     if work.force(folder) or (begun is not None and begun.get("digest") != digest):
-        sample_set.clear(folder)
+        set_files.clear(folder)
     sample_stage.run(config, work.model, subject, drawing, work.track)
     return folder
 
@@ -297,7 +297,7 @@ def _place(work: _Work) -> fastest.Place:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     """Of the samples in a folder; empty where it is damaged."""
     try:
-        return sample_set.begun(folder)
+        return set_files.begun(folder)
     except ArtifactError:
         return {}
 

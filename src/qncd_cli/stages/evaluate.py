@@ -23,13 +23,14 @@ from ..metrics.image import (
     Reference,
     class_agreement,
     feature_distance,
-    load_images,
     measure,
     prepare_reference,
 )
+from ..metrics.reference import read_images
 from ..metrics.report import html_report
 from ..metrics.tensor import psnr_db, sqnr_db, sqnr_steps_db
 from ..progress import Track, no_progress
+from .set_files import LATENTS, MANIFEST, image_path, without_image
 
 PAIRS = 16
 """Images shown side by side in the report."""
@@ -62,24 +63,34 @@ class SampleSet:
 
 
 def read_set(folder: Path) -> SampleSet:
-    """Raises ArtifactError when the set is missing, incomplete or does not fit its manifest."""
-    manifest = read_json(folder / "manifest.json", "qncd sample")
+    """The samples that the manifest names, in its order; other files in the folder are left out.
+
+    Raises ArtifactError when the set is missing, incomplete or does not fit its manifest.
+    """
+    manifest = read_json(folder / MANIFEST, "qncd sample")
     if not manifest.get("complete"):
         raise ArtifactError(f"{folder}: the sample set is incomplete", 'repeat "qncd sample"')
     missing = [key for key in SET_KEYS if key not in manifest]
     if missing:
         raise ArtifactError(
-            f"{folder / 'manifest.json'}: damaged, without {', '.join(missing)}",
+            f"{folder / MANIFEST}: damaged, without {', '.join(missing)}",
             'repeat "qncd sample --force"',
         )
-    images = load_images(folder)
-    latents = artifacts.read(folder / "latents.safetensors", "latents")
-    found = sorted(int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal())
-    if found != manifest["seeds"] or len(images) != len(found):
+    seeds = manifest["seeds"]
+    lost = without_image(folder, seeds)
+    if lost or not seeds:
+        first = f", without {image_path(folder, lost[0]).name}" if lost else ""
         raise ArtifactError(
-            f"{folder}: {len(images)} images, the manifest names {len(manifest['seeds'])}",
-            'repeat "qncd sample --force", or take other images out of the folder',
+            f"{folder}: {len(seeds) - len(lost)} images, the manifest names {len(seeds)}{first}",
+            'repeat "qncd sample", which draws what is missing',
         )
+    latents = artifacts.read(folder / LATENTS, "latents")
+    if latents.tensors["seeds"].tolist() != seeds:
+        raise ArtifactError(
+            f"{folder / LATENTS}: of other seeds than the manifest names",
+            'repeat "qncd sample --force"',
+        )
+    images = read_images([image_path(folder, seed) for seed in seeds])
     return SampleSet(folder, manifest, images, latents)
 
 

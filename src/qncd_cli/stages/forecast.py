@@ -30,8 +30,9 @@ from .footprint import Foreseen, Machine
 from .machine import available_disk, available_memory
 from .plan import plan_layers
 from .reconstruct import CACHE_BYTES
-from .sample import TRACED, default_batch
+from .sample import TRACED
 from .sample_set import SHEET_IMAGES
+from .set_files import default_batch
 
 RATE_SECONDS = 0.3
 """How long each rate of the machine is measured."""

@@ -18,7 +18,6 @@ from torch import Tensor
 from .. import artifacts
 from ..artifacts import Artifact
 from ..config import Config
-from ..digests import digest_of
 from ..errors import ConfigError
 from ..files import remove_temporaries, write_bytes, write_json
 from ..models.loading import DiffusionModel
@@ -29,20 +28,13 @@ from ..quant.offline_correction import AffineCorrection, PtqdCorrection
 from ..sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction, denoise, make_scheduler
-from . import sample_set
+from . import sample_set, set_files
 from .assemble import guided_predict
+from .set_files import Drawing, identity_of
 from .subject import Subject
 
 TRACED = 32
 """Seeds whose predictions are kept at every step, for the SQNR over the steps."""
-LARGEST_BATCH = 50
-BATCH_MACS = 10**12
-"""Of one call, as many samples as come near it where fewer are to be drawn together."""
-
-
-def default_batch(macs: int) -> int:
-    """How many samples are drawn together unless it is said. macs: of one call on one sample."""
-    return max(1, min(LARGEST_BATCH, BATCH_MACS // macs))
 
 
 @dataclass(frozen=True)
@@ -68,25 +60,35 @@ def run(
 ) -> dict[str, Any]:
     """Draw what is missing of the set and return its manifest.
 
+    Samples that are there beyond those asked for are kept, and drawn again where their images are
+    gone.
+
     Raises ArtifactError when the folder holds another set than the one asked for, ConfigError
     when the correction was prepared for other sampling settings.
     """
     identity = identify(config, model, subject, request)
     check(config, model, subject, request)
+    before = set_files.begun(request.folder) or {}
     drawn = sample_set.finished(request.folder, identity)
     done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
+    beyond = sorted({*before.get("seeds", ())} - {*request.seeds})
+    batches = chunks(request.seeds, request.batch_size) + chunks(beyond, request.batch_size)
+    asked = {*request.seeds, *beyond, *before.get(set_files.ASKED, ())}
     scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
-    write_json(
-        request.folder / sample_set.MANIFEST,
-        {**identity, "complete": False, "seeds": sorted(done), "batch_size": request.batch_size},
-    )
+    unfinished = {
+        "complete": False,
+        "seeds": sorted(done),
+        set_files.ASKED: sorted(asked),
+        "batch_size": request.batch_size,
+    }
+    write_json(request.folder / set_files.MANIFEST, {**identity, **unfinished})
     remove_temporaries(request.folder)
-    pending = [b for b in chunks(request.seeds, request.batch_size) if not done.issuperset(b)]
+    pending = [batch for batch in batches if not done.issuperset(batch)]
     timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
     calls = len(pending) * len(timed.timesteps)
     what = f"sampling {sum(map(len, pending))} images ({subject.kind})"
     for seeds, tick in counted(track, pending, what, calls, "calls"):
-        part = request.folder / sample_set.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
+        part = request.folder / set_files.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
         if not part.is_file():
             draw_batch(config, model, subject, scheduler, seeds, part, tick)
     return sample_set.assemble(request.folder, identity, drawn, request.batch_size)
@@ -112,36 +114,16 @@ def identify(
     subject: Subject,
     request: SampleRequest | None = None,
 ) -> dict[str, Any]:
-    """Everything but the seeds that decides the images of a set.
-
-    Where samples depend on their batch, the seeds and how they are cut into batches as well: such
-    a set can be finished, but not go on to other seeds. request: needed for that alone.
-    """
-    sampling = config.to_dict()["sampling"]
-    sampling.pop("seed")
-    inter = config.correction.inter if subject.kind == "quantized" else None
-    identity = {
-        "kind": subject.kind,
-        "source": model.source,
-        "dtype": config.model.dtype,
-        "sampling": sampling,
-        "correction": inter.identity() if inter is not None else None,
-        "digests": subject.digests,
-    }
-    if sampling["guidance_scale"] < 1 and not model.interpolates:
-        identity["guidance"] = "off"  # sets drawn when it led away from the prompt are others
-    if subject.backend is not None:
-        identity["backend"] = subject.backend.name  # equal to others only up to float rounding
-    if subject.compiled:
-        identity["compiled"] = True  # the same
-    if inter is not None and inter.depends_on_batch:
-        assert request is not None
-        identity["batches"] = {
-            "first_seed": request.first_seed,
-            "count": request.count,
-            "size": request.batch_size,
-        }
-    return {**identity, "digest": digest_of(identity)}
+    """What decides the images of the subject's set; request: where they depend on the batches."""
+    drawing = Drawing(
+        subject.kind,
+        subject.digests,
+        subject.backend.name if subject.backend is not None else None,
+        subject.compiled,
+        config.sampling.guidance_scale < 1 and not model.interpolates,
+        *((request.first_seed, request.count, request.batch_size) if request else ()),
+    )
+    return identity_of(config, drawing)
 
 
 # ------------------------------------------------------------------ corrections
@@ -222,7 +204,7 @@ def draw_batch(
     labels = model.labels(seeds, sampling.classes)
     correction = make_correction(config, subject, scheduler, seeds)
     traced: list[Tensor] = []
-    keep = [i for i, seed in enumerate(seeds) if seed - sampling.seed < TRACED]
+    keep = [i for i, seed in enumerate(seeds) if 0 <= seed - sampling.seed < TRACED]
 
     def trace(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
         traced.append(prediction[keep].float().clone())
@@ -242,7 +224,7 @@ def draw_batch(
     with torch.no_grad():
         images = model.decode(latents)
     for seed, image in zip(seeds, images, strict=True):
-        write_bytes(sample_set.image_path(folder, seed), sample_set.png_bytes(image))
+        write_bytes(set_files.image_path(folder, seed), sample_set.png_bytes(image))
     body = {
         "count": len(seeds),
         "latent_shape": list(model.latent_shape),

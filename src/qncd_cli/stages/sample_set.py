@@ -1,5 +1,4 @@
-"""A sample set on disk: NNNNNN.png by seed, latents.safetensors, manifest.json, parts while it is
-drawn; its contact sheet lies beside the folder."""
+"""A sample set on disk as it grows: what is there already, and how its parts are joined."""
 
 from __future__ import annotations
 
@@ -15,66 +14,52 @@ from torch import Tensor
 
 from .. import artifacts
 from ..artifacts import Artifact
-from ..errors import ArtifactError
-from ..files import read_json, write_bytes, write_json
+from ..files import write_bytes, write_json
 from ..metrics.report import contact_sheet
+from .set_files import (
+    LATENTS,
+    MANIFEST,
+    PARTS,
+    begun,
+    check_identity,
+    image_path,
+    sheet_path,
+    without_image,
+)
 
 SHEET_IMAGES = 64
-MANIFEST = "manifest.json"
-PARTS = ".parts"
-REASONS = {
-    "batches": "batches, on which samples depend with correction.inter.granularity batch or with "
-    "part below 1"
-}
-"""Keys of a manifest that say too little by themselves."""
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
-    """Latents of the samples already in the folder, None when there are none.
+    """Latents of the samples in the folder whose images are there, None when there are none.
 
     Raises ArtifactError when they were made with other settings.
     """
     manifest = begun(folder)
     if manifest is None:
         return None
-    if manifest.get("digest") != identity["digest"]:
-        keys = [key for key in {**identity, "compiled": None} if key != "digest"]
-        differing = [
-            REASONS.get(key, key) for key in keys if manifest.get(key) != identity.get(key)
-        ]
-        raise ArtifactError(
-            f"{folder}: holds samples made with other settings (different: {', '.join(differing)})",
-            "add --force to replace them, or --name NAME to keep both",
-        )
-    latents = folder / "latents.safetensors"
-    if not latents.is_file():
+    check_identity(folder, manifest, identity)
+    if not (folder / LATENTS).is_file():
         return None
-    drawn = artifacts.read(latents, "latents")
-    seeds = drawn.tensors["seeds"].tolist()
-    return drawn if all(image_path(folder, seed).is_file() for seed in seeds) else None
+    drawn = artifacts.read(folder / LATENTS, "latents")
+    lost = without_image(folder, drawn.tensors["seeds"].tolist())
+    return _without(drawn, lost) if lost else drawn
 
 
-def begun(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the set in the folder, finished or not."""
-    path = folder / MANIFEST
-    return read_json(path, "qncd sample --force") if path.exists() else None
+def _without(drawn: Artifact, seeds: list[int]) -> Artifact | None:
+    """The samples of all other seeds, None where no others are there."""
 
+    def keep(key: str) -> list[int]:
+        return [row for row, s in enumerate(drawn.tensors[key].tolist()) if s not in lost]
 
-def image_path(folder: Path, seed: int) -> Path:
-    return folder / f"{seed:06d}.png"
-
-
-def sheet_path(folder: Path) -> Path:
-    """Beside the folder, so that the folder holds samples and no other images."""
-    return folder.with_name(f"{folder.name}_sheet.png")
-
-
-def clear(folder: Path) -> None:
-    """Remove a sample set (for --force): only what this stage writes."""
-    for path in [*folder.glob("[0-9]*.png"), folder / MANIFEST, folder / "latents.safetensors"]:
-        path.unlink(missing_ok=True)
-    sheet_path(folder).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    lost = set(seeds)
+    rows, traced = keep("seeds"), keep("prediction_seeds")
+    if not rows:
+        return None
+    tensors = {name: drawn.tensors[name][rows] for name in ("latents", "seeds", "classes")}
+    tensors |= {name: drawn.tensors[name][traced] for name in ("predictions", "prediction_seeds")}
+    body = {**drawn.body, "count": len(rows), "traced": len(traced)}
+    return Artifact("latents", tensors, body, "", drawn.model)
 
 
 def png_bytes(image: Tensor) -> bytes:
@@ -94,7 +79,7 @@ def assemble(
     parts = sorted((folder / PARTS).glob("*.safetensors"))
     pieces = [drawn] if drawn else []
     latents = merge_latents(pieces + [artifacts.read(path, "latents") for path in parts])
-    artifacts.write(folder / "latents.safetensors", latents)
+    artifacts.write(folder / LATENTS, latents)
     seeds = latents.tensors["seeds"].tolist()
     images = [Image.open(image_path(folder, seed)) for seed in seeds[:SHEET_IMAGES]]
     arrays = [torch.from_numpy(np.atleast_3d(np.array(image))) for image in images]

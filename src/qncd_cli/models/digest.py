@@ -1,0 +1,114 @@
+"""The digest of a model's files, by which everything that is made from it is known.
+
+Nothing here needs torch: whether a run still holds is settled before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ModelError
+
+CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors")
+SUFFIXES = (".json", ".safetensors", ".bin")
+"""Of files that a pipeline is read from."""
+RECORD = "training.json"
+"""How a packaged model was trained; no part of it."""
+RANDOM_SEED = 0
+"""Of the weights of random models."""
+
+
+def folder_digest(folder: Path) -> str:
+    """First 16 hex digits of a SHA-256 over names and contents of the pipeline's files.
+
+    Links are followed: what lies behind them counts as if it lay in the folder.
+    Raises ModelError for a file that cannot be read, such as a link to nothing.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(files_below(folder)):
+        digest.update(os.fsencode(path.relative_to(folder).as_posix()))
+        try:
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        except OSError as error:
+            what = "a link to nothing" if path.is_symlink() else str(error.strerror or error)
+            raise ModelError(
+                f"{path}: cannot be read: {what}", "is the folder complete? download it again"
+            ) from error
+    return digest.hexdigest()[:16]
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Files of a pipeline's folder that decide what it computes, those behind links included.
+
+    A link to a folder that it lies in itself is not entered.
+    """
+    entered = {folder: {_place(folder)}}
+    for name, subfolders, names in os.walk(folder, followlinks=True):
+        here = Path(name)
+        above = entered.pop(here)
+        for subfolder in list(subfolders):
+            place = _place(here / subfolder)
+            if place in above:
+                subfolders.remove(subfolder)
+            else:
+                entered[here / subfolder] = above | {place}
+        for file in names:
+            if Path(file).suffix in SUFFIXES and file != RECORD:
+                yield here / file
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether a model source names a checkpoint file, whether that is there or not."""
+    path = Path(source)
+    return path.suffix in CHECKPOINTS and not os.path.isdir(path)
+
+
+def checkpoint_files(
+    checkpoint: str, compvis_config: str | None, tokenizer: str | None
+) -> list[Path]:
+    """What a digest of the model has to cover; of a tokenizer that is a hub id nothing."""
+    folder = Path(tokenizer) if tokenizer else None
+    beside: list[Path] = []
+    if folder is not None and os.path.isdir(folder):
+        beside = sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt"))
+    return [Path(checkpoint), Path(str(compvis_config)), *beside]
+
+
+def checkpoint_digest(checkpoint: str, compvis_config: str | None, tokenizer: str | None) -> str:
+    """First 16 hex digits of a SHA-256 over the contents of a checkpoint, its YAML, and others.
+
+    Raises OSError where one of them cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in checkpoint_files(checkpoint, compvis_config, tokenizer):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def random_digest(source: str) -> str:
+    """Of random weights, which torch's version decides."""
+    made_from = f"{source} {RANDOM_SEED} {_torch_version()}"
+    return hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+
+def _torch_version() -> str:
+    """torch.__version__, without importing it."""
+    found = importlib.util.find_spec("torch")
+    assert found is not None and found.origin is not None, "torch is a dependency"
+    text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
+    version = re.search(r"""^__version__ = ['"](.+)['"]$""", text, re.MULTILINE)
+    assert version is not None, "torch.version names the version"
+    return version[1]
