@@ -47,6 +47,7 @@ fmt: $(READY)
 	$(BIN)/ruff format src tests scripts
 	$(BIN)/ruff check --fix src tests scripts
 
-# The command reference in the README, from the commands' own help.
+# The command reference, from the commands' own help; the numbers, from the vocabulary.
 docs: $(READY)
 	$(BIN)/python scripts/readme_help.py
+	$(BIN)/python scripts/numbers_page.py

@@ -8,9 +8,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_command_reference_is_the_commands_own_help():
+@pytest.mark.parametrize("script", ["readme_help.py", "numbers_page.py"])
+def test_pages_written_from_the_code_are_up_to_date(script):
     check = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "readme_help.py", "--check"],
+        [sys.executable, ROOT / "scripts" / script, "--check"],
         capture_output=True,
         text=True,
         check=False,

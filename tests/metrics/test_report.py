@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from qncd_cli.metrics.curve import line_chart, nice_ticks
-from qncd_cli.metrics.report import contact_sheet, format_number, html_report, markdown_table
+from qncd_cli.metrics.report import contact_sheet, html_report, markdown_table
 
 DISTANCE = {"network": "fashion-classifier", "name": "fd_fashion", "value": 1.25}
 METRICS = {
@@ -67,9 +67,9 @@ def test_report_is_well_formed_and_needs_no_other_file() -> None:
 
 def test_report_shows_the_numbers() -> None:
     text = _text(html_report(METRICS, {}, [], "Report", {"model": "zoo:fashion-ldm"}))
-    for expected in ("fd_fashion", "1.250", "[1.100, 1.400]", "17.26", "∞ (identical)", "–"):
+    for expected in ("fd_fashion", "1.250", "[1.100, 1.400]", "17.26", "identical", "–"):
         assert expected in text
-    for expected in ("41.96 MiB", "6.29x smaller", "zoo:fashion-ldm", "steps"):
+    for expected in ("44.00 MB", "6.29x smaller", "zoo:fashion-ldm", "steps"):
         assert expected in text
     assert "FID" not in text  # nothing measured it
 
@@ -137,14 +137,6 @@ def test_ticks_are_few_round_and_enclose_the_range(low: float, high: float) -> N
     ticks = nice_ticks(low, high)
     assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 9
     assert ticks == sorted(set(ticks))
-
-
-def test_numbers() -> None:
-    shown = [None, math.inf, -math.inf, 12345.6, 12.345, 1.2345, 0.00012345, 0.0, 1500, True]
-    assert [format_number(value) for value in shown] == [
-        "–", "∞ (identical)", "−∞", "12,346", "12.35", "1.234", "0.000123", "0", "1,500", "yes",
-    ]  # fmt: skip
-    assert format_number(math.nan) == "not a number"
 
 
 def test_markdown_table() -> None:

@@ -22,7 +22,7 @@ TERMINAL = (
     "as asked ↑",
     "SQNR, dB ↑",
     "PSNR, dB ↑",
-    "MiB ↓",
+    "MB ↓",
 )
 """Of the columns, those that fit a terminal."""
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import EXIT_INTERRUPTED, EXIT_USAGE, QncdError
+from ..vocabulary import is_number, number
 from .progress import Bars, lines
 
 T = TypeVar("T")
@@ -123,7 +124,7 @@ class Console:
         from . import tables
 
         rows = [list(row) for row in rows]
-        right = [any(isinstance(row[i], int | float) for row in rows) for i in range(len(columns))]
+        right = [all(is_number(row[i]) for row in rows) for i in range(len(columns))]
         cells = [[show(value) for value in row] for row in rows]
         width = shutil.get_terminal_size((120, 24)).columns
         if title:
@@ -132,16 +133,8 @@ class Console:
 
 
 def show(value: Any) -> str:
-    """A value in a table: floats to four digits, nothing as a dash."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        if math.isinf(value):
-            return "identical"
-        return f"{value:.4g}" if abs(value) < 100 else f"{value:,.1f}"
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
+    """A value in a table: numbers as everywhere, text as it is."""
+    return number(value) if value is None or isinstance(value, int | float) else str(value)
 
 
 def finite(value: Any) -> Any:

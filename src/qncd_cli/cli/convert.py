@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from ..vocabulary import megabytes
 from .console import Console
 from .shared import silence_diffusers
 
@@ -36,7 +37,7 @@ def convert(
     }
 
     def render() -> None:
-        print(f"{folder}: {payload['pipeline']}, {size / 1e6:,.1f} MB")
+        print(f"{folder}: {payload['pipeline']}, {megabytes(size)}")
         for name, count in parameters.items():
             print(f"  {name}: {count:,} parameters")
 

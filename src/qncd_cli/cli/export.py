@@ -9,6 +9,7 @@ from .. import artifacts
 from ..config_files import load_config, parse_config
 from ..files import check_folder, replacing_folder
 from ..run_dir import find_run
+from ..vocabulary import megabytes
 from .console import Console
 from .shared import open_model, silence_diffusers
 
@@ -64,7 +65,7 @@ def export_graph(
     images = "identical images" if psnr is None else f"images {psnr:.1f} dB"
 
     def render() -> None:
-        print(f"{folder}: {index['file']}, {payload['bytes'] / 1e6:,.1f} MB")
+        print(f"{folder}: {index['file']}, {megabytes(payload['bytes'])}")
         print(
             f"integer: {payload['integer_layers']} of {payload['layers']} layers; "
             f"{products['integer_here']} of {products['to_be_integer']} products of bytes are "
@@ -111,4 +112,4 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
         "bytes": size,
         "seconds": round(time.perf_counter() - start, 2),
     }
-    console.result(payload, lambda: print(f"{folder}: {payload['pipeline']}, {size / 1e6:,.1f} MB"))
+    console.result(payload, lambda: print(f"{folder}: {payload['pipeline']}, {megabytes(size)}"))

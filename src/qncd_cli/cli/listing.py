@@ -7,6 +7,7 @@ from pathlib import Path
 from .. import artifacts
 from ..config_files import load_config, shipped_configs
 from ..presets import PRESETS
+from ..vocabulary import megabytes
 from .console import Console
 
 
@@ -28,7 +29,7 @@ def inspect(console: Console, file: str) -> None:
 
     def render() -> None:
         print(
-            f"{file}: {artifact.kind}, {_size(Path(file).stat().st_size)}, "
+            f"{file}: {artifact.kind}, {megabytes(Path(file).stat().st_size)}, "
             f"content {artifact.digest[:16]}"
         )
         print(f"model {artifact.model}, configuration {artifact.config or '-'}")
@@ -66,7 +67,7 @@ def models(console: Console) -> None:
         rows = []
         for name, record in packaged.items():
             date = record.get("unet", {}).get("date", "")
-            rows.append([f"zoo:{name}", date, _size(_bytes_below(zoo_models()[name]))])
+            rows.append([f"zoo:{name}", date, megabytes(_bytes_below(zoo_models()[name]))])
         console.table(["packaged model", "trained", "size"], rows)
         cells = [[n, c["bits"], c["model"], c["sampler"]] for n, c in configs.items()]
         console.table(["configuration", "bits", "model", "sampler"], cells)
@@ -78,7 +79,3 @@ def models(console: Console) -> None:
 
 def _bytes_below(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB"

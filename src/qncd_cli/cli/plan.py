@@ -11,6 +11,7 @@ from typing import Any
 from ..config import Config
 from ..config_files import load_config
 from ..run_dir import find_run
+from ..vocabulary import megabytes
 from .commands import DEFAULT_NUM, SampleOptions, run_folder, sampling_config
 from .console import Console
 from .progress import duration
@@ -106,9 +107,9 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             ["of these in integers", f"{100 * covered['integer_macs_share']:.2f} %"],
             ["bits of a quantized weight, in the mean", None if bits is None else f"{bits:.2f}"],
             ["bits of weights and inputs, mean over MACs", _mean_bits(covered)],
-            ["result, bytes", result["bytes"]],
-            ["of these quantized weights", result["weight_bytes"]],
-            ["of these left unquantized", result["rest_bytes"]],
+            ["result", megabytes(result["bytes"])],
+            ["of these quantized weights", megabytes(result["weight_bytes"])],
+            ["of these left unquantized", megabytes(result["rest_bytes"])],
             ["of float32", f"{100 * result['share_of_float32']:.1f} %"],
         ],
         report["source"],
@@ -118,10 +119,10 @@ def _render(console: Console, report: dict[str, Any]) -> None:
         [
             [
                 stage["stage"],
-                _gb(stage["peak_bytes"]),
+                _memory(stage["peak_bytes"]),
                 stage["at"],
                 "yes" if stage["fits"] else "no",
-                _gb(stage["disk_bytes"]),
+                _memory(stage["disk_bytes"]),
                 duration(stage["seconds"]),
             ]
             for stage in report["stages"]
@@ -130,15 +131,15 @@ def _render(console: Console, report: dict[str, Any]) -> None:
     free = report["available"]
     print(
         f"{report['samples']:,} samples, {report['batch_size']} at once, on the CPU with backend "
-        f"{report['backend']}, uncompiled. Available: {_gb(free['memory'])} of memory, "
-        f"{_gb(free['disk'])} of disk.\n"
+        f"{report['backend']}, uncompiled. Available: {_memory(free['memory'])} of memory, "
+        f"{_memory(free['disk'])} of disk.\n"
         "Times are rough: from MACs and the rate that this machine reached just now."
     )
     mapped = max(stage["mapped_bytes"] for stage in report["stages"])
     if mapped:
         print(
-            f"Of the memory, up to {_gb(mapped)} are the model's own files, mapped: where memory "
-            "is short the system gives them up and reads them again."
+            f"Of the memory, up to {_memory(mapped)} are the model's own files, mapped: where "
+            "memory is short the system gives them up and reads them again."
         )
 
 
@@ -151,7 +152,5 @@ def _quantized(rows: list[dict[str, Any]]) -> str:
     return f"{integer} quantized, {len(rows) - integer} left in float"
 
 
-def _gb(size: int | None) -> str:
-    if size is None:
-        return "unknown"
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
+def _memory(size: int | None) -> str:
+    return "unknown" if size is None else megabytes(size)

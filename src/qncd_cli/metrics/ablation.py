@@ -8,8 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..vocabulary import number
 from .curve import line_chart
-from .report import definitions, format_number, markdown_table, page
+from .report import definitions, markdown_table, page
 
 COLUMNS = (
     "variant",
@@ -19,7 +20,7 @@ COLUMNS = (
     "as asked ↑",
     "SQNR, dB ↑",
     "PSNR, dB ↑",
-    "MiB ↓",
+    "MB ↓",
     "Gbit-op. ↓",
     "calls",
     "seconds",
@@ -102,17 +103,17 @@ def _shared(entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "to data ↓": _interval(entry["feature_distance_to_reference"]),
         "as asked ↑": entry["class_agreement"],
-        "MiB ↓": entry["bytes"] / 2**20,
+        "MB ↓": entry["bytes"] / 1e6,
     }
 
 
 def _interval(entry: Mapping[str, Any] | None) -> str | None:
     if entry is None or entry["value"] is None:
         return None
-    text = format_number(entry["value"])
+    text = number(entry["value"])
     if entry["low"] is None or entry["high"] is None:
         return text
-    return f"{text} [{format_number(entry['low'])}, {format_number(entry['high'])}]"
+    return f"{text} [{number(entry['low'])}, {number(entry['high'])}]"
 
 
 def markdown(table: Mapping[str, Any], title: str) -> str:
@@ -156,7 +157,7 @@ def _html_table(lines: Sequence[Mapping[str, Any]]) -> str:
 
 def show(value: Any) -> str:
     """A cell as text."""
-    return value if isinstance(value, str) else format_number(value)
+    return value if isinstance(value, str) else number(value)
 
 
 def _by_widths(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

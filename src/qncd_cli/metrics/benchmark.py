@@ -5,54 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..vocabulary import NUMBERS, cell, heading
 from .report import markdown_table
 
-COLUMNS = (
-    "row",
-    "s/call",
+KEYS = (
+    "seconds_per_call",
     "spread",
     "speedup",
     "roofline",
-    "peak MiB",
-    "running MiB",
-    "disk MiB",
-    "load s",
-    "prepare s",
+    "peak_bytes",
+    "running_bytes",
+    "disk_bytes",
+    "load_seconds",
+    "prepare_seconds",
 )
-NOTE = (
-    "s/call: median over the rounds of one call of the denoiser, all rows in turn in one process; "
-    "spread: between the quartiles; speedup: over float32-eager; roofline: the model's arithmetic "
-    "per second over the best rate that one large product of that kind reached beside it (simulate "
-    "computes in float32). Memory and loading, each row alone in a process: peak: growth of the "
-    "resident set up to its highest point, from loading to the second call; running: the same "
-    "during a call when all is prepared; disk: everything that the denoiser is read from; load: "
-    "from the files to a denoiser; prepare: what the first call takes over the second (compiling "
-    "without a cache, packing weights)."
+COLUMNS = ("row", *map(heading, KEYS))
+NOTE = "; ".join(f"{NUMBERS[key].name}: {NUMBERS[key].says.rstrip('.')}" for key in KEYS) + (
+    ". All rows are timed in turn in one process; memory and loading are measured of each row "
+    "alone in a process. Simulated rows compute in float32."
 )
-_MIB = 2**20
 
 
 def cells(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One mapping of COLUMNS per row; None where nothing was measured."""
+    """One mapping of COLUMNS per row, as text; "–" where nothing was measured."""
     return [
-        {
-            "row": row["name"],
-            "s/call": row["seconds_per_call"],
-            "spread": row["spread"],
-            "speedup": row["speedup"],
-            "roofline": row["roofline"],
-            "peak MiB": _mib(row["peak_bytes"]),
-            "running MiB": _mib(row["running_bytes"]),
-            "disk MiB": _mib(row["disk_bytes"]),
-            "load s": row["load_seconds"],
-            "prepare s": row["prepare_seconds"],
-        }
+        {"row": row["name"], **{heading(key): cell(key, row[key]) for key in KEYS}}
         for row in report["rows"]
     ]
-
-
-def _mib(size: int | None) -> float | None:
-    return None if size is None else size / _MIB
 
 
 def profile_columns(report: Mapping[str, Any]) -> list[str]:

@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..vocabulary import MISSING, is_number, megabytes, number
 from .curve import line_chart
 from .tensor import psnr_db
 
 Pair = tuple[str, Tensor, Tensor]  # title, full precision, quantized; uint8 [C, H, W]
 Row = tuple[str, str, str, str]  # metric, full precision, quantized, quantized against full
 
-MISSING = "–"
 SMALL_PIXELS = 160  # images narrower than this are enlarged, pixel by pixel, to about this width
 SHEET_GAP = 2  # pixels between the images of a contact sheet
 SET_NAMES = {"images": "Images", "full": "Full precision", "quantized": "Quantized"}
@@ -116,7 +116,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) ->
 
     A key that a row lacks reads as None. Ends with a newline.
     """
-    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in columns]
+    right = [all(is_number(row.get(name)) for row in rows) for name in columns]
     lines = [list(columns), ["---:" if numeric else "---" for numeric in right]]
     lines += [[_plain(row.get(name)) for name in columns] for row in rows]
     return "".join("| " + " | ".join(map(_markdown_cell, line)) + " |\n" for line in lines)
@@ -144,26 +144,6 @@ def contact_sheet(images: Tensor, columns: int | None = None, scale: int = 1) ->
         picture = _to_picture(image).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(picture, (index % columns * step_x, index // columns * step_y))
     return sheet
-
-
-def format_number(value: float | None) -> str:
-    """A number at the precision that a reader can use: 4 digits or so, thousands separated."""
-    if value is None:
-        return MISSING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if math.isnan(value):
-        return "not a number"
-    if math.isinf(value):
-        return "∞ (identical)" if value > 0 else "−∞"
-    size = abs(value)
-    if size >= 1000:
-        return f"{value:,.0f}"
-    if size >= 1:
-        return f"{value:.{2 if size >= 10 else 3}f}"
-    return f"{value:.3g}"
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
@@ -211,14 +191,14 @@ def _cell(value: Any) -> str:
     low, high = value.get("low"), value.get("high")
     if low is None or high is None:
         return text
-    interval = f"[{format_number(low)}, {format_number(high)}]"
+    interval = f"[{number(low)}, {number(high)}]"
     return f'{text} <span class="range">{escape(interval)}</span>'
 
 
 def _bytes(value: Any) -> str:
     if not isinstance(value, int | float):
         return MISSING
-    return f"{value / 2**20:,.2f} MiB" if value >= 2**20 else f"{value / 2**10:,.1f} KiB"
+    return megabytes(int(value))
 
 
 def _smaller(size: Mapping[str, Any]) -> str:
@@ -228,7 +208,7 @@ def _smaller(size: Mapping[str, Any]) -> str:
 
 def _figure(pair: Pair) -> str:
     title, full, quantized = pair
-    psnr = format_number(psnr_db(full[None], quantized[None]))
+    psnr = number(psnr_db(full[None], quantized[None]))
     small = ' class="small"' if full.shape[-1] < SMALL_PIXELS else ""
     sides = "".join(
         f'<div><img{small} src="{_data_uri(image)}" alt="{escape(title)}, {name}">{name}</div>'
@@ -260,7 +240,7 @@ def definitions(values: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> str:
     """Any JSON value as text."""
     if value is None or isinstance(value, int | float):
-        return format_number(value)
+        return number(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

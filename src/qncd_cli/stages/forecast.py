@@ -24,6 +24,7 @@ from ..models.topology import LayerCost, count_macs
 from ..sampling.levels import with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
+from ..vocabulary import megabytes
 from . import call_memory, footprint, foreseen, workload
 from .coverage import coverage_of
 from .footprint import Foreseen, Machine
@@ -262,11 +263,9 @@ def _problems(
     problems = []
     if memory is not None and not highest["fits"]:
         problems.append(
-            f"{highest['stage']} takes about {highest['needed_bytes'] / 1e9:.1f} GB of memory "
-            f"({highest['needed_at']}), {memory / 1e9:.1f} GB are available"
+            f"{highest['stage']} takes about {megabytes(highest['needed_bytes'])} of memory "
+            f"({highest['needed_at']}), {megabytes(memory)} are available"
         )
     if free is not None and disk > free:
-        problems.append(
-            f"up to {disk / 1e9:.1f} GB of disk are needed, {free / 1e9:.1f} GB are free"
-        )
+        problems.append(f"up to {megabytes(disk)} of disk are needed, {megabytes(free)} are free")
     return problems
