@@ -191,9 +191,12 @@ def said(key: str, value: float | None) -> str:
     return f"{cell(key, value)} {NUMBERS[key].unit}".rstrip()
 
 
-def phrase(key: str, value: float | None) -> str:
-    """A value with its name: "size 7.120 MB", "14.6 % of float32"."""
-    name, text = NUMBERS[key].name, said(key, value)
+def phrase(key: str, value: float | str | None) -> str:
+    """A value with its name: "size 7.120 MB", "14.6 % of float32"; a key that is in no table as it
+    is."""
+    if key not in NUMBERS:
+        return f"{key.replace('_', ' ')} {value if isinstance(value, str) else number(value)}"
+    name, text = NUMBERS[key].name, f"{cell(key, value)} {NUMBERS[key].unit}".rstrip()
     return f"{text} {name}" if name.startswith(("of ", "in ")) else f"{name} {text}"
 
 

@@ -14,8 +14,8 @@ from ..config_files import load_config, parse_config
 from ..errors import ConfigError
 from ..files import read_json, write_bytes
 from ..run_dir import RunDir, find_run, set_current
-from ..vocabulary import NUMBERS, phrase
-from .console import Console, keeping, show
+from ..vocabulary import phrase
+from .console import Console, keeping
 from .evaluation import EvalOptions, evaluate
 from .shared import note_sampling, open_model
 
@@ -60,11 +60,7 @@ def _done(console: Console, stage: str, run: RunDir, seconds: float, **more: Any
 
     def render() -> None:
         what = "unchanged, skipped" if more.get("skipped") else f"done in {seconds:.1f} s"
-        details = [
-            phrase(k, v) if k in NUMBERS else f"{k.replace('_', ' ')} {show(v)}"
-            for k, v in more.items()
-            if k != "skipped"
-        ]
+        details = [phrase(k, v) for k, v in more.items() if k != "skipped"]
         print(f"{stage}: {what}" + (f" ({', '.join(details)})" if details else ""))
 
     console.result(payload, render)
