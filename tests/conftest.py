@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 import yaml
 from click.testing import CliRunner
 from torch import nn
+
+from qncd_cli.models import zoo
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the model is tiny: more threads only wait for each other
@@ -141,7 +145,7 @@ def tiny_dit_model(tmp_path_factory) -> Path:
     return folder
 
 
-def tiny_config(model: Path, **changes) -> dict:
+def tiny_config(model: Path | str, **changes) -> dict:
     """A configuration tree for the tiny model; changes are dotted keys with __ for the dot."""
     tree: dict = {
         "model": {"source": str(model)},
@@ -162,6 +166,14 @@ def tiny_config(model: Path, **changes) -> dict:
             node = node.setdefault(part, {})
         node[last] = value
     return tree
+
+
+@contextmanager
+def packaged(model: Path) -> Iterator[str]:
+    """The source by which the model is a packaged one, which the packaged features may judge."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zoo, "zoo_models", lambda: {"tiny": model})
+        yield "zoo:tiny"
 
 
 class Qncd:

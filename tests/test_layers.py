@@ -58,6 +58,7 @@ SHARED = [
         "output_ranges",
         "plan",
         "probes",
+        "protocol",
         "reconstruct",
         "sample_set",
         "sensitivity",

@@ -334,7 +334,10 @@ class CorrectionConfig(_Section):
 
 class EvaluationConfig(_Section):
     num_samples: int = Field(10000, ge=2)
-    reference: str = Field("zoo", description="zoo, a folder of images, an .npz or statistics file")
+    reference: str | None = Field(
+        None,
+        description="a folder of images, an .npz or statistics file; packaged models have zoo",
+    )
 
 
 class Config(_Section):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Qncd, tiny_config
+from conftest import Qncd, packaged, tiny_config
 from PIL import Image
 
 from qncd_cli.errors import ConfigError
 from qncd_cli.stages.variants import parse_widths, variants
 
 TABLE = Path("runs/ablate_tiny")
-MEASURE = ("--num", "4", "--network", "fashion", "--reference", "reference")
+MEASURE = ("--num", "4", "--reference", "reference")
 TWO = ("--presets", "minmax,minmax+ptqd", "--bits", "w8a8,w4a6")
 ROW_KEYS = {
     "preset",
@@ -35,7 +36,7 @@ ROW_KEYS = {
 }
 
 
-def quick(model: Path, **changes) -> dict:
+def quick(model: Path | str, **changes) -> dict:
     return tiny_config(
         model,
         sampling__steps=3,
@@ -62,11 +63,12 @@ def ablate(runner: Qncd, *arguments: str, ok: bool = True):
 
 
 @pytest.fixture(scope="module")
-def ablated(tmp_path_factory, tiny_model) -> Qncd:
+def ablated(tmp_path_factory, tiny_model) -> Iterator[Qncd]:
     """Two variants at two widths. Do not change."""
-    runner = prepared(tmp_path_factory.mktemp("ablated"), quick(tiny_model))
-    runner.data = ablate(runner, *TWO, "--json").data
-    return runner
+    with packaged(tiny_model) as source:
+        runner = prepared(tmp_path_factory.mktemp("ablated"), quick(source))
+        runner.data = ablate(runner, *TWO, "--json").data
+        yield runner
 
 
 @pytest.fixture
@@ -155,7 +157,7 @@ def test_reports_name_every_row(ablated):
 def test_the_table_on_the_terminal(work):
     shown = ablate(work, *TWO).stdout
     assert "full precision" in shown
-    assert shown.count("minmax+ptqd") == 2
+    assert shown.count("minmax+ptqd") == 4, "pooled, and of single samples"
     assert "ablation.html" in shown
 
 

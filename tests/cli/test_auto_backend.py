@@ -106,8 +106,7 @@ def test_a_damaged_memory_is_no_error(own, timed):
     assert timed == ["int8", "simulate"]
 
 
-TABLE = ("ablate", "--config", "tiny.yaml", "--num", "4", "--network", "fashion", "--json")
-TABLE += ("--reference", "zoo", "--presets")
+TABLE = ("ablate", "--config", "tiny.yaml", "--num", "4", "--json", "--presets")
 
 
 @pytest.fixture

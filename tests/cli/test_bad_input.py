@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 RUN = Path("runs/tiny")
 SAMPLE = ("sample", "--num", "4", "--batch-size", "2")
-EVAL = ("eval", "--network", "fashion", "--reference", "reference")
+EVAL = ("eval", "--reference", "reference")
 COMMANDS = {
     "calibrate": ("calibrate", "--config", "tiny.yaml"),
     "quantize": ("quantize",),

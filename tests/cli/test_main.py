@@ -62,7 +62,7 @@ def evaluated(sampled, tmp_path_factory) -> Qncd:
     shutil.copytree(sampled, folder)
     folder_of_images(folder / "reference")
     runner = Qncd(folder)
-    runner("eval", "--fid", "--network", "fashion", "--reference", "reference")
+    runner("eval")
     return runner
 
 
@@ -252,7 +252,7 @@ def test_debug_shows_the_traceback_above_the_line(tmp_path):
 
 def test_every_command_prints_one_json_object_and_nothing_else(evaluated, tmp_path, tiny_model):
     """On what is there already, so that stages are skipped where they can be."""
-    measure = ["--network", "fashion", "--reference", "reference"]
+    measure = ["--reference", "reference"]
     runs = {
         "calibrate": ["--config", "tiny.yaml"],
         "quantize": [],
@@ -271,6 +271,7 @@ def test_every_command_prints_one_json_object_and_nothing_else(evaluated, tmp_pa
         assert result.stdout.count("\n") == 1, command
     dry = evaluated("calibrate", "--config", "tiny.yaml", "--dry-run", "--json").data
     assert dry["config"]["sampling"]["steps"] == 4
+    measure += ["--network", "fashion"]
     images = evaluated("eval", "--images", "reference", *measure, "--json").data
     assert set(images) == {"protocol", "images"}
 
@@ -341,7 +342,9 @@ def test_compare_puts_runs_under_full_precision(evaluated, tmp_path):
     assert "other" in table
 
 
-@pytest.mark.parametrize("key", ["num_samples", "reference", "sampling", "network_sha256"])
+@pytest.mark.parametrize(
+    "key", ["num_samples", "seeds", "model", "reference_sha256", "sampling", "network_sha256"]
+)
 def test_compare_refuses_runs_of_different_protocols(evaluated, tmp_path, key):
     work = Qncd(shutil.copytree(evaluated.folder, tmp_path / "work"))
     other = shutil.copytree(work.folder / "runs/tiny", work.folder / "runs/other")

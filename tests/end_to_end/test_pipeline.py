@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Qncd, save_tiny_pipeline, tiny_config
+from conftest import Qncd, packaged, save_tiny_pipeline, tiny_config
 from diffusers import UNet2DConditionModel, VQModel
 from diffusers.models.resnet import ResnetBlock2D
 from PIL import Image
@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from qncd_cli.metrics.tensor import IDENTICAL_DB
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.quant.packing import narrowed
 
 RUN = Path("runs/tiny")
-EVAL = ("eval", "--fid", "--network", "fashion", "--reference", "reference")
+EVAL = ("eval", "--reference", "reference")
 ARTIFACTS = ["smoothing", "calibration", "quantized", "noise_stats"]
 
 
@@ -61,11 +62,14 @@ def work(sampled, tmp_path) -> Qncd:
 
 
 @pytest.fixture(scope="module")
-def evaluated(sampled, tmp_path_factory) -> Qncd:
-    """A sampled and evaluated copy. Do not change."""
+def evaluated(sampled, tmp_path_factory, tiny_model) -> Qncd:
+    """A sampled copy, evaluated as a packaged model. Do not change."""
     runner = Qncd(shutil.copytree(sampled, tmp_path_factory.mktemp("evaluated") / "work"))
     save_images(runner.folder / "reference")
-    runner(*EVAL)
+    with packaged(tiny_model) as source:
+        config = runner.folder / RUN / "config.yaml"
+        config.write_text(config.read_text().replace(str(tiny_model), source))
+        runner(*EVAL)
     return runner
 
 
@@ -743,12 +747,13 @@ def test_sets_without_any_difference_are_reported_as_identical(work):
     data = work(*EVAL, "--name", "full", "--json").data
     assert data["fidelity"]["sqnr_latents_db"] is None
     assert data["fidelity"]["psnr_db"] is None
-    assert data["fidelity"]["feature_distance"]["value"] == pytest.approx(0, abs=1e-6)
+    assert data["fidelity"]["psnr_q05_db"] == data["fidelity"]["sqnr_median_db"] == IDENTICAL_DB
+    assert data["fidelity"]["changed"] == 0
     json.loads((work.folder / RUN / "metrics_full.json").read_text())
 
 
 def test_images_from_elsewhere_are_measured_alone(work):
     save_images(work.folder / "mine", 5)
-    data = work(*EVAL, "--images", "mine", "--json").data
+    data = work(*EVAL, "--network", "fashion", "--images", "mine", "--json").data
     assert data["protocol"]["num_samples"] == 5
     assert data["images"]["feature_distance"]["value"] >= 0

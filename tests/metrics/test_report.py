@@ -58,7 +58,9 @@ def _text(html: str) -> str:
 
 def test_report_is_well_formed_and_needs_no_other_file() -> None:
     curves = {"W4A8": [20.0, 18.5, 17.0], "W4A6": [19.0, math.inf, None]}
-    html = html_report(METRICS, curves, [("seed 0", _image(0), _image(1))], "Report", {"a": 1})
+    html = html_report(
+        METRICS, curves, {"Pairs": [("seed 0", _image(0), _image(1))]}, "Report", {"a": 1}
+    )
     page = _Balance()
     page.feed(html)
     assert not page.open and page.tags.count("img") == 2 and page.tags.count("svg") == 1
@@ -66,7 +68,7 @@ def test_report_is_well_formed_and_needs_no_other_file() -> None:
 
 
 def test_report_shows_the_numbers() -> None:
-    text = _text(html_report(METRICS, {}, [], "Report", {"model": "zoo:fashion-ldm"}))
+    text = _text(html_report(METRICS, {}, {}, "Report", {"model": "zoo:fashion-ldm"}))
     for expected in ("fd_fashion", "1.250", "[1.100, 1.400]", "17.26", "identical", "–"):
         assert expected in text
     for expected in ("44.00 MB", "6.29x smaller", "zoo:fashion-ldm", "steps"):
@@ -77,16 +79,16 @@ def test_report_shows_the_numbers() -> None:
 def test_report_shows_a_real_fid_once_and_under_its_name() -> None:
     entry = {"network": "inception-v3-compat", "name": "fid", "value": 9.48}
     found = {"feature_distance": entry, "fid": 9.48, "kernel_distance": entry, "kid": 9.48}
-    html = html_report({"full": found, "fidelity": {"feature_distance": entry}}, {}, [], "t", {})
+    html = html_report({"full": found, "fidelity": {"feature_distance": entry}}, {}, {}, "t", {})
     assert html.count("FID ↓") == html.count("KID ↓") == 1 and html.count("9.480") == 3
     assert "Feature distance" not in html
 
 
 def test_report_of_one_set_has_no_fidelity_column() -> None:
     metrics = {"images": {"fid": 12.5, "precision": 0.7, "kid": None}, "protocol": {}}
-    html = html_report(metrics, {}, [], "One set", {})
+    html = html_report(metrics, {}, {}, "One set", {})
     assert "FID" in html and "12.50" in html and html.count("<th ") == 2
-    assert html_report({}, {}, [], "Nothing", {}).count("<table") == 0
+    assert html_report({}, {}, {}, "Nothing", {}).count("<table") == 0
 
 
 def test_report_escapes_what_comes_from_outside() -> None:
@@ -95,7 +97,9 @@ def test_report_escapes_what_comes_from_outside() -> None:
         "images": {"feature_distance": {"network": bad, "value": 1.0}},
         "protocol": {bad: bad},
     }
-    html = html_report(metrics, {bad: [1.0, 2.0]}, [(bad, _image(0), _image(0))], bad, {bad: [bad]})
+    html = html_report(
+        metrics, {bad: [1.0, 2.0]}, {"Pairs": [(bad, _image(0), _image(0))]}, bad, {bad: [bad]}
+    )
     assert "<script" not in html and 'alert("x")' not in html
     assert "&lt;script&gt;" in html
 
@@ -103,7 +107,7 @@ def test_report_escapes_what_comes_from_outside() -> None:
 @pytest.mark.parametrize("channels", [1, 3])
 def test_report_images_survive_the_round_trip(channels: int) -> None:
     full, quantized = _image(0, channels), _image(1, channels)
-    html = html_report({}, {}, [("s", full, quantized)], "t", {})
+    html = html_report({}, {}, {"Pairs": [("s", full, quantized)]}, "t", {})
     uris = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
     for uri, image in zip(uris, (full, quantized), strict=True):
         pixels = np.array(Image.open(io.BytesIO(base64.b64decode(uri))))

@@ -70,7 +70,7 @@ def zero_snr(tiny_model):
 
 
 def request(folder):
-    return sample.SampleRequest(folder, 0, 2, 2)
+    return sample.SampleRequest(folder, [0, 1], 2)
 
 
 def latents(folder, name, tiny_model, model, subject, **changes):

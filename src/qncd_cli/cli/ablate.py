@@ -11,7 +11,8 @@ from typing import Any
 from ..config_files import load_config
 from ..files import write_bytes
 from .console import Console, keeping
-from .evaluation import EvalOptions, protocol_of
+from .evaluation import SINGLE
+from .measuring import Wishes, protocol_of, settle
 from .shared import open_model
 
 TERMINAL = (
@@ -25,6 +26,15 @@ TERMINAL = (
     "MB ↓",
 )
 """Of the columns, those that fit a terminal."""
+SPREAD = (
+    "variant",
+    "bits",
+    "SQNR, median ↑",
+    "SQNR, 5 % ↑",
+    "PSNR, median ↑",
+    "PSNR, 5 % ↑",
+    "changed ↓",
+)
 
 
 @dataclass(frozen=True)
@@ -63,8 +73,8 @@ def ablate(console: Console, options: AblateOptions) -> None:
     folder = Path(options.run_dir) if options.run_dir else Path("runs") / f"ablate_{name}"
     count = options.num or config.evaluation.num_samples
     request = stage.AblateRequest(folder, count, options.batch_size, options.force, options.backend)
-    source = options.reference or config.evaluation.reference
-    protocol = protocol_of(_measuring(options), source, config.model.source.startswith("zoo:"))
+    wishes = Wishes((), options.reference, options.network, options.inception_weights)
+    protocol = protocol_of(wishes, config)
     model = open_model(config, options.device, folder)
     with keeping("finished rows are kept, the same command goes on with the next"):
         table = stage.run(rows, model, request, protocol, _teller(), console.track)
@@ -76,27 +86,21 @@ def ablate(console: Console, options: AblateOptions) -> None:
     write_bytes(page, ablation.html(table, title, there, folder).encode())
 
     def render() -> None:
-        cells = [[line[c] for c in TERMINAL] for line in ablation.cells(table)]
-        console.table([c[:-2] if c[-1] in "↓↑" else c for c in TERMINAL], cells, _caption(table))
+        lines = ablation.cells(table)
+        for columns, rows, title in (
+            (TERMINAL, lines, _caption(table)),
+            (SPREAD, lines[1:], SINGLE),
+        ):
+            cells = [[line[c] for c in columns] for line in rows]
+            console.table([c[:-2] if c[-1] in "↓↑" else c for c in columns], cells, title)
         print(f"ablate: done in {time.perf_counter() - start:.1f} s, {page}")
 
     console.result({**table, "run_dir": str(folder)}, render)
+    settle(console, table["protocol"]["left_out"], wishes)
 
 
 def _listed(text: str) -> list[str]:
     return [part.strip().lower() for part in text.split(",")] if text else []
-
-
-def _measuring(options: AblateOptions) -> EvalOptions:
-    return EvalOptions(
-        fid=True,
-        isc=False,
-        kid=False,
-        prc=False,
-        reference=options.reference,
-        network=options.network,
-        inception_weights=options.inception_weights,
-    )
 
 
 def _teller() -> Any:
@@ -108,5 +112,7 @@ def _teller() -> Any:
 
 def _caption(table: dict[str, Any]) -> str:
     protocol = table["protocol"]
-    text = f"{protocol['num_samples']} samples, same seeds; Frechet distances in the features of "
-    return text + f"{protocol['network']}, SQNR of the final latents"
+    text = f"{protocol['num_samples']} samples, same seeds; SQNR of the final latents"
+    if not protocol["network"]:
+        return text
+    return f"{text}; Frechet distances in the features of {protocol['network']}"

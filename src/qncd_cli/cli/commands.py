@@ -17,6 +17,7 @@ from ..run_dir import RunDir, find_run, set_current
 from ..vocabulary import phrase
 from .console import Console, keeping
 from .evaluation import EvalOptions, evaluate
+from .measuring import check
 from .shared import note_sampling, open_model
 
 DEFAULT_NUM = 64
@@ -230,10 +231,10 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if config.sampling != own.sampling:
         note_sampling(console, config, model)
     macs = _macs(run, config, model, subject.kind)
+    first = config.sampling.seed
     request = stage.SampleRequest(
         folder,
-        config.sampling.seed,
-        options.num or DEFAULT_NUM,
+        list(range(first, first + (options.num or DEFAULT_NUM))),
         options.batch_size or set_files.default_batch(macs),
     )
     if options.force:
@@ -301,6 +302,8 @@ def run_all(
     options: dict[str, Any],
 ) -> None:
     """The four commands one after the other; with --json only the last one's object."""
+    measuring = {k: v for k, v in options.items() if k not in DRAWING}
+    check(EvalOptions(**measuring).wishes, load_config(config_name, overrides))
     quiet = _Quiet() if console.as_json else console
     run = calibrate(quiet, config_name, overrides, run_dir, device, force=force)
     where = str(run.path)
@@ -309,7 +312,6 @@ def run_all(
     if drawing["num"] is None:
         drawing["num"] = load_config(str(run.config)).evaluation.num_samples
     sample(quiet, SampleOptions(**drawing, run_dir=where, device=device, force=force))
-    measuring = {k: v for k, v in options.items() if k not in drawing}
     evaluate(console, EvalOptions(**measuring, run_dir=where, device=device))
 
 

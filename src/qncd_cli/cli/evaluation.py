@@ -13,9 +13,21 @@ from ..config import Config
 from ..config_files import load_config, parse_config
 from ..errors import ArtifactError
 from ..files import read_json, write_bytes, write_json
+from ..metrics.record import METRICS, differing
 from ..run_dir import RunDir, find_run
+from ..vocabulary import cell
 from .console import Console, finite, keeping
+from .measuring import Wishes, protocol_of, protocol_of_images, settle
 from .shared import open_model
+
+PARTS = {"protocol", "full", "quantized", "fidelity", "bytes"}
+"""Of metrics.json."""
+SINGLE = "Single samples in dB: the median, what 5 % lie below, and images below 20 dB PSNR"
+COMPARED = (
+    *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
+    *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
+)
+"""Of `fidelity` in metrics.json, what compare shows."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +45,9 @@ class EvalOptions:
     device: str = "auto"
 
     @property
-    def metrics(self) -> tuple[str, ...]:
-        named = tuple(m for m in ("fid", "isc", "kid", "prc") if getattr(self, m))
-        return named or ("fid",)
+    def wishes(self) -> Wishes:
+        named = tuple(name for name in METRICS if getattr(self, name))
+        return Wishes(named, self.reference, self.network, self.inception_weights)
 
 
 def evaluate(console: Console, options: EvalOptions) -> None:
@@ -43,16 +55,14 @@ def evaluate(console: Console, options: EvalOptions) -> None:
 
     start = time.perf_counter()
     if options.images is not None:
-        from ..metrics.image import load_images
-
-        images = load_images(Path(options.images))
-        source = options.reference or "zoo"
-        protocol = protocol_of(options, source, packaged_model=source == "zoo")
-        metrics = stage.images_only(images, options.images, protocol, console.track)
+        protocol = protocol_of_images(options.wishes)
+        metrics = stage.images_only(Path(options.images), protocol, console.track)
         console.result(metrics, lambda: _render_images(console, metrics))
+        settle(console, metrics["protocol"]["left_out"], options.wishes)
         return
     run = find_run(options.run_dir)
     config = load_config(str(run.config))
+    protocol = protocol_of(options.wishes, config)
     quantized_set = stage.read_set(run.samples(options.name))
     made_from = quantized_set.manifest["digests"].get("quantized")
     if made_from not in (None, artifacts.read(run.tensors("quantized"), "quantized").digest):
@@ -66,16 +76,18 @@ def evaluate(console: Console, options: EvalOptions) -> None:
             f"{quantized_set.folder}: sampled from another model than {model.source} is now",
             'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
         )
-    source = options.reference or config.evaluation.reference
-    protocol = protocol_of(options, source, config.model.source.startswith("zoo:"))
     full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
     coverage = read_json(run.coverage, "qncd quantize --force")
     sizes = stage.sizes(run.tensors("quantized"), coverage)
-    with keeping("all images are kept, the same command measures them again"):
-        metrics, report = stage.run(full_set, quantized_set, sizes, protocol, console.track)
     suffix = "" if options.name == "quantized" else f"_{options.name}"
     report_path = run.report.with_name(f"report{suffix}.html")
-    write_json(run.metrics.with_name(f"metrics{suffix}.json"), finite(metrics))
+    metrics_path = run.metrics.with_name(f"metrics{suffix}.json")
+    earlier = _earlier(metrics_path)
+    with keeping("all images are kept, the same command measures them again"):
+        metrics, report = stage.run(
+            full_set, quantized_set, sizes, protocol, console.track, earlier
+        )
+    write_json(metrics_path, finite(metrics))
     write_bytes(report_path, report.encode())
 
     def render() -> None:
@@ -83,20 +95,21 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         print(f"eval: done in {time.perf_counter() - start:.1f} s, {report_path}")
 
     console.result({**metrics, "run_dir": str(run.path)}, render)
+    settle(console, metrics["protocol"]["left_out"], options.wishes)
 
 
-def protocol_of(options: EvalOptions, source: str, packaged_model: bool) -> Any:
-    from ..metrics.image import inception, load_reference, packaged
-    from ..stages.evaluate import Protocol
+def _earlier(path: Path) -> dict[str, Any]:
+    """metrics.json as it is, empty where it is missing or damaged: it is replaced then."""
+    try:
+        found = read_json(path, "qncd eval")
+    except ArtifactError:
+        return {}
+    return found if _whole(found) else {}
 
-    name = options.network
-    if name == "auto":
-        fashion = packaged_model and options.inception_weights is None
-        name = "fashion" if fashion else "inception"
-    weights = Path(options.inception_weights) if options.inception_weights else None
-    network = packaged() if name == "fashion" else inception(weights)
-    needed = set(options.metrics) - {"isc"}
-    return Protocol(options.metrics, network, load_reference(source) if needed else None)
+
+def _whole(metrics: Any) -> bool:
+    """Whether it is the metrics.json of two sets."""
+    return isinstance(metrics, dict) and all(isinstance(metrics.get(k), dict) for k in PARTS)
 
 
 def _full_folder(
@@ -118,11 +131,10 @@ def _full_folder(
         manifest = read_json(own / "manifest.json", "qncd sample --full-precision")
         if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
             return own
-    count = seeds[-1] - seeds[0] + 1
     batch_size = quantized_set.manifest["batch_size"]
     with keeping("images of finished batches are kept, the same command goes on with the next"):
         return chain.full_precision_samples(
-            run.path.parent, config, model, count, batch_size, console.track
+            run.path.parent, config, model, seeds, batch_size, console.track
         )
 
 
@@ -150,10 +162,20 @@ def _render_metrics(console: Console, metrics: dict[str, Any]) -> None:
     rows = [[name, get(full), get(quantized)] for name, get in _ROWS]
     rows = [row for row in rows if row[1] is not None or row[2] is not None]
     fidelity, size = metrics["fidelity"], metrics["bytes"]
+    if fidelity["feature_distance"] is not None:
+        distance = fidelity["feature_distance"]["value"]
+        rows.append(["distance to full precision", 0.0, distance])
+    for what, name, pooled in (
+        ("SQNR of latents, dB", "sqnr", fidelity["sqnr_latents_db"]),
+        ("PSNR of images, dB", "psnr", fidelity["psnr_db"]),
+    ):
+        rows += [
+            [what, None, pooled],
+            ["  median", None, cell(f"{name}_median_db", fidelity[f"{name}_median_db"])],
+            ["  5 % lie below", None, cell(f"{name}_q05_db", fidelity[f"{name}_q05_db"])],
+        ]
     rows += [
-        ["distance to full precision", 0.0, fidelity["feature_distance"]["value"]],
-        ["SQNR of latents, dB", None, fidelity["sqnr_latents_db"]],
-        ["PSNR of images, dB", None, fidelity["psnr_db"]],
+        ["changed images, below 20 dB", None, fidelity["changed"]],
         ["bytes of the denoiser", size["full"], size["quantized"]],
     ]
     title = f"{metrics['protocol']['num_samples']} samples, same seeds"
@@ -175,19 +197,19 @@ def compare(console: Console, run_dirs: Sequence[str]) -> None:
     evaluated = {
         d: read_json(RunDir(Path(d)).metrics, f"qncd eval --run-dir {d}") for d in run_dirs
     }
-    keys = ("network_sha256", "reference", "num_samples", "sampling", "first_seed", "metrics")
     for d, metrics in evaluated.items():
-        if not {"protocol", "full", "quantized", "fidelity", "bytes"} <= metrics.keys():
+        whole = _whole(metrics)
+        if not whole or not metrics["fidelity"].keys() >= {"per_seed", "changed"}:
+            what = "of an earlier version of qncd" if whole else "damaged"
             raise ArtifactError(
-                f"{RunDir(Path(d)).metrics}: damaged", f'repeat "qncd eval --run-dir {d}"'
+                f"{RunDir(Path(d)).metrics}: {what}", f'repeat "qncd eval --run-dir {d}"'
             )
     first, *others = evaluated.items()
     for name, metrics in others:
-        differing = [k for k in keys if metrics["protocol"][k] != first[1]["protocol"][k]]
-        if differing:
+        keys = differing(first[1]["protocol"], metrics["protocol"])
+        if keys:
             raise ArtifactError(
-                f"{first[0]} and {name} were measured in different protocols"
-                f" ({', '.join(differing)})",
+                f"{first[0]} and {name} were measured in different protocols ({', '.join(keys)})",
                 "evaluate both with the same options",
             )
     full = first[1]
@@ -213,9 +235,14 @@ def compare(console: Console, run_dirs: Sequence[str]) -> None:
             for r in rows
         ]
         protocol = full["protocol"]
-        title = f"{protocol['num_samples']} samples, same seeds; Frechet distances in the "
-        title += f"features of {protocol['network']}, SQNR of the final latents"
+        title = f"{protocol['num_samples']} samples, same seeds; SQNR of the final latents"
+        if protocol["network"]:
+            title += f"; Frechet distances in the features of {protocol['network']}"
         console.table(columns, cells, title)
+        columns = ["", *(f"{n}, {q}" for n in ("SQNR", "PSNR") for q in ("median", "5 %"))]
+        spread = ("sqnr_median_db", "sqnr_q05_db", "psnr_median_db", "psnr_q05_db")
+        cells = [[r["name"], *(cell(k, r[k]) for k in spread), r["changed"]] for r in rows[1:]]
+        console.table([*columns, "changed"], cells, SINGLE)
 
     console.result({"rows": rows, "protocol": full["protocol"]}, render)
 
@@ -223,13 +250,13 @@ def compare(console: Console, run_dirs: Sequence[str]) -> None:
 def _compared(
     name: str, entry: dict[str, Any], fidelity: dict[str, Any] | None, size: int
 ) -> dict[str, Any]:
-    distance = entry.get("feature_distance") or {}
+    to_data = entry.get("feature_distance") or {}
+    to_full = (fidelity or {}).get("feature_distance") or {}
     return {
         "name": name,
-        "feature_distance_to_reference": distance.get("value"),
-        "feature_distance_to_full": fidelity["feature_distance"]["value"] if fidelity else None,
+        "feature_distance_to_reference": to_data.get("value"),
+        "feature_distance_to_full": to_full.get("value"),
         "class_agreement": entry.get("class_agreement"),
-        "sqnr_latents_db": fidelity["sqnr_latents_db"] if fidelity else None,
-        "psnr_db": fidelity["psnr_db"] if fidelity else None,
+        **{key: fidelity[key] if fidelity else None for key in COMPARED},
         "bytes": size,
     }

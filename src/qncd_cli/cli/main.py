@@ -173,7 +173,12 @@ def sample(**options):
     "  qncd eval --images my_images --reference val_images --network inception --fid",
 )
 @options.metrics
-@click.option("--images", metavar="DIR", help="Measure these images instead of the run's samples.")
+@click.option(
+    "--images",
+    metavar="DIR|NPZ",
+    help="Measure these images instead of the run's samples: a folder with its sub-folders, or"
+    " arr_0 of an .npz.",
+)
 @click.option("--name", default="quantized", show_default=True, help="Which sample set.")
 @options.run_dir
 @options.device
@@ -181,7 +186,10 @@ def sample(**options):
 def evaluate(**options):
     """Measure the samples against a reference and against full precision on the same seeds.
 
-    Draws the full-precision images that are missing. Writes metrics.json and report.html.
+    Draws the full-precision images that are missing. Writes metrics.json and report.html: PSNR and
+    SQNR always, distances where there are features and a reference. What is asked for by name
+    (--fid, --network inception) and cannot be had ends with exit code 6, with all else written.
+    Metrics of the same samples, reference and features add up over several calls.
     """
     from . import evaluation
 

@@ -126,14 +126,16 @@ def features(command: Command) -> Command:
         click.option(
             "--reference",
             metavar="DIR|NPZ|zoo",
-            help="What to compare with: images, statistics, or the packaged ones.",
+            help="What to compare with: images, statistics, or (packaged models only) the "
+            "packaged ones.",
         ),
         click.option(
             "--network",
             type=click.Choice(["auto", "fashion", "inception"]),
             default="auto",
             show_default=True,
-            help="Feature network; auto: the packaged one for packaged models, else Inception.",
+            help="Feature network; auto: the packaged one for packaged models, else Inception if "
+            "its weights are here. fashion: for packaged models; inception: downloads the weights.",
         ),
         click.option(
             "--inception-weights",

@@ -29,12 +29,13 @@ from .fidelity import (
     precision_recall,
 )
 from .networks import FeatureNetwork, packaged
+from .networks import downloaded_inception as downloaded_inception
 from .networks import inception as inception
+from .record import METRICS
 from .reference import Reference, Statistics
 from .reference import load_images as load_images
 from .reference import load_reference as load_reference
 
-METRICS = ("fid", "isc", "kid", "prc")  # as torch-fidelity abbreviates them
 BOOTSTRAP_ROUNDS = 50
 BOOTSTRAP_MAX_FEATURES = 256  # a round is an eigendecomposition: too slow at Inception's 2,048
 CONFIDENCE = (0.025, 0.975)
@@ -115,6 +116,7 @@ def prepare_reference(
     statistics of the whole training set. Raises ArtifactError if the reference cannot supply them.
     """
     what = f"reference {reference.source}"
+    reference.check(metrics, network)
     ready = reference.fitted(network.feature_size)
     wanted = {"kid", "prc"} | ({"fid"} if ready.statistics is None else set())
     if ready.features is None and ready.images is not None and wanted & set(metrics):
@@ -130,7 +132,6 @@ def prepare_reference(
         ready = replace(ready, features=features.features)
     if "fid" in metrics and ready.statistics is None and ready.features is not None:
         ready = replace(ready, statistics=frechet_statistics(ready.features))
-    ready.check(metrics, network)
     if ready.features is not None:
         _check_count(what, len(ready.features), metrics)
     return ready
@@ -188,6 +189,16 @@ def measure(
     }
 
 
+def not_measured(count: int) -> dict[str, Any]:
+    """The entry of a set of which no metric was asked for, or none could be had: all None."""
+    return {"network": None, "num_samples": count, "reference": None, **_named(None, {})}
+
+
+def fits_labels(labels: Sequence[int]) -> bool:
+    """Whether the packaged classifier knows all classes that were asked for."""
+    return all(0 <= label < NUM_CLASSES for label in labels)
+
+
 def class_agreement(
     images: Tensor | Features,
     labels: Tensor | Sequence[int],
@@ -204,7 +215,7 @@ def class_agreement(
     """
     network = packaged() if network is None else network
     asked = torch.as_tensor(labels).cpu()
-    if not all(0 <= label < NUM_CLASSES for label in asked.flatten().tolist()):
+    if not fits_labels(asked.flatten().tolist()):
         raise ValueError(f"labels must lie in 0..{NUM_CLASSES - 1}")
     logits = _to_features(
         images, network, {"isc"}, "the samples", batch_size=batch_size, device=device
@@ -258,16 +269,21 @@ def _frechet_entry(
     return {**entry, "value": value, "low": low, "high": high}
 
 
-def _named(network: FeatureNetwork, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The keys of a set in metrics.json: entries with their network, then the field's names."""
+def _named(network: FeatureNetwork | None, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The keys of a set in metrics.json: entries with their network, then the field's names.
+
+    network: None where nothing was found.
+    """
     keys = ("feature_distance", "kernel_distance", "class_score", "precision_recall")
     entries = {
-        key: {"network": network.name, **found[key]} if key in found else None for key in keys
+        key: {"network": network.name, **found[key]} if network and key in found else None
+        for key in keys
     }
+    is_fid = network is not None and network.is_fid
 
     def value(key: str, field: str = "value", inception_only: bool = True) -> float | None:
         entry = entries[key]
-        return None if entry is None or (inception_only and not network.is_fid) else entry[field]
+        return None if entry is None or (inception_only and not is_fid) else entry[field]
 
     return {
         **entries,

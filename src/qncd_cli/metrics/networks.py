@@ -111,9 +111,14 @@ def _check_inception(path: Path, hint: str) -> None:
         raise ArtifactError(f"{path}: fc.weight {list(INCEPTION_HEAD_SHAPE)} is missing", hint)
 
 
+def downloaded_inception() -> Path:
+    """Where torch.hub keeps torch-fidelity's Inception weights, be they there or not."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+
+
 def _download_inception() -> Path:
     """torch.hub's copy of torch-fidelity's Inception weights, downloaded if it is not there."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    path = downloaded_inception()
     if path.is_file():
         return path
     timeout = socket.getdefaulttimeout()  # torch.hub sets none and would wait for ever
@@ -126,7 +131,7 @@ def _download_inception() -> Path:
     except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
         raise BackendUnavailable(
             f"the Inception weights cannot be downloaded: {first_line(error)}",
-            f"fetch {INCEPTION_URL} elsewhere and pass the file, or use the packaged features",
+            f"fetch {INCEPTION_URL} elsewhere and name it with --inception-weights FILE",
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

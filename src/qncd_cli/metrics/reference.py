@@ -9,22 +9,23 @@ import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, ImageOps
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import ArtifactError
+from .image_files import digest_of_files, image_paths
 from .networks import CLASSIFIER, FeatureNetwork, first_line
 
 ZOO = "zoo"
 ZOO_REFERENCE = CLASSIFIER.with_name("reference.safetensors")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Pillow would clip these to 8 bits when it converts them to RGB
-DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "F")
+DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 REFERENCE_HINT = (
     "give a folder of images, an .npz of ADM's evaluator, a statistics file (mu and sigma) or zoo"
 )
@@ -36,14 +37,16 @@ Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
 class Reference:
     """What samples are compared with; at least one of the last three is there.
 
-    source: where it comes from, for messages and records; images: uint8 [N, 3, H, W];
-    statistics: mean and covariance of the features; features: [N, D] float32.
+    source: where it comes from, for messages and records; digest: of its files' contents, whatever
+    they are called, None for images in memory; images: uint8 [N, 3, H, W]; statistics: mean and
+    covariance of the features; features: [N, D] float32.
     """
 
     source: str
     images: Tensor | None = None
     statistics: Statistics | None = None
     features: Tensor | None = None
+    digest: str | None = None
 
     @property
     def num_samples(self) -> int | None:
@@ -60,16 +63,19 @@ class Reference:
             features = None
         return replace(self, statistics=statistics, features=features)
 
+    def lacks(self, metrics: Collection[str], network: FeatureNetwork) -> dict[str, str]:
+        """Of metrics whose needs it does not meet, what they need; images meet all of them."""
+        fitted = self.fitted(network.feature_size)
+        if fitted.images is not None or fitted.features is not None:
+            return {}
+        needs = {"kid": "features", "prc": "features"}
+        if fitted.statistics is None:
+            needs["fid"] = "mean and covariance"
+        return {name: needs[name] for name in sorted(needs) if name in metrics}
+
     def check(self, metrics: Collection[str], network: FeatureNetwork) -> None:
         """Raises ArtifactError that lists every metric whose needs are not met."""
-        lacks = {
-            "fid": "mean and covariance" if self.statistics is None else "",
-            "kid": "features" if self.features is None else "",
-            "prc": "features" if self.features is None else "",
-        }
-        missing = [
-            f"{name} needs {lack}" for name, lack in lacks.items() if name in metrics and lack
-        ]
+        missing = [f"{name} needs {need}" for name, need in self.lacks(metrics, network).items()]
         if missing:
             raise ArtifactError(
                 f"reference {self.source}: {', '.join(missing)} of {network.name} "
@@ -78,37 +84,19 @@ class Reference:
             )
 
 
-def load_images(folder: Path) -> Tensor:
-    """Every image of a folder, sorted by file name -> uint8 [N, 3, H, W].
+def load_images(source: Path) -> Tensor:
+    """The images of a folder, or of an .npz in arr_0 -> uint8 [N, 1 or 3, H, W].
 
-    Reads IMAGE_SUFFIXES, no sub-folders.
-    Raises ArtifactError if the folder is missing or holds no images, and what read_images raises.
+    image_files.py says which files of a folder are read, in which order and how. Raises
+    ArtifactError if there are none, and what read_images raises.
     """
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder}: no such folder of images", "check the path")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not paths:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
-        raise ArtifactError(f"{folder}: no images in this folder", f"it reads {suffixes}")
-    return read_images(paths)
-
-
-def read_images(paths: Sequence[Path]) -> Tensor:
-    """Images in the order of their paths -> uint8 [N, 3, H, W]; at least one.
-
-    Grey becomes RGB, transparency is dropped. Raises ArtifactError, with the file's name, if an
-    image is damaged, deeper than 8 bits, or of another size than the first.
-    """
-    first = _read_image(paths[0])
-    images = torch.empty((len(paths), *first.shape), dtype=torch.uint8)
-    for index, path in enumerate(paths):
-        image = first if index == 0 else _read_image(path)
-        if image.shape != first.shape:
-            raise ArtifactError(
-                f"{path}: {_size(image)} pixels, but {paths[0].name} has {_size(first)}",
-                "all images of a set must have one size: resize this one or move it away",
-            )
-        images[index] = image
+    if source.suffix != ".npz" or source.is_dir():
+        return read_images(image_paths(source))
+    if not source.is_file():
+        raise ArtifactError(f"{source}: no such file", "check the path")
+    images = _to_images(source, _read_arrays(source))
+    if images is None or not len(images):
+        raise ArtifactError(f"{source}: holds no images", "store them as arr_0, uint8 [N, H, W, 3]")
     return images
 
 
@@ -123,7 +111,8 @@ def load_reference(spec: str | Path | Tensor, zoo: Path = ZOO_REFERENCE) -> Refe
         return Reference("images", images=spec)
     path = zoo if str(spec) == ZOO else Path(spec)
     if path.is_dir():
-        return Reference(str(spec), images=load_images(path))
+        paths = image_paths(path)
+        return Reference(str(spec), images=read_images(paths), digest=digest_of_files(paths))
     if not path.is_file():
         hint = "reinstall qncd" if path == zoo else REFERENCE_HINT
         raise ArtifactError(f"{path}: no such reference", hint)
@@ -133,22 +122,65 @@ def load_reference(spec: str | Path | Tensor, zoo: Path = ZOO_REFERENCE) -> Refe
         images=_to_images(path, arrays),
         statistics=_to_statistics(path, arrays),
         features=_to_features(path, arrays),
+        digest=digest_of_files([path]),
     )
+
+
+def read_images(paths: Sequence[Path]) -> Tensor:
+    """Images in the order of their paths -> uint8 [N, 3, H, W]; at least one.
+
+    Raises ArtifactError, with the file's name, if an image is damaged, deeper than 8 bits, of
+    several frames, or of another size than the first.
+    """
+    first = _read_image(paths[0])
+    images = torch.empty((len(paths), *first.shape), dtype=torch.uint8)
+    for index, path in enumerate(paths):
+        image = first if index == 0 else _read_image(path)
+        if image.shape != first.shape:
+            raise ArtifactError(
+                f"{path}: {_size(image)} pixels, but {paths[0].name} has {_size(first)}",
+                "all images of a set must have one size: resize this one or move it away",
+            )
+        images[index] = image
+    return images
 
 
 def _read_image(path: Path) -> Tensor:
     """-> uint8 [3, H, W]."""
     try:
         with Image.open(path) as image:
-            mode = image.mode
-            pixels = np.array(image.convert("RGB"))
+            deep = image.mode if _deep(image) else ""
+            frames = getattr(image, "n_frames", 1)
+            photograph = image.format == "MPO"  # a JPEG with previews of itself
+            pixels = np.array(_on_white(ImageOps.exif_transpose(image)))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ArtifactError(
             f"{path}: not a readable image: {first_line(error)}", "make it again or move it away"
         ) from error
-    if mode in DEEP_MODES:
-        raise ArtifactError(f"{path}: more than 8 bits a channel ({mode})", "convert it to 8 bits")
+    if deep:
+        raise ArtifactError(f"{path}: more than 8 bits a channel ({deep})", "convert it to 8 bits")
+    if frames > 1 and not photograph:
+        raise ArtifactError(f"{path}: {frames} frames in one file", "store one image a file")
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _deep(image: ImageFile.ImageFile) -> bool:
+    """Also of colours, whose mode does not say so; the decoder's does."""
+    return image.mode in DEEP_MODES or any(_deep_code(*tile) for tile in image.tile)
+
+
+def _deep_code(codec: str, extents: Any, offset: int, args: Any) -> bool:
+    """Whether a decoder of Pillow's reads more than 8 bits a channel; BGR;16 is 5, 6 and 5."""
+    values = args if isinstance(args, tuple) else (args,)
+    code = str(values[0]) if values else ""
+    return (";16" in code and code != "BGR;16") or (codec == "ppm" and max(values[1:]) > 255)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    pixels = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
 
 
 def _size(image: Tensor) -> str:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..vocabulary import MISSING, is_number, megabytes, number
+from ..vocabulary import IDENTICAL_DB, MISSING, is_number, megabytes, number
 from .curve import line_chart
 from .tensor import psnr_db
 
@@ -40,7 +40,12 @@ METRIC_NAMES = {
     "recall": "Recall ↑",
     "class_agreement": "Class agreement ↑",
     "psnr_db": "PSNR, dB ↑",
+    "psnr_median_db": "PSNR of the median image, dB ↑",
+    "psnr_q05_db": "PSNR that 5 % of images lie below, dB ↑",
+    "changed": "Changed images, below 20 dB PSNR ↓",
     "sqnr_latents_db": "SQNR of final latents, dB ↑",
+    "sqnr_median_db": "SQNR of the median sample, dB ↑",
+    "sqnr_q05_db": "SQNR that 5 % of samples lie below, dB ↑",
     "num_samples": "Samples",
 }
 # Inception's numbers stand in metrics.json twice: as an entry and under the field's name
@@ -49,6 +54,8 @@ FIELD_NAMES = {
     "kernel_distance": "kid",
     "class_score": "inception_score",
 }
+SPREAD = {"psnr_median_db", "psnr_q05_db", "sqnr_median_db", "sqnr_q05_db"}
+"""Finite decibels, in which a bound stands for identical samples."""
 INCEPTION = "inception-v3-compat"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff;
@@ -74,27 +81,28 @@ dd { margin: 0; overflow-wrap: anywhere; }
 def html_report(
     metrics: Mapping[str, Any],
     curves: Mapping[str, Sequence[float | None]],
-    pairs: Sequence[Pair],
+    pairs: Mapping[str, Sequence[Pair]],
     title: str,
     meta: Mapping[str, Any],
 ) -> str:
     """One self-contained HTML page: table of metrics, SQNR over the sampling steps, image pairs.
 
     metrics: the object of metrics.json (values may be None or inf); curves: name -> SQNR in dB of
-    every sampling step; pairs: uint8 [C, H, W] images of the same seed, C 1 or 3; meta: what was
-    measured, shown as it is. Empty parts are left out.
+    every sampling step; pairs: heading -> uint8 [C, H, W] images of the same seed, C 1 or 3; meta:
+    what was measured, shown as it is. Empty parts are left out.
     Raises ValueError if a pair is not uint8 or of two shapes.
     """
     parts = [f"<h1>{escape(title)}</h1>", _table(metrics)]
     if any(len(values) for values in curves.values()):
         parts.append("<h2>SQNR of the noise prediction over the sampling steps</h2>")
         parts.append(line_chart(curves, "sampling step", "SQNR, dB"))
-    if pairs:
-        parts.append("<h2>The same seeds in full precision and quantized</h2>")
-        width = max(SMALL_PIXELS, *(full.shape[-1] for _, full, _ in pairs))
-        figures = "".join(map(_figure, pairs))
+    for heading, some in pairs.items():
+        parts.append(f"<h2>The same seeds in full precision and quantized: {escape(heading)}</h2>")
+        width = max(SMALL_PIXELS, *(full.shape[-1] for _, full, _ in some))
+        figures = "".join(map(_figure, some))
         parts.append(f'<div class="pairs" style="--pair: {2 * width + 16}px">{figures}</div>')
     protocol = {**meta, **_mapping(metrics.get("protocol"))}
+    protocol = {key: value for key, value in protocol.items() if value != {}}
     if protocol:
         parts.append("<h2>What was measured</h2>")
         parts.append(definitions(protocol))
@@ -148,7 +156,9 @@ def contact_sheet(images: Tensor, columns: int | None = None, scale: int = 1) ->
 
 def _table(metrics: Mapping[str, Any]) -> str:
     sets = {key: _mapping(metrics[key]) for key in SET_NAMES if _mapping(metrics.get(key))}
-    fidelity = _mapping(metrics.get("fidelity"))
+    fidelity = {**_mapping(metrics.get("fidelity"))}
+    for key in SPREAD & fidelity.keys():
+        fidelity[key] = math.inf if fidelity[key] >= IDENTICAL_DB else fidelity[key]
     size = _mapping(metrics.get("bytes"))
     rows = []
     shown: set[str] = set()

@@ -75,12 +75,30 @@ def parse_seeds(text: str) -> list[int]:
     return sorted(seeds)
 
 
+def ranges(seeds: Sequence[int]) -> str:
+    """Seeds in ascending order as parse_seeds reads them: "0-9,20,30-39"."""
+    runs: list[list[int]] = []
+    for seed in seeds:
+        if runs and runs[-1][1] == seed - 1:
+            runs[-1][1] = seed
+        else:
+            runs.append([seed, seed])
+    return ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in runs)
+
+
 def chunks(seeds: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Cut the *complete* list of seeds into batches of `batch_size` (the last may be shorter).
+    """Cut the *complete* list of seeds into batches of up to `batch_size`, each without a gap.
 
     Cut first and drop finished seeds afterwards: the batches are then the same in every run,
-    resumed or not. Raises ConfigError if batch_size < 1.
+    resumed or not. Gaps end a batch, so that its first seed and its length say which seeds it
+    holds. Raises ConfigError if batch_size < 1.
     """
     if batch_size < 1:
         raise ConfigError(f"batch size {batch_size} is not positive", "use 1 or more")
-    return [list(seeds[i : i + batch_size]) for i in range(0, len(seeds), batch_size)]
+    batches: list[list[int]] = []
+    for seed in seeds:
+        if batches and len(batches[-1]) < batch_size and batches[-1][-1] == seed - 1:
+            batches[-1].append(seed)
+        else:
+            batches.append([seed])
+    return batches

@@ -14,7 +14,6 @@ calibration where its digest agrees, and the quantized weights where theirs does
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,15 +28,16 @@ from ..digests import digest_of
 from ..errors import ArtifactError
 from ..files import read_json, write_json
 from ..metrics import ablation
-from ..metrics.image import Reference
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
 from ..run_dir import RunDir
+from ..sampling.noise import ranges
 from . import chain, fastest, graphs, set_files
 from . import evaluate as evaluate_stage
 from . import sample as sample_stage
 from .assemble import denoiser_costs
-from .evaluate import Measured, Protocol
+from .evaluate import Measured
+from .protocol import Protocol, describe, prepared
 from .subject import Compiling, compiled, quantized
 from .variants import Variant
 
@@ -64,6 +64,10 @@ class AblateRequest:
 
     def samples(self, variant: Variant) -> Path:
         return self.folder / "samples" / variant.label
+
+    def seeds(self, config: Config) -> list[int]:
+        """Of every row's samples."""
+        return list(range(config.sampling.seed, config.sampling.seed + self.count))
 
     def batch(self, macs: int) -> int:
         """Samples drawn together. macs: of one call on one sample."""
@@ -105,7 +109,7 @@ def run(
 
     Raises what the stages raise; finished rows are kept and the next call goes on from there.
     """
-    protocol = evaluate_stage.prepared(protocol, track)
+    protocol = prepared(protocol, request.count, track)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
     work = _Work(request, model, protocol, tell, track, request.backend)
@@ -132,6 +136,7 @@ def run(
 
 def identify(config: Config, work: _Work) -> dict[str, Any]:
     """Everything that decides a row, as digests and values."""
+    network, reference = work.protocol.network, work.protocol.reference
     inter = config.correction.inter.identity()
     if config.correction.inter.depends_on_batch:
         inter["batch_size"] = work.request.batch_size
@@ -146,8 +151,8 @@ def identify(config: Config, work: _Work) -> dict[str, Any]:
         "protocol": digest_of(
             {
                 "num_samples": work.request.count,
-                "network": work.protocol.network.sha256,
-                "reference": _fingerprint(work.protocol.reference),
+                "network": network.sha256 if network else None,
+                "reference": reference.digest if reference else None,
                 "metrics": work.protocol.metrics,
                 "seed": work.protocol.seed,
                 "version": __version__,
@@ -155,18 +160,6 @@ def identify(config: Config, work: _Work) -> dict[str, Any]:
         ),
     }
     return {**identity, "row": digest_of(identity)}
-
-
-def _fingerprint(reference: Reference | None) -> str | None:
-    """Digest of the reference's images, or of the mean features that are left of them."""
-    if reference is None:
-        return None
-    digest = hashlib.sha256(reference.source.encode())
-    if reference.images is not None:
-        digest.update(reference.images.contiguous().numpy().data)
-    elif reference.statistics is not None:
-        digest.update(reference.statistics["mu"].tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -182,17 +175,15 @@ def _finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _table(config: Config, work: _Work) -> dict[str, Any]:
     sampling = config.to_dict()["sampling"]
+    more = {
+        "model": work.model.digest,
+        "first_seed": sampling.pop("seed"),
+        "seeds": ranges(work.request.seeds(config)),
+        "sampling": sampling,
+    }
     return {
         "model": work.model.source,
-        "protocol": {
-            "num_samples": work.request.count,
-            "first_seed": sampling.pop("seed"),
-            "sampling": sampling,
-            "network": work.protocol.network.name,
-            "network_sha256": work.protocol.network.sha256,
-            "reference": work.protocol.reference.source if work.protocol.reference else None,
-            "metrics": list(work.protocol.metrics),
-        },
+        "protocol": describe(work.protocol, work.request.count, more),
         "full": None,
         "rows": [],
     }
@@ -267,9 +258,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     subject = quantized(work.model, artifact, noise_stats, work.backend)
     folder = request.samples(variant)
     macs = read_json(made.coverage, "qncd ablate")["macs"]
-    drawing = sample_stage.SampleRequest(
-        folder, config.sampling.seed, request.count, request.batch(macs)
-    )
+    drawing = sample_stage.SampleRequest(folder, request.seeds(config), request.batch(macs))
     sample_stage.check(config, work.model, subject, drawing)
     begun = _manifest(folder)
     was = bool(begun.get("compiled", False)) if begun else None
@@ -305,11 +294,10 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
 def _full_set(config: Config, work: _Work) -> Measured:
     """Full-precision samples of the rows' seeds, shared with the runs beside this folder."""
     request = work.request
+    seeds = request.seeds(config)
     macs = sum(cost.macs for cost in denoiser_costs(config, work.model))
     folder = chain.full_precision_samples(
-        request.folder.parent, config, work.model, request.count, request.batch(macs), work.track
+        request.folder.parent, config, work.model, seeds, request.batch(macs), work.track
     )
-    first = config.sampling.seed
-    seeds = list(range(first, first + request.count))
     samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
     return evaluate_stage.measure_set(samples, work.protocol, work.track)

@@ -89,17 +89,17 @@ def full_precision_samples(
     runs: Path,
     config: Config,
     model: DiffusionModel,
-    count: int,
+    seeds: list[int],
     batch_size: int,
     track: Track = no_progress,
 ) -> Path:
-    """The folder of full-precision samples of config.sampling; what is missing is drawn.
+    """The folder of full-precision samples of these seeds; what is missing is drawn.
 
     They belong to the model and the sampler, not to one run, so that runs beside each other
     share them: <runs>/full-precision/<digest>.
     """
     subject = full_precision(model)
     folder = runs / "full-precision" / sample_stage.identify(config, model, subject)["digest"]
-    request = sample_stage.SampleRequest(folder, config.sampling.seed, count, batch_size)
+    request = sample_stage.SampleRequest(folder, seeds, batch_size)
     sample_stage.run(config, model, subject, request, track)
     return folder

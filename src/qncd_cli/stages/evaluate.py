@@ -7,7 +7,8 @@ so fidelity to the full-precision images stands beside them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,34 @@ from ..errors import ArtifactError
 from ..files import read_json
 from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
-    FeatureNetwork,
-    Reference,
     class_agreement,
     feature_distance,
+    fits_labels,
+    load_images,
     measure,
-    prepare_reference,
+    not_measured,
 )
+from ..metrics.image_files import digest_of_files
+from ..metrics.record import grown
 from ..metrics.reference import read_images
-from ..metrics.report import html_report
-from ..metrics.tensor import psnr_db, sqnr_db, sqnr_steps_db
+from ..metrics.report import Pair, html_report
+from ..metrics.tensor import (
+    paired_fidelity,
+    psnr_db,
+    psnr_each_db,
+    sqnr_db,
+    sqnr_each_db,
+    sqnr_steps_db,
+)
 from ..progress import Track, no_progress
+from ..sampling.noise import ranges
+from .protocol import Protocol, describe, prepared
 from .set_files import LATENTS, MANIFEST, image_path, without_image
 
-PAIRS = 16
-"""Images shown side by side in the report."""
+WORST_PAIRS, TYPICAL_PAIRS = 12, 4
+"""Images shown side by side in the report: those that differ most, and those at the median."""
 SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "batch_size")
 """Of a manifest, without which a set cannot be measured."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How to measure: which numbers, in which features, against what."""
-
-    metrics: tuple[str, ...]  # of fid, isc, kid, prc
-    network: FeatureNetwork
-    reference: Reference | None
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,19 +96,12 @@ def read_set(folder: Path) -> SampleSet:
     return SampleSet(folder, manifest, images, latents)
 
 
-def images_only(
-    images: Tensor, source: str, protocol: Protocol, track: Track = no_progress
-) -> dict[str, Any]:
-    """metrics.json of one set of images that qncd did not make."""
-    entry = measure(
-        images,
-        protocol.reference,
-        protocol.network,
-        protocol.metrics,
-        seed=protocol.seed,
-        track=track,
-    )
-    return {"protocol": _describe(protocol, len(images), {"images": source}), "images": entry}
+def images_only(source: Path, protocol: Protocol, track: Track = no_progress) -> dict[str, Any]:
+    """metrics.json of one set of images that qncd did not make: a folder, or an .npz."""
+    images = load_images(source)
+    protocol = prepared(protocol, len(images), track)
+    entry = _entry(images, protocol, track)
+    return {"protocol": describe(protocol, len(images), {"images": str(source)}), "images": entry}
 
 
 @dataclass(frozen=True)
@@ -114,21 +109,30 @@ class Measured:
     """A set, the features of its images, and its own metrics: a set's object in metrics.json."""
 
     samples: SampleSet
-    features: Features
+    features: Features | None
     entry: dict[str, Any]
 
 
 def measure_set(samples: SampleSet, protocol: Protocol, track: Track = no_progress) -> Measured:
     """What does not depend on another set. Raises what measure raises."""
     network = protocol.network
+    if network is None:
+        return Measured(samples, None, not_measured(len(samples.images)))
     features = extract_features(samples.images, network, track=track)
-    entry = measure(
-        features, protocol.reference, network, protocol.metrics, seed=protocol.seed, track=track
-    )
-    if network.name == "fashion-classifier" and "classes" in samples.manifest:
-        classes = samples.manifest["classes"]
+    entry = _entry(features, protocol, track)
+    classes = samples.manifest["classes"]
+    if network.name == "fashion-classifier" and fits_labels(classes):
         entry["class_agreement"] = class_agreement(features, classes, network)
     return Measured(samples, features, entry)
+
+
+def _entry(images: Tensor | Features, protocol: Protocol, track: Track) -> dict[str, Any]:
+    if protocol.network is None or not protocol.metrics:
+        held = images.features if isinstance(images, Features) else images
+        return not_measured(len(held))
+    reference = protocol.reference if set(protocol.metrics) - {"isc"} else None
+    network, metrics = protocol.network, protocol.metrics
+    return measure(images, reference, network, metrics, seed=protocol.seed, track=track)
 
 
 def compare(
@@ -140,30 +144,40 @@ def compare(
 ) -> dict[str, Any]:
     """metrics.json of two sets of the same seeds; quantized_bytes: of `sizes`."""
     one, other = full.samples, quantized.samples
-    fidelity = {
-        "psnr_db": psnr_db(one.images, other.images),
-        "sqnr_latents_db": sqnr_db(
-            one.latents.tensors["latents"], other.latents.tensors["latents"]
-        ),
-        "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
-        "feature_distance": feature_distance(
+    latents = [samples.latents.tensors["latents"] for samples in (one, other)]
+    distance = None
+    if full.features is not None and quantized.features is not None and len(one.seeds) > 1:
+        assert protocol.network is not None
+        distance = feature_distance(
             full.features,
             quantized.features,
             protocol.network,
             paired=True,
             seed=protocol.seed,
             track=track,
+        )
+    fidelity = {
+        "psnr_db": psnr_db(one.images, other.images),
+        "sqnr_latents_db": sqnr_db(*latents),
+        "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
+        "feature_distance": distance,
+        **paired_fidelity(
+            one.seeds, psnr_each_db(one.images, other.images), sqnr_each_db(*latents)
         ),
     }
     sampling = {
+        "model": one.manifest["digests"]["model"],
+        "artifact": other.manifest["digests"].get("quantized"),
         "sampling": one.manifest["sampling"],
         "first_seed": one.seeds[0],
+        "seeds": ranges(one.seeds),
         "full": str(one.folder),
         "quantized": str(other.folder),
+        "sets": {"full": _content(one), "quantized": _content(other)},
         "correction": other.manifest["correction"],
     }
     return {
-        "protocol": _describe(protocol, len(one.seeds), sampling),
+        "protocol": describe(protocol, len(one.seeds), sampling),
         "full": full.entry,
         "quantized": quantized.entry,
         "fidelity": fidelity,
@@ -177,20 +191,23 @@ def run(
     quantized_bytes: dict[str, int],
     protocol: Protocol,
     track: Track = no_progress,
+    earlier: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """metrics.json and report.html of two sets that share their seeds and sampling settings.
 
-    quantized_bytes: of `sizes`. Raises ArtifactError if the sets do not
-    share settings or seeds.
+    quantized_bytes: of `sizes`; earlier: the metrics.json that is there, whose numbers are kept
+    where they were measured in the same protocol. Raises ArtifactError if the sets do not share
+    settings or seeds.
     """
     full, quantized = matched(full, quantized)
-    protocol = prepared(protocol, track)
+    protocol = prepared(protocol, len(full.seeds), track)
     sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
     metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
+    metrics = grown(earlier or {}, metrics)
     report = html_report(
         metrics,
         {"SQNR of the prediction": metrics["fidelity"]["sqnr_steps_db"]},
-        _pairs(full, quantized),
+        _pairs(full, quantized, metrics["fidelity"]["per_seed"]["psnr_db"]),
         "Quantized against full precision",
         {"model": full.manifest["source"], **_flat(full.manifest["sampling"])},
     )
@@ -208,27 +225,10 @@ def sizes(quantized: Path, coverage: dict[str, Any]) -> dict[str, int]:
     return {"full": full, "quantized": artifact + rest, "artifact": artifact, "rest": rest}
 
 
-def prepared(protocol: Protocol, track: Track = no_progress) -> Protocol:
-    """With the reference's features and statistics, so that they are computed once."""
-    if protocol.reference is None:
-        return protocol
-    reference = prepare_reference(
-        protocol.reference, protocol.network, protocol.metrics, track=track
-    )
-    return replace(protocol, reference=reference)
-
-
-def _describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str, Any]:
-    reference = protocol.reference
-    return {
-        "metrics": list(protocol.metrics),
-        "network": protocol.network.name,
-        "network_sha256": protocol.network.sha256,
-        "reference": reference.source if reference else None,
-        "num_samples": count,
-        "bootstrap_seed": protocol.seed,
-        **more,
-    }
+def _content(samples: SampleSet) -> dict[str, str]:
+    """Digests of a set's identity and of the images that were measured."""
+    paths = [image_path(samples.folder, seed) for seed in samples.seeds]
+    return {"set": samples.manifest["digest"], "images": digest_of_files(paths)}
 
 
 def matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSet]:
@@ -241,10 +241,8 @@ def matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSet
     if full.manifest["digests"]["model"] != quantized.manifest["digests"]["model"]:
         raise ArtifactError(f"{full.folder} and {quantized.folder} are of different models")
     shared = sorted(set(full.seeds) & set(quantized.seeds))
-    if len(shared) < 2:
-        raise ArtifactError(
-            f"{full.folder} and {quantized.folder} share {len(shared)} seeds", "sample at least 2"
-        )
+    if not shared:
+        raise ArtifactError(f"{full.folder} and {quantized.folder} share no seed", "sample again")
     return cut(full, shared), cut(quantized, shared)
 
 
@@ -277,13 +275,28 @@ def _sqnr_steps(full: Artifact, quantized: Artifact) -> list[float]:
     return sqnr_steps_db(*predictions)
 
 
-def _pairs(full: SampleSet, quantized: SampleSet) -> list[tuple[str, Tensor, Tensor]]:
-    return [
-        (f"seed {seed}, class {label}", full.images[i], quantized.images[i])
-        for i, (seed, label) in enumerate(
-            zip(full.seeds[:PAIRS], full.manifest["classes"][:PAIRS], strict=True)
-        )
-    ]
+def _pairs(
+    full: SampleSet, quantized: SampleSet, psnr: Mapping[str, float]
+) -> dict[str, list[Pair]]:
+    """What the report shows: the pairs that differ most, and as a measure of them usual ones."""
+    order = sorted(range(len(full.seeds)), key=lambda row: psnr[str(full.seeds[row])])
+    worst, rest = order[:WORST_PAIRS], order[WORST_PAIRS:]
+    middle = len(order) // 2 - TYPICAL_PAIRS // 2
+    typical = [row for row in order[max(middle, 0) : middle + TYPICAL_PAIRS] if row in rest]
+    shown = {f"The {len(worst)} of {len(order)} that differ most": worst}
+    if typical:
+        shown[f"{len(typical)} around the median"] = typical
+    return {
+        heading: [
+            (
+                f"seed {full.seeds[row]}, class {full.manifest['classes'][row]}",
+                full.images[row],
+                quantized.images[row],
+            )
+            for row in rows
+        ]
+        for heading, rows in shown.items()
+    }
 
 
 def _flat(tree: dict[str, Any]) -> dict[str, str]:

@@ -39,16 +39,11 @@ TRACED = 32
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw: seeds first_seed .. first_seed + count - 1, in batches, into folder."""
+    """What to draw: seeds in ascending order, gaps allowed, in batches, into folder."""
 
     folder: Path
-    first_seed: int
-    count: int
+    seeds: list[int]
     batch_size: int
-
-    @property
-    def seeds(self) -> list[int]:
-        return list(range(self.first_seed, self.first_seed + self.count))
 
 
 def run(
@@ -121,7 +116,7 @@ def identify(
         subject.backend.name if subject.backend is not None else None,
         subject.compiled,
         config.sampling.guidance_scale < 1 and not model.interpolates,
-        *((request.first_seed, request.count, request.batch_size) if request else ()),
+        *((request.seeds[0], len(request.seeds), request.batch_size) if request else ()),
     )
     return identity_of(config, drawing)
 

@@ -1,0 +1,141 @@
+"""What eval and ablate measure with, and what they say of that which cannot be had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Config
+from ..errors import BackendUnavailable, ConfigError
+from .console import Console
+
+ZOO = "zoo"
+PACKAGED = "zoo:"
+"""How sources of packaged models begin."""
+NO_WEIGHTS = (
+    "no Inception weights here (--inception-weights FILE, or --network inception to download them)"
+)
+NO_REFERENCE = "no reference to measure against (--reference DIR|NPZ)"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """named: metrics asked for by name, none for the usual ones; the rest as on the command line.
+
+    What is asked for by name and cannot be had makes a command fail in the end; what is usual is
+    left out with a line.
+    """
+
+    named: tuple[str, ...]
+    reference: str | None
+    network: str
+    inception_weights: str | None
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return self.named or ("fid",)
+
+    @property
+    def insists(self) -> bool:
+        """Whether Inception's features are asked for by name."""
+        return self.network == "inception" or bool(self.named)
+
+
+def check(wishes: Wishes, config: Config) -> None:
+    """Before hours of work: packaged features and reference are of packaged models alone.
+
+    Raises ConfigError.
+    """
+    source = config.model.source
+    if source.startswith(PACKAGED):
+        return
+    if wishes.network == "fashion":
+        raise ConfigError(
+            f"--network fashion: the packaged classifier knows Fashion-MNIST alone, not {source}",
+            "leave the option out; --inception-weights FILE measures distances of other models",
+        )
+    if ZOO in (wishes.reference, wishes.reference or config.evaluation.reference):
+        key = "--reference zoo" if wishes.reference else "evaluation.reference: zoo"
+        raise ConfigError(
+            f"{key}: the packaged reference is Fashion-MNIST, for packaged models, not {source}",
+            "name images of the model's own data (--reference DIR|NPZ), or none",
+        )
+
+
+def protocol_of(wishes: Wishes, config: Config) -> Any:
+    """How a model is measured. Raises what check raises, and ArtifactError for files named that
+    are missing or damaged."""
+    check(wishes, config)
+    packaged = config.model.source.startswith(PACKAGED)
+    reference = wishes.reference or config.evaluation.reference or (ZOO if packaged else None)
+    fashion = wishes.network == "fashion" or (
+        packaged and wishes.network == "auto" and wishes.inception_weights is None
+    )
+    return _protocol(wishes, reference, fashion=fashion)
+
+
+def protocol_of_images(wishes: Wishes) -> Any:
+    """How images are measured that no model is known of: in Inception's features, unless the
+    packaged ones are named.
+
+    Raises ConfigError without a reference, BackendUnavailable without weights, and ArtifactError as
+    protocol_of.
+    """
+    fashion = wishes.network == "fashion" or (
+        wishes.network == "auto" and wishes.reference == ZOO and wishes.inception_weights is None
+    )
+    reference = wishes.reference or (ZOO if fashion else None)
+    if reference is None and set(wishes.metrics) - {"isc"}:
+        raise ConfigError("--images: there is no reference", "name one with --reference DIR|NPZ")
+    protocol = _protocol(wishes, reference, fashion=fashion)
+    if protocol.network is None:
+        raise BackendUnavailable(*protocol.left_out["distance"])
+    return protocol
+
+
+def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
+    from ..metrics.image import load_reference, packaged
+    from ..stages.protocol import Protocol
+
+    network, why = (packaged(), "") if fashion else _inception(wishes)
+    needed = set(wishes.metrics) - {"isc"}
+    known = load_reference(reference) if reference is not None and needed else None
+    protocol = Protocol(wishes.metrics, network, known)
+    if network is None:
+        protocol = protocol.without(dict.fromkeys((*wishes.metrics, "distance"), why))
+    if reference is None:
+        protocol = protocol.without(dict.fromkeys(sorted(needed), NO_REFERENCE))
+    return protocol
+
+
+def _inception(wishes: Wishes) -> tuple[Any, str]:
+    """The network, or None and why: it is downloaded only where something needs it by name."""
+    from ..metrics.image import downloaded_inception, inception
+
+    if wishes.inception_weights is not None:
+        return inception(Path(wishes.inception_weights)), ""
+    if not (wishes.insists or downloaded_inception().is_file()):
+        return None, NO_WEIGHTS
+    try:
+        return inception(), ""
+    except BackendUnavailable as error:
+        return None, str(error)
+
+
+def settle(console: Console, left_out: Mapping[str, Sequence[str]], wishes: Wishes) -> None:
+    """Say what was left out and why, once everything else is written.
+
+    Raises BackendUnavailable, exit code 6, where it was asked for by name.
+    """
+    reasons = "; ".join(dict.fromkeys(why for whys in left_out.values() for why in whys))
+    missing = [f"--{name}" for name in wishes.named if name in left_out]
+    if wishes.network == "inception" and "distance" in left_out:
+        missing.append("--network inception")
+    if missing:
+        raise BackendUnavailable(
+            f"{', '.join(missing)}: cannot be measured, all else is written: {reasons}"
+        )
+    if left_out:
+        console.note(f"distances left out: {reasons}")

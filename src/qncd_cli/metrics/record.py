@@ -1,0 +1,64 @@
+"""metrics.json as a record that grows: what was measured in one protocol, at whatever time.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+METRICS = ("fid", "isc", "kid", "prc")  # as torch-fidelity abbreviates them
+OPTIONAL = {"network_sha256": "network", "reference_sha256": "reference"}
+"""Digests of what only distances need, None where none was measured, and what they are of."""
+FIXED = (
+    *("version", "model", "artifact", "num_samples", "seeds", "sets"),
+    *("sampling", "correction", "bootstrap_seed"),
+)
+"""Of a protocol, what every number depends on."""
+COMPARABLE = (
+    *("model", "num_samples", "seeds", "sampling", "bootstrap_seed"),
+    *OPTIONAL,
+)
+"""Of a protocol, in what runs of one table agree."""
+
+
+def same_protocol(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether numbers of both protocols may stand in one record."""
+    fixed = all(key in one and one[key] == other.get(key) for key in FIXED)
+    return fixed and all(
+        one.get(key) == other.get(key) or None in (one.get(key), other.get(key)) for key in OPTIONAL
+    )
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Keys of two protocols that keep runs out of one table."""
+    return [key for key in COMPARABLE if one.get(key) != other.get(key)]
+
+
+def grown(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """metrics.json with what an earlier one of the same protocol holds beside it.
+
+    Numbers that both have are the present ones. Another protocol: the present one alone.
+    """
+    before = earlier.get("protocol", {})
+    if not same_protocol(before, now["protocol"]):
+        return dict(now)
+    merged = dict(now)
+    merged["protocol"] = protocol = _filled(now["protocol"], before)
+    measured = {*before["metrics"], *now["protocol"]["metrics"]}
+    protocol["metrics"] = [name for name in METRICS if name in measured]
+    paired = (now["fidelity"].get("feature_distance"), earlier["fidelity"].get("feature_distance"))
+    protocol["left_out"] = {
+        name: why
+        for name, why in now["protocol"]["left_out"].items()
+        if name not in measured and not (name == "distance" and any(paired))
+    }
+    for name in ("full", "quantized", "fidelity"):
+        merged[name] = _filled(now[name], earlier[name])
+    return merged
+
+
+def _filled(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """What is None now as it was before."""
+    return {key: before.get(key) if value is None else value for key, value in now.items()}
