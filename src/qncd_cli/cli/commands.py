@@ -231,12 +231,9 @@ def sample(console: Console, options: SampleOptions) -> Path:
     if config.sampling != own.sampling:
         note_sampling(console, config, model)
     macs = _macs(run, config, model, subject.kind)
-    first = config.sampling.seed
-    request = stage.SampleRequest(
-        folder,
-        list(range(first, first + (options.num or DEFAULT_NUM))),
-        options.batch_size or set_files.default_batch(macs),
-    )
+    first, count = config.sampling.seed, options.num or DEFAULT_NUM
+    batch_size = options.batch_size or set_files.default_batch(macs)
+    request = stage.SampleRequest(folder, list(range(first, first + count)), batch_size)
     if options.force:
         stage.check(config, model, subject, request)
         set_files.clear(folder)
@@ -255,15 +252,15 @@ def sample(console: Console, options: SampleOptions) -> Path:
     _note_backend(console, subject)
     with keeping("images of finished batches are kept, the same command goes on with the next"):
         manifest = stage.run(config, model, subject, request, console.track)
-    there = len(manifest["seeds"])
-    if there > request.count:
-        console.note(f"{folder}: {there} images are there, {request.count} asked for: all are kept")
+    there, asked = len(manifest["seeds"]), len(request.seeds)
+    if there > asked:
+        console.note(f"{folder}: {there} images are there, {asked} asked for: all are kept")
     _done(
         console,
         "sample",
         run,
         time.perf_counter() - start,
-        images=len(manifest["seeds"]),
+        images=there,
         folder=str(folder),
         contact_sheet=str(set_files.sheet_path(folder)),
     )
