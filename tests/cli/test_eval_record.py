@@ -13,7 +13,7 @@ from conftest import Qncd, packaged, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from qncd_cli.metrics.tensor import IDENTICAL_DB
+from qncd_cli.vocabulary import IDENTICAL_DB
 
 RUN = Path("runs/tiny")
 REFERENCE = ("--reference", "reference")

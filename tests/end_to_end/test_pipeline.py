@@ -25,9 +25,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from qncd_cli.metrics.tensor import IDENTICAL_DB
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.quant.packing import narrowed
+from qncd_cli.vocabulary import IDENTICAL_DB
 
 RUN = Path("runs/tiny")
 EVAL = ("eval", "--reference", "reference")
