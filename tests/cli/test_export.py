@@ -77,6 +77,45 @@ EVERYTHING = {
 }
 
 
+def run_as_printed(lines, folder):
+    """In a process of its own; the size of the image that comes out."""
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join([*lines, "print(*image.size)"])],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_the_lines_that_export_prints_load_the_folder(tmp_path, tiny_model):
+    work = exported(tmp_path, tiny_config(tiny_model, sampling__classes=[3, 1]))
+    said = work("export", "--to", "diffusers", "out", "--force").stdout
+    lines = [line.strip() for line in said.splitlines() if line.startswith("  ")]
+    assert lines[:3] == [
+        "import qncd_cli.exported",
+        "from diffusers import DiffusionPipeline",
+        "pipeline = DiffusionPipeline.from_pretrained('out')",
+    ]
+    assert "class_labels=[3], num_inference_steps=4, guidance_scale=2.0" in lines[3]
+    assert run_as_printed(lines, tmp_path) == ["16", "16"]
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert readme.startswith(f"# {tiny_model}, W4A8\n")
+    assert "\n".join(lines) in readme and "correction `ptqd`" in readme
+
+
+def test_the_lines_of_a_text_model_name_a_prompt_with_its_quotes(tmp_path):
+    folder = tiny.save("StableDiffusionPipeline", tmp_path / "model")
+    changes = {**EVERYTHING, "sampling__prompts": ['a "red" shoe\'s lace']}
+    work = exported(tmp_path, tiny_config(folder, **changes))
+    said = work("export", "--to", "diffusers", "out", "--force", "--json").data
+    assert 'a \\"red' not in said["python"][3] and "prompt=" in said["python"][3]
+    assert run_as_printed(said["python"], tmp_path)
+    assert "correction" not in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("model", ["tiny_model", "tiny_pixel_model", "tiny_dit_model"])
 def test_a_fresh_process_draws_the_same_images_and_saves_the_same_file(request, tmp_path, model):
     work = exported(tmp_path, tiny_config(request.getfixturevalue(model), **EVERYTHING))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -54,6 +55,11 @@ def test_a_graph_agrees_and_runs_by_itself(quantized, target):
     integers = sum(row["integer_products"] for row in index["layers"])
     assert index["products"]["to_be_integer"] == index["products"]["integer_here"] == integers > 10
     assert call(target, folder, index).shape == (2, 3, 8, 8)
+    lines = "\n".join([*said["python"], "print(prediction.shape)"])
+    assert "\n".join(said["python"]) in (folder / "README.md").read_text()
+    command = [sys.executable, "-c", lines]
+    ran = subprocess.run(command, cwd=quantized.folder, capture_output=True, text=True, check=False)
+    assert ran.stdout == "(1, 3, 8, 8)\n", ran.stderr
 
 
 def test_beyond_the_bound_nothing_is_written(quantized):

@@ -9,7 +9,7 @@ from .. import artifacts
 from ..config_files import load_config, parse_config
 from ..files import check_folder, replacing_folder
 from ..run_dir import find_run
-from ..vocabulary import megabytes
+from . import usage
 from .console import Console
 from .shared import open_model, silence_diffusers
 
@@ -43,6 +43,9 @@ def export_graph(
     check = stage.Check(samples, bound)
     with replacing_folder(folder) as made:
         index = stage.run(config, model, quantized, target, made, check, console.track)
+        lines = usage.graph_lines(index, folder)
+        readme = usage.graph_readme(config, index, lines)
+        (made / usage.README).write_text(readme, encoding="utf-8")
     products, agreement = index["products"], index["agreement"]
     floats = [row for row in index["layers"] if row["why_not_integer"]]
     for row in floats[:1]:
@@ -58,6 +61,7 @@ def export_graph(
         "integer_layers": sum(row["integer_products"] > 0 for row in index["layers"]),
         "products": products,
         "agreement": agreement,
+        "python": lines,
         "seconds": round(time.perf_counter() - start, 2),
     }
 
@@ -65,7 +69,6 @@ def export_graph(
     images = "identical images" if psnr is None else f"images {psnr:.1f} dB"
 
     def render() -> None:
-        print(f"{folder}: {index['file']}, {megabytes(payload['bytes'])}")
         print(
             f"integer: {payload['integer_layers']} of {payload['layers']} layers; "
             f"{products['integer_here']} of {products['to_be_integer']} products of bytes are "
@@ -76,6 +79,7 @@ def export_graph(
             f"({agreement['relative_difference']:.2%} of the largest prediction), {images} "
             f"({samples} samples, {agreement['steps']} steps)"
         )
+        print(usage.said(folder, index["file"], payload["bytes"], lines), end="")
 
     console.result(payload, render)
 
@@ -101,7 +105,10 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     )
     artifacts.check_lineage(quantized, model=digest)
     scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))
-    save_folder(exported_pipeline(pipeline, quantized, scheduler), folder, force=force)
+    lines = usage.pipeline_lines(config, type(pipeline), folder)
+    readme = usage.pipeline_readme(config, lines, type(pipeline).__name__)
+    exported = exported_pipeline(pipeline, quantized, scheduler)
+    save_folder(exported, folder, force=force, readme=readme)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     inter = config.correction.inter.method
     if inter != "none":
@@ -110,6 +117,8 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
         "folder": str(folder),
         "pipeline": type(pipeline).__name__,
         "bytes": size,
+        "python": lines,
         "seconds": round(time.perf_counter() - start, 2),
     }
-    console.result(payload, lambda: print(f"{folder}: {payload['pipeline']}, {megabytes(size)}"))
+    said = usage.said(folder, type(pipeline).__name__, size, lines)
+    console.result(payload, lambda: print(said, end=""))

@@ -1,0 +1,131 @@
+"""How an exported folder is used, in Python: what export prints and writes into the folder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..config import Config
+from ..vocabulary import megabytes, widths
+
+README = "README.md"
+OPENED = {
+    "onnx": (
+        ["import numpy as np, onnxruntime"],
+        'denoiser = onnxruntime.InferenceSession("{path}")',
+        "prediction = denoiser.run(None, inputs)[0]",
+    ),
+    "openvino": (
+        ["import numpy as np, openvino"],
+        'denoiser = openvino.Core().compile_model("{path}", "CPU")',
+        "prediction = denoiser(inputs)[0]",
+    ),
+}
+"""By format of a graph: imports, how it is opened, how it is called."""
+TYPES = {"int64": "np.int64", "int32": "np.int32"}
+
+
+def pipeline_lines(config: Config, kind: type, folder: Path) -> list[str]:
+    """Three lines that load a pipeline folder, and one that draws an image as the run does.
+
+    kind: the pipeline's class, whose call says what it takes.
+    """
+    return [
+        "import qncd_cli.exported",
+        "from diffusers import DiffusionPipeline",
+        f"pipeline = DiffusionPipeline.from_pretrained({str(folder)!r})",
+        f"image = pipeline({', '.join(_arguments(config, kind))}).images[0]",
+    ]
+
+
+def _arguments(config: Config, kind: type) -> list[str]:
+    sampling = config.sampling
+    takes = inspect.signature(kind.__call__).parameters
+    label = 0 if sampling.classes == "all" else sampling.classes[0]
+    side = sampling.image_size
+    wanted = {
+        "prompt": sampling.prompts[0] if sampling.prompts else None,
+        "class_labels": [label],
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        "height": side,
+        "width": side,
+    }
+    return [f"{k}={v!r}" for k, v in wanted.items() if k in takes and v is not None]
+
+
+def pipeline_readme(config: Config, lines: Sequence[str], kind: str) -> str:
+    """README.md of a pipeline folder. lines: of pipeline_lines; kind: name of its class."""
+    inter = config.correction.inter.method
+    correction = (
+        ""
+        if inter == "none"
+        else _paragraph(
+            f"A pipeline samples by itself: the correction `{inter}`, which `qncd sample` applies "
+            "between the steps, is not part of it."
+        )
+    )
+    return _readme(
+        config,
+        f"A `{kind}` of diffusers whose denoiser is quantized. It computes with integers where the "
+        "CPU can.",
+        "Loading needs the packages qncd-cli, diffusers and accelerate "
+        "(`pip install 'qncd-cli[export]'`):",
+        lines,
+        correction,
+    )
+
+
+def graph_lines(index: Mapping[str, Any], folder: Path) -> list[str]:
+    """Python that calls a graph once, on zeros. index: what graph.json says."""
+    imports, opened, called = OPENED[index["format"]]
+    inputs = ", ".join(_zeros(name, entry) for name, entry in index["inputs"].items())
+    path = (folder / index["file"]).as_posix()
+    return [*imports, opened.format(path=path), f"inputs = {{{inputs}}}", called]
+
+
+def _zeros(name: str, entry: Mapping[str, Any]) -> str:
+    shape = [1 if size == "batch" else size for size in entry["shape"]]
+    kind = TYPES.get(entry["dtype"], "np.float32")
+    return f'"{name}": np.zeros({tuple(shape)}, {kind})'
+
+
+def graph_readme(config: Config, index: Mapping[str, Any], lines: Sequence[str]) -> str:
+    """README.md of a folder with a graph. lines: of graph_lines."""
+    return _readme(
+        config,
+        f"The denoiser of the model alone, quantized, as a graph ({index['file']}). It predicts "
+        "for a batch of any size at one timestep; the sampler around it, guidance and the decoder "
+        "are not part of it, nor are corrections of the sampling loop.",
+        "Calling it, here on zeros (`graph.json` names inputs, layers and what is in integers):",
+        lines,
+        "",
+    )
+
+
+def _readme(config: Config, what: str, how: str, lines: Sequence[str], more: str) -> str:
+    quantization = config.quantization
+    label = widths(quantization.weights.bits, quantization.activations.bits)
+    return (
+        f"# {config.model.source}, {label}\n\n"
+        + _paragraph(what)
+        + _paragraph(how)
+        + "```python\n"
+        + "".join(f"{line}\n" for line in lines)
+        + "```\n\n"
+        + more
+        + f"Written by `qncd export` (version {__version__}), preset `{quantization.preset}`.\n"
+    )
+
+
+def _paragraph(text: str) -> str:
+    return f"{text}\n\n"
+
+
+def said(folder: Path, what: str, size: int, lines: Sequence[str]) -> str:
+    """What export prints: what was written, and the lines that load it."""
+    code = "".join(f"\n  {line}" for line in lines)
+    return f"{folder}: {what}, {megabytes(size)}; {README} says how to load it:\n{code}\n"
