@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import Qncd, packaged, tiny_config
@@ -206,6 +207,33 @@ def test_another_seed_or_number_makes_the_rows_anew(work):
     fewer = ablate(work, *one, *seeds, "--num", "2", "--json").data
     assert fewer["protocol"]["num_samples"] == 2
     assert fewer["rows"][0]["psnr_db"] != row["psnr_db"]
+
+
+def test_a_reference_that_changed_in_part_makes_the_rows_anew(work):
+    statistics = {"mu": np.zeros(128), "sigma": np.eye(128)}
+    images = np.stack([np.full((8, 8, 3), i, np.uint8) for i in range(4)])
+    kept = ("--reference", "statistics.npz", "--presets", "minmax", "--bits", "w8a8", "--json")
+    found = []
+    for sigma, first in ((1, 0), (2, 0), (2, 9), (2, 9)):  # the last is the one before
+        images[0] = first
+        held = {**statistics, "sigma": sigma * statistics["sigma"], "arr_0": images}
+        np.savez(work.folder / "statistics.npz", **held)
+        before = row_files(work)
+        (row,) = ablate(work, *kept).data["rows"]
+        made = written(before, row_files(work))
+        found.append(("rows/minmax_w8a8" in made, row["feature_distance_to_reference"]["value"]))
+    assert [new for new, _ in found] == [True, True, True, False]
+    assert found[0][1] != found[1][1] == found[2][1] == found[3][1]
+
+
+def test_rows_tell_of_single_samples(ablated):
+    for row in ablated.data["rows"]:
+        psnr = list(row["per_seed"]["psnr_db"].values())
+        assert row["psnr_median_db"] == pytest.approx(np.median(psnr))
+        assert row["psnr_q05_db"] == pytest.approx(np.quantile(psnr, 0.05))
+        assert row["sqnr_q05_db"] <= row["sqnr_median_db"]
+        assert row["changed"] == sum(value < 20 for value in psnr)
+    assert "changed" in (ablated.folder / TABLE / "ablation.md").read_text()
 
 
 def test_force_measures_every_row_again(work):

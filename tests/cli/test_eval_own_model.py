@@ -137,9 +137,29 @@ def test_a_metric_that_the_images_are_too_few_for_is_no_loss_of_the_others(sampl
         assert metrics["quantized"]["precision"] is None
 
 
-def test_a_reference_that_is_not_there_is_refused_at_once(work):
-    assert "no such reference" in one_line(work("eval", "--reference", "nowhere", ok=False), 4)
-    assert not (work.folder / RUN / "metrics.json").exists()
+@pytest.mark.parametrize("option", ["--reference", "--inception-weights"])
+def test_a_file_that_is_named_and_not_there_is_refused_at_once(qncd, option):
+    for command in ("run", "ablate"):
+        result = qncd(command, "--config", "tiny.yaml", option, "nowhere.npz", ok=False)
+        assert f"{option} nowhere.npz: no such file" in one_line(result, 4)
+    assert not (qncd.folder / "runs").exists()
+
+
+def test_a_configured_reference_that_is_not_there_costs_only_its_distance(qncd, tiny_model):
+    """As of published models, whose data nobody has at first."""
+    qncd.write_config(tiny_config(tiny_model, evaluation__reference="data/coco.npz"))
+    result = qncd("run", "--config", "tiny.yaml", "--num", "3", "--json")
+    check_fidelity(result.data, 3)
+    assert "evaluation.reference data/coco.npz is not here (--reference" in result.stderr
+
+
+def test_with_features_alone_the_distance_to_data_is_left_out(work):
+    with as_packaged(work) as eval_:
+        config = work.folder / RUN / "config.yaml"
+        config.write_text(config.read_text().replace("reference: null", "reference: gone.npz"))
+        line = one_line(eval_(), 0)
+    assert line.startswith("the distance to data left out: evaluation.reference gone.npz")
+    assert metrics_of(work)["fidelity"]["feature_distance"]["value"] > 0
 
 
 # ---- packaged features are of packaged models ---------------------------------------------------
@@ -225,6 +245,9 @@ def test_images_of_an_npz_are_measured(work):
     line = one_line(work("eval", "--images", "none.npz", *measure[:-1], ok=False), 4)
     assert "none.npz" in line
     assert "no such file" in one_line(work("eval", "--images", "gone.npz", *measure, ok=False), 4)
+    np.savez(work.folder / "one.npz", pixels[:1])
+    line = one_line(work("eval", "--images", "one.npz", *measure, ok=False), 4)
+    assert "nothing can be measured: 1 images, fid needs 2" in line
 
 
 def test_images_need_features_and_a_reference(work):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import BackendUnavailable, ConfigError
+from ..errors import ArtifactError, BackendUnavailable, ConfigError
 from .console import Console
 
 ZOO = "zoo"
@@ -44,10 +44,13 @@ class Wishes:
 
 
 def check(wishes: Wishes, config: Config) -> None:
-    """Before hours of work: packaged features and reference are of packaged models alone.
+    """Before hours of work: packaged features and reference are of packaged models alone, and what
+    the command line names is there.
 
-    Raises ConfigError.
+    Raises ConfigError, ArtifactError.
     """
+    _check_named("--reference", None if wishes.reference == ZOO else wishes.reference)
+    _check_named("--inception-weights", wishes.inception_weights)
     source = config.model.source
     if source.startswith(PACKAGED):
         return
@@ -64,9 +67,13 @@ def check(wishes: Wishes, config: Config) -> None:
         )
 
 
+def _check_named(option: str, path: str | None) -> None:
+    if path is not None and not Path(path).exists():
+        raise ArtifactError(f"{option} {path}: no such file or folder", "check the path")
+
+
 def protocol_of(wishes: Wishes, config: Config) -> Any:
-    """How a model is measured. Raises what check raises, and ArtifactError for files named that
-    are missing or damaged."""
+    """How a model is measured. Raises what check raises, and ArtifactError for damaged files."""
     check(wishes, config)
     packaged = config.model.source.startswith(PACKAGED)
     reference = wishes.reference or config.evaluation.reference or (ZOO if packaged else None)
@@ -86,6 +93,7 @@ def protocol_of_images(wishes: Wishes) -> Any:
     fashion = wishes.network == "fashion" or (
         wishes.network == "auto" and wishes.reference == ZOO and wishes.inception_weights is None
     )
+    _check_named("--reference", None if wishes.reference == ZOO else wishes.reference)
     reference = wishes.reference or (ZOO if fashion else None)
     if reference is None and set(wishes.metrics) - {"isc"}:
         raise ConfigError("--images: there is no reference", "name one with --reference DIR|NPZ")
@@ -100,13 +108,17 @@ def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
     from ..stages.protocol import Protocol
 
     network, why = (packaged(), "") if fashion else _inception(wishes)
-    needed = set(wishes.metrics) - {"isc"}
-    known = load_reference(reference) if reference is not None and needed else None
+    needed = [name for name in wishes.metrics if name != "isc"]
+    there = reference == ZOO or (reference is not None and Path(reference).exists())
+    known = None
+    if network is not None and needed and reference is not None and there:
+        known = load_reference(reference)
     protocol = Protocol(wishes.metrics, network, known)
     if network is None:
         protocol = protocol.without(dict.fromkeys((*wishes.metrics, "distance"), why))
-    if reference is None:
-        protocol = protocol.without(dict.fromkeys(sorted(needed), NO_REFERENCE))
+    if not there:
+        none = f"evaluation.reference {reference} is not here (--reference DIR|NPZ)"
+        protocol = protocol.without(dict.fromkeys(needed, none if reference else NO_REFERENCE))
     return protocol
 
 
@@ -138,4 +150,5 @@ def settle(console: Console, left_out: Mapping[str, Sequence[str]], wishes: Wish
             f"{', '.join(missing)}: cannot be measured, all else is written: {reasons}"
         )
     if left_out:
-        console.note(f"distances left out: {reasons}")
+        what = "distances" if "distance" in left_out else "the distance to data"
+        console.note(f"{what} left out: {reasons}")

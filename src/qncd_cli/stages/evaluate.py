@@ -97,9 +97,15 @@ def read_set(folder: Path) -> SampleSet:
 
 
 def images_only(source: Path, protocol: Protocol, track: Track = no_progress) -> dict[str, Any]:
-    """metrics.json of one set of images that qncd did not make: a folder, or an .npz."""
+    """metrics.json of one set of images that qncd did not make: a folder, or an .npz.
+
+    Raises ArtifactError for damaged images, and where no metric can be had for them.
+    """
     images = load_images(source)
     protocol = prepared(protocol, len(images), track)
+    if not protocol.metrics:
+        reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
+        raise ArtifactError(f"{source}: nothing can be measured: {'; '.join(reasons)}")
     entry = _entry(images, protocol, track)
     return {"protocol": describe(protocol, len(images), {"images": str(source)}), "images": entry}
 
