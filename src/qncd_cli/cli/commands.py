@@ -18,7 +18,8 @@ from ..vocabulary import phrase
 from .console import Console, keeping
 from .evaluation import EvalOptions, evaluate
 from .measuring import check
-from .shared import note_sampling, open_model
+from .shared import download, note_sampling, open_model
+from .wanted import Wanted
 
 DEFAULT_NUM = 64
 DRAWING = ("steps", "num", "seed", "classes", "prompts", "batch_size", "backend")
@@ -51,11 +52,6 @@ class SampleOptions:
 # ------------------------------------------------------------------ shared
 
 
-def run_folder(config_name: str, run_dir: str | None) -> Path:
-    """Where a configuration's run is, or is going to be."""
-    return Path(run_dir) if run_dir else Path("runs") / Path(config_name).stem
-
-
 def _done(console: Console, stage: str, run: RunDir, seconds: float, **more: Any) -> None:
     payload = {"stage": stage, "run_dir": str(run.path), "seconds": round(seconds, 2), **more}
 
@@ -71,17 +67,10 @@ def _done(console: Console, stage: str, run: RunDir, seconds: float, **more: Any
 
 
 def calibrate(
-    console: Console,
-    config_name: str,
-    overrides: Sequence[str],
-    run_dir: str | None,
-    device: str,
-    *,
-    force: bool,
-    dry_run: bool = False,
+    console: Console, wanted: Wanted, device: str, *, force: bool, dry_run: bool = False
 ) -> RunDir:
-    config = load_config(config_name, overrides)
-    run = RunDir(run_folder(config_name, run_dir))
+    config = wanted.config(None if dry_run else download)
+    run = RunDir(wanted.folder)
     if dry_run:
         console.result({"config": config.to_dict()}, lambda: print(config.to_yaml(), end=""))
         return run
@@ -289,25 +278,20 @@ def _note_backend(console: Console, subject: Any) -> None:
 
 
 def run_all(
-    console: Console,
-    config_name: str,
-    overrides: Sequence[str],
-    run_dir: str | None,
-    device: str,
-    *,
-    force: bool,
-    options: dict[str, Any],
+    console: Console, wanted: Wanted, device: str, *, force: bool, options: dict[str, Any]
 ) -> None:
     """The four commands one after the other; with --json only the last one's object."""
+    from .plan import announce
+
     measuring = {k: v for k, v in options.items() if k not in DRAWING}
-    check(EvalOptions(**measuring).wishes, load_config(config_name, overrides))
+    config = wanted.config(download)
+    check(EvalOptions(**measuring).wishes, config)
     quiet = _Quiet() if console.as_json else console
-    run = calibrate(quiet, config_name, overrides, run_dir, device, force=force)
+    drawing = {name: options[name] for name in DRAWING}
+    announce(console, config, wanted.folder, drawing, force=force)
+    run = calibrate(quiet, wanted, device, force=force)
     where = str(run.path)
     quantize(quiet, (), where, device, force=force)
-    drawing = {name: options[name] for name in DRAWING}
-    if drawing["num"] is None:
-        drawing["num"] = load_config(str(run.config)).evaluation.num_samples
     sample(quiet, SampleOptions(**drawing, run_dir=where, device=device, force=force))
     evaluate(console, EvalOptions(**measuring, run_dir=where, device=device))
 

@@ -20,7 +20,12 @@ The pipeline, one stage after the other:
 
 \b
 Or all four:
-  qncd run --config fashion_ldm_w4a8.yaml --num 64
+  qncd run --config fashion_ldm_w4a8.yaml
+
+\b
+Your own model, a diffusers folder:
+  qncd run models/my-model --bits w4a8 --prompts prompts.txt
+  qncd export --to diffusers exported/my-model
 
 \b
 Exit codes: 0 done, 2 usage, 3 configuration, 4 artifact, 5 model, 6 backend or hardware,
@@ -48,7 +53,7 @@ def cli() -> None:
     "  qncd calibrate --config my.yaml --dry-run\n"
     "  qncd calibrate --config ldm4_w4a8 --set model.source=random:ldm4 --plan"
 )
-@options.config
+@options.wanted
 @options.overrides
 @options.run_dir
 @options.device
@@ -56,18 +61,21 @@ def cli() -> None:
 @click.option("--dry-run", is_flag=True, help="Check and print the configuration, run nothing.")
 @options.plan
 @options.json_output
-def calibrate(config_name, overrides, run_dir, device, force, dry_run, plan, as_json, debug):
-    """Collect calibration inputs, activation statistics and smoothing factors."""
+def calibrate(device, force, dry_run, plan, as_json, debug, **names):
+    """Collect calibration inputs, activation statistics and smoothing factors.
+
+    MODEL (instead of --config): a diffusers folder, hub id, zoo:NAME or checkpoint, with the
+    configuration that "qncd init MODEL" would write.
+    """
     from . import commands
     from . import plan as planning
+    from .wanted import Wanted
 
+    wanted = Wanted(**names)
     if plan:
-        stages = planning.STAGES[:2]
-        planning.of_config(Console(as_json), config_name, overrides, run_dir, stages)
+        planning.of_config(Console(as_json), wanted, planning.STAGES[:2])
         return
-    commands.calibrate(
-        Console(as_json), config_name, overrides, run_dir, device, force=force, dry_run=dry_run
-    )
+    commands.calibrate(Console(as_json), wanted, device, force=force, dry_run=dry_run)
 
 
 @cli.command(
@@ -199,11 +207,13 @@ def evaluate(**options):
 
 
 @cli.command(
-    epilog="\b\nExamples:\n  qncd run --config fashion_ldm_w4a8.yaml --num 64\n"
+    epilog="\b\nExamples:\n  qncd run models/my-model --bits w4a8 --prompts prompts.txt\n"
+    "  qncd run zoo:fashion-ldm --bits w4a6\n"
+    "  qncd run --config fashion_ldm_w4a8.yaml\n"
     "  qncd run --config fashion_ldm_w8a8.yaml --num 1000 --fid --kid\n"
     "  qncd run --config fashion_ldm_w4a8.yaml --num 1000 --plan"
 )
-@options.config
+@options.wanted
 @options.overrides
 @options.sampling
 @options.metrics
@@ -212,19 +222,24 @@ def evaluate(**options):
 @options.force("Redo every stage.")
 @options.plan
 @options.json_output
-def run(config_name, overrides, run_dir, device, force, plan, as_json, debug, **options):
-    """All four stages; each is skipped when its inputs are unchanged."""
+def run(device, force, plan, as_json, debug, **options):
+    """All four stages; each is skipped when its inputs are unchanged.
+
+    MODEL (instead of --config): a diffusers folder, hub id, zoo:NAME or checkpoint, with the
+    configuration that "qncd init MODEL" would write. Draws 64 samples unless told otherwise, and
+    says beforehand what it will draw and roughly how long it will take.
+    """
     from . import commands
     from . import plan as planning
+    from .wanted import NAMES, Wanted
 
+    names = {name: options.pop(name) for name in NAMES}
+    wanted = Wanted(**names, prompts=options["prompts"])
     if plan:
         drawing = {name: options[name] for name in commands.DRAWING}
-        stages = planning.STAGES
-        planning.of_config(Console(as_json), config_name, overrides, run_dir, stages, drawing)
+        planning.of_config(Console(as_json), wanted, planning.STAGES, drawing)
         return
-    commands.run_all(
-        Console(as_json), config_name, overrides, run_dir, device, force=force, options=options
-    )
+    commands.run_all(Console(as_json), wanted, device, force=force, options=options)
 
 
 @cli.command(epilog="\b\nExample:\n  qncd compare runs/fashion_ldm_w8a8 runs/fashion_ldm_w4a8")
@@ -293,6 +308,28 @@ def ablate(**options):
     console = Console(options.pop("as_json"))
     options.pop("debug")
     command.ablate(console, command.AblateOptions(**options))
+
+
+@cli.command(
+    epilog="\b\nExamples:\n  qncd init models/my-model > my.yaml\n  qncd init zoo:fashion-ldm\n"
+    "  qncd init sd-v1-4.ckpt --compvis-config v1-inference.yaml > sd.yaml"
+)
+@click.argument("model")
+@click.option(
+    "--compvis-config",
+    metavar="YAML",
+    help="Of a checkpoint, what CompVis published with it (default: the YAML beside it).",
+)
+@options.json_output
+def init(model, compvis_config, as_json, debug):
+    """Print a configuration to begin with for a model, every key explained.
+
+    MODEL: a diffusers folder, a hub id that was downloaded, zoo:NAME, a CompVis checkpoint. Only
+    its small files are read. Scheduler, steps and guidance are its own.
+    """
+    from . import init as command
+
+    command.init(Console(as_json), model, compvis_config)
 
 
 for command in tools.COMMANDS:

@@ -20,7 +20,8 @@ def run_dir(command: Command) -> Command:
     return click.option(
         "--run-dir",
         metavar="DIR",
-        help="Run directory (default: runs/<config name>; later stages: the current run).",
+        help="Run directory (default: runs/<config name>, of a model runs/<model>_<bits>; later "
+        "stages: the current run).",
     )(command)
 
 
@@ -42,6 +43,33 @@ def config(command: Command) -> Command:
         required=True,
         help='A YAML file, or a shipped configuration (see "qncd models").',
     )(command)
+
+
+def wanted(command: Command) -> Command:
+    """A configuration, or a model alone with widths and prompts."""
+    options = [
+        click.argument("model", required=False),
+        click.option(
+            "--config",
+            "config_name",
+            metavar="FILE|NAME",
+            help='Instead of MODEL: a YAML file, or a shipped configuration (see "qncd models").',
+        ),
+        click.option(
+            "--bits",
+            metavar="W4A8",
+            help="Bits of weights and activations (default: the configuration's; of MODEL, w4a8).",
+        ),
+        click.option(
+            "--prompts",
+            "prompts_file",
+            metavar="FILE",
+            help="Of a text model: a file with one prompt a line, instead of sampling.prompts.",
+        ),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def overrides(command: Command) -> Command:
@@ -69,10 +97,24 @@ def force(what: str) -> Callable[[Command], Command]:
 
 def sampling(command: Command) -> Command:
     options = [
-        click.option("--steps", type=click.IntRange(1, 1000), help="Denoising steps."),
-        click.option("--num", type=click.IntRange(1), metavar="N", help="How many samples."),
-        click.option("--seed", type=click.IntRange(0), help="Seed of the first sample."),
-        click.option("--classes", metavar="C,C,...|all", help="Class labels, in turn by seed."),
+        click.option(
+            "--steps",
+            type=click.IntRange(1, 1000),
+            help="Denoising steps (default: the configuration's).",
+        ),
+        click.option(
+            "--num", type=click.IntRange(1), metavar="N", help="How many samples (default: 64)."
+        ),
+        click.option(
+            "--seed",
+            type=click.IntRange(0),
+            help="Seed of the first sample (default: the configuration's, 0 unless it is set).",
+        ),
+        click.option(
+            "--classes",
+            metavar="C,C,...|all",
+            help="Class labels, in turn by seed (default: the configuration's, all unless set).",
+        ),
         click.option(
             "--prompt",
             "prompts",

@@ -10,30 +10,53 @@ from typing import Any
 
 from ..config import Config
 from ..config_files import load_config
-from ..run_dir import find_run
+from ..errors import ModelError
+from ..run_dir import RunDir, find_run
 from ..vocabulary import megabytes
-from .commands import DEFAULT_NUM, SampleOptions, run_folder, sampling_config
+from .commands import DEFAULT_NUM, SampleOptions, sampling_config
 from .console import Console
 from .progress import duration
 from .shared import silence_diffusers
+from .wanted import Wanted
 
 STAGES = ("calibrate", "quantize", "sample")
 
 
 def of_config(
     console: Console,
-    config_name: str,
-    overrides: Sequence[str],
-    run_dir: str | None,
+    wanted: Wanted,
     stages: tuple[str, ...],
     drawing: dict[str, Any] | None = None,
 ) -> None:
     """Of stages from the first on. drawing: options of sampling, None for its defaults."""
-    config = load_config(config_name, overrides)
     options = SampleOptions(**{**_DEFAULTS, **(drawing or {})})
-    count = options.num or (DEFAULT_NUM if drawing is None else config.evaluation.num_samples)
-    folder = run_folder(config_name, run_dir)
-    _forecast(console, config, options, folder, stages, count)
+    count = options.num or DEFAULT_NUM
+    _forecast(console, wanted.config(), options, wanted.folder, stages, count)
+
+
+def announce(
+    console: Console, config: Config, folder: Path, drawing: dict[str, Any], *, force: bool
+) -> None:
+    """Say what run is going to draw and, where stages before that are still to be done or done
+    again, roughly how long each takes."""
+    options = SampleOptions(**{**_DEFAULTS, **drawing})
+    count, sampling = options.num or DEFAULT_NUM, sampling_config(config, options).sampling
+    first = sampling.seed
+    console.note(
+        f"{folder}: {count} images (seeds {first} to {first + count - 1}) of "
+        f"{sampling.steps} {sampling.scheduler} steps, guidance {sampling.guidance_scale:g}, and "
+        "the same in full precision to compare with; --num draws more or fewer"
+    )
+    run = RunDir(folder)
+    begun = run.config.is_file() and run.config.read_text(encoding="utf-8") == config.to_yaml()
+    if begun and run.coverage.is_file() and not force:
+        return
+    try:
+        report = _report(config, options, folder, STAGES, count)
+    except ModelError:
+        return  # no reason not to run: its stages say what is wrong, if anything is
+    times = ", ".join(f"{s['stage']} {duration(s['seconds'])}" for s in report["stages"])
+    console.note(f"roughly, uncompiled and on the CPU: {times} (--plan says more)")
 
 
 def of_run(
@@ -67,6 +90,16 @@ def _forecast(
     count: int,
 ) -> None:
     """Print the forecast; raises BackendUnavailable where it says that it will not fit."""
+    from ..stages import forecast
+
+    report = _report(config, options, folder, stages, count)
+    console.result(report, lambda: _render(console, report))
+    forecast.check(report)
+
+
+def _report(
+    config: Config, options: SampleOptions, folder: Path, stages: tuple[str, ...], count: int
+) -> dict[str, Any]:
     from ..models.loading import DTYPES
     from ..models.shapes import model_shapes
     from ..stages import forecast
@@ -86,9 +119,7 @@ def _forecast(
     request = forecast.Request(
         stages, sampling, count, options.batch_size, options.backend, folder, imports
     )
-    report = forecast.run(config, shapes, request)
-    console.result(report, lambda: _render(console, report))
-    forecast.check(report)
+    return forecast.run(config, shapes, request)
 
 
 def _render(console: Console, report: dict[str, Any]) -> None:

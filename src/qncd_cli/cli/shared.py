@@ -55,6 +55,14 @@ def note_sampling(console: Console, config: Config, model: Any) -> None:
         console.note("guidance 0: every image is of the null class, whatever sampling.classes says")
 
 
+def download(source: str) -> None:
+    """Bring a model of the hub to this machine. Raises ModelError."""
+    from ..models.loading import find_folder
+
+    silence_diffusers()
+    find_folder(source)
+
+
 def silence_diffusers() -> None:
     """For the rest of this process."""
     from diffusers.utils import logging

@@ -187,7 +187,7 @@ def _folder_of(source: str) -> Path | None:
         return None
     if source.startswith("zoo:"):
         return zoo_path(source.removeprefix("zoo:"))
-    return _find_folder(source)
+    return find_folder(source)
 
 
 def find_device(name: str) -> torch.device:
@@ -206,7 +206,8 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def _find_folder(source: str) -> Path:
+def find_folder(source: str) -> Path:
+    """Of a pipeline; that of a hub id is downloaded where it is not here. Raises ModelError."""
     path = Path(source)
     if os.path.isdir(source):
         if not (path / "model_index.json").is_file():

@@ -6,7 +6,10 @@ and leaves aside unless it is asked for by name.
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 _NAME = re.compile(
@@ -48,3 +51,20 @@ def _rank(variant: str) -> int:
     if variant in _PREFERRED:
         return _PREFERRED.index(variant)
     return len(_PREFERRED) + variant.startswith("non_")
+
+
+def stored(paths: Iterable[Path]) -> tuple[int, set[str]]:
+    """Elements in safetensors files, and their types as the files name them (F32, BF16, ...).
+
+    Only headers are read: 8 bytes with their length, then JSON. Raises OSError, ValueError.
+    """
+    elements, types = 0, set()
+    for path in paths:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                elements += math.prod(tensor["shape"])
+                types.add(tensor["dtype"])
+    return elements, types

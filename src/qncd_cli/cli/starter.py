@@ -1,0 +1,200 @@
+"""A configuration for a model of the user's own, from what its folder says: init, and run MODEL.
+
+Neither torch nor diffusers is imported, and no weights are read but the headers of their files.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from .. import model_card
+from ..config import Config
+from ..errors import ModelError
+from ..model_card import Card, read_tree
+from ..models.folder_check import check_folder, read_index
+from ..models.weight_files import stored, weight_files
+from ..models.zoo import zoo_path
+
+Tree = dict[str, Any]
+EXAMPLES = ["a red bicycle leaning against a brick wall", "two dogs running along a beach"]
+_SMALL, _LARGE = 100_000_000, 1_500_000_000
+"""Parameters up to which calibration can be generous, and from which it has to be short."""
+_COMMENTED: Tree = {"negative_prompt": "", "image_size": None}
+"""Keys of a text model that most leave as they are."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """source: absolute where it is a path; parameters, types: of the denoiser, 0 and none where its
+    files do not say; image: height and width in pixels, None where nothing says."""
+
+    source: str
+    compvis_config: str | None
+    card: Card
+    parameters: int
+    types: frozenset[str]
+    image: tuple[int, int] | None
+
+    @property
+    def name(self) -> str:
+        return name_of(self.source)
+
+
+def name_of(source: str) -> str:
+    """A model's short name: the last part of its source."""
+    last = Path(source.partition(":")[2] if ":" in source else source).name
+    return last if not last.endswith(model_card.CHECKPOINTS) else Path(last).stem
+
+
+def facts_of(source: str, compvis_config: str | None = None) -> Facts:
+    """Raises ModelError for what is not here, or of a kind that is not supported."""
+    source = os.path.expanduser(source)
+    if source.endswith(model_card.CHECKPOINTS):
+        return _checkpoint_facts(source, compvis_config)
+    if source.startswith("random:"):
+        raise ModelError(
+            f"{source}: random weights are for time and memory, not for images",
+            f"qncd bench {source}, or --plan with a configuration",
+        )
+    folder = _folder(source)
+    index = read_index(folder, source)
+    check_folder(folder, source, index)
+    card = model_card.card_of(source)
+    if card is None:
+        known = ", ".join(model_card.PIPELINES)
+        raise ModelError(
+            f"{source}: pipeline {index['_class_name']} is not supported", f"supported: {known}"
+        )
+    denoiser = folder / ("unet" if "unet" in index else "transformer")
+    try:
+        parameters, types = stored(weight_files(denoiser))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{denoiser}: weights cannot be read: {error}") from error
+    here = os.path.abspath(source) if os.path.isdir(source) else source
+    return Facts(here, None, card, parameters, frozenset(types), _image(folder, denoiser))
+
+
+def starter_tree(facts: Facts) -> Tree:
+    """The keys that a newcomer would set, with the values to begin with."""
+    card, own = facts.card, facts.types
+    dtype = "bfloat16" if own == {"BF16"} else "float32"
+    model: Tree = {"source": facts.source, "dtype": dtype}
+    if facts.compvis_config is not None:
+        model["compvis_config"] = facts.compvis_config
+    sampling: Tree = {
+        "scheduler": card.scheduler,
+        "steps": card.steps,
+        "guidance_scale": card.guidance_scale,
+    }
+    if card.needs == "prompts":
+        sampling["prompts"] = EXAMPLES
+    elif card.needs == "classes":
+        sampling["classes"] = "all"
+    trajectories, batch = 64, 32
+    if facts.parameters > _SMALL:
+        trajectories, batch = (64, 2) if facts.parameters <= _LARGE else (32, 1)
+    return {
+        "model": model,
+        "sampling": sampling,
+        "calibration": {"trajectories": trajectories, "batch_size": batch},
+        "quantization": {
+            "preset": "best",
+            "weights": {"bits": 4},
+            "activations": {"bits": 8},
+        },
+    }
+
+
+def starter_yaml(facts: Facts) -> str:
+    """The same as text, every key with its description."""
+    card = facts.card
+    image = "" if facts.image is None else f", images of {facts.image[1]} x {facts.image[0]} pixels"
+    count = f", {facts.parameters / 1e6:,.1f} M parameters" if facts.parameters else ""
+    lines = [
+        f"# {facts.name}: {card.kind}{count}{image}.",
+        "# Every other key that there is, with its default: docs/config.md",
+    ]
+    if facts.types == {"F16"}:
+        lines.append("# The weights are stored as float16; float32 holds them without loss.")
+    if card.needs == "prompts":
+        lines.append("# The two prompts are examples: put in what you will ask of the model.")
+    if card.scheduler is None:
+        lines.append(f"# Set sampling.scheduler: nothing here is like {card.scheduler_class}.")
+    tree = starter_tree(facts)
+    for section, values in tree.items():
+        lines += ["", f"{section}:", *_keys(values, Config.model_fields[section].annotation, "  ")]
+        if section == "sampling" and card.needs == "prompts":
+            fields: Any = Config.model_fields[section].annotation
+            for key, value in _COMMENTED.items():
+                lines += [f"  # {fields.model_fields[key].description}", f"  # {_line(key, value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _keys(values: Tree, section: Any, indent: str) -> list[str]:
+    """Lines of a section's keys, a comment before each."""
+    assert issubclass(section, BaseModel)
+    lines = []
+    for key, value in values.items():
+        field = section.model_fields[key]
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", *_keys(value, field.annotation, indent + "  ")]
+            continue
+        lines.append(f"{indent}# {field.description}")
+        lines += [indent + line for line in _line(key, value).splitlines()]
+    return lines
+
+
+def _line(key: str, value: Any) -> str:
+    return yaml.safe_dump({key: value}, allow_unicode=True, width=1000).strip()
+
+
+def _folder(source: str) -> Path:
+    if source.startswith("zoo:"):
+        return zoo_path(source.removeprefix("zoo:"))
+    folder = model_card.folder_of(source)
+    if folder is not None:
+        return folder
+    if os.path.isdir(source):
+        raise ModelError(f"{source}: no model_index.json", "a diffusers pipeline folder has one")
+    if model_card.is_hub_id(source):
+        raise ModelError(
+            f"{source}: neither a folder here nor in the hub's cache",
+            f"check the name, or download it: hf download {source}",
+        )
+    raise ModelError(
+        f"{source[:80]}: no such model", "give a diffusers folder, a hub id, or zoo:NAME"
+    )
+
+
+def _checkpoint_facts(source: str, compvis_config: str | None) -> Facts:
+    if not os.path.isfile(source):
+        raise ModelError(f"{source}: no such file", "check the name")
+    beside = sorted(Path(source).parent.glob("*.yaml"))
+    same = [path for path in beside if path.stem == Path(source).stem]
+    those = same or (beside if len(beside) == 1 else [])
+    found = compvis_config or next(map(str, those), "")
+    card = model_card.card_of(source, found)
+    if card is None:
+        raise ModelError(
+            f"{source}: a checkpoint needs the YAML that CompVis published with it",
+            "name it: --compvis-config YAML",
+        )
+    return Facts(os.path.abspath(source), os.path.abspath(found), card, 0, frozenset(), None)
+
+
+def _image(folder: Path, denoiser: Path) -> tuple[int, int] | None:
+    """Height and width of the model's own images."""
+    size = read_tree(denoiser / "config.json").get("sample_size")
+    sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
+    if not all(isinstance(side, int) for side in sides):
+        return None
+    stages = [read_tree(folder / part / "config.json") for part in ("vae", "vqvae")]
+    blocks = next((stage["block_out_channels"] for stage in stages if stage), [0])
+    height, width = (side * 2 ** (len(blocks) - 1) for side in sides)
+    return height, width

@@ -1,0 +1,87 @@
+"""What calibrate and run are asked for: a configuration, or a model alone; where its run is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from .. import model_card
+from ..config import Config
+from ..config_files import load_config, resolved, shipped_configs
+from ..widths import bits_overrides
+from .starter import facts_of, name_of, starter_tree
+
+NAMES = ("config_name", "model", "bits", "prompts_file", "overrides", "run_dir")
+"""Of the options that say it, but for the prompts."""
+_DEFAULT_BITS = "w4a8"
+_BITS = re.compile(r"_w\d+a\d+")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One of model and config_name is None. bits: like w4a8; prompts_file: instead of the
+    configured prompts; prompts: of a text model that has none."""
+
+    config_name: str | None
+    model: str | None = None
+    bits: str | None = None
+    prompts_file: str | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: str | None = None
+    prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.config_name is None):
+            raise click.UsageError("give either a model (MODEL) or a configuration (--config)")
+        if self.model is not None and self._is_config(self.model):
+            raise click.UsageError(f"{self.model} is a configuration: --config {self.model}")
+
+    @staticmethod
+    def _is_config(name: str) -> bool:
+        if model_card.is_model(name):
+            return False
+        return name.endswith((".yaml", ".yml")) or name in shipped_configs()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is, or is going to be: named after the configuration, or model and bits."""
+        if self.run_dir is not None:
+            return Path(self.run_dir)
+        if self.model is not None:
+            name = f"{name_of(self.model)}_{(self.bits or _DEFAULT_BITS).lower()}"
+        else:
+            name = Path(str(self.config_name)).stem
+            if self.bits is not None:
+                name = f"{_BITS.sub('', name)}_{self.bits.lower()}"
+        return Path("runs") / name
+
+    def config(self, download: Callable[[str], object] | None = None) -> Config:
+        """download: brings a model of the hub that is not here. Raises ConfigError, ModelError."""
+        overrides = bits_overrides(self.bits) if self.bits is not None else ()
+        if self.prompts_file is not None:
+            overrides += (f"sampling.prompts={json.dumps(self.prompts_file)}",)
+        overrides += self.overrides
+        if self.config_name is not None:
+            return load_config(self.config_name, overrides, prompts=self.prompts, download=download)
+        model = os.path.expanduser(str(self.model))
+        missing = model_card.is_hub_id(model) and model_card.folder_of(model) is None
+        if missing and download is not None:
+            download(model)
+        return resolved(
+            self._tree(model), model, Path(), overrides, prompts=self.prompts, download=download
+        )
+
+    def _tree(self, model: str) -> dict[str, object]:
+        """What `qncd init` would write, without its examples of prompts."""
+        if model.startswith("random:"):
+            return {"model": {"source": model}}
+        assigned = dict(override.partition("=")[::2] for override in self.overrides)
+        tree = starter_tree(facts_of(model, assigned.get("model.compvis_config")))
+        tree["sampling"].pop("prompts", None)
+        return tree
