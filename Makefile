@@ -51,3 +51,4 @@ fmt: $(READY)
 docs: $(READY)
 	$(BIN)/python scripts/readme_help.py
 	$(BIN)/python scripts/numbers_page.py
+	$(BIN)/python scripts/config_reference.py

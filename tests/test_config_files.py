@@ -23,7 +23,9 @@ def test_some_configurations_are_shipped():
 def test_every_shipped_configuration_loads_and_is_what_its_name_says(name):
     config = load_config(name)
     bits = f"w{config.quantization.weights.bits}a{config.quantization.activations.bits}"
-    assert name.endswith(f"_{bits}")
+    assert name.removesuffix("_paper").endswith(f"_{bits}")
+    paper = "qncd" if name.endswith("_paper") else "best"
+    assert config.quantization.preset == paper
 
 
 @pytest.mark.parametrize("ending", ["", ".yaml", ".yml"])

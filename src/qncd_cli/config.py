@@ -50,29 +50,41 @@ def _check_weight_bits(bits: int, what: str) -> None:
 
 
 class ModelConfig(_Section):
+    """The model, and how it is read."""
+
     source: str = Field(description="zoo:NAME, a diffusers folder or hub id, a CompVis checkpoint")
-    compvis_config: str | None = Field(None, description="YAML beside a CompVis checkpoint")
+    compvis_config: str | None = Field(
+        None, description="of a CompVis checkpoint: the YAML that was published with it"
+    )
     tokenizer: str | None = Field(
         None, description="of a Stable Diffusion checkpoint: a folder or hub id with CLIP's"
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="of what stays unquantized"
+        "float32", description="precision of what stays unquantized"
     )
 
 
 class SamplingConfig(_Section):
+    """How images are drawn, for calibration too; null: the model's own."""
+
     scheduler: Literal[
         "ddim", "ddpm", "pndm", "plms", "dpmsolver++", "euler", "unipc", "flow-euler"
-    ] = Field("ddim", description="flow-euler: of rectified flows (SD3, FLUX), and of no others")
-    steps: int = Field(20, ge=1, le=MAX_STEPS, description="denoising steps")
+    ] = Field(
+        "ddim",
+        description="default: the model's own; flow-euler is of rectified flows (SD3, FLUX), and "
+        "of no others",
+    )
+    steps: int = Field(
+        20, ge=1, le=MAX_STEPS, description="denoising steps (default: of the model's pipeline)"
+    )
     eta: float = Field(0.0, ge=0, le=1, description="stochasticity of DDIM (1: DDPM's variance)")
     guidance_scale: float = Field(
         3.0,
         ge=0,
         le=MAX_GUIDANCE,
-        description="classifier-free guidance; off at 1, in diffusers' own pipelines at anything "
-        "up to 1 (0 keeps the prompt); of class-conditional models 0 is the null class alone, "
-        "whatever the class; FLUX.1-dev reads it as an input",
+        description="classifier-free guidance (default: of the model's pipeline); off at 1, in "
+        "diffusers' own pipelines at anything up to 1 (0 keeps the prompt); of class-conditional "
+        "models 0 is the null class alone, whatever the class; FLUX.1-dev reads it as an input",
     )
     seed: int = Field(0, ge=0, description="seed of the first sample; the next ones count up")
     classes: Literal["all"] | tuple[int, ...] = Field(
@@ -112,8 +124,12 @@ class SamplingConfig(_Section):
 
 
 class CalibrationConfig(_Section):
+    """What is observed in full precision before anything is quantized."""
+
     trajectories: int = Field(128, ge=1, description="full-precision sampling trajectories")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(
+        32, ge=1, description="trajectories drawn together; fewer need less memory"
+    )
     seed: int = Field(
         1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
     )
@@ -138,9 +154,12 @@ class CalibrationConfig(_Section):
 
 
 class WeightsConfig(_Section):
-    bits: Bits = 4
+    """Weights of convolutions and linear layers."""
+
+    bits: Bits = Field(4, description="2 to 8 or 15 (two bytes), 32 for floating point")
     rounding: Literal["nearest", "gptq", "adaround", "brecq"] = Field(
-        "gptq", description="adaround, brecq: learnt per layer or per block, starting from gptq"
+        "gptq",
+        description="to integers; adaround, brecq: learnt per layer or per block, from gptq on",
     )
     iterations: int = Field(
         500, ge=1, description="of adaround and brecq, gradient steps per layer or block"
@@ -168,8 +187,12 @@ class WeightsConfig(_Section):
 
 
 class ActivationsConfig(_Section):
-    bits: Bits = 8
-    observer: Observer = "mse"
+    """Inputs of convolutions and linear layers."""
+
+    bits: Bits = Field(8, description="2 to 8 or more (in two passes), 32 for floating point")
+    observer: Observer = Field(
+        "mse", description="how a range is chosen; output: by the error of the layer's output"
+    )
     percentile: float = Field(99.99, gt=50, le=100, description="of the percentile observer")
     timestep_groups: int = Field(1, ge=1, le=MAX_STEPS, description="sets of ranges over the steps")
 
@@ -197,12 +220,16 @@ class AttentionConfig(_Section):
 
 
 class WeightsOverride(_Section):
-    bits: Bits | None = None
+    """Of the weights of those layers."""
+
+    bits: Bits | None = Field(None, description="instead of weights.bits")
 
 
 class ActivationsOverride(_Section):
-    bits: Bits | None = None
-    observer: Observer | None = None
+    """Of the inputs of those layers."""
+
+    bits: Bits | None = Field(None, description="instead of activations.bits")
+    observer: Observer | None = Field(None, description="instead of activations.observer")
 
 
 class LayerOverride(_Section):
@@ -238,7 +265,13 @@ class SensitiveConfig(_Section):
 
 
 class QuantizationConfig(_Section):
-    preset: str | None = Field(None, description="a baseline, which fills keys that are not set")
+    """What becomes integers, and how."""
+
+    preset: str | None = Field(
+        None,
+        description="fills the keys that are not set, see qncd models; best unless another one is "
+        "named, null for none",
+    )
     strict: bool = Field(False, description="quantize what the preset's paper leaves in float too")
     weights: WeightsConfig = WeightsConfig()
     activations: ActivationsConfig = ActivationsConfig()
@@ -260,7 +293,9 @@ class QuantizationConfig(_Section):
     cache_time_embeddings: bool = Field(
         True, description="evaluate time-embedding layers once per step, in full precision"
     )
-    overrides: dict[str, LayerOverride] = {}
+    overrides: dict[str, LayerOverride] = Field(
+        {}, description="layers by name, with wildcards, and what to change for them"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> QuantizationConfig:
@@ -283,8 +318,14 @@ class InterConfig(_Section):
     With either, a sample depends on the batch that it is drawn in.
     """
 
-    method: Literal["none", "runtime", "ptqd", "affine"] = "none"
-    target: Literal["injected", "total"] = "total"
+    method: Literal["none", "runtime", "ptqd", "affine"] = Field(
+        "none",
+        description="runtime estimates the noise while sampling; ptqd and affine use what quantize "
+        "measured and cost nothing",
+    )
+    target: Literal["injected", "total"] = Field(
+        "total", description="the noise of the step itself, as published, or all of it so far"
+    )
     granularity: Literal["batch", "tensor", "channel"] = Field(
         "channel",
         description="over what a run-time estimate is averaged: all samples that are drawn "
@@ -298,7 +339,9 @@ class InterConfig(_Section):
         description="of a batch that has run-time estimates of its own; below 1 the rest takes "
         "their mean, and samples depend on their batch",
     )
-    baseline: Literal["none", "full_precision"] = "full_precision"
+    baseline: Literal["none", "full_precision"] = Field(
+        "full_precision", description="what full precision reads as well is no noise"
+    )
     slope: bool = Field(False, description="also divide by the slope over full precision's")
 
     @model_validator(mode="after")
@@ -325,15 +368,23 @@ class InterConfig(_Section):
 
 
 class CorrectionConfig(_Section):
+    """Against the noise inside the network (intra) and over the steps (inter)."""
+
     intra: Literal["none", "embedding", "smoothquant", "range", "auto"] = Field(
-        "none", description="auto: per layer the one with the least output error"
+        "none",
+        description="how smoothing factors are made; auto: per layer the one with the least output "
+        "error",
     )
     smoothing_strength: float = Field(0.5, ge=0, le=1, description="of smoothquant and range")
     inter: InterConfig = InterConfig()
 
 
 class EvaluationConfig(_Section):
-    num_samples: int = Field(10000, ge=2)
+    """What images are compared with."""
+
+    num_samples: int = Field(
+        10000, ge=2, description="samples a row of ablate, unless --num says otherwise"
+    )
     reference: str | None = Field(
         None,
         description="a folder of images, an .npz or statistics file; packaged models have zoo",
@@ -341,6 +392,8 @@ class EvaluationConfig(_Section):
 
 
 class Config(_Section):
+    """The tree of all keys."""
+
     model: ModelConfig
     sampling: SamplingConfig = SamplingConfig()
     calibration: CalibrationConfig = CalibrationConfig()

@@ -136,7 +136,7 @@ def resolved(
         if sampling.get("prompts") is None:
             raise ConfigError(
                 f"{where}: a text model ({card.kind}) needs sampling.prompts",
-                "a YAML list, or the name of a file with one prompt a line",
+                "--prompts FILE with one a line; in a configuration a list, or the name of a file",
             )
     _read_prompts(tree, beside)
     quantization = tree.setdefault("quantization", {})

@@ -7,6 +7,7 @@ line prints that as one line and exits with `exit_code` (the traceback only with
 from __future__ import annotations
 
 EXIT_USAGE = 2
+EXIT_FILE = 4
 EXIT_INTERRUPTED = 130
 
 

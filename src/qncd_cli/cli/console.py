@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ..errors import EXIT_INTERRUPTED, EXIT_USAGE, QncdError
+from ..errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, QncdError
 from ..vocabulary import is_number, number
 from .progress import Bars, lines
 
@@ -58,6 +58,10 @@ class ErrorReportingCommand(click.Command):
             _fail(f"Error: {error.format_message()}", EXIT_USAGE)
         except BrokenPipeError:
             sys.exit(0)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f"Error: {shortened(str(error.filename))}: {error.strerror}", EXIT_FILE)
 
 
 class ErrorReportingGroup(ErrorReportingCommand, click.Group):
@@ -73,6 +77,11 @@ class ErrorReportingGroup(ErrorReportingCommand, click.Group):
         if rows:
             with formatter.section("Commands"):
                 formatter.write_dl(rows)
+
+
+def shortened(text: str, most: int = 80) -> str:
+    """A word of the user's for an error, which can be a whole prompt where a path is expected."""
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def _fail(line: str, code: int) -> None:

@@ -22,5 +22,5 @@ def init(console: Console, model: str, compvis_config: str | None) -> None:
     }
     console.result(payload, lambda: print(text, end=""))
     console.note(
-        "> my.yaml keeps this as a file; then: qncd run --config my.yaml --plan, and without --plan"
+        f"next: qncd init {model} > my.yaml, then qncd run --config my.yaml (--plan: what it takes)"
     )

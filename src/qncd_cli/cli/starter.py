@@ -6,15 +6,15 @@ Neither torch nor diffusers is imported, and no weights are read but the headers
 from __future__ import annotations
 
 import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
 
 from .. import model_card
-from ..config import Config
+from ..config_keys import sections
 from ..errors import ModelError
 from ..model_card import Card, read_tree
 from ..models.folder_check import check_folder, read_index
@@ -128,26 +128,36 @@ def starter_yaml(facts: Facts) -> str:
         lines.append(f"# Set sampling.scheduler: nothing here is like {card.scheduler_class}.")
     tree = starter_tree(facts)
     for section, values in tree.items():
-        lines += ["", f"{section}:", *_keys(values, Config.model_fields[section].annotation, "  ")]
+        lines += ["", f"{section}:", *_keys(values, section, "  ")]
         if section == "sampling" and card.needs == "prompts":
-            fields: Any = Config.model_fields[section].annotation
             for key, value in _COMMENTED.items():
-                lines += [f"  # {fields.model_fields[key].description}", f"  # {_line(key, value)}"]
+                lines += [*_comment(f"{section}.{key}", "  "), f"  # {_line(key, value)}"]
     return "\n".join(lines) + "\n"
 
 
-def _keys(values: Tree, section: Any, indent: str) -> list[str]:
+def _keys(values: Tree, path: str, indent: str) -> list[str]:
     """Lines of a section's keys, a comment before each."""
-    assert issubclass(section, BaseModel)
     lines = []
     for key, value in values.items():
-        field = section.model_fields[key]
         if isinstance(value, dict):
-            lines += [f"{indent}{key}:", *_keys(value, field.annotation, indent + "  ")]
+            lines += [f"{indent}{key}:", *_keys(value, f"{path}.{key}", indent + "  ")]
             continue
-        lines.append(f"{indent}# {field.description}")
+        lines += _comment(f"{path}.{key}", indent)
         lines += [indent + line for line in _line(key, value).splitlines()]
     return lines
+
+
+def _comment(path: str, indent: str) -> list[str]:
+    key = next(k for section in sections() for k in section.keys if k.path == path)
+    words = f" ({', '.join(key.values)})" if key.values else ""
+    return textwrap.wrap(
+        key.description + words,
+        96,
+        initial_indent=f"{indent}# ",
+        subsequent_indent=f"{indent}#   ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _line(key: str, value: Any) -> str:
