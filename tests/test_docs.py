@@ -8,9 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize(
-    "script", ["readme_help.py", "numbers_page.py", "config_reference.py"]
-)
+@pytest.mark.parametrize("script", ["readme_help.py", "numbers_page.py", "config_reference.py"])
 def test_pages_written_from_the_code_are_up_to_date(script):
     check = subprocess.run(
         [sys.executable, ROOT / "scripts" / script, "--check"],
