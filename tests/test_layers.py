@@ -48,6 +48,7 @@ SHARED = [
         "budget",
         "choose_smoothing",
         "coverage",
+        "evidence",
         "machine",
         "footprint",
         "foreseen",

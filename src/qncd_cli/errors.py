@@ -43,6 +43,10 @@ class ModelError(QncdError):
     exit_code = 5
 
 
+class NotFinite(ModelError):
+    """NaN or infinity, where it was first seen."""
+
+
 class BackendUnavailable(QncdError):
     """A backend, device or optional package is not available here."""
 

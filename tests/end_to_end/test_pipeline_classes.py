@@ -161,6 +161,40 @@ def test_flux_is_sampled_as_its_own_pipeline_does(folder, name):
         assert wide.scheduler_config["base_shift"] != model.scheduler_config["base_shift"]
 
 
+STATISTICS = {
+    "latents_mean": [0.3, -0.6, 0.9, 0.2],
+    "latents_std": [2.0, 0.5, 1.5, 3.0],
+    "shift_factor": 0.4,
+    "scaling_factor": 0.7,
+}
+
+
+@pytest.mark.parametrize("name", [*tiny.TEXT, *tiny.FLUX, "DiTPipeline"])
+def test_latents_are_decoded_as_the_pipeline_does(tmp_path, name):
+    """Playground 2.5 has a mean and a deviation, SD3 a shift; others pass over them."""
+    path = tiny.save(name, tmp_path / "model") / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **STATISTICS}))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": STEPS, "guidance_scale": 1.0, "output_type": "np"}
+    if name == "DiTPipeline":
+        model = load_model(str(tmp_path / "model"))
+        expected = pipeline(SEEDS, generator=generators_for(SEEDS), **options).images
+    else:
+        request = Prompts(TEXTS, image_size=16, guidance_scale=1.0)
+        model = load_model(str(tmp_path / "model"), prompts=request)
+        x = noise(model)
+        if name in tiny.FLUX:
+            x = pipeline._pack_latents(x, *x.shape)
+        if name.startswith("PixArt"):
+            options["use_resolution_binning"] = False
+        texts = [TEXTS[seed % 2] for seed in SEEDS]
+        expected = pipeline(texts, height=16, width=16, latents=x, **options).images
+    images = model.decode(drawn(model, 1.0)).permute(0, 2, 3, 1).numpy() / 255
+    assert abs(images - expected).max() < 0.51 / 255 + 1e-3
+    assert expected.std() > 0.01  # it is not clipped away
+
+
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
 def test_the_size_of_images_is_the_pipelines(folder, name):
     model = load_model(str(folder(name)), prompts=Prompts(TEXTS, image_size=24))

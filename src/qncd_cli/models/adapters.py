@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ModelError
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .schedule import (
     FLUX_MAX_SHIFT,
@@ -29,7 +30,13 @@ DECODE_PIXELS = 64 * 32 * 32
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] float -> [0, 255] uint8, on the CPU."""
+    """[-1, 1] float -> [0, 255] uint8, on the CPU. Raises ModelError for what is not finite."""
+    finite = torch.isfinite(images).flatten(1).all(1)
+    if not finite.all():
+        raise ModelError(
+            f"{int((~finite).sum())} of {len(images)} decoded images are not finite",
+            "the latents are: are the decoder's weights sound? else lower sampling.guidance_scale",
+        )
     return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
@@ -101,7 +108,7 @@ def _text(pipeline: Any, request: Request) -> Parts:
         "num_classes": len(prompts.texts),
         "condition": condition,
         "null_condition": None if negative is None else null_condition,
-        "decode": _decoder(pipeline.vae),
+        "decode": _decoder(pipeline.vae, UNSCALED.get(type(pipeline).__name__)),
     }
 
 
@@ -142,16 +149,40 @@ def _shape(denoiser: Any) -> Parts:
     return {"denoiser": denoiser, "latent_shape": (config.in_channels, height, width)}
 
 
-def _decoder(first_stage: Any) -> Callable[[Tensor], Tensor]:
-    """latents -> images uint8, computed in float32."""
-    config = first_stage.config
-    shift = getattr(config, "shift_factor", None) or 0.0
+def _decoder(
+    first_stage: Any, unscaled: Callable[[Any, Tensor], Tensor] | None = None
+) -> Callable[[Tensor], Tensor]:
+    """latents -> images uint8, computed in float32.
+
+    unscaled: what the pipeline's class does to latents before it decodes them, `_scaled` unless
+    told otherwise.
+    """
+    to_decode = unscaled or _scaled
 
     def decode(latents: Tensor) -> Tensor:
-        latents = latents.to(first_stage.device, torch.float32) / config.scaling_factor + shift
+        latents = to_decode(first_stage.config, latents.to(first_stage.device, torch.float32))
         return _decoded(latents, lambda part: first_stage.decode(part).sample, first_stage)
 
     return decode
+
+
+def _scaled(config: Any, latents: Tensor) -> Tensor:
+    """Most pipelines; what else the first stage's configuration says is passed over, as there."""
+    return latents / config.scaling_factor
+
+
+def _shifted(config: Any, latents: Tensor) -> Tensor:
+    """SD3 and FLUX."""
+    return _scaled(config, latents) + (config.shift_factor or 0.0)
+
+
+def _standardized(config: Any, latents: Tensor) -> Tensor:
+    """SDXL, of whose relatives Playground 2.5 has a mean and a deviation for every channel."""
+    mean, deviation = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is None or deviation is None:
+        return _scaled(config, latents)
+    mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
+    return latents * deviation / config.scaling_factor + mean
 
 
 def _decoded(latents: Tensor, decode: Callable[[Tensor], Tensor], first_stage: Any) -> Tensor:
@@ -162,6 +193,11 @@ def _decoded(latents: Tensor, decode: Callable[[Tensor], Tensor], first_stage: A
     return torch.cat([to_uint8(decode(part)) for part in parts])
 
 
+UNSCALED = {
+    "StableDiffusionXLPipeline": _standardized,
+    "StableDiffusion3Pipeline": _shifted,
+    "FluxPipeline": _shifted,
+}
 ADAPTERS: dict[str, Callable[[Any, Request], Parts]] = {
     **dict.fromkeys(CLASS_CONDITIONAL, _class_conditional),
     **dict.fromkeys(TEXT_TABLES, _text),

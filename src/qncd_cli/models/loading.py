@@ -24,8 +24,8 @@ from .prompt_cache import PromptCache
 from .prompt_length import Tell, untold
 from .random_models import random_pipeline
 from .schedule import schedule_of
-from .stored import check_weights
-from .text import TEXT_TABLES, Prompts, encode
+from .stored import check_values, check_weights
+from .text import TEXT_TABLES, Prompts, check_encoded, encode
 from .variant_parts import variant_parts
 from .zoo import zoo_path
 
@@ -128,11 +128,14 @@ def load_model(
         if isinstance(component, nn.Module):
             own = torch.float32 if name in FIRST_STAGES else DTYPES[dtype]
             component.to(place, own).eval().requires_grad_(False)
+            check_values(component, f"{source}: {name}")
     _check_kind(source, type(pipeline).__name__, prompts)
     if prompts is not None and encoded is None:
         encoded = encode(pipeline, prompts, tell)
         if cache is not None and path is not None:
             cache.write(path, encoded)
+    if encoded is not None:
+        check_encoded(encoded, source)
     kind = type(pipeline).__name__
     parts = ADAPTERS[kind](pipeline, (prompts, encoded))
     level(parts["denoiser"])

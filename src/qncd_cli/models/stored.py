@@ -30,6 +30,31 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
     return level(denoiser.eval().requires_grad_(False))
 
 
+def first_not_finite(part: nn.Module) -> str | None:
+    """Name of the first stored tensor that holds a NaN or an infinity."""
+    for name, tensor in part.state_dict().items():
+        if not tensor.is_floating_point() or torch.isfinite(tensor.sum(dtype=torch.float32)):
+            continue
+        if not torch.isfinite(tensor).all():  # the sum of finite values may overflow
+            return name
+    return None
+
+
+def check_values(part: nn.Module, where: str) -> None:
+    """Raise ModelError where a weight is a NaN or an infinity. where: of the part, for messages.
+
+    One pass at the speed of the memory.
+    """
+    name = first_not_finite(part)
+    if name is None:
+        return
+    tensor = part.state_dict()[name]
+    hint = "the file is damaged, or was written by a training that diverged"
+    if tensor.dtype == torch.float16:
+        hint += "; if it is not, it is too large for float16: set model.dtype: bfloat16 or float32"
+    raise ModelError(f"{where}: tensor {name} is not finite", hint)
+
+
 def check_weights(part: Any, folder: Path) -> None:
     """Raise ModelError unless the folder's weights are those of the part, name by name.
 

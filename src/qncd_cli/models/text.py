@@ -165,6 +165,25 @@ def _in_parts(encode: Any, texts: tuple[str, ...]) -> Table:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def check_encoded(encoded: Encoded, source: str) -> None:
+    """Raise ModelError where a prompt became something that is not finite, as T5 in float16."""
+    for name, table in encoded.table.items():
+        for number, row in enumerate(table):
+            if not torch.isfinite(row).all():
+                raise ModelError(
+                    f"{source}: prompt {number} is encoded into {name} that is not finite",
+                    "set model.dtype: bfloat16 or float32"
+                    if table.dtype == torch.float16
+                    else "are the text encoders' weights sound?",
+                )
+    for name, table in (encoded.negative or {}).items():
+        if not torch.isfinite(table).all():
+            raise ModelError(
+                f"{source}: the negative prompt is encoded into {name} that is not finite",
+                "set model.dtype: float32",
+            )
+
+
 TEXT_TABLES = {
     "StableDiffusionPipeline": stable_diffusion_table,
     "StableDiffusionXLPipeline": stable_diffusion_xl_table,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..errors import QncdError
+from ..errors import NotFinite
 from ..spec import QSpec
 from .affine import choose_qparams, fake_quantize
 
@@ -48,14 +48,14 @@ class RangeObserver:
         """x: input of the layer, batch first, channels along channel_axis (1 or -1).
         group: index of the timestep group.
 
-        Raises QncdError if x holds a NaN or an infinity.
+        Raises NotFinite if x holds a NaN or an infinity.
         """
         x = x.detach().to(torch.float32)
         low = self._per_channel(x.amin(0), torch.amin)
         high = self._per_channel(x.amax(0), torch.amax)
         x_min, x_max = low.min().cpu(), high.max().cpu()
         if not (torch.isfinite(x_min) and torch.isfinite(x_max)):
-            raise QncdError("activations are not finite", "does the model run in this dtype?")
+            raise NotFinite("activations are not finite")
         absmax = torch.maximum(-low, high).clamp(min=0).cpu()
         self.channel_absmax = torch.maximum(self.channel_absmax, absmax)
         self.min[group] = torch.minimum(self.min[group], x_min)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .families import check_family, without_clipping
+from .finite import check_finite
 from .flow import FlowMatchFromOne
 from .levels import StepInfo, plan_steps, refusals, with_timesteps
 from .noise import initial_noise
@@ -40,6 +41,10 @@ from .parametrization import (
     with_corrected,
 )
 
+OTHER_SAMPLER = (
+    "the predictions were finite: use another sampling.scheduler or more sampling.steps, "
+    "or lower sampling.guidance_scale"
+)
 Predict = Callable[[Tensor, Tensor], Tensor]
 OnStep = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -112,6 +117,7 @@ def denoise(
     eta: float = 0.0,
     correction: Correction | None = None,
     on_step: OnStep | None = None,
+    seeds: Sequence[int] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
@@ -124,7 +130,8 @@ def denoise(
     generators: N, one per sample ("sample" stream): initial noise, then the scheduler's draws.
     on_step(i, t, model_input, prediction): called before each step with the prediction used, in
         the model's own parametrization.
-    Raises ConfigError if the scheduler cannot do what is asked (eta, correction, steps).
+    seeds: N, to name samples by in errors.
+    Raises NotFinite as soon as a prediction or a latent is not, ConfigError if the scheduler cannot do what is asked (eta, correction, steps).
     """
     scheduler, options = _prepare(scheduler, steps, generators, eta, device)
     plan = plan_steps(scheduler, eta) if correction is not None else None
@@ -132,8 +139,10 @@ def denoise(
     x = initial_noise(generators, shape, dtype).to(device) * initial_scale(scheduler)
     scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for i, t in enumerate(scheduler.timesteps):
+        at = f"not finite at step {i + 1} (timestep {float(t):g}) for"
         model_input = scaled(x, t)
         prediction = eps = predict(model_input, t)
+        check_finite(prediction, f"the denoiser's prediction is {at}", seeds)
         if correction is not None and plan is not None:
             abar_t = plan[i].abar_t
             predicted = to_corrected(prediction, model_input, abar_t, kind)
@@ -146,6 +155,7 @@ def denoise(
         with refusals(f"{type(scheduler).__name__} fails at step {i + 1} of {steps}"):
             output = scheduler.step(prediction, t, x, **options)
         x = output.prev_sample
+        check_finite(x, f"{type(scheduler).__name__} makes latents {at}", seeds, OTHER_SAMPLER)
         if correction is None or plan is None:
             continue
         if deduct is not None:

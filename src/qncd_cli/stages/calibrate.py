@@ -9,9 +9,11 @@ from torch import Tensor
 
 from ..artifacts import Artifact, seal
 from ..config import Config
+from ..errors import NotFinite
 from ..models.loading import DiffusionModel
 from ..models.topology import attention_sites, capture_attention, capture_inputs
 from ..progress import Track, counted, no_progress
+from ..quant.layers import StepState
 from ..quant.observers import RangeObserver
 from ..quant.smoothing import smooth
 from ..sampling.levels import with_timesteps
@@ -61,13 +63,13 @@ def run(
         if name in factors:
             factor = factors[name]
             x = smooth(x, factor.factor, observers[name].channel_axis, factor.shift)
-        observers[name].update(x, timestep_group(denoiser.step.timestep, bounds))
+        _update(observers[name], f"the input of layer {name}", x, denoiser.step, bounds)
 
     sites = attention_sites(model.denoiser)
     operands = operand_observers(sites, len(bounds) + 1)
 
     def observe_operand(name: str, x: Tensor) -> None:
-        operands[name].update(x, timestep_group(denoiser.step.timestep, bounds))
+        _update(operands[name], f"attention's operand {name}", x, denoiser.step, bounds)
 
     with (
         capture_inputs(model.denoiser, list(observers), observe),
@@ -90,6 +92,15 @@ def run(
     }
     parents = {"smoothing": smoothing.digest}
     return seal(Artifact("calibration", tensors, body, digest, model.digest, parents)), smoothing
+
+
+def _update(
+    observer: RangeObserver, what: str, x: Tensor, step: StepState, bounds: tuple[float, ...]
+) -> None:
+    try:
+        observer.update(x, timestep_group(step.timestep, bounds))
+    except NotFinite as error:
+        raise NotFinite(f"{what} is not finite at timestep {step.timestep:g}") from error
 
 
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
@@ -132,6 +143,7 @@ def _collect_rows(
             generators_for(batch),
             model.latent_shape,
             eta=sampling.eta,
+            seeds=batch,
             on_step=record,
         )
     return {name: torch.cat(values) for name, values in parts.items()}

@@ -19,6 +19,7 @@ from ..run_dir import RunDir
 from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from . import sample as sample_stage
+from .evidence import explained
 from .subject import full_precision
 
 
@@ -48,7 +49,8 @@ def calibrate(
         if smoothing and calibration:
             return calibration, smoothing, True
     remove_temporaries(run.path)
-    calibration, smoothing = calibrate_stage.run(config, model, track)
+    with explained(model):
+        calibration, smoothing = calibrate_stage.run(config, model, track)
     smoothing = artifacts.write(run.tensors("smoothing"), smoothing)
     return artifacts.write(run.tensors("calibration"), calibration), smoothing, False
 
@@ -68,7 +70,8 @@ def quantize(
     if not force and _quantized(run, config, model.digest, parents):
         return True
     remove_temporaries(run.path)
-    result = quantize_stage.run(config, model, calibration, smoothing, track)
+    with explained(model):
+        result = quantize_stage.run(config, model, calibration, smoothing, track)
     artifacts.write(run.tensors("quantized"), result.quantized)
     artifacts.write(run.tensors("noise_stats"), result.noise_stats)
     write_json(run.coverage, result.coverage)

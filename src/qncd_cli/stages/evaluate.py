@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .. import artifacts
@@ -93,7 +94,23 @@ def read_set(folder: Path) -> SampleSet:
             'repeat "qncd sample --force"',
         )
     images = read_images([image_path(folder, seed) for seed in seeds])
+    _check_values(folder, seeds, images, latents)
     return SampleSet(folder, manifest, images, latents)
+
+
+def _check_values(folder: Path, seeds: list[int], images: Tensor, latents: Artifact) -> None:
+    """Sets drawn before anything looked at values may hold black images of what was none."""
+    found = latents.tensors["latents"]
+    for seed, latent in zip(seeds, found, strict=False):
+        if not torch.isfinite(latent).all():
+            raise ArtifactError(
+                f"{folder}: the latents of seed {seed} are not finite, its image shows nothing",
+                'draw it again: "qncd sample --force"',
+            )
+    if not images.any():
+        raise ArtifactError(
+            f"{folder}: every image is black", 'draw them again: "qncd sample --force"'
+        )
 
 
 def images_only(source: Path, protocol: Protocol, track: Track = no_progress) -> dict[str, Any]:

@@ -193,6 +193,7 @@ def compare(
             generators_for(seeds),
             model.latent_shape,
             eta=sampling.eta,
+            seeds=seeds,
             on_step=on_step,
         )
         with torch.no_grad():

@@ -116,6 +116,7 @@ def _measure(
                 generators_for(batch),
                 model.latent_shape,
                 eta=sampling.eta,
+                seeds=batch,
                 correction=estimator,
                 on_step=on_step,
             )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
+from ..errors import NotFinite
 from ..models.loading import DiffusionModel
 from ..models.topology import capture_inputs
 from ..progress import Track, counted
@@ -62,6 +63,9 @@ def collect_probes(
             return
         rows = max(1, PROBE_ELEMENTS // PROBE_STEPS // x[0].numel())
         picked = x[:: max(1, -(-len(x) // rows))].detach().float().cpu().clone()
+        if not torch.isfinite(picked).all():
+            t = denoiser.step.timestep
+            raise NotFinite(f"the input of layer {name} is not finite at timestep {t:g}")
         probes[name].parts.append((denoiser.step.timestep, picked))
 
     def numbered(x: Tensor, t: Tensor) -> Tensor:
@@ -80,5 +84,6 @@ def collect_probes(
                 generators_for(batch),
                 model.latent_shape,
                 eta=sampling.eta,
+                seeds=batch,
             )
     return probes

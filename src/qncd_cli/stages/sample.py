@@ -30,6 +30,7 @@ from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction, denoise, make_scheduler
 from . import sample_set, set_files
 from .assemble import guided_predict
+from .evidence import explained
 from .set_files import Drawing, identity_of
 from .subject import Subject
 
@@ -205,16 +206,18 @@ def draw_batch(
         traced.append(prediction[keep].float().clone())
         tick()
 
-    latents = denoise(
-        guided_predict(model, subject.denoiser, labels, sampling.guidance_scale),
-        scheduler,
-        sampling.steps,
-        generators_for(seeds),
-        model.latent_shape,
-        eta=sampling.eta,
-        correction=correction,
-        on_step=trace,
-    )
+    with explained(model):
+        latents = denoise(
+            guided_predict(model, subject.denoiser, labels, sampling.guidance_scale),
+            scheduler,
+            sampling.steps,
+            generators_for(seeds),
+            model.latent_shape,
+            eta=sampling.eta,
+            correction=correction,
+            on_step=trace,
+            seeds=seeds,
+        )
     folder = part.parent.parent
     with torch.no_grad():
         images = model.decode(latents)
