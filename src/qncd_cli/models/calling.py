@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ..errors import ModelError
 
 
 def level(denoiser: nn.Module) -> nn.Module:
@@ -40,6 +43,26 @@ def level(denoiser: nn.Module) -> nn.Module:
     if channels and getattr(config, "out_channels", None) == 2 * channels:
         denoiser.register_forward_hook(_without_variance)
     return denoiser
+
+
+def check_inputs(denoiser: nn.Module, given: Collection[str], source: str) -> None:
+    """Raise ModelError where a denoiser cannot do without an input that its pipeline lacks.
+
+    given: names of what it is called with beside latents and timestep.
+    """
+    config: Any = getattr(denoiser, "config", {})
+    needed = {
+        "class_labels": config.get("class_embed_type") or config.get("num_class_embeds"),
+        "image_embeds": "image" in str(config.get("addition_embed_type"))
+        or "image" in str(config.get("encoder_hid_dim_type")),
+    }
+    for name, why in needed.items():
+        if why and name not in given:
+            raise ModelError(
+                f"{source}: its {type(denoiser).__name__} takes {name}, which its pipeline class "
+                "does not give",
+                "only pipelines that say all that their denoiser reads can be sampled",
+            )
 
 
 def training_timestep(denoiser: nn.Module, timestep: Any) -> float:

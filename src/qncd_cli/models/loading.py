@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
 from .adapters import ADAPTERS, Condition
-from .calling import level
+from .calling import check_inputs, level
 from .compvis import compvis_pipeline
 from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest
 from .folder_check import check_folder, is_there, read_index, reason
@@ -25,7 +25,7 @@ from .prompt_length import Tell, untold
 from .random_models import random_pipeline
 from .schedule import schedule_of
 from .stored import check_values, check_weights
-from .text import TEXT_TABLES, Prompts, check_encoded, encode
+from .text import TEXT_TABLES, Prompts, check_encoded, encode, refuse_distilled
 from .variant_parts import variant_parts
 from .zoo import zoo_path
 
@@ -130,6 +130,8 @@ def load_model(
             component.to(place, own).eval().requires_grad_(False)
             check_values(component, f"{source}: {name}")
     _check_kind(source, type(pipeline).__name__, prompts)
+    if prompts is not None:
+        refuse_distilled(pipeline, source)
     if prompts is not None and encoded is None:
         encoded = encode(pipeline, prompts, tell)
         if cache is not None and path is not None:
@@ -138,6 +140,7 @@ def load_model(
         check_encoded(encoded, source)
     kind = type(pipeline).__name__
     parts = ADAPTERS[kind](pipeline, (prompts, encoded))
+    check_inputs(parts["denoiser"], parts["condition"](torch.zeros(1, dtype=torch.int64)), source)
     level(parts["denoiser"])
     schedule = {"scheduler_config": schedule_of(pipeline)}
     return DiffusionModel(

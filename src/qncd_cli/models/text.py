@@ -63,6 +63,16 @@ def latent_sides(pipeline: Any, prompts: Prompts) -> tuple[int, int]:
     return prompts.image_size // factor, prompts.image_size // factor
 
 
+def refuse_distilled(pipeline: Any, source: str) -> None:
+    """Raise ModelError for latent consistency models (2310.04378): they read the guidance scale."""
+    if getattr(_denoiser(pipeline).config, "time_cond_proj_dim", None) is not None:
+        raise ModelError(
+            f"{source}: a latent consistency model, whose denoiser reads the guidance scale "
+            "(time_cond_proj_dim) and takes steps of its own",
+            "take the model that it was distilled from",
+        )
+
+
 def _denoiser(pipeline: Any) -> Any:
     return pipeline.components.get("transformer") or pipeline.unet
 

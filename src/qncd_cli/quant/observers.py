@@ -44,6 +44,11 @@ class RangeObserver:
         self.exponent = torch.full((groups,), MIN_EXPONENT, dtype=torch.int64)
         self.channel_absmax = torch.zeros(in_channels)
 
+    @property
+    def seen(self) -> bool:
+        """Whether there was any input."""
+        return bool(self.histogram.any())
+
     def update(self, x: Tensor, group: int) -> None:
         """x: input of the layer, batch first, channels along channel_axis (1 or -1).
         group: index of the timestep group.

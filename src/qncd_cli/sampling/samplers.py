@@ -131,7 +131,8 @@ def denoise(
     on_step(i, t, model_input, prediction): called before each step with the prediction used, in
         the model's own parametrization.
     seeds: N, to name samples by in errors.
-    Raises NotFinite as soon as a prediction or a latent is not, ConfigError if the scheduler cannot do what is asked (eta, correction, steps).
+    Raises NotFinite as soon as a prediction or a latent is not, ConfigError if the scheduler cannot
+    do what is asked (eta, correction, steps).
     """
     scheduler, options = _prepare(scheduler, steps, generators, eta, device)
     plan = plan_steps(scheduler, eta) if correction is not None else None

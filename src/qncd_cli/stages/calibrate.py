@@ -19,6 +19,7 @@ from ..quant.smoothing import smooth
 from ..sampling.levels import with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import denoise, make_scheduler
+from ..spec import ATTENTION_OPERANDS
 from .assemble import (
     Denoiser,
     full_denoiser,
@@ -38,7 +39,8 @@ def run(
     """Returns the calibration and the smoothing artifact (not yet written).
 
     Every trajectory is a function of its own seed; a row of the calibration set is one sample at
-    one step: model input x, timestep, class, seed and the full-precision guided prediction.
+    one step: model input x, timestep, class, seed and the full-precision guided prediction. Layers
+    that no input reaches (those of inputs that the pipeline does not give) are left out.
     """
     digest = config.stage_digest("calibrate")
     denoiser = full_denoiser(model)
@@ -76,6 +78,11 @@ def run(
         capture_attention(model.denoiser, sites, observe_operand),
     ):
         rows = _collect_rows(config, model, denoiser, track)
+    observers = {name: observer for name, observer in observers.items() if observer.seen}
+    sites = [s for s in sites if all(operands[f"{s.name}.{o}"].seen for o in ATTENTION_OPERANDS)]
+    operands = {
+        n: o for n, o in operands.items() if n.rpartition(".")[0] in {s.name for s in sites}
+    }
     tensors = {f"inputs.{name}": value for name, value in rows.items()}
     for name, observer in observers.items():
         tensors |= {f"{name}.input_{part}": v for part, v in observer.state().items()}

@@ -84,6 +84,8 @@ def choose_factors(
     errors: dict[str, dict[str, float]] = {}
     for plan in track(wanted, "choosing smoothing factors", len(wanted), "layers"):
         probe = probes.pop(plan.name)
+        if not probe.parts:  # no input reaches the layer
+            continue
         candidates = _candidates(config, plan, probe, embedded.get(plan.name))
         if plan.name in boundaries:
             candidates["split"] = split_factor(*probe.channel_range(), boundaries[plan.name])

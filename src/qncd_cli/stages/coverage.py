@@ -11,7 +11,7 @@ from torch import nn
 from ..artifacts import Artifact, packed_width
 from ..config import Config
 from ..models.loading import DiffusionModel
-from ..models.topology import LayerCost, float_attention, time_layers
+from ..models.topology import LayerCost, float_attention, time_layers, weight_layers
 from ..presets import excluded_by
 from ..quant.packing import narrowed
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
@@ -46,7 +46,7 @@ def coverage_of(
             c, known.get(c.name), c.name in timed, cached, reasons.get(c.name.rpartition(".")[0])
         )
         for c in costs
-    ]
+    ] + _unreached(denoiser, costs)
     preset, strict = config.quantization.preset, config.quantization.strict
     for row in rows:
         if row["why_not_integer"] == "configured" and excluded_by(preset, strict, row["name"]):
@@ -79,6 +79,18 @@ def coverage_of(
         "average_weight_bits": code_bits / codes if codes else None,
         "float_denoiser_bytes": 4 * sum(p.numel() for p in denoiser.parameters()),
     }
+
+
+def _unreached(denoiser: nn.Module, costs: list[LayerCost]) -> list[dict[str, Any]]:
+    """Rows of layers of optional inputs that a pipeline of this kind does not give."""
+    called = {cost.name for cost in costs}
+    rows = []
+    for name, layer in weight_layers(denoiser).items():
+        if name not in called:
+            cost = LayerCost(name, "conv" if isinstance(layer, nn.Conv2d) else "linear", 0)
+            row = _coverage_row(cost, None, False, False, None)
+            rows.append({**row, "why_not_integer": "no input reaches it: left in float"})
+    return rows
 
 
 def rest_bytes(

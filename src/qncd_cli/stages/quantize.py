@@ -60,7 +60,8 @@ def run(
     plans = [
         plan
         for plan in plan_layers(config, model.denoiser)
-        if not plan.stays_float or plan.name in factors
+        if (not plan.stays_float or plan.name in factors)
+        and plan.name in calibration.body["layers"]  # what no input reached stays as it is
     ]
     assigned = BitAssignment({}, {})
     if config.quantization.weights.budget is not None:

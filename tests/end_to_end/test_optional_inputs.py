@@ -1,0 +1,73 @@
+"""Inputs of a denoiser that its pipeline does not give: layers stay in float, or one clear line."""
+
+from __future__ import annotations
+
+import json
+
+import diffusers_pipelines as tiny
+import pytest
+from conftest import Qncd, save_tiny_pipeline, tiny_config
+
+from qncd_cli.errors import ModelError
+from qncd_cli.models.loading import load_model
+from qncd_cli.models.text import Prompts
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"preset": "best"},
+        {"weights": {"bits": 4, "rounding": "nearest", "budget": 4.0}},
+        {"bias_correction": True, "activations": {"bits": 8, "observer": "output"}},
+    ],
+    ids=["best", "budget", "outputs"],
+)
+@pytest.mark.parametrize("intra", ["none", "smoothquant", "auto"])
+def test_a_layer_that_no_input_reaches_stays_in_float(tmp_path, quantization, intra):
+    """time_cond_proj_dim: the guidance scale as an input, of latent consistency models."""
+    save_tiny_pipeline(tmp_path / "model", time_cond_proj_dim=8)
+    work = Qncd(tmp_path)
+    few = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1}
+    tree = tiny_config(tmp_path / "model", calibration=few, correction__intra=intra)
+    tree["sampling"]["steps"] = 2
+    work.write_config({**tree, "quantization": quantization})
+    plan = work("calibrate", "--config", "tiny.yaml", "--plan", "--json").data
+    work("calibrate", "--config", "tiny.yaml")
+    work("quantize")
+    work("sample", "--num", "1")
+    written = json.loads((tmp_path / "runs" / "tiny" / "coverage.json").read_text())
+    for layers in (written["layers"], plan["coverage"]["layers"]):
+        (row,) = (row for row in layers if row["name"] == "time_embedding.cond_proj")
+        assert row["why_not_integer"] == "no input reaches it: left in float"
+        assert (row["weight_bits"], row["macs"], row["integer"]) == (32, 0, False)
+
+
+def test_a_latent_consistency_model_is_refused(tmp_path):
+    """Its own pipeline would turn the guidance scale into an input."""
+    folder = tiny.save("StableDiffusionPipeline", tmp_path / "model")
+    from diffusers import UNet2DConditionModel
+
+    own = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config({**own, "time_cond_proj_dim": 8}).save_pretrained(
+        folder / "unet"
+    )
+    with pytest.raises(ModelError, match="a latent consistency model") as caught:
+        load_model(str(folder), prompts=Prompts(("a",)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"num_class_embeds": 4}, "class_labels"),
+        ({"class_embed_type": "timestep"}, "class_labels"),
+        (
+            {"encoder_hid_dim_type": "text_image_proj", "encoder_hid_dim": 16},
+            "image_embeds",
+        ),
+    ],
+)
+def test_an_input_that_a_denoiser_needs_and_its_pipeline_lacks(tmp_path, options, name):
+    save_tiny_pipeline(tmp_path / "model", **options)
+    with pytest.raises(ModelError, match=f"UNet2DConditionModel takes {name}, which"):
+        load_model(str(tmp_path / "model"))
