@@ -10,6 +10,7 @@ from typing import Any
 from . import model_card
 from .errors import ConfigError
 from .model_card import Card
+from .scheduler_classes import check_known
 
 OWN_KEYS = ("scheduler", "steps", "guidance_scale")
 """Of sampling: the model's own unless they are set."""
@@ -71,8 +72,10 @@ def ask_model(tree: Tree, where: str, download: Download | None) -> Card | None:
     if card is None or not missing:
         return card
     if card.scheduler is None and "scheduler" in missing:
+        own_class = card.scheduler_class
+        check_known(own_class, f"{where}: no sampling.scheduler fits a model made for {own_class}")
         raise ConfigError(
-            f"{where}: the model's own scheduler, {card.scheduler_class}, is not known here",
+            f"{where}: the model's own scheduler, {card.scheduler_class}, has no namesake here",
             "set sampling.scheduler, e.g. to euler or dpmsolver++",
         )
     own = {"scheduler": card.scheduler, "steps": card.steps, "guidance_scale": card.guidance_scale}

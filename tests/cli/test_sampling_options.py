@@ -94,9 +94,11 @@ def test_steps_that_a_scheduler_cannot_take(work, steps, scheduler, said):
 @pytest.mark.parametrize("name", ["LCMScheduler", "EDMEulerScheduler"])
 def test_a_folder_with_another_schedule_is_refused(work, name):
     with_scheduler(work.folder / "model", name)
-    for plan in ((), ("--plan",)):
-        refused = work("calibrate", "--config", "tiny.yaml", *plan, ok=False)
-        assert refused.exit_code == 3
+    for keys in ((), ("--set", "sampling.scheduler=euler")):
+        refused = work("calibrate", "--config", "tiny.yaml", *keys, ok=False)
+        again = work("calibrate", "--config", "tiny.yaml", *keys, "--plan", ok=False)
+        assert refused.exit_code == again.exit_code == 3
+        assert again.stderr == refused.stderr
         assert f"made for {name}" in refused.stderr
         assert refused.stderr.count("\n") == 1
 
@@ -105,7 +107,8 @@ def test_a_distilled_folder_is_named(work):
     with_scheduler(
         work.folder / "model", "EulerAncestralDiscreteScheduler", timestep_spacing="trailing"
     )
-    said = work("calibrate", "--config", "tiny.yaml", "--set", "correction.intra=none").stderr
+    keys = ("sampling.scheduler=euler", "correction.intra=none")
+    said = work("calibrate", "--config", "tiny.yaml", "--set", keys[0], "--set", keys[1]).stderr
     assert "EulerAncestralDiscreteScheduler with trailing timesteps is that of distilled" in said
 
 

@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
+from qncd_cli import scheduler_classes
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.zoo import zoo_path
-from qncd_cli.sampling import families
 from qncd_cli.sampling.levels import with_timesteps
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import SCHEDULERS, denoise, make_scheduler
@@ -27,7 +27,7 @@ def config_of(name, **options):
     return {**getattr(diffusers, name)(**options).config, "_class_name": name}
 
 
-@pytest.mark.parametrize("own", sorted(families.DIFFUSION - NEED_MORE))
+@pytest.mark.parametrize("own", sorted(scheduler_classes.DIFFUSION - NEED_MORE))
 def test_solvers_of_one_schedule_take_each_others_place(own):
     """Betas, prediction and spacing stay those of the folder."""
     config = config_of(own, **SD, prediction_type="v_prediction")

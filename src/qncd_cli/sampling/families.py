@@ -11,36 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .flow import FlowMatchFromOne
+from ..scheduler_classes import STRAIGHT, check_known
 
-DIFFUSION = frozenset(
-    {
-        "DDIMScheduler",
-        "DDIMParallelScheduler",
-        "DDPMScheduler",
-        "DDPMParallelScheduler",
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSDEScheduler",
-        "DPMSolverSinglestepScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "LMSDiscreteScheduler",
-        "PNDMScheduler",
-        "SASolverScheduler",
-        "UniPCMultistepScheduler",
-    }
-)
-"""They differ by the solver alone: betas and what the model predicts are those of the folder."""
-STRAIGHT = frozenset(
-    {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", FlowMatchFromOne.__name__}
-)
-"""The same of rectified flows."""
-DISTILLED = frozenset({"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler"})
-"""Of models that were distilled to take a few steps of their own kind."""
 LEVELS = {
     "rescale_betas_zero_snr": False,
     "timestep_type": "discrete",
@@ -60,18 +32,7 @@ def check_family(name: str, wanted: type, config: Mapping[str, Any]) -> None:
     own = str(config.get("_class_name", ""))
     refused = f"sampling.scheduler {name!r} does not fit a model made for {own or 'diffusion'}"
     straight = wanted.__name__ in STRAIGHT
-    if own in DISTILLED:
-        raise ConfigError(
-            f"{refused}, the scheduler of a distilled model: it takes steps of its own kind, which "
-            "none of qncd's samplers takes",
-            "take the model that it was distilled from",
-        )
-    if own and own not in DIFFUSION | STRAIGHT:
-        raise ConfigError(
-            f"{refused}, whose noise levels none of qncd's samplers has",
-            f"it samples models made for {', '.join(sorted(DIFFUSION))}, and with flow-euler for "
-            f"{', '.join(sorted(STRAIGHT - {FlowMatchFromOne.__name__}))}",
-        )
+    check_known(own, refused)
     if (own in STRAIGHT) != straight:
         raise ConfigError(
             refused,
