@@ -124,7 +124,7 @@ def test_calibration_names_the_weight(tiny_model, tmp_path):
 def test_sampling_names_step_and_seed_and_writes_no_image(tiny_model, tmp_path):
     model = overflowing(tiny_model, "float16")
     config = Config.model_validate(tiny_config(tiny_model, model__dtype="float16"))
-    request = sample.SampleRequest(tmp_path / "set", 7, 2, 2)
+    request = sample.SampleRequest(tmp_path / "set", [7, 8], 2)
     said = "prediction is not finite at step 1 .timestep 751. for seeds 7, 8: float16 ends"
     with pytest.raises(ModelError, match=said):
         sample.run(config, model, full_precision(model), request)

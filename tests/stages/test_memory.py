@@ -16,6 +16,7 @@ from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.shapes import model_shapes
 from qncd_cli.models.topology import weight_layers
+from qncd_cli.progress import no_progress
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.stages import calibrate, footprint, machine, measure_noise, quantize
 from qncd_cli.stages.assemble import quantized_denoiser
@@ -128,7 +129,7 @@ def test_noise_is_measured_alike_where_weights_are_not_kept(made, tiny_model, mo
     monkeypatch.setattr(measure_noise, "quantized_denoiser", watched)
     for free in (1 << 40, 1000):
         monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
-        again = measure_noise.measure_noise(config, model, result.quantized, lambda x, *_: x)
+        again = measure_noise.measure_noise(config, model, result.quantized, no_progress)
         for name, tensor in result.noise_stats.tensors.items():
             assert torch.equal(again.tensors[name], tensor), name
     assert kept == [True, False]
