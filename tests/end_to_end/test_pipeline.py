@@ -143,7 +143,7 @@ def test_four_commands_from_an_empty_folder_are_what_run_does(tmp_path, tiny_mod
     four("quantize")
     four("sample", "--num", "4")
     four(*EVAL)
-    one("run", "--config", "tiny.yaml", *EVAL[1:])
+    one("run", "--config", "tiny.yaml", "--num", "4", *EVAL[1:])
     made = files(four.folder / "runs")
     assert made == files(one.folder / "runs")
     expected = {f"tiny/{kind}.safetensors" for kind in ARTIFACTS}

@@ -117,13 +117,25 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
     "  qncd sample --low-memory --batch-size 1"
 )
 @options.sampling
-@click.option("--scheduler", metavar="NAME", help="ddim, ddpm, pndm, plms, dpmsolver++, euler, ...")
-@click.option("--eta", type=click.FloatRange(0, 1), help="Stochasticity of DDIM.")
-@click.option("--guidance", type=click.FloatRange(0, 100), help="Classifier-free guidance scale.")
+@click.option(
+    "--scheduler",
+    metavar="NAME",
+    help="ddim, ddpm, pndm, plms, dpmsolver++, euler, ... (default: the configuration's).",
+)
+@click.option(
+    "--eta",
+    type=click.FloatRange(0, 1),
+    help="Stochasticity of DDIM (default: the configuration's).",
+)
+@click.option(
+    "--guidance",
+    type=click.FloatRange(0, 100),
+    help="Classifier-free guidance (default: the configuration's).",
+)
 @click.option(
     "--inter",
     type=click.Choice(["none", "runtime", "ptqd", "affine"]),
-    help="Correction of the noise that accumulates over the steps.",
+    help="Correction of the noise that accumulates over the steps (default: the configuration's).",
 )
 @click.option(
     "--compile/--no-compile",
