@@ -7,12 +7,14 @@ this table as a page.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 MISSING = "–"
 IDENTICAL = "identical"
 IDENTICAL_DB = 200.0
 """Decibels that stand for equality where a number has to be finite."""
+DIRECTIONS = "↑ higher is better, ↓ lower is better; in brackets the 95 % bootstrap interval."
 ARROWS = {"up": "↑", "down": "↓", "": ""}
 
 
@@ -37,8 +39,8 @@ TERMS = {
     "a few channels are much wider than the rest; smoothing factors even them out.",
     "inter noise": "The quantization noise that is handed on from step to step and adds up over "
     "the trajectory; it is estimated and taken out while sampling.",
-    "W4A8": "Bits of the weights and of the activations (the inputs of layers); where two numbers "
-    "follow, the means over all multiplications, which sensitive layers raise.",
+    "bits": "W4A8 means weights of 4 and activations (inputs of layers) of 8 bits; in brackets the "
+    "means over all multiplications, which the few sensitive layers raise.",
 }
 """What a newcomer meets, in a sentence each."""
 
@@ -205,6 +207,12 @@ def megabytes(count: int) -> str:
     return said("bytes", count)
 
 
+def terms(headings: Iterable[str]) -> dict[str, str]:
+    """The terms that these headings use."""
+    shown = " ".join(headings)
+    return {term: says for term, says in TERMS.items() if term in shown}
+
+
 def number(value: float | None) -> str:
     """A number at the precision that a reader can use: 4 digits or so, thousands separated."""
     if value is None:
@@ -240,7 +248,7 @@ def widths(weights: int, activations: int, mean: tuple[float, float] | None = No
     return label if mean is None else f"{label} ({mean[0]:.1f} / {mean[1]:.1f})"
 
 
-def interval(entry: dict[str, float | None] | None) -> str | None:
+def interval(entry: Mapping[str, float | None] | None) -> str | None:
     """An entry {value, low, high}: the number, and the interval in brackets where there is one."""
     if entry is None or entry.get("value") is None:
         return None

@@ -50,6 +50,21 @@ def test_a_single_long_unit_is_told_when_it_has_ended():
     assert told(1, 7.0) == [(7.0, "rounding weights: 1 layers in 7 s")]
 
 
+def test_what_comes_before_the_first_item_is_not_thought_to_come_again():
+    clock, said = [100.0], []
+
+    def items():
+        clock[0] += 50  # as Hessians of many layers are collected before the first is rounded
+        yield from range(100)
+
+    for _ in progress.lines(
+        items(), "rounding weights", 100, "layers", said.append, lambda: clock[0]
+    ):
+        clock[0] += 0.5
+    assert said[0] == "rounding weights: 1 of 100 layers, about 50 s left"
+    assert said[-1] == "rounding weights: 100 layers in 100 s"
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

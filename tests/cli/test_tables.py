@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 
 import click
 import pytest
 
-from qncd_cli.cli import tables
+from qncd_cli.cli import bench, evaluation, tables
+from qncd_cli.cli.console import Console
 from qncd_cli.cli.main import cli
 from qncd_cli.cli.tables import Grid
+from qncd_cli.metrics import ablation, benchmark, rows
+from qncd_cli.metrics.report import html_report
 
 WIDTHS = [60, 80, 120]
 RUNS = ["full precision", "fashion_ldm_w8a8", "fashion_ldm_w4a8", "fashion_ldm_w4a6"]
@@ -139,3 +143,81 @@ def test_a_plan_is_printed_in_full(qncd, width):
     tabled = text.partition(f"{report['samples']} samples")[0]
     whole(tabled, width, *[stage["stage"] for stage in report["stages"]])
     assert f"{report['coverage']['macs']:,}" in text
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+
+def metrics_of(weights: int, psnr: float | None) -> dict:
+    """A metrics.json in which every number is known."""
+    entry = {"network": "fashion-classifier", "name": "fd_fashion", "value": 12.345}
+    entry = {**entry, "low": 10.123, "high": 14.567}
+    measured = {"feature_distance": entry, "class_agreement": 0.9213, "fid": None}
+    decibels = ("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db", "psnr_median_db", "psnr_q05_db")
+    fidelity = dict.fromkeys(decibels, 28.21) | {"psnr_db": psnr, "feature_distance": entry}
+    made = {"preset": "best", "weights": weights, "activations": 8, "bit_operations": 10**12}
+    protocol = {"num_samples": 300, "network": "fashion-classifier"}
+    return {
+        "protocol": protocol,
+        "full": measured,
+        "quantized": measured,
+        "fidelity": {**fidelity, "changed": 3, "per_seed": {}},
+        "bytes": {"full": 43_440_000, "quantized": 1_000_000 * weights + 321_000},
+        "quantization": {**made, "mean_weight_bits": 5.87, "mean_input_bits": 9.13},
+    }
+
+
+def test_runs_are_compared_in_full(qncd, width):
+    names = ["fashion_ldm_w8a8", "fashion_ldm_w4a8", "fashion_ldm_w4a6_of_a_long_name"]
+    for name, bits in zip(names, (8, 4, 2), strict=True):
+        folder = qncd.folder / "runs" / name
+        folder.mkdir(parents=True)
+        psnr = None if bits == 8 else 31.87
+        (folder / "metrics.json").write_text(json.dumps(metrics_of(bits, psnr)))
+    folders = [f"runs/{name}" for name in names]
+    text = qncd("compare", *folders).stdout
+    whole(text, width, "full precision", *names, "W4A8 (5.9 / 9.1)", "31.87", "92.1", "identical")
+    assert "43.44" in text and "4.321" in text and "9.9" in text  # MB, and % of float32
+    rows = qncd("compare", *folders, "--json").data["rows"]
+    assert rows[2]["share_of_float32"] == 4_321_000 / 43_440_000
+    assert rows[1]["mean_input_bits"] == 9.13 and "weights" not in rows[0]
+
+
+def test_what_eval_prints_is_whole_and_in_the_words_of_the_report(width, capsys):
+    metrics = metrics_of(4, 31.87)
+    evaluation.render(Console(), metrics, "300 samples, same seeds")
+    text = capsys.readouterr().out
+    whole(text, width, "12.35 [10.12, 14.57]", "W4A8 (5.9 / 9.1)", "SQNR, worst 5 %, dB ↑")
+    report = html_report(metrics, {}, {}, "t", {})
+    for row in rows.rows(metrics):
+        assert row.label in report and set(row.label.split()) <= set(words(text))
+    assert "SQNR: Signal" in text and "Signal to quantization noise ratio" in report
+
+
+def test_an_ablation_is_printed_whole(width, capsys):
+    row = {**metrics_of(4, None)["fidelity"], "preset": "best+brecq", "weights": 4}
+    entry = {"value": 12.345, "low": 10.123, "high": 14.567}
+    row |= {"activations": 8, "mean_weight_bits": 5.87, "mean_input_bits": 9.13, "changed": 3}
+    row |= {"identical_images": True, "identical_latents": False, "class_agreement": 0.9213}
+    row |= {"feature_distance_to_full": entry, "feature_distance_to_reference": entry}
+    row |= {"bytes": 4_321_000, "bit_operations": 10**12, "extra_calls": 4, "seconds": 65.4}
+    full = {"feature_distance_to_reference": entry, "class_agreement": 1.0, "bytes": 43_440_000}
+    lines = ablation.cells({"full": full, "rows": [row] * 12})
+    cells = [list(line.values()) for line in lines]
+    Console().table(list(lines[0]), cells, keys=2)
+    text = capsys.readouterr().out
+    whole(
+        text, width, "best+brecq", "W4A8 (5.9 / 9.1)", "12.35 [10.12, 14.57]", "identical", "1,000"
+    )
+
+
+def test_a_bench_is_printed_whole(width, capsys):
+    names = ["float32-eager", "bfloat16-compiled", "int8-w4a8-compiled"]
+    numbers = dict.fromkeys(benchmark.KEYS, 1234.567) | {"peak_bytes": 1_234_567_890}
+    shares = {"convolution": 0.61234, "other": 0.38766}
+    report = {
+        "rows": [{"name": name, **numbers} for name in names],
+        "profile": {name: {"shares": shares} for name in names},
+    }
+    bench.tables(Console(), report)
+    whole(capsys.readouterr().out, width, *names, "1,235", "61.23", "convolution")

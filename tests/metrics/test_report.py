@@ -71,7 +71,7 @@ def test_report_shows_the_numbers() -> None:
     text = _text(html_report(METRICS, {}, {}, "Report", {"model": "zoo:fashion-ldm"}))
     for expected in ("fd_fashion", "1.250", "[1.100, 1.400]", "17.26", "identical", "–"):
         assert expected in text
-    for expected in ("44.00 MB", "6.29x smaller", "zoo:fashion-ldm", "steps"):
+    for expected in ("44.00", "7.000", "15.9 %", "zoo:fashion-ldm", "steps"):
         assert expected in text
     assert "FID" not in text  # nothing measured it
 
@@ -81,13 +81,32 @@ def test_report_shows_a_real_fid_once_and_under_its_name() -> None:
     found = {"feature_distance": entry, "fid": 9.48, "kernel_distance": entry, "kid": 9.48}
     html = html_report({"full": found, "fidelity": {"feature_distance": entry}}, {}, {}, "t", {})
     assert html.count("FID ↓") == html.count("KID ↓") == 1 and html.count("9.480") == 3
-    assert "Feature distance" not in html
+    assert "distance to data" not in html
+
+
+def test_report_says_first_what_was_measured_and_folds_the_protocol() -> None:
+    meta = {"bits": "W4A8 (5.9 / 9.1)", "preset": "best", "CPU": "a CPU", "command": "qncd eval"}
+    html = html_report(METRICS, {}, {}, "fashion-ldm, W4A8", meta)
+    before, _, after = html.partition("<details>")
+    assert "<title>fashion-ldm, W4A8</title>" in html
+    for key, value in meta.items():
+        assert f"<dt>{key}</dt><dd>{value}</dd>" in before
+    assert "num_samples" in after and "num_samples" not in before
+
+
+def test_no_table_of_a_report_is_wider_than_a_phone() -> None:
+    """Three columns at most, intervals below their numbers, and wider tables as blocks."""
+    html = html_report(METRICS, {"a": [1.0, 2.0]}, {}, "t", {})
+    assert html.count("<th ") == 3 and '<div class="chart"><svg' in html
+    narrow = html.partition("@media (max-width: 40rem) {")[2].partition("</style>")[0]
+    for rule in (".range { display: block; }", ".wide thead { display: none; }", "attr(data-name)"):
+        assert rule in narrow
 
 
 def test_report_of_one_set_has_no_fidelity_column() -> None:
     metrics = {"images": {"fid": 12.5, "precision": 0.7, "kid": None}, "protocol": {}}
     html = html_report(metrics, {}, {}, "One set", {})
-    assert "FID" in html and "12.50" in html and html.count("<th ") == 2
+    assert "FID" in html and "12.50" in html and html.count("<th ") == 2  # no column but the set's
     assert html_report({}, {}, {}, "Nothing", {}).count("<table") == 0
 
 

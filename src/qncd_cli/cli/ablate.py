@@ -11,30 +11,14 @@ from typing import Any
 from ..config_files import load_config
 from ..files import write_bytes
 from .console import Console, keeping
-from .evaluation import SINGLE
-from .measuring import Wishes, protocol_of, settle
+from .measuring import Wishes, explain, protocol_of, settle
 from .shared import open_model
 
 TERMINAL = (
-    "variant",
-    "bits",
-    "to data ↓",
-    "to full ↓",
-    "as asked ↑",
-    "SQNR, dB ↑",
-    "PSNR, dB ↑",
-    "MB ↓",
+    *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
+    *("sqnr_latents_db", "psnr_db", "psnr_median_db", "changed", "bytes"),
 )
-"""Of the columns, those that fit a terminal."""
-SPREAD = (
-    "variant",
-    "bits",
-    "SQNR, median ↑",
-    "SQNR, 5 % ↑",
-    "PSNR, median ↑",
-    "PSNR, 5 % ↑",
-    "changed ↓",
-)
+"""What the terminal shows of a row; files have the rest."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +70,10 @@ def ablate(console: Console, options: AblateOptions) -> None:
     write_bytes(page, ablation.html(table, title, there, folder).encode())
 
     def render() -> None:
-        lines = ablation.cells(table)
-        for columns, rows, title in (
-            (TERMINAL, lines, _caption(table)),
-            (SPREAD, lines[1:], SINGLE),
-        ):
-            cells = [[line[c] for c in columns] for line in rows]
-            console.table([c[:-2] if c[-1] in "↓↑" else c for c in columns], cells, title)
+        lines = ablation.cells(table, TERMINAL)
+        cells = [list(line.values()) for line in lines]
+        console.table(list(lines[0]), cells, _caption(table), keys=2)
+        explain(lines[0])
         print(f"ablate: done in {time.perf_counter() - start:.1f} s, {page}")
 
     console.result({**table, "run_dir": str(folder)}, render)
@@ -112,7 +93,7 @@ def _teller() -> Any:
 
 def _caption(table: dict[str, Any]) -> str:
     protocol = table["protocol"]
-    text = f"{protocol['num_samples']} samples, same seeds; SQNR of the final latents"
+    text = f"{protocol['num_samples']} samples, same seeds"
     if not protocol["network"]:
         return text
-    return f"{text}; Frechet distances in the features of {protocol['network']}"
+    return f"{text}; distances in the features of {protocol['network']}"

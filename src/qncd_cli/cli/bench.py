@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .. import files
 from ..config import Config
@@ -55,19 +56,24 @@ def bench(console: Console, options: BenchOptions) -> None:
     files.write_bytes(page, benchmark.markdown(report, f"Bench of {name}").encode())
 
     def render() -> None:
-        lines = benchmark.cells(report)
-        console.table(benchmark.COLUMNS, [list(line.values()) for line in lines])
+        tables(console, report)
         for line in benchmark.missing(report):
             print(line)
-        if report["profile"]:
-            shares = benchmark.profile_cells(report)
-            console.table(
-                benchmark.profile_columns(report), [list(line.values()) for line in shares]
-            )
         print(benchmark.conditions(report))
         print(f"bench: done in {report['seconds']:.1f} s, {page}")
 
     console.result({**report, "out": str(folder)}, render)
+
+
+def tables(console: Console, report: Mapping[str, Any]) -> None:
+    """Print the rows of a report, and where their time goes where that was measured."""
+    from ..metrics import benchmark
+
+    found = [list(line.values()) for line in benchmark.cells(report)]
+    console.table(benchmark.COLUMNS, found)
+    if report["profile"]:
+        shares = [list(line.values()) for line in benchmark.profile_cells(report)]
+        console.table(benchmark.profile_columns(report), shares)
 
 
 def _in_float32(config: Config) -> Config:

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import artifacts
+from .. import __version__, artifacts
 from ..config import Config
 from ..config_files import load_config, parse_config
 from ..errors import ArtifactError
 from ..files import read_json, write_bytes, write_json
 from ..metrics.record import METRICS, differing
+from ..metrics.rows import OF_FIDELITY, POOLED
 from ..run_dir import RunDir, find_run
-from ..vocabulary import cell
+from ..vocabulary import IDENTICAL, MISSING, NUMBERS, cell, heading, interval
 from .console import Console, finite, keeping
-from .measuring import Wishes, protocol_of, protocol_of_images, settle
+from .measuring import Wishes, explain, protocol_of, protocol_of_images, settle
 from .shared import open_model
 
 PARTS = {"protocol", "full", "quantized", "fidelity", "bytes"}
 """Of metrics.json."""
-SINGLE = "Single samples in dB: the median, what 5 % lie below, and images below 20 dB PSNR"
-COMPARED = (
-    *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
-    *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
+SHOWN = (
+    *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
+    *(*OF_FIDELITY, "bytes", "share_of_float32"),
 )
-"""Of `fidelity` in metrics.json, what compare shows."""
+"""What compare shows."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ def evaluate(console: Console, options: EvalOptions) -> None:
     if options.images is not None:
         protocol = protocol_of_images(options.wishes)
         metrics = stage.images_only(Path(options.images), protocol, console.track)
-        console.result(metrics, lambda: _render_images(console, metrics))
+        title = f"{metrics['protocol']['num_samples']} images"
+        console.result(metrics, lambda: render(console, metrics, title))
         settle(console, metrics["protocol"]["left_out"], options.wishes)
         return
     run = find_run(options.run_dir)
@@ -85,16 +88,23 @@ def evaluate(console: Console, options: EvalOptions) -> None:
     earlier = _earlier(metrics_path)
     with keeping("all images are kept, the same command measures them again"):
         metrics, report = stage.run(
-            full_set, quantized_set, sizes, protocol, console.track, earlier
+            full_set,
+            quantized_set,
+            sizes,
+            protocol,
+            console.track,
+            earlier,
+            made=_made(config, coverage),
+            facts=_facts(),
         )
     write_json(metrics_path, finite(metrics))
     write_bytes(report_path, report.encode())
 
-    def render() -> None:
-        _render_metrics(console, metrics)
+    def show() -> None:
+        render(console, metrics, f"{metrics['protocol']['num_samples']} samples, same seeds")
         print(f"eval: done in {time.perf_counter() - start:.1f} s, {report_path}")
 
-    console.result({**metrics, "run_dir": str(run.path)}, render)
+    console.result({**metrics, "run_dir": str(run.path)}, show)
     settle(console, metrics["protocol"]["left_out"], options.wishes)
 
 
@@ -138,55 +148,43 @@ def _full_folder(
         )
 
 
-_ROWS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
-    ("FID", lambda e: e["fid"]),
-    ("Frechet distance, packaged features", lambda e: _own(e, "feature_distance")),
-    ("inception score", lambda e: e["inception_score"]),
-    ("class score, packaged classifier", lambda e: _own(e, "class_score")),
-    ("KID", lambda e: e["kid"]),
-    ("kernel distance, packaged features", lambda e: _own(e, "kernel_distance")),
-    ("precision", lambda e: e["precision"]),
-    ("recall", lambda e: e["recall"]),
-    ("classified as asked", lambda e: e.get("class_agreement")),
-)
+def _made(config: Config, coverage: dict[str, Any]) -> dict[str, Any]:
+    """How the model was quantized, for metrics.json: preset, the label's bits, and where
+    coverage.json has them the means over all multiplications and bit operations."""
+    known = ("mean_weight_bits", "mean_input_bits", "bit_operations")
+    return {
+        "preset": config.quantization.preset,
+        "weights": config.quantization.weights.bits,
+        "activations": config.quantization.activations.bits,
+        **{key: coverage.get(key) for key in known},
+    }
 
 
-def _own(entry: dict[str, Any], key: str) -> Any:
-    """A number of the packaged network, None where Inception's name holds it already."""
-    found = entry.get(key)
-    return None if not found or entry["fid"] is not None else found["value"]
+def _facts() -> dict[str, Any]:
+    """Of the measurement, for the report."""
+    from ..stages import machine
+
+    return {
+        "version": f"qncd {__version__}",
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "CPU": machine.described()["cpu"],
+        "command": shlex.join(["qncd", *sys.argv[1:]]),
+    }
 
 
-def _render_metrics(console: Console, metrics: dict[str, Any]) -> None:
-    full, quantized = metrics["full"], metrics["quantized"]
-    rows = [[name, get(full), get(quantized)] for name, get in _ROWS]
-    rows = [row for row in rows if row[1] is not None or row[2] is not None]
-    fidelity, size = metrics["fidelity"], metrics["bytes"]
-    if fidelity["feature_distance"] is not None:
-        distance = fidelity["feature_distance"]["value"]
-        rows.append(["distance to full precision", 0.0, distance])
-    for what, name, pooled in (
-        ("SQNR of latents, dB", "sqnr", fidelity["sqnr_latents_db"]),
-        ("PSNR of images, dB", "psnr", fidelity["psnr_db"]),
-    ):
-        rows += [
-            [what, None, pooled],
-            ["  median", None, cell(f"{name}_median_db", fidelity[f"{name}_median_db"])],
-            ["  5 % lie below", None, cell(f"{name}_q05_db", fidelity[f"{name}_q05_db"])],
-        ]
-    rows += [
-        ["changed images, below 20 dB", None, fidelity["changed"]],
-        ["bytes of the denoiser", size["full"], size["quantized"]],
-    ]
-    title = f"{metrics['protocol']['num_samples']} samples, same seeds"
-    console.table(["", "full precision", "quantized"], rows, title)
+def render(console: Console, metrics: dict[str, Any], title: str) -> None:
+    """Print what was measured, and what its words mean."""
+    from ..metrics.rows import columns, rows
+
+    found = rows(metrics)
+    cells = [[row.label, *(_cell(row.key, value) for value in row.values)] for row in found]
+    console.table(["", *columns(metrics)], cells, title)
+    explain(row.label for row in found)
 
 
-def _render_images(console: Console, metrics: dict[str, Any]) -> None:
-    entry = metrics["images"]
-    rows = [[name, get(entry)] for name, get in _ROWS]
-    rows = [row for row in rows if row[1] is not None]
-    console.table(["", "images"], rows, f"{metrics['protocol']['num_samples']} images")
+def _cell(key: str, value: Any) -> str:
+    value = interval(value) if isinstance(value, dict) else value
+    return cell(key, value) if key in NUMBERS else str(value)
 
 
 # ------------------------------------------------------------------ compare
@@ -213,50 +211,55 @@ def compare(console: Console, run_dirs: Sequence[str]) -> None:
                 "evaluate both with the same options",
             )
     full = first[1]
-    rows = [_compared("full precision", full["full"], None, full["bytes"]["full"])]
+    rows = [_compared("full precision", full["full"], None, full["bytes"]["full"], {})]
     for d, metrics in evaluated.items():
-        size = metrics["bytes"]["quantized"]
-        rows.append(_compared(Path(d).name, metrics["quantized"], metrics["fidelity"], size))
+        size, made = metrics["bytes"]["quantized"], metrics.get("quantization") or {}
+        name, measured = Path(d).name, (metrics["quantized"], metrics["fidelity"])
+        rows.append(_compared(name, *measured, size, made))
+    for row in rows:
+        row["share_of_float32"] = row["bytes"] / rows[0]["bytes"]
 
     def render() -> None:
-        columns = ["", "to data", "to full", "as asked"]
-        columns += ["SQNR, dB", "PSNR, dB", "bytes", "of float32"]
-        cells = [
-            [
-                r["name"],
-                r["feature_distance_to_reference"],
-                r["feature_distance_to_full"],
-                r["class_agreement"],
-                r["sqnr_latents_db"],
-                r["psnr_db"],
-                r["bytes"],
-                r["bytes"] / rows[0]["bytes"],
-            ]
-            for r in rows
-        ]
+        from ..metrics.rows import bits
+
         protocol = full["protocol"]
-        title = f"{protocol['num_samples']} samples, same seeds; SQNR of the final latents"
+        title = f"{protocol['num_samples']} samples, same seeds"
         if protocol["network"]:
-            title += f"; Frechet distances in the features of {protocol['network']}"
-        console.table(columns, cells, title)
-        columns = ["", *(f"{n}, {q}" for n in ("SQNR", "PSNR") for q in ("median", "5 %"))]
-        spread = ("sqnr_median_db", "sqnr_q05_db", "psnr_median_db", "psnr_q05_db")
-        cells = [[r["name"], *(cell(k, r[k]) for k in spread), r["changed"]] for r in rows[1:]]
-        console.table([*columns, "changed"], cells, SINGLE)
+            title += f"; distances in the features of {protocol['network']}"
+        cells = [
+            [row["name"], bits(row) if "weights" in row else MISSING]
+            + [_compared_cell(row, key) for key in SHOWN]
+            for row in rows
+        ]
+        cells[0][1] = "float32"
+        headings = ["", "bits", *map(heading, SHOWN)]
+        console.table(headings, cells, title)
+        explain(headings)
 
     console.result({"rows": rows, "protocol": full["protocol"]}, render)
 
 
 def _compared(
-    name: str, entry: dict[str, Any], fidelity: dict[str, Any] | None, size: int
+    name: str,
+    entry: dict[str, Any],
+    fidelity: dict[str, Any] | None,
+    size: int,
+    made: dict[str, Any],
 ) -> dict[str, Any]:
     to_data = entry.get("feature_distance") or {}
     to_full = (fidelity or {}).get("feature_distance") or {}
     return {
         "name": name,
+        **made,
         "feature_distance_to_reference": to_data.get("value"),
         "feature_distance_to_full": to_full.get("value"),
         "class_agreement": entry.get("class_agreement"),
-        **{key: fidelity[key] if fidelity else None for key in COMPARED},
+        **{key: fidelity[key] if fidelity else None for key in OF_FIDELITY},
         "bytes": size,
     }
+
+
+def _compared_cell(row: dict[str, Any], key: str) -> str:
+    """Pooled decibels are null where all is identical, which a full-precision row has none of."""
+    same = key in POOLED and row[key] is None and row["changed"] is not None
+    return IDENTICAL if same else cell(key, row[key])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config import Config
 from ..errors import ArtifactError, BackendUnavailable, ConfigError
+from ..vocabulary import DIRECTIONS, terms
 from .console import Console
 
 ZOO = "zoo"
@@ -152,3 +155,10 @@ def settle(console: Console, left_out: Mapping[str, Sequence[str]], wishes: Wish
     if left_out:
         what = "distances" if "distance" in left_out else "the distance to data"
         console.note(f"{what} left out: {reasons}")
+
+
+def explain(headings: Iterable[str]) -> None:
+    """Below a table: which way is better, and a sentence for each of its words that need one."""
+    says = [DIRECTIONS, *(f"{term}: {text}" for term, text in terms(headings).items())]
+    width = shutil.get_terminal_size((120, 24)).columns
+    print(*(textwrap.fill(line, width) for line in says), sep="\n")

@@ -84,9 +84,11 @@ def lines(
 ) -> Generator[T, None, None]:
     """The items, with a line now and then; say: receives each; clock: seconds."""
     start = clock()
+    begun = None  # when the first item was there: what it waited for says nothing of the rest
     said, at = None, 0  # when the last line was said, and how much was done then
     done = 0
     for item in items:
+        begun = clock() if begun is None else begun
         yield item
         done += 1
         now = clock()
@@ -98,7 +100,7 @@ def lines(
             tenth = 10 * (done - at) >= total
             due = now - said >= (EVERY if tenth else RARELY)
         if due:
-            left = (now - start) / done * (total - done)
+            left = (now - begun) / done * (total - done)
             say(f"{description}: {done} of {total} {unit}, about {duration(left)} left")
             said, at = now, done
     if clock() - start >= BRIEF:

@@ -8,36 +8,22 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..vocabulary import cell, number
-from .curve import line_chart
-from .report import definitions, markdown_table, page
+from ..vocabulary import DIRECTIONS, IDENTICAL, NUMBERS, cell, heading, interval, widths
+from .report import chart, definitions, markdown_table, page
+from .rows import bits
 
-COLUMNS = (
-    "variant",
-    "bits",
-    "to data ↓",
-    "to full ↓",
-    "as asked ↑",
-    "SQNR, dB ↑",
-    "SQNR, median ↑",
-    "SQNR, 5 % ↑",
-    "PSNR, dB ↑",
-    "PSNR, median ↑",
-    "PSNR, 5 % ↑",
-    "changed ↓",
-    "MB ↓",
-    "Gbit-op. ↓",
-    "calls",
-    "seconds",
+KEYS = (
+    *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
+    *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
+    *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
+    *("bytes", "bit_operations", "extra_calls", "seconds"),
 )
+COLUMNS = ("variant", "bits", *map(heading, KEYS))
 NOTE = (
-    "to data, to full: Frechet distance of features to the reference and to the full-precision "
-    "images, in brackets the 95% bootstrap interval; as asked: share of images classified as "
-    "asked; SQNR of the final latents, PSNR of the images, against full precision on the same "
-    "seeds, over all of them together, of the median sample and of the one that 5 % lie below; "
-    "changed: images below 20 dB PSNR, which are other images than full precision's; bit "
-    "operations of one denoiser call on one sample; calls: extra denoiser calls of the "
-    "correction, a batch; seconds: spent on the row, stages shared with earlier rows left out."
+    f"{DIRECTIONS} Bits: of weights and of activations, in brackets the means over all "
+    "multiplications. "
+    + " ".join(f"{NUMBERS[key].name}: {NUMBERS[key].says}" for key in KEYS)
+    + " Of the time, stages shared with earlier rows are left out."
 )
 SPREAD = (
     *("per_seed", "changed", "psnr_median_db", "psnr_q05_db"),
@@ -45,7 +31,6 @@ SPREAD = (
 )
 """What a row has of single samples, named as in metrics.json."""
 FULL = "full precision"
-IDENTICAL = "identical"
 
 
 # ------------------------------------------------------------------ numbers of a row
@@ -87,51 +72,32 @@ def _finite(value: float | None) -> float | None:
 # ------------------------------------------------------------------ to read
 
 
-def cells(table: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One mapping of COLUMNS per line of the table, full precision first; None where unknown."""
+def cells(table: Mapping[str, Any], keys: Sequence[str] = KEYS) -> list[dict[str, str]]:
+    """One mapping of COLUMNS per line of the table, as text, full precision first.
+
+    keys: numbers that are wanted, of KEYS.
+    """
     lines = []
     if table["full"] is not None:
-        full = table["full"]
-        blank: dict[str, Any] = dict.fromkeys(COLUMNS)
-        lines.append({**blank, "variant": FULL, "bits": "float32", **_shared(full)})
-    return lines + [_line(row) for row in table["rows"]]
+        lines.append({"variant": FULL, "bits": "float32", **_numbers(table["full"], keys)})
+    return lines + [
+        {"variant": row["preset"], "bits": bits(row), **_numbers(row, keys)}
+        for row in table["rows"]
+    ]
 
 
-def _line(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "variant": row["preset"],
-        "bits": _widths(row),
-        **_shared(row),
-        "to full ↓": _interval(row["feature_distance_to_full"]),
-        "SQNR, dB ↑": IDENTICAL if row["identical_latents"] else row["sqnr_latents_db"],
-        "SQNR, median ↑": cell("sqnr_median_db", row["sqnr_median_db"]),
-        "SQNR, 5 % ↑": cell("sqnr_q05_db", row["sqnr_q05_db"]),
-        "PSNR, dB ↑": IDENTICAL if row["identical_images"] else row["psnr_db"],
-        "PSNR, median ↑": cell("psnr_median_db", row["psnr_median_db"]),
-        "PSNR, 5 % ↑": cell("psnr_q05_db", row["psnr_q05_db"]),
-        "changed ↓": row["changed"],
-        "Gbit-op. ↓": row["bit_operations"] / 1e9,
-        "calls": row["extra_calls"],
-        "seconds": row["seconds"],
-    }
-
-
-def _shared(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """What full precision has too."""
-    return {
-        "to data ↓": _interval(entry["feature_distance_to_reference"]),
-        "as asked ↑": entry["class_agreement"],
-        "MB ↓": entry["bytes"] / 1e6,
-    }
-
-
-def _interval(entry: Mapping[str, Any] | None) -> str | None:
-    if entry is None or entry["value"] is None:
-        return None
-    text = number(entry["value"])
-    if entry["low"] is None or entry["high"] is None:
-        return text
-    return f"{text} [{number(entry['low'])}, {number(entry['high'])}]"
+def _numbers(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
+    """By heading. Infinite decibels are null in a row, which says so elsewhere."""
+    same = {"sqnr_latents_db": "identical_latents", "psnr_db": "identical_images"}
+    found = {}
+    for key in keys:
+        value = row.get(key)
+        if isinstance(value, Mapping):
+            value = interval(value)
+        if row.get(same.get(key, "")):
+            value = IDENTICAL
+        found[heading(key)] = cell(key, value)
+    return found
 
 
 def markdown(table: Mapping[str, Any], title: str) -> str:
@@ -148,11 +114,11 @@ def html(
     sheets: name and picture of a row, linked relative to `folder`, where the page is to lie.
     """
     parts = [f"<h1>{escape(title)}</h1>", _html_table(cells(table)), f"<p>{escape(NOTE)}</p>"]
-    for widths, rows in _by_widths(table["rows"]).items():
+    for label, rows in _by_widths(table["rows"]).items():
         curves = {row["preset"]: row["sqnr_steps_db"] for row in rows}
         if any(curves.values()):
-            parts.append(f"<h2>{widths}: SQNR of the noise prediction over the sampling steps</h2>")
-            parts.append(line_chart(curves, "sampling step", "SQNR, dB"))
+            parts.append(f"<h2>{label}: SQNR of the noise prediction over the sampling steps</h2>")
+            parts.append(chart(curves, "sampling step", "SQNR, dB"))
     if sheets:
         parts.append("<h2>Samples of the same seeds</h2>")
         items = (
@@ -167,23 +133,17 @@ def html(
 def _html_table(lines: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in COLUMNS)
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(show(line[name]))}</td>" for name in COLUMNS) + "</tr>"
+        "<tr>"
+        + "".join(f'<td data-name="{escape(n)}">{escape(line[n])}</td>' for n in COLUMNS)
+        + "</tr>"
         for line in lines
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def show(value: Any) -> str:
-    """A cell as text."""
-    return value if isinstance(value, str) else number(value)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
 
 
 def _by_widths(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(_widths(row), []).append(row)
+        found.setdefault(widths(row["weights"], row["activations"]), []).append(row)
     return found
-
-
-def _widths(row: Mapping[str, Any]) -> str:
-    return f"W{row['weights']}A{row['activations']}"

@@ -17,46 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..vocabulary import IDENTICAL_DB, MISSING, is_number, megabytes, number
+from ..vocabulary import DIRECTIONS, NUMBERS, cell, is_number, number, terms
 from .curve import line_chart
+from .rows import Row, columns, rows
 from .tensor import psnr_db
 
 Pair = tuple[str, Tensor, Tensor]  # title, full precision, quantized; uint8 [C, H, W]
-Row = tuple[str, str, str, str]  # metric, full precision, quantized, quantized against full
 
 SMALL_PIXELS = 160  # images narrower than this are enlarged, pixel by pixel, to about this width
 SHEET_GAP = 2  # pixels between the images of a contact sheet
-SET_NAMES = {"images": "Images", "full": "Full precision", "quantized": "Quantized"}
-# key of metrics.json -> what a row says, with the direction of better
-METRIC_NAMES = {
-    "feature_distance": "Feature distance ↓",
-    "kernel_distance": "Kernel distance ↓",
-    "class_score": "Class score ↑",
-    "fid": "FID ↓",
-    "sfid": "sFID ↓",
-    "inception_score": "Inception score ↑",
-    "kid": "KID ↓",
-    "precision": "Precision ↑",
-    "recall": "Recall ↑",
-    "class_agreement": "Class agreement ↑",
-    "psnr_db": "PSNR, dB ↑",
-    "psnr_median_db": "PSNR of the median image, dB ↑",
-    "psnr_q05_db": "PSNR that 5 % of images lie below, dB ↑",
-    "changed": "Changed images, below 20 dB PSNR ↓",
-    "sqnr_latents_db": "SQNR of final latents, dB ↑",
-    "sqnr_median_db": "SQNR of the median sample, dB ↑",
-    "sqnr_q05_db": "SQNR that 5 % of samples lie below, dB ↑",
-    "num_samples": "Samples",
-}
-# Inception's numbers stand in metrics.json twice: as an entry and under the field's name
-FIELD_NAMES = {
-    "feature_distance": "fid",
-    "kernel_distance": "kid",
-    "class_score": "inception_score",
-}
-SPREAD = {"psnr_median_db", "psnr_q05_db", "sqnr_median_db", "sqnr_q05_db"}
-"""Finite decibels, in which a bound stands for identical samples."""
-INCEPTION = "inception-v3-compat"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff;
        max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -64,6 +33,7 @@ h1 { font-size: 1.6rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-
 p, figcaption, dt { color: #57606a; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .8rem; border-bottom: 1px solid #d8dee4; text-align: right; }
+.wide, .chart { overflow-x: auto; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #8c959f; }
 .range { color: #57606a; font-size: .85em; white-space: nowrap; }
 svg { width: 100%; height: auto; }
@@ -75,6 +45,16 @@ img { display: block; width: 100%; border: 1px solid #d8dee4; }
 img.small { image-rendering: pixelated; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
+details { margin-top: 1rem; } summary { cursor: pointer; color: #57606a; }
+@media (max-width: 40rem) {
+  body { margin: 1rem auto; } th, td { padding: .35rem .3rem; }
+  .range { display: block; } .chart svg { min-width: 36rem; }
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
+  .wide thead { display: none; } .wide tr { display: block; padding: .8rem 0; }
+  .wide td { display: flex; justify-content: space-between; gap: 1rem; border: 0; }
+  .wide td::before { content: attr(data-name); color: #57606a; text-align: left; }
+  .wide td:first-child { font-weight: 600; border-bottom: 1px solid #8c959f; }
+}
 """
 
 
@@ -89,24 +69,31 @@ def html_report(
 
     metrics: the object of metrics.json (values may be None or inf); curves: name -> SQNR in dB of
     every sampling step; pairs: heading -> uint8 [C, H, W] images of the same seed, C 1 or 3; meta:
-    what was measured, shown as it is. Empty parts are left out.
+    what was measured, shown before the protocol of metrics.json. Empty parts are left out.
     Raises ValueError if a pair is not uint8 or of two shapes.
     """
     parts = [f"<h1>{escape(title)}</h1>", _table(metrics)]
     if any(len(values) for values in curves.values()):
         parts.append("<h2>SQNR of the noise prediction over the sampling steps</h2>")
-        parts.append(line_chart(curves, "sampling step", "SQNR, dB"))
-    for heading, some in pairs.items():
-        parts.append(f"<h2>The same seeds in full precision and quantized: {escape(heading)}</h2>")
+        parts.append(chart(curves, "sampling step", "SQNR, dB"))
+    for heading_, some in pairs.items():
+        parts.append(f"<h2>The same seeds in full precision and quantized: {escape(heading_)}</h2>")
         width = max(SMALL_PIXELS, *(full.shape[-1] for _, full, _ in some))
         figures = "".join(map(_figure, some))
         parts.append(f'<div class="pairs" style="--pair: {2 * width + 16}px">{figures}</div>')
-    protocol = {**meta, **_mapping(metrics.get("protocol"))}
-    protocol = {key: value for key, value in protocol.items() if value != {}}
-    if protocol:
+    protocol = {k: v for k, v in _mapping(metrics.get("protocol")).items() if v != {}}
+    if meta or protocol:
         parts.append("<h2>What was measured</h2>")
-        parts.append(definitions(protocol))
+        parts.append(definitions(meta))
+    if protocol:
+        inner = definitions(protocol)
+        parts.append(f"<details><summary>The whole protocol</summary>{inner}</details>")
     return page(title, parts)
+
+
+def chart(curves: Mapping[str, Sequence[float | None]], x_name: str, y_name: str) -> str:
+    """A line chart, to be scrolled where the screen is narrow."""
+    return f'<div class="chart">{line_chart(curves, x_name, y_name)}</div>'
 
 
 def page(title: str, parts: Iterable[str]) -> str:
@@ -155,65 +142,37 @@ def contact_sheet(images: Tensor, columns: int | None = None, scale: int = 1) ->
 
 
 def _table(metrics: Mapping[str, Any]) -> str:
-    sets = {key: _mapping(metrics[key]) for key in SET_NAMES if _mapping(metrics.get(key))}
-    fidelity = {**_mapping(metrics.get("fidelity"))}
-    for key in SPREAD & fidelity.keys():
-        fidelity[key] = math.inf if fidelity[key] >= IDENTICAL_DB else fidelity[key]
-    size = _mapping(metrics.get("bytes"))
-    rows = []
-    shown: set[str] = set()
-    for key in METRIC_NAMES:
-        values = [found.get(key) for found in (*sets.values(), fidelity)]
-        label = _label(key, values)
-        if label not in shown and any(value is not None for value in values):
-            shown.add(label)
-            cells = [_cell(found.get(key)) for found in sets.values()]
-            cells += [_cell(fidelity.get(key))] if fidelity else []
-            rows.append([escape(label), *cells])
-    if size:
-        cells = [escape(_bytes(size.get(key))) for key in sets]
-        rows.append(["Size ↓", *cells, *([_smaller(size)] if fidelity else [])])
-    if not rows:
+    found = rows(metrics)
+    if not found:
         return ""
-    names = ["Metric", *(SET_NAMES[key] for key in sets)]
-    names += ["Quantized against full precision"] if fidelity else []
-    head = "".join(f'<th scope="col">{name}</th>' for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    note = "<p>↓ lower is better, ↑ higher is better; in brackets the 95% bootstrap interval.</p>"
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+    head = "".join(f'<th scope="col">{name}</th>' for name in ["", *columns(metrics)])
+    body = "".join(
+        f"<tr><td>{escape(row.label)}</td>"
+        + "".join(f"<td>{_cell(row.key, value)}</td>" for value in row.values)
+        + "</tr>"
+        for row in found
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"{table}<p>{escape(DIRECTIONS)}</p>{_terms(found)}"
 
 
-def _label(key: str, values: Sequence[Any]) -> str:
-    """The row's name; an entry's says which network made it, Inception's is the field's own."""
-    entry = next((value for value in values if isinstance(value, Mapping)), {})
-    if entry.get("network") == INCEPTION:
-        return METRIC_NAMES[FIELD_NAMES.get(key, key)]
-    source = entry.get("name") or entry.get("network")
-    name = METRIC_NAMES[key]
-    return f"{name[:-2]} ({source}) {name[-1]}" if source else name
+def _terms(found: Sequence[Row]) -> str:
+    """A sentence for each word of the table that a newcomer may not know."""
+    known = terms(row.label for row in found)
+    return definitions(known) if known else ""
 
 
-def _cell(value: Any) -> str:
+def _cell(key: str, value: Any) -> str:
     """A number, or an entry {value, low, high}, as HTML."""
-    if not isinstance(value, Mapping):
+    if key not in NUMBERS:
         return escape(_plain(value))
-    text = escape(_plain(value.get("value")))
+    if not isinstance(value, Mapping):
+        return escape(cell(key, value))
     low, high = value.get("low"), value.get("high")
+    text = escape(cell(key, value.get("value")))
     if low is None or high is None:
         return text
-    interval = f"[{number(low)}, {number(high)}]"
-    return f'{text} <span class="range">{escape(interval)}</span>'
-
-
-def _bytes(value: Any) -> str:
-    if not isinstance(value, int | float):
-        return MISSING
-    return megabytes(int(value))
-
-
-def _smaller(size: Mapping[str, Any]) -> str:
-    full, quantized = size.get("full"), size.get("quantized")
-    return f"{full / quantized:.2f}x smaller" if full and quantized else MISSING
+    return f'{text} <span class="range">{escape(f"[{number(low)}, {number(high)}]")}</span>'
 
 
 def _figure(pair: Pair) -> str:

@@ -32,6 +32,7 @@ from ..metrics.image_files import digest_of_files
 from ..metrics.record import grown
 from ..metrics.reference import read_images
 from ..metrics.report import Pair, html_report
+from ..metrics.rows import bits, short_name
 from ..metrics.tensor import (
     paired_fidelity,
     psnr_db,
@@ -42,6 +43,7 @@ from ..metrics.tensor import (
 )
 from ..progress import Track, no_progress
 from ..sampling.noise import ranges
+from ..vocabulary import widths
 from .protocol import Protocol, describe, prepared
 from .set_files import LATENTS, MANIFEST, image_path, without_image
 
@@ -215,24 +217,30 @@ def run(
     protocol: Protocol,
     track: Track = no_progress,
     earlier: Mapping[str, Any] | None = None,
+    *,
+    made: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> tuple[dict[str, Any], str]:
     """metrics.json and report.html of two sets that share their seeds and sampling settings.
 
     quantized_bytes: of `sizes`; earlier: the metrics.json that is there, whose numbers are kept
-    where they were measured in the same protocol. Raises ArtifactError if the sets do not share
+    where they were measured in the same protocol; made: preset and bits, for metrics.json; facts:
+    what else the report says of the measurement. Raises ArtifactError if the sets do not share
     settings or seeds.
     """
     full, quantized = matched(full, quantized)
     protocol = prepared(protocol, len(full.seeds), track)
     sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
     metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
-    metrics = grown(earlier or {}, metrics)
+    metrics = {**grown(earlier or {}, metrics), "quantization": dict(made)}
+    source, label = full.manifest["source"], widths(made["weights"], made["activations"])
+    measured = {"model": source, "bits": bits(made), "preset": made["preset"], **facts}
     report = html_report(
         metrics,
         {"SQNR of the prediction": metrics["fidelity"]["sqnr_steps_db"]},
         _pairs(full, quantized, metrics["fidelity"]["per_seed"]["psnr_db"]),
-        "Quantized against full precision",
-        {"model": full.manifest["source"], **_flat(full.manifest["sampling"])},
+        f"{short_name(source)}, {label}: quantized against full precision",
+        {**measured, **_flat(full.manifest["sampling"])},
     )
     return metrics, report
 
