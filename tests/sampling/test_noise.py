@@ -13,6 +13,7 @@ from qncd_cli.sampling.noise import (
     generators_for,
     initial_noise,
     parse_seeds,
+    ranges,
 )
 
 SHAPE = (3, 8, 8)
@@ -78,3 +79,19 @@ def test_chunks_cover_the_list_in_order():
     assert chunks([], 2) == []
     with pytest.raises(ConfigError, match="batch size 0"):
         chunks([1], 0)
+
+
+def test_a_gap_ends_a_batch():
+    """Its first seed and its length then say which seeds it holds."""
+    seeds = [0, 1, 2, 7, 10**6, 10**6 + 1, 10**12]
+    assert chunks(seeds, 2) == [[0, 1], [2], [7], [10**6, 10**6 + 1], [10**12]]
+    assert chunks(seeds, 50) == [[0, 1, 2], [7], [10**6, 10**6 + 1], [10**12]]
+
+
+@pytest.mark.parametrize("text", ["7", "0-3", "0-3,7,1000000-1000003"])
+def test_ranges_are_what_seeds_are_read_from(text):
+    assert ranges(parse_seeds(text)) == text
+
+
+def test_no_seeds_have_no_ranges():
+    assert ranges([]) == ""
