@@ -81,7 +81,7 @@ def test_without_weights_all_but_distances_comes_and_a_line_names_the_flags(work
         assert all(metrics[name].get(key) is None for key in DISTANCES)
     assert metrics["protocol"]["network"] is None
     report = (work.folder / RUN / "report.html").read_text()
-    assert "PSNR of the median image" in report and "Feature distance" not in report
+    assert "PSNR, median" in report and "distance to full" not in report
     assert "PSNR" in result.stdout and "distance to full" not in result.stdout
     table = work("compare", str(RUN), "--json").data["rows"]
     assert [row["feature_distance_to_full"] for row in table] == [None, None]

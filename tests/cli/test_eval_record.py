@@ -70,7 +70,7 @@ def test_later_metrics_of_the_same_protocol_are_added(work):
     for name in ("full", "quantized"):
         assert both[name]["feature_distance"] == first[name]["feature_distance"]
         assert both[name]["class_score"]["value"] >= 1
-    assert "Class score" in (work.folder / RUN / "report.html").read_text()
+    assert "class score" in (work.folder / RUN / "report.html").read_text()
     work("eval", "--kid", "--prc", *REFERENCE)
     assert metrics_of(work)["protocol"]["metrics"] == ["fid", "isc", "kid", "prc"]
     work("eval", "--fid", *REFERENCE)
