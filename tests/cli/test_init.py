@@ -243,6 +243,16 @@ def test_a_whole_prompt_in_the_place_of_a_path_is_one_line(empty, arguments):
     assert "Traceback" not in line
 
 
+def test_a_run_of_a_relative_folder_goes_on_in_another_directory(empty, tiny_model):
+    shutil.copytree(tiny_model, empty.folder / "models" / "mine")
+    calibrate = ("calibrate", "models/mine", "--bits", "w8a8", *QUICK[:-2])
+    empty(*calibrate)
+    elsewhere = Qncd(empty.folder / "models")
+    run = str(empty.folder / "runs" / "mine_w8a8")
+    elsewhere("quantize", "--run-dir", run)
+    assert "unchanged, skipped" in empty(*calibrate).stdout
+
+
 # ---- defaults and descriptions ------------------------------------------------------------------
 
 

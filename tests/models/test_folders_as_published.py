@@ -125,6 +125,24 @@ def test_plan_and_calibrate_agree_on_a_variant(folder, tmp_path):
     assert "a variant is taken" in done.stderr
 
 
+def test_a_hub_id_with_the_fp16_variant_alone_is_downloaded(folder, monkeypatch):
+    from diffusers import DiffusionPipeline
+
+    from qncd_cli.models.loading import find_folder
+
+    asked = []
+
+    def download(source: str, variant: str | None = None) -> str:
+        asked.append(variant)
+        if variant != "fp16":
+            raise OSError("Could not find the necessary `safetensors` weights (variant=None)")
+        return str(folder)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert find_folder("some-owner/some-model") == folder
+    assert asked == [None, "fp16"]
+
+
 # ---- parts --------------------------------------------------------------------------------------
 
 

@@ -229,12 +229,23 @@ def find_folder(source: str) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise ModelError(f"{source}: no such folder", "give a diffusers folder, hub id or zoo:NAME")
     try:
-        return Path(DiffusionPipeline.download(source))
+        return _download(source)
     except Exception as error:  # diffusers and the hub raise many kinds; all mean: not to be had
         raise ModelError(
             f"{source}: no such folder, and not to be had from the hub ({reason(error)})",
             "check the name, or download it and give the folder",
         ) from error
+
+
+def _download(source: str) -> Path:
+    """A model of the hub in the cache: its plain weights, or fp16 where it has no others."""
+    try:
+        return Path(DiffusionPipeline.download(source))
+    except Exception as error:
+        try:
+            return Path(DiffusionPipeline.download(source, variant="fp16"))
+        except Exception:
+            raise error from None
 
 
 def _load_pipeline(
