@@ -213,6 +213,11 @@ def terms(headings: Iterable[str]) -> dict[str, str]:
     return {term: says for term, says in TERMS.items() if term in shown}
 
 
+def sentences(*names: str) -> str:
+    """Terms for the end of a command's help, a paragraph each."""
+    return "".join(f"\n\n{name}: {TERMS[name]}" for name in names)
+
+
 def number(value: float | None) -> str:
     """A number at the precision that a reader can use: 4 digits or so, thousands separated."""
     if value is None:

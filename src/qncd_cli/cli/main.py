@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from .. import __version__
+from ..vocabulary import sentences
 from . import options, tools
 from .console import Console, ErrorReportingGroup
 
@@ -52,6 +53,7 @@ def cli() -> None:
     "  qncd calibrate --config my.yaml --set calibration.trajectories=256\n"
     "  qncd calibrate --config my.yaml --dry-run\n"
     "  qncd calibrate --config ldm4_w4a8 --set model.source=random:ldm4 --plan"
+    + sentences("intra noise", "inter noise")
 )
 @options.wanted
 @options.overrides
@@ -190,7 +192,8 @@ def sample(**options):
 @cli.command(
     name="eval",
     epilog="\b\nExamples:\n  qncd eval --fid\n  qncd eval --fid --isc --kid --prc\n"
-    "  qncd eval --images my_images --reference val_images --network inception --fid",
+    "  qncd eval --images my_images --reference val_images --network inception --fid"
+    + sentences("SQNR", "PSNR", "bits"),
 )
 @options.metrics
 @click.option(
