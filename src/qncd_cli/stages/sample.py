@@ -81,7 +81,7 @@ def run(
     remove_temporaries(request.folder)
     pending = [batch for batch in batches if not done.issuperset(batch)]
     timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
-    calls = len(pending) * len(timed.timesteps)
+    calls = len(pending) * (len(timed.timesteps) + 1)  # the decoder's counts as one
     what = f"sampling {sum(map(len, pending))} images ({subject.kind})"
     for seeds, tick in counted(track, pending, what, calls, "calls"):
         part = request.folder / set_files.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
@@ -194,7 +194,7 @@ def draw_batch(
 ) -> None:
     """Sample one batch; write its images, then its part file, which says that it is done.
 
-    tick: called at every step.
+    tick: called at every step, and when the images are decoded.
     """
     sampling = config.sampling
     labels = model.labels(seeds, sampling.classes)
@@ -221,6 +221,7 @@ def draw_batch(
     folder = part.parent.parent
     with torch.no_grad():
         images = model.decode(latents)
+    tick()
     for seed, image in zip(seeds, images, strict=True):
         write_bytes(set_files.image_path(folder, seed), sample_set.png_bytes(image))
     body = {
