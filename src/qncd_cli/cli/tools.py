@@ -9,6 +9,28 @@ from .console import Console
 
 
 @click.command(
+    epilog="\b\nExamples:\n  qncd init models/my-model > my.yaml\n  qncd init zoo:fashion-ldm\n"
+    "  qncd init sd-v1-4.ckpt --compvis-config v1-inference.yaml > sd.yaml"
+)
+@click.argument("model")
+@click.option(
+    "--compvis-config",
+    metavar="YAML",
+    help="Of a checkpoint, what CompVis published with it (default: the YAML beside it).",
+)
+@options.json_output
+def init(model, compvis_config, as_json, debug):
+    """Print a configuration to begin with for a model, every key explained.
+
+    MODEL: a diffusers folder, a hub id that was downloaded, zoo:NAME, a CompVis checkpoint. Only
+    its small files are read. Scheduler, steps and guidance are its own.
+    """
+    from . import init as command
+
+    command.init(Console(as_json), model, compvis_config)
+
+
+@click.command(
     epilog="\b\nExample:\n  qncd convert models/ldm/cin256-v2/model.ckpt \\\n"
     "      --compvis-config models/ldm/cin256-v2/cin256-v2.yaml --out models/cin256-v2\n"
     "  qncd convert sd-v1-4.ckpt --compvis-config v1-inference.yaml \\\n"
@@ -177,4 +199,4 @@ def models(as_json, debug):
     listing.models(Console(as_json))
 
 
-COMMANDS = (convert, export, bench, inspect, models)
+COMMANDS = (init, convert, export, bench, inspect, models)
