@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from qncd_cli import artifacts
+from qncd_cli.artifact_files import read_stored
 from qncd_cli.artifacts import Artifact
 from qncd_cli.digests import canonical_json
 from qncd_cli.errors import ArtifactError
@@ -92,8 +93,12 @@ def written(tmp_path) -> Path:
 
 
 def refused(path: Path, kind: str | None = "smoothing") -> str:
+    """What both readers, with torch and without, say of a file."""
     with pytest.raises(ArtifactError) as caught:
         artifacts.read(path, kind)
+    with pytest.raises(ArtifactError) as torchless:
+        read_stored(path, kind)
+    assert str(torchless.value) == str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -192,11 +197,23 @@ def test_tensors_by_module_are_those_below_it_without_its_children():
     assert found["a.a"]["b"] is tensors["a.a.b"]
 
 
+@pytest.mark.parametrize("artifact", [smoothing(), quantized()], ids=lambda a: a.kind)
+def test_what_is_read_without_torch_is_what_is_read_with_it(tmp_path, artifact):
+    path = artifacts.write(tmp_path / "file.safetensors", artifact).path
+    stored, whole = read_stored(path, artifact.kind), artifacts.read(path, artifact.kind)
+    for part in ("kind", "body", "config", "model", "parents", "digest", "path"):
+        assert getattr(stored, part) == getattr(whole, part)
+    layout = {name: (str(t.dtype), tuple(t.shape)) for name, t in whole.tensors.items()}
+    assert stored.tensors == layout
+    assert stored.size == path.stat().st_size
+
+
 # ---- damage -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("artifact", [smoothing(), quantized()], ids=lambda a: a.kind)
-def test_a_change_of_any_single_byte_is_seen(tmp_path, artifact):
+@pytest.mark.parametrize("read", [artifacts.read, read_stored])
+def test_a_change_of_any_single_byte_is_seen(tmp_path, artifact, read):
     path = artifacts.write(tmp_path / "file.safetensors", artifact).path
     good = path.read_bytes()
     unseen = []
@@ -205,7 +222,7 @@ def test_a_change_of_any_single_byte_is_seen(tmp_path, artifact):
         bad[position] ^= (0x01, 0x80)[position % 2]
         path.write_bytes(bad)
         try:
-            artifacts.read(path, artifact.kind)
+            read(path, artifact.kind)
         except ArtifactError:
             continue
         unseen.append((position, good[max(0, position - 20) : position + 20]))

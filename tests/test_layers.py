@@ -35,6 +35,9 @@ GROUND = [
     "config_files",
     "files",
     "run_dir",
+    "artifact_kinds",
+    "file_stamps",
+    "artifact_files",
     "artifacts",
 ]
 MIDDLE = ["models.*", "sampling.*", "backends.*", "metrics.*"]
@@ -52,6 +55,7 @@ SHARED = [
         "evidence",
         "machine",
         "footprint",
+        "fresh",
         "foreseen",
         "graphs",
         "hessians",
@@ -92,7 +96,10 @@ EDGES: list[tuple[str, list[str]]] = [
     ("config_files", ["errors", "presets", "config", "model_card", "own_settings"]),
     ("files", ["errors"]),
     ("run_dir", ["errors", "files"]),
-    ("artifacts", ["", "errors", "spec", "digests", "files"]),
+    ("artifact_kinds", ["spec"]),
+    ("file_stamps", ["errors", "digests", "files"]),
+    ("artifact_files", ["errors", "digests", "artifact_kinds", "file_stamps"]),
+    ("artifacts", ["", "errors", "digests", "files", "artifact_kinds", "artifact_files"]),
     ("exported", ["artifacts", "errors", "backends.*", "models.*", "quant.*", "stages.assemble"]),
     ("quant.*", ["quant.*", "errors", "spec"]),
     ("sampling.*", ["sampling.*", *GROUND]),
@@ -112,7 +119,7 @@ TOP_LEVEL: dict[str, list[str]] = {
     "": [],
     "cli.main": ["", "errors", "vocabulary", "cli.console", "cli.options", "cli.tools", "click"],
     "cli.tools": ["cli.console", "cli.options", "click"],
-    "cli.console": ["errors", "vocabulary", "cli.progress", "click"],
+    "cli.console": ["errors", "vocabulary", "cli.process", "cli.progress", "click"],
     "cli.progress": [],
     "cli.options": ["vocabulary", "click"],
 }

@@ -20,6 +20,11 @@ class RunDir:
         return self.path / "config.yaml"
 
     @property
+    def settings(self) -> Path:
+        """What the stages were made with."""
+        return self.path / "settings.json"
+
+    @property
     def coverage(self) -> Path:
         return self.path / "coverage.json"
 

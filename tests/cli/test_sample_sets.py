@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qncd_cli.stages.evaluate import read_set
 
 SAMPLES = Path("runs/tiny/samples")
-EVAL = ("eval", "--network", "fashion", "--reference", "reference")
+EVAL = ("eval", "--reference", "reference")
 
 
 @pytest.fixture

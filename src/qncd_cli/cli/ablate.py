@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,6 @@ def ablate(console: Console, options: AblateOptions) -> None:
     from ..stages import ablate as stage
     from ..stages.variants import variants
 
-    start = time.perf_counter()
     config = load_config(options.config_name, options.overrides)
     rows = variants(
         options.config_name,
@@ -74,7 +72,7 @@ def ablate(console: Console, options: AblateOptions) -> None:
         cells = [list(line.values()) for line in lines]
         console.table(list(lines[0]), cells, _caption(table), keys=2)
         explain(lines[0])
-        print(f"ablate: done in {time.perf_counter() - start:.1f} s, {page}")
+        print(f"ablate: done in {console.lap():.1f} s, {page}")
 
     console.result({**table, "run_dir": str(folder)}, render)
     settle(console, table["protocol"]["left_out"], wishes)

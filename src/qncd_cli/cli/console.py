@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import click
 
 from ..errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, QncdError
 from ..vocabulary import is_number, number
+from .process import begun
 from .progress import Bars, lines
 
 T = TypeVar("T")
@@ -93,10 +95,16 @@ def _fail(line: str, code: int) -> None:
 
 
 class Console:
-    """One command's output. as_json: one JSON object on stdout and nothing else there."""
+    """One command's output. as_json: one JSON object on stdout and nothing else there.
+
+    announced: whether somebody has said already what is done and why.
+    """
+
+    announced = False
 
     def __init__(self, as_json: bool = False):
         self.as_json = as_json
+        self._lap = begun()
         self._bars = Bars()
 
     def track(
@@ -106,6 +114,11 @@ class Console:
         if not sys.stderr.isatty():
             return lines(items, description, total, unit, self.note)
         return self._bars.track(items, description, total, unit)
+
+    def lap(self) -> float:
+        """Seconds since the last call, at first since the command began, imports included."""
+        last, self._lap = self._lap, time.perf_counter()
+        return self._lap - last
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal, on stderr."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from ..vocabulary import megabytes
@@ -17,7 +16,6 @@ def convert(
     from ..models.saving import check_target, save_folder
 
     silence_diffusers()
-    start = time.perf_counter()
     folder = Path(out)
     check_target(folder, force=force)
     pipeline = compvis_pipeline(checkpoint, config, tokenizer)
@@ -33,7 +31,7 @@ def convert(
         "pipeline": type(pipeline).__name__,
         "parameters": parameters,
         "bytes": size,
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": round(console.lap(), 2),
     }
 
     def render() -> None:

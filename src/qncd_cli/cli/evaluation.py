@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, artifacts
+from .. import __version__
+from ..artifact_files import read_stored
 from ..config import Config
 from ..config_files import load_config, parse_config
 from ..errors import ArtifactError
@@ -53,22 +53,22 @@ class EvalOptions:
 
 
 def evaluate(console: Console, options: EvalOptions) -> None:
+    run = find_run(options.run_dir) if options.images is None else None
     from ..stages import evaluate as stage
 
-    start = time.perf_counter()
-    if options.images is not None:
+    if run is None:
+        assert options.images is not None
         protocol = protocol_of_images(options.wishes)
         metrics = stage.images_only(Path(options.images), protocol, console.track)
         title = f"{metrics['protocol']['num_samples']} images"
         console.result(metrics, lambda: render(console, metrics, title))
         settle(console, metrics["protocol"]["left_out"], options.wishes)
         return
-    run = find_run(options.run_dir)
     config = load_config(str(run.config))
     protocol = protocol_of(options.wishes, config)
     quantized_set = stage.read_set(run.samples(options.name))
     made_from = quantized_set.manifest["digests"].get("quantized")
-    if made_from not in (None, artifacts.read(run.tensors("quantized"), "quantized").digest):
+    if made_from not in (None, read_stored(run.tensors("quantized"), "quantized").digest):
         raise ArtifactError(
             f"{quantized_set.folder}: sampled from another quantized model than this run's",
             'repeat "qncd sample" with --force',
@@ -102,7 +102,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
 
     def show() -> None:
         render(console, metrics, f"{metrics['protocol']['num_samples']} samples, same seeds")
-        print(f"eval: done in {time.perf_counter() - start:.1f} s, {report_path}")
+        print(f"eval: done in {console.lap():.1f} s, {report_path}")
 
     console.result({**metrics, "run_dir": str(run.path)}, show)
     settle(console, metrics["protocol"]["left_out"], options.wishes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 from .. import artifacts
@@ -27,7 +26,6 @@ def export_graph(
     """The denoiser alone, as a graph of ONNX or OpenVINO."""
     from ..stages import export_graph as stage
 
-    start = time.perf_counter()
     stage.require(target)
     folder = Path(out)
     check_folder(folder, stage.INDEX, "folder with an exported graph", force=force)
@@ -62,7 +60,7 @@ def export_graph(
         "products": products,
         "agreement": agreement,
         "python": lines,
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": round(console.lap(), 2),
     }
 
     psnr = agreement["psnr_db"]
@@ -93,7 +91,6 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     from ..sampling.samplers import make_scheduler
 
     silence_diffusers()
-    start = time.perf_counter()
     run, folder = find_run(run_dir), Path(out)
     config = load_config(str(run.config))
     check_target(folder, force=force)
@@ -118,7 +115,7 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
         "pipeline": type(pipeline).__name__,
         "bytes": size,
         "python": lines,
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": round(console.lap(), 2),
     }
     said = usage.said(folder, type(pipeline).__name__, size, lines)
     console.result(payload, lambda: print(said, end=""))

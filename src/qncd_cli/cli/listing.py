@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import artifacts
+from ..artifact_files import read_stored
 from ..config_files import load_config, shipped_configs
 from ..presets import PRESETS
 from ..vocabulary import megabytes
@@ -12,10 +12,10 @@ from .console import Console
 
 
 def inspect(console: Console, file: str) -> None:
-    artifact = artifacts.read(Path(file))
+    artifact = read_stored(Path(file))
     tensors = {
-        name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
-        for name, t in artifact.tensors.items()
+        name: {"dtype": type_.removeprefix("torch."), "shape": list(shape)}
+        for name, (type_, shape) in sorted(artifact.tensors.items())
     }
     payload = {
         "kind": artifact.kind,

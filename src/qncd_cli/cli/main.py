@@ -152,11 +152,7 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
     help="Keep weights packed and unpack each layer's at every call: the same images, more slowly.",
 )
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
-@click.option(
-    "--name",
-    metavar="NAME",
-    help="Name of the sample set (default: quantized, full, full_compiled).",
-)
+@options.set_name("Name of the sample set (default: quantized, full, full_compiled).")
 @options.overrides
 @options.run_dir
 @options.device
@@ -165,13 +161,9 @@ def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
 @options.json_output
 def sample(**options):
     """Draw images from the quantized model; a repeated command resumes."""
-    from . import commands
     from . import plan as planning
+    from . import sampling
 
-    name = options["name"]
-    if name is not None and (name.startswith(".") or "/" in name or not name):
-        hint = "a plain name without /, not starting with a dot"
-        raise click.BadParameter(hint, param_hint="--name")
     console = Console(options.pop("as_json"))
     options.pop("debug")
     plan = options.pop("plan")
@@ -185,8 +177,8 @@ def sample(**options):
     if options["low_memory"] and any(others.values()):
         other = next(name for name, given in others.items() if given)
         raise click.UsageError(f"--low-memory is about packed weights: leave it or {other} out")
-    draw = planning.of_samples if plan else commands.sample
-    draw(console, commands.SampleOptions(**options))
+    draw = planning.of_samples if plan else sampling.sample
+    draw(console, sampling.SampleOptions(**options))
 
 
 @cli.command(
@@ -202,7 +194,7 @@ def sample(**options):
     help="Measure these images instead of the run's samples: a folder with its sub-folders, or"
     " arr_0 of an .npz.",
 )
-@click.option("--name", default="quantized", show_default=True, help="Which sample set.")
+@options.set_name("Which sample set.", "quantized")
 @options.run_dir
 @options.device
 @options.json_output
@@ -232,6 +224,7 @@ def evaluate(**options):
 @options.overrides
 @options.sampling
 @options.metrics
+@options.set_name("Name of the sample set.", "quantized")
 @options.run_dir
 @options.device
 @options.force("Redo every stage.")

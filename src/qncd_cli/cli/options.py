@@ -129,6 +129,24 @@ def sampling(command: Command) -> Command:
     return command
 
 
+def set_name(what: str, default: str | None = None) -> Callable[[Command], Command]:
+    return click.option(
+        "--name",
+        metavar="NAME",
+        default=default,
+        show_default=default is not None,
+        callback=_plain,
+        help=what,
+    )
+
+
+def _plain(context: click.Context, option: click.Parameter, name: str | None) -> str | None:
+    """A name for a folder in the run's. Raises BadParameter for one that leads out of it."""
+    if name is not None and (name.startswith(".") or "/" in name or not name):
+        raise click.BadParameter("a plain name without /, not starting with a dot")
+    return name
+
+
 def batch_size(command: Command) -> Command:
     return click.option(
         "--batch-size",

@@ -13,9 +13,9 @@ from ..config_files import load_config
 from ..errors import ModelError
 from ..run_dir import RunDir, find_run
 from ..vocabulary import megabytes
-from .commands import DEFAULT_NUM, SampleOptions, sampling_config
 from .console import Console
 from .progress import duration
+from .sampling import DEFAULT_NUM, SampleOptions, sampling_config
 from .shared import silence_diffusers
 from .wanted import Wanted
 

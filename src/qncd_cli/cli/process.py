@@ -11,11 +11,20 @@ import atexit
 import gc
 import os
 import sys
+import time
 from collections.abc import Callable
 
 RARELY = 1000
 """Collections of the middle generation before one of all objects; usually 10."""
 _usual = gc.get_threshold()
+_imported = time.perf_counter()
+_alone = False
+
+
+def begun() -> float:
+    """When the command began, on the clock of time.perf_counter: with the process, where that runs
+    no other."""
+    return _imported if _alone else time.perf_counter()
 
 
 def run_alone(command: Callable[[], object]) -> None:
@@ -24,6 +33,8 @@ def run_alone(command: Callable[[], object]) -> None:
     Its handlers of `atexit` are called as ever; what is skipped after them is that the interpreter
     takes itself apart. Where the command ends otherwise, so does the process.
     """
+    global _alone
+    _alone = True
     code: list[int] = []
     atexit.register(_leave, code)  # the first to be registered is the last to be called
     gc.set_threshold(*_usual[:2], RARELY)

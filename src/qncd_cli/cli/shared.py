@@ -9,8 +9,13 @@ from typing import Any
 import click
 
 from ..config import Config
+from ..run_dir import RunDir
+from ..vocabulary import phrase
 from .console import Console
 from .process import collect_as_usual
+
+UNSAID = ("because", "keys")
+"""Of a stage's payload, what was said before it began."""
 
 
 def open_model(config: Config, device: str = "auto", folder: Path | None = None) -> Any:
@@ -69,3 +74,17 @@ def silence_diffusers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def done(console: Console, stage: str, run: RunDir, **more: Any) -> None:
+    """The result of a stage that ended."""
+    seconds = console.lap()
+    payload = {"stage": stage, "run_dir": str(run.path), "seconds": round(seconds, 2), **more}
+    more = {k: v for k, v in more.items() if k not in UNSAID}
+
+    def render() -> None:
+        what = "unchanged, skipped" if more.get("skipped") else f"done in {seconds:.1f} s"
+        details = [phrase(k, v) for k, v in more.items() if k != "skipped"]
+        print(f"{stage}: {what}" + (f" ({', '.join(details)})" if details else ""))
+
+    console.result(payload, render)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ModelError
+from ..file_stamps import remembered
+from ..model_card import folder_of
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors")
 SUFFIXES = (".json", ".safetensors", ".bin")
@@ -23,14 +25,38 @@ RANDOM_SEED = 0
 """Of the weights of random models."""
 
 
+def known_digest(
+    source: str, compvis_config: str | None = None, tokenizer: str | None = None
+) -> str | None:
+    """The digest that a model has once it is loaded; None where only loading it tells.
+
+    Raises ModelError for files that cannot be read.
+    """
+    if source.startswith("random:"):
+        return random_digest(source)
+    if is_checkpoint(source):
+        try:
+            return checkpoint_digest(source, compvis_config, tokenizer)
+        except OSError:
+            return None  # loading says which file, and what to do
+    folder = folder_of(source)
+    return folder_digest(folder) if folder is not None else None
+
+
 def folder_digest(folder: Path) -> str:
     """First 16 hex digits of a SHA-256 over names and contents of the pipeline's files.
 
     Links are followed: what lies behind them counts as if it lay in the folder.
     Raises ModelError for a file that cannot be read, such as a link to nothing.
     """
+    files = sorted(files_below(folder))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    return remembered(f"model {names}", files, lambda: _folder_digest(folder, files))
+
+
+def _folder_digest(folder: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(files_below(folder)):
+    for path in files:
         digest.update(os.fsencode(path.relative_to(folder).as_posix()))
         try:
             with path.open("rb") as file:
@@ -91,11 +117,16 @@ def checkpoint_digest(checkpoint: str, compvis_config: str | None, tokenizer: st
 
     Raises OSError where one of them cannot be read.
     """
-    digest = hashlib.sha256()
-    for path in checkpoint_files(checkpoint, compvis_config, tokenizer):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
+    files = checkpoint_files(checkpoint, compvis_config, tokenizer)
+
+    def compute() -> str:
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    return remembered("checkpoint", files, compute)
 
 
 def random_digest(source: str) -> str:

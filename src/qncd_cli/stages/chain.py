@@ -11,26 +11,16 @@ from pathlib import Path
 from .. import artifacts
 from ..artifacts import Artifact
 from ..config import Config
-from ..errors import ArtifactError
 from ..files import remove_temporaries, write_json
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
 from ..run_dir import RunDir
 from . import calibrate as calibrate_stage
+from . import fresh
 from . import quantize as quantize_stage
 from . import sample as sample_stage
 from .evidence import explained
 from .subject import full_precision
-
-
-def up_to_date(path: Path, kind: str, config: str, model: str) -> Artifact | None:
-    """The artifact if it is sound and was made from just these inputs."""
-    try:
-        artifact = artifacts.read(path, kind)
-        artifacts.check_lineage(artifact, config=config, model=model)
-    except ArtifactError:
-        return None
-    return artifact
 
 
 def calibrate(
@@ -42,17 +32,17 @@ def calibrate(
     force: bool = False,
 ) -> tuple[Artifact, Artifact, bool]:
     """calibration, smoothing, and whether both were there already."""
-    digest = config.stage_digest("calibrate")
-    if not force:
-        smoothing = up_to_date(run.tensors("smoothing"), "smoothing", digest, model.digest)
-        calibration = up_to_date(run.tensors("calibration"), "calibration", digest, model.digest)
-        if smoothing and calibration:
-            return calibration, smoothing, True
+    if not force and fresh.calibrated(run, config, model.digest).holds:
+        kinds = ("calibration", "smoothing")
+        calibration, smoothing = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
+        return calibration, smoothing, True
     remove_temporaries(run.path)
     with explained(model):
         calibration, smoothing = calibrate_stage.run(config, model, track)
     smoothing = artifacts.write(run.tensors("smoothing"), smoothing)
-    return artifacts.write(run.tensors("calibration"), calibration), smoothing, False
+    calibration = artifacts.write(run.tensors("calibration"), calibration)
+    fresh.note_settings(run, "calibrate", config)
+    return calibration, smoothing, False
 
 
 def quantize(
@@ -67,7 +57,7 @@ def quantize(
 ) -> bool:
     """Write quantized, noise_stats and coverage; whether they were there already."""
     parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
-    if not force and _quantized(run, config, model.digest, parents):
+    if not force and fresh.quantized_from(run, config, model.digest, parents).holds:
         return True
     remove_temporaries(run.path)
     with explained(model):
@@ -75,17 +65,8 @@ def quantize(
     artifacts.write(run.tensors("quantized"), result.quantized)
     artifacts.write(run.tensors("noise_stats"), result.noise_stats)
     write_json(run.coverage, result.coverage)
+    fresh.note_settings(run, "quantize", config)
     return False
-
-
-def _quantized(run: RunDir, config: Config, model: str, parents: dict[str, str]) -> bool:
-    """Whether the stage's outputs are there and sound."""
-    digest = config.stage_digest("quantize")
-    quantized = up_to_date(run.tensors("quantized"), "quantized", digest, model)
-    noise = up_to_date(run.tensors("noise_stats"), "noise_stats", digest, model)
-    if quantized is None or noise is None or not run.coverage.is_file():
-        return False
-    return quantized.parents == parents and noise.parents == {"quantized": quantized.digest}
 
 
 def full_precision_samples(

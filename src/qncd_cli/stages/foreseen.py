@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..artifacts import KINDS, Artifact, description
+from ..artifacts import KINDS, Artifact, description, torch_type
 from ..config import Config
 from ..models.shapes import Shapes
 from ..models.smoothing_sites import smoothing_sites
@@ -190,7 +190,7 @@ def latents(shapes: Shapes, count: int, traced: int, steps: int) -> Artifact:
 
 def _blank(kind: str, body: dict[str, Any], parents: dict[str, str] | None = None) -> Artifact:
     tensors = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
-        for name, (dtype, shape) in KINDS[kind].layout(body).items()
+        name: torch.empty(shape, dtype=torch_type(type_), device="meta")
+        for name, (type_, shape) in KINDS[kind].layout(body).items()
     }
     return Artifact(kind, tensors, body, DIGEST, DIGEST, parents or {}, CONTENT)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifacts import KINDS, Artifact
+from ..artifacts import KINDS, Artifact, torch_type
 from ..config import Config
 from ..errors import ConfigError
 from ..models.loading import DiffusionModel
@@ -49,7 +49,10 @@ def measure_noise(
     except ConfigError as refused:
         body["refused"] = refused.message
         layout = KINDS["noise_stats"].layout(body)
-        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+        tensors = {
+            name: torch.zeros(shape, dtype=torch_type(type_))
+            for name, (type_, shape) in layout.items()
+        }
     else:
         tensors = _measure(config, model, quantized, scheduler, plan, track)
         body["steps"] = len(tensors["timesteps"])

@@ -1,0 +1,154 @@
+"""What a command says before it begins: which stages hold, and why others run again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from conftest import Qncd, save_tiny_pipeline
+
+RUN = "runs/tiny"
+NEAREST = ("--set", "quantization.weights.rounding=nearest")
+MEASURE = ("--reference", "reference")
+
+
+@pytest.fixture
+def work(sampled, tmp_path) -> Qncd:
+    """A copy of the sampled pipeline, with images for reference."""
+    runner = Qncd(shutil.copytree(sampled, tmp_path / "work"))
+    shutil.copytree(runner.folder / RUN / "samples/quantized", runner.folder / "reference")
+    return runner
+
+
+def snapshot(runner: Qncd) -> dict[str, bytes]:
+    root = runner.folder / "runs"
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+# ---- one stage ----------------------------------------------------------------------------------
+
+
+def test_a_changed_key_is_told_with_its_old_and_new_value(work):
+    result = work("quantize", *NEAREST)
+    why = "quantize: again, because quantization.weights.rounding: gptq -> nearest"
+    assert result.stderr.splitlines()[0] == why
+    assert work("quantize").stderr == ""
+    data = work("quantize", "--set", "quantization.weights.bits=8", "--json").data
+    assert data["because"] == "quantization.weights.bits: 4 -> 8"
+    assert data["keys"] == ["quantization.weights.bits: 4 -> 8"]
+
+
+def test_several_changed_keys_are_told_in_the_words_of_the_configuration(work):
+    changes = {"correction.intra": "smoothquant", "quantization.split_skip_connections": "false"}
+    overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]
+    result = work("calibrate", "--config", "tiny.yaml", *overrides)
+    why = result.stderr.splitlines()[0]
+    assert why.startswith("calibrate: again, because ")
+    assert "correction.intra: embedding -> smoothquant" in why
+    assert "quantization.split_skip_connections: true -> false" in why
+    assert "smoothing_strength" not in why  # it has not changed, it only begins to count
+
+
+def test_a_change_that_calibrate_took_in_is_told_by_quantize(work):
+    """config.yaml has the new value by then: what quantize was made with is noted."""
+    assert work("calibrate", "--config", "tiny.yaml", *NEAREST, "--json").data["skipped"] is True
+    why = "quantize: again, because quantization.weights.rounding: gptq -> nearest"
+    assert work("quantize").stderr.splitlines()[0] == why
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("quantized.safetensors", "quantized.safetensors: missing"),
+        ("noise_stats.safetensors", "noise_stats.safetensors: missing"),
+        ("coverage.json", "coverage.json is missing"),
+    ],
+)
+def test_a_missing_output_is_told(work, name, said):
+    (work.folder / RUN / name).unlink()
+    assert f"quantize: again, because {said}" in work("quantize").stderr
+
+
+def test_a_damaged_output_is_told(work):
+    path = work.folder / RUN / "calibration.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    line = work("calibrate", "--config", "tiny.yaml").stderr.splitlines()[0]
+    assert line.startswith("calibrate: again, because calibration.safetensors: truncated")
+
+
+def test_another_model_is_told(work, tmp_path):
+    save_tiny_pipeline(tmp_path / "other", seed=1)
+    change = ("--set", f"model.source={tmp_path / 'other'}")
+    line = work("calibrate", "--config", "tiny.yaml", *change).stderr.splitlines()[0]
+    assert "model.source: " in line
+    assert "the model's files changed" in line
+
+
+def test_settings_that_nobody_knows_any_more_are_admitted(work):
+    work("calibrate", "--config", "tiny.yaml", *NEAREST)
+    (work.folder / RUN / "settings.json").write_text("{")
+    line = work("quantize").stderr.splitlines()[0]
+    assert line == "quantize: again, because the configuration of quantize was another one"
+
+
+def test_a_first_run_and_an_unchanged_one_have_nothing_to_explain(qncd):
+    for _ in range(2):
+        result = qncd("calibrate", "--config", "tiny.yaml")
+        assert "again" not in result.stderr
+    assert result.stdout.startswith("calibrate: unchanged, skipped")
+    assert qncd("calibrate", "--config", "tiny.yaml", "--force", "--json").data["because"] == (
+        "--force says so"
+    )
+
+
+# ---- all four -----------------------------------------------------------------------------------
+
+
+def test_run_says_what_holds_before_it_begins(work):
+    (work.folder / RUN / "coverage.json").unlink()
+    options = ("--config", "tiny.yaml", "--num", "6", "--batch-size", "4", *MEASURE)
+    result = work("run", *options)
+    assert result.stderr.splitlines()[:2] == [
+        "calibrate: unchanged",
+        "quantize: again, because coverage.json is missing",
+    ]
+    assert "calibrate: unchanged, skipped" in result.stdout
+    assert "sample: unchanged, skipped" in result.stdout
+    data = work("run", *options, "--json").data
+    assert data["stages"]["calibrate"] == {"unchanged": True, "because": None, "keys": []}
+    assert data["stages"]["quantize"]["unchanged"] is True
+
+
+def test_run_refuses_a_set_of_other_settings_before_any_work_and_has_a_way_out(work):
+    options = ("run", "--config", "tiny.yaml", *NEAREST, "--num", "2", *MEASURE)
+    before = snapshot(work)
+    result = work(*options, ok=False)
+    assert result.exit_code == 4
+    line = result.stderr.splitlines()[-1]
+    assert "quantization.weights.rounding: gptq -> nearest" in line
+    assert "--force" in line
+    assert "--name NAME" in line
+    assert snapshot(work) == before
+    work(*options, "--name", "nearest")
+    after = snapshot(work)
+    for name in ("000000.png", "manifest.json"):
+        assert after[f"tiny/samples/quantized/{name}"] == before[f"tiny/samples/quantized/{name}"]
+    manifest = json.loads(after["tiny/samples/nearest/manifest.json"])
+    assert manifest["seeds"] == [0, 1]
+    assert "tiny/metrics_nearest.json" in after
+
+
+def test_sampling_into_a_set_of_other_settings_names_keys_and_values(work):
+    result = work("sample", "--num", "6", "--steps", "3", "--inter", "none", ok=False)
+    assert result.exit_code == 4
+    (line,) = result.stderr.strip().splitlines()
+    assert "sampling.steps: 4 -> 3" in line
+    assert "correction.inter.method: ptqd -> none" in line
+    assert "--name NAME" in line
+
+
+def test_a_set_of_another_quantization_is_named_so(work):
+    work("quantize", *NEAREST)
+    (line,) = work("sample", "--num", "6", ok=False).stderr.strip().splitlines()
+    assert "the quantized model: " in line
