@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,10 +90,12 @@ def snapshot(runner: Qncd) -> dict[str, bytes]:
 
 
 def one_line(result, code: int) -> str:
-    """The only line on stderr, but for the remark about the backend."""
+    """The only line on stderr, but for the remark about the backend, progress (of a slow machine),
+    and why a stage runs again."""
     assert result.exit_code == code, (result.stdout, result.stderr)
     lines = result.stderr.strip().splitlines()
-    (line,) = [line for line in lines if line and not line.startswith("backend ")]
+    beside = re.compile(r"backend |(?!Error)[\w ()]+: (\d+ |again, because )")
+    (line,) = [line for line in lines if line and not beside.match(line)]
     assert "Traceback" not in line
     return line
 

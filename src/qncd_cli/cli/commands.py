@@ -38,6 +38,7 @@ def calibrate(
     state = fresh.calibrated(run, config, digest) if digest is not None else None
     if state is not None and state.holds and not force:
         body, skipped = state.found["calibration"].body, True
+        fresh.note_settings(run, "calibrate", config)
     else:
         body, skipped = _calibrate(console, run, config, device, state, force=force)
     _keep_config(run, config)
@@ -88,7 +89,9 @@ def quantize(
     states.check_parents(run, config, digest)
     state = fresh.of_run(run, config, digest)[1] if digest is not None else None
     skipped = state is not None and state.holds and not force
-    if not skipped:
+    if skipped:
+        fresh.note_settings(run, "quantize", config)
+    else:
         skipped = _quantize(console, run, config, device, state, force=force)
     if overrides:
         _keep_config(run, config)

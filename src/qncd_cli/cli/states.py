@@ -123,7 +123,7 @@ def plan(
     would not fit, before any work is done for it.
     """
     states = fresh.of_run(run, config, model)
-    for state in states:
+    for state in (s for s in states if not s.new):  # a first time needs no reason
         console.note(state.sentence() if not force else f"{state.stage}: again, because {FORCED}")
     changed = _once(key for state in states for key in state.changed)
     if changed and not force and set_files.begun(sampled) is not None:

@@ -35,6 +35,7 @@ def calibrate(
     if not force and fresh.calibrated(run, config, model.digest).holds:
         kinds = ("calibration", "smoothing")
         calibration, smoothing = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
+        fresh.note_settings(run, "calibrate", config)
         return calibration, smoothing, True
     remove_temporaries(run.path)
     with explained(model):
@@ -58,6 +59,7 @@ def quantize(
     """Write quantized, noise_stats and coverage; whether they were there already."""
     parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
     if not force and fresh.quantized_from(run, config, model.digest, parents).holds:
+        fresh.note_settings(run, "quantize", config)
         return True
     remove_temporaries(run.path)
     with explained(model):

@@ -168,9 +168,11 @@ def _settings(run: RunDir, stage: Stage, digest: str) -> dict[str, Any] | None:
 
 
 def note_settings(run: RunDir, stage: Stage, config: Config) -> None:
-    """Keep what decided a stage that was just made, so that a later change can be told."""
+    """Keep what decided a stage that was made or still holds: a later change can be told then."""
     noted = {"digest": config.stage_digest(stage), "inputs": config.stage_inputs(stage)}
-    write_json(run.settings, {**_noted(run.settings), stage: noted})
+    known = _noted(run.settings)
+    if known.get(stage) != noted:
+        write_json(run.settings, {**known, stage: noted})
 
 
 def _noted(path: Path) -> dict[str, Any]:
