@@ -154,6 +154,7 @@ def test_four_commands_from_an_empty_folder_are_what_run_does(tmp_path, tiny_mod
         "tiny/coverage.json",
         "tiny/metrics.json",
         "tiny/report.html",
+        "tiny/settings.json",
         "tiny/samples/quantized/latents.safetensors",
         "tiny/samples/quantized/manifest.json",
         "tiny/samples/quantized_sheet.png",
