@@ -14,6 +14,7 @@ diffusers does. Corrections of the sampling loop are not part of a pipeline.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from torch import nn
 from . import artifacts
 from .artifacts import Artifact
 from .backends.base import AUTO, get_backend
-from .errors import ArtifactError, BackendUnavailable
+from .errors import ArtifactError, BackendUnavailable, ModelError
 from .models.calling import training_timestep
 from .models.pipelines import CLASS_CONDITIONAL
 from .quant.layers import CachedTimestepLayer, SteppedModule, StepState
@@ -70,6 +71,7 @@ class QncdQuantizer(DiffusersQuantizer):
         self.artifact: Artifact | None = None
         self.step = StepState()
         self.own: set[str] = set()  # names of what the artifact brought into the model
+        self.attention: dict[str, nn.Module] = {}  # processors of quantized attention by module
         self.moved: dict[str, str] = {}  # names of tensors that wrapping gave another name: theirs
 
     def install(self, model: nn.Module, artifact: Artifact) -> None:
@@ -83,6 +85,18 @@ class QncdQuantizer(DiffusersQuantizer):
         self.step = install(model, str(artifact.path), artifact, backend)
         own = [(n, m) for n, m in model.named_modules() if isinstance(m, SteppedModule)]
         self.own = {f"{name}.{buffer}" for name, m in own for buffer, _ in m.named_buffers()}
+        self.attention = self._protected(model, artifact)
+
+    def _protected(self, model: nn.Module, artifact: Artifact) -> dict[str, nn.Module]:
+        """The processors of quantized attention by module; other ones are refused from now on."""
+        found: dict[str, nn.Module] = {}
+        for name in artifact.body["attention"]:
+            module: Any = model.get_submodule(name)
+            found[name] = module.processor
+            module.set_processor = functools.partial(_keep_processor, name, module.processor)
+            if hasattr(module, "fuse_projections"):
+                module.fuse_projections = functools.partial(_keep_processor, name, None)
+        return found
 
     # ---- loading, in the order of the calls
 
@@ -117,6 +131,9 @@ class QncdQuantizer(DiffusersQuantizer):
     def _follow(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Tell the layers which timestep a call is at."""
         assert self.artifact is not None
+        for name, processor in self.attention.items():
+            if model.get_submodule(name).processor is not processor:
+                raise _undone(name)
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
         self.step.timestep = training_timestep(model, timestep)
         bounds = tuple(self.artifact.body["group_bounds"])
@@ -145,6 +162,20 @@ class QncdQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _keep_processor(name: str, own: nn.Module | None, processor: Any = None, **_: Any) -> None:
+    """In the place of a module's set_processor and fuse_projections. Raises ModelError."""
+    if own is None or processor is not own:
+        raise _undone(name)
+
+
+def _undone(name: str) -> ModelError:
+    return ModelError(
+        f"{name}: the products of attention are quantized, another processor would undo it",
+        "leave attention slicing, xformers, fused projections and other processors out, or load "
+        "the model that is not quantized",
+    )
 
 
 def _read(files: Sequence[Path]) -> Artifact:

@@ -282,6 +282,10 @@ def _load_pipeline(
         return pipeline
     except ModelError:
         raise
+    except ImportError as error:
+        raise ModelError(
+            f"{source}: cannot be loaded: {reason(error)}", "install that package"
+        ) from error
     except Exception as error:  # a broken folder fails in as many ways as it can be broken
         raise ModelError(
             f"{source}: cannot be loaded: {reason(error)}", "is the folder complete?"

@@ -9,13 +9,25 @@ from typing import Any
 import torch
 from diffusers import AutoModel
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, logging
+from diffusers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFETENSORS_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    logging,
+)
 from safetensors import safe_open
 from torch import nn
 
 from ..errors import ModelError
 from .calling import level
 from .weight_files import named, variant_of
+
+FORMATS = (
+    (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME),
+    (WEIGHTS_INDEX_NAME, WEIGHTS_NAME),
+)
+"""Index of the shards, and the file that holds all: in the order in which diffusers looks."""
 
 
 def save_denoiser(denoiser: Any, folder: Path) -> None:
@@ -83,13 +95,24 @@ def check_weights(part: Any, folder: Path) -> None:
 
 
 def _stored_names(folder: Path) -> list[str] | None:
-    """Of the tensors in the weights that are loaded; None: in another format."""
+    """Of the tensors in the weights that are loaded, as the files themselves say; None: in another
+    format."""
     variant = variant_of(folder)
-    index = folder / named(SAFE_WEIGHTS_INDEX_NAME, variant)
-    whole = folder / named(SAFETENSORS_WEIGHTS_NAME, variant)
-    if index.is_file():
-        return list(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not whole.is_file():
-        return None
-    with safe_open(whole, framework="pt") as file:
-        return list(file.keys())
+    for index_name, whole_name in FORMATS:
+        index, whole = (folder / named(name, variant) for name in (index_name, whole_name))
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [name for shard in sorted(shards) for name in _names_in(folder / shard)]
+        if whole.is_file():
+            return _names_in(whole)
+    return None
+
+
+def _names_in(path: Path) -> list[str]:
+    """Of the tensors in a weights file. Raises ModelError for one that is not there."""
+    if not path.is_file():
+        raise ModelError(f"{path}: is missing", "get the weights again")
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    return list(torch.load(path, map_location="meta", weights_only=True))

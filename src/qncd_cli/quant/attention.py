@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..errors import ModelError
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
 from .affine import QParams, choose_qparams, fake_quantize, round_to_codes
 from .layers import SteppedModule, StepState
@@ -245,7 +246,8 @@ class QuantizedAttnProcessor(AttentionProducts):
 class JointProcessor(ABC):
     """One of diffusers' processors of joint attention, `inner`, whose products `attend` computes.
 
-    attend: takes and gives what F.scaled_dot_product_attention does, which the processor calls.
+    attend: takes and gives what F.scaled_dot_product_attention does, which the processor calls;
+    ModelError where it does not, as with another attention backend.
     """
 
     inner: Any
@@ -273,8 +275,15 @@ class JointProcessor(ABC):
             "image_rotary_emb": image_rotary_emb,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        with InsteadOfAttention(self.attend):
-            return self.inner(attn, hidden_states, **given)
+        with InsteadOfAttention(self.attend) as instead:
+            result = self.inner(attn, hidden_states, **given)
+        if not instead.called:
+            raise ModelError(
+                f"{type(self.inner).__name__} computes attention by another backend than torch's "
+                "scaled_dot_product_attention, past what is quantized",
+                'take the attention backend "native"',
+            )
+        return result
 
 
 class QuantizedJointAttnProcessor(JointProcessor, AttentionProducts):
@@ -308,10 +317,13 @@ class InsteadOfAttention(TorchFunctionMode):
     def __init__(self, attend: Callable[..., Tensor]):
         super().__init__()
         self.attend = attend
+        self.called = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        called = self.attend if func is F.scaled_dot_product_attention else func
-        return called(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            self.called = True
+            func = self.attend
+        return func(*args, **(kwargs or {}))
 
 
 def _through(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
