@@ -1,4 +1,4 @@
-"""Whatever exchanges the attention of an exported pipeline is refused: it would not be quantized."""
+"""Whatever would exchange the quantized attention of an exported pipeline is refused."""
 
 from __future__ import annotations
 

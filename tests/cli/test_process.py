@@ -47,6 +47,7 @@ def test_an_error_that_nobody_expected_keeps_its_traceback():
 def test_all_objects_are_rarely_looked_through_until_everything_is_imported(monkeypatch):
     usual, seen = gc.get_threshold(), []
     monkeypatch.setattr(process.atexit, "register", lambda *handler: None)
+    monkeypatch.setattr(process.logging, "disable", lambda level: None)
     monkeypatch.setattr(process.gc, "freeze", lambda: seen.append("frozen"))
     process.collect_as_usual()  # in a process that is not alone
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 
 RARELY = 1000
@@ -35,6 +37,7 @@ def run_alone(command: Callable[[], object]) -> None:
     """
     global _alone
     _alone = True
+    _quiet_libraries()
     code: list[int] = []
     atexit.register(_leave, code)  # the first to be registered is the last to be called
     gc.set_threshold(*_usual[:2], RARELY)
@@ -44,6 +47,15 @@ def run_alone(command: Callable[[], object]) -> None:
         if isinstance(end.code, int):
             code.append(end.code)
         raise
+
+
+def _quiet_libraries() -> None:
+    """Warnings of torch, diffusers and others are for those who write programs: what they mean for
+    a command is said by its own lines. With --debug, or python's -W, they are heard."""
+    if "--debug" in sys.argv or sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
 
 
 def collect_as_usual() -> None:
