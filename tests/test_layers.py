@@ -62,6 +62,7 @@ SHARED = [
         "layer_error",
         "learn_block",
         "measure_noise",
+        "measured",
         "output_ranges",
         "plan",
         "probes",

@@ -152,3 +152,46 @@ def test_a_set_of_another_quantization_is_named_so(work):
     work("quantize", *NEAREST)
     (line,) = work("sample", "--num", "6", ok=False).stderr.strip().splitlines()
     assert "the quantized model: " in line
+
+
+# ---- eval ---------------------------------------------------------------------------------------
+
+
+def test_an_unchanged_evaluation_is_skipped_and_says_the_same(work):
+    first, second = (work("eval", *MEASURE) for _ in range(2))
+    assert "eval: done in" in first.stdout.splitlines()[-1]
+    assert second.stdout.splitlines()[-1].startswith("eval: unchanged, skipped, ")
+    assert second.stdout.splitlines()[:-1] == first.stdout.splitlines()[:-1]
+    assert second.stderr.splitlines()[-1:] == first.stderr.splitlines()[-1:]
+    before = work("eval", *MEASURE, "--json").data
+    stored = json.loads((work.folder / RUN / "metrics.json").read_text())
+    assert before == {**stored, "run_dir": RUN}
+
+
+@pytest.mark.parametrize(
+    "change", ["an image", "full precision", "the reference", "metrics.json", "report.html", "set"]
+)
+def test_whatever_a_number_depends_on_makes_eval_measure_again(work, change):
+    work("eval", *MEASURE)
+    paths = {
+        "an image": work.folder / RUN / "samples/quantized/000001.png",
+        "the reference": work.folder / "reference/000001.png",
+        "metrics.json": work.folder / RUN / "metrics.json",
+        "report.html": work.folder / RUN / "report.html",
+    }
+    if change == "full precision":
+        (path,) = (work.folder / "runs/full-precision").rglob("000001.png")
+        shutil.copy(path.with_name("000002.png"), path)
+    elif change == "set":
+        work("sample", "--num", "8", "--batch-size", "4")
+    elif change.endswith((".json", ".html")):
+        paths[change].unlink()
+    else:
+        shutil.copy(paths[change].with_name("000002.png"), paths[change])
+    assert "eval: done in" in work("eval", *MEASURE).stdout
+    assert "eval: unchanged, skipped" in work("eval", *MEASURE).stdout
+
+
+def test_other_wishes_are_measured(work):
+    work("eval", *MEASURE)
+    assert "eval: done in" in work("eval").stdout

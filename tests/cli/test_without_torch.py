@@ -62,6 +62,11 @@ def test_nothing_heavy_is_loaded_where_nothing_is_computed(work):
         " ".join(SAMPLE): (0, "sample: unchanged, skipped"),
         "sample --num 2": (0, "sample: unchanged, skipped"),
         "sample --num 6 --steps 3": (4, "sampling.steps: 4 -> 3"),
+        "eval --reference reference": (0, "eval: unchanged, skipped"),
+        "run --config tiny.yaml --num 6 --batch-size 4 --reference reference": (
+            0,
+            "eval: unchanged, skipped",
+        ),
         "models": (0, "fashion-ldm"),
         "compare runs/tiny": (0, "full precision"),
         "inspect runs/tiny/quantized.safetensors": (0, "conv_in.weight"),

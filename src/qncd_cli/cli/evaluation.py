@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from ..files import read_json, write_bytes, write_json
 from ..metrics.record import METRICS, differing
 from ..metrics.rows import OF_FIDELITY, POOLED
 from ..run_dir import RunDir, find_run
+from ..stages.measured import Measurement
 from ..vocabulary import IDENTICAL, MISSING, NUMBERS, cell, heading, interval
 from .console import Console, finite, keeping
 from .measuring import Wishes, explain, protocol_of, protocol_of_images, settle
 from .shared import open_model
+from .states import model_digest
 
 PARTS = {"protocol", "full", "quantized", "fidelity", "bytes"}
 """Of metrics.json."""
@@ -54,18 +56,24 @@ class EvalOptions:
 
 
 def evaluate(console: Console, options: EvalOptions) -> None:
-    run = find_run(options.run_dir) if options.images is None else None
-    from ..stages import evaluate as stage
+    if options.images is not None:
+        from ..stages import evaluate as stage
 
-    if run is None:
-        assert options.images is not None
         protocol = protocol_of_images(options.wishes)
         metrics = stage.images_only(Path(options.images), protocol, console.track)
         title = f"{metrics['protocol']['num_samples']} images"
         console.result(metrics, lambda: render(console, metrics, title))
         settle(console, metrics["protocol"]["left_out"], options.wishes)
         return
+    run = find_run(options.run_dir)
     config = load_config(str(run.config))
+    work = _measurement(run, config, options)
+    if work is not None and (found := work.still_holds()) is not None:
+        _show(console, run, found, f"eval: unchanged, skipped, {work.report}")
+        settle(console, found["protocol"]["left_out"], options.wishes)
+        return
+    from ..stages import evaluate as stage
+
     protocol = protocol_of(options.wishes, config)
     quantized_set = stage.read_set(run.samples(options.name))
     made_from = quantized_set.manifest["digests"].get("quantized")
@@ -83,9 +91,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
     full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
     coverage = read_json(run.coverage, "qncd quantize --force")
     sizes = stage.sizes(run.tensors("quantized"), coverage)
-    suffix = "" if options.name == "quantized" else f"_{options.name}"
-    report_path = run.report.with_name(f"report{suffix}.html")
-    metrics_path = run.metrics.with_name(f"metrics{suffix}.json")
+    metrics_path, report_path = _outputs(run, options.name)
     earlier = _earlier(metrics_path)
     with keeping("all images are kept, the same command measures them again"):
         metrics, report = stage.run(
@@ -100,13 +106,45 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         )
     write_json(metrics_path, finite(metrics))
     write_bytes(report_path, report.encode())
+    if work is not None:
+        work.note(full_set.folder)
+    _show(console, run, metrics, f"eval: done in {console.lap():.1f} s, {report_path}")
+    settle(console, metrics["protocol"]["left_out"], options.wishes)
 
+
+def _show(console: Console, run: RunDir, metrics: dict[str, Any], last: str) -> None:
     def show() -> None:
         render(console, metrics, f"{metrics['protocol']['num_samples']} samples, same seeds")
-        print(f"eval: done in {console.lap():.1f} s, {report_path}")
+        print(last)
 
     console.result({**metrics, "run_dir": str(run.path)}, show)
-    settle(console, metrics["protocol"]["left_out"], options.wishes)
+
+
+def _outputs(run: RunDir, name: str) -> tuple[Path, Path]:
+    """metrics.json and the report of a sample set."""
+    suffix = "" if name == "quantized" else f"_{name}"
+    metrics, report = f"metrics{suffix}.json", f"report{suffix}.html"
+    return run.metrics.with_name(metrics), run.report.with_name(report)
+
+
+def _measurement(run: RunDir, config: Config, options: EvalOptions) -> Measurement | None:
+    """None where only loading the model tells which one it is."""
+    model, wishes = model_digest(config), options.wishes
+    if model is None:
+        return None
+    asked = {**asdict(wishes), "source": config.model.source, "config": config.to_yaml()}
+    weights = Path(wishes.inception_weights) if wishes.inception_weights else None
+    reference = wishes.reference or config.evaluation.reference
+    return Measurement(
+        run,
+        options.name,
+        asked,
+        model,
+        reference,
+        weights,
+        wishes.insists,
+        *_outputs(run, options.name),
+    )
 
 
 def _earlier(path: Path) -> dict[str, Any]:
