@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 from contextlib import redirect_stderr, redirect_stdout
 
+import diffusers_pipelines as tiny
 import pytest
+from conftest import Qncd, tiny_config
 from PIL import Image
 
 from qncd_cli.cli import progress
@@ -153,3 +155,13 @@ def test_the_pipeline_counts_what_it_does(qncd, monkeypatch):
     assert told["sampling 6 images (quantized)"] == "10 calls"  # the decoder's two, too
     assert told["extracting features"] == "6 images"
     assert told["bootstrapping the distance"] == "50 rounds"
+
+
+def test_encoding_prompts_counts_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "BRIEF", 0.0)
+    folder = tiny.save("StableDiffusionPipeline", tmp_path / "model")
+    prompts = [f"shoe {number}" for number in range(20)]
+    work = Qncd(tmp_path)
+    work.write_config(tiny_config(folder, sampling__prompts=prompts, sampling__guidance_scale=2.0))
+    told = work("calibrate", "--config", "tiny.yaml").stderr
+    assert "encoding prompts: 20 prompts in" in told

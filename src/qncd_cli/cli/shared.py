@@ -47,6 +47,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
         tell=partial(click.echo, err=True),
+        track=Console().track,
     )
 
 

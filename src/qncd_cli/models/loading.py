@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
+from ..progress import Track, no_progress
 from .adapters import ADAPTERS, Condition
 from .calling import check_inputs, level
 from .compvis import compvis_pipeline
@@ -104,6 +105,7 @@ def load_model(
     prompts: Prompts | None = None,
     cache: PromptCache | None = None,
     tell: Tell = untold,
+    track: Track = no_progress,
 ) -> DiffusionModel:
     """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
@@ -133,7 +135,7 @@ def load_model(
     if prompts is not None:
         refuse_distilled(pipeline, source)
     if prompts is not None and encoded is None:
-        encoded = encode(pipeline, prompts, tell)
+        encoded = encode(pipeline, prompts, tell, track)
         if cache is not None and path is not None:
             cache.write(path, encoded)
     if encoded is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..progress import Track, counted, no_progress
 from .prompt_length import Tell, check_lengths
 
 ENCODED_AT_ONCE = 16
@@ -77,17 +78,17 @@ def _denoiser(pipeline: Any) -> Any:
     return pipeline.components.get("transformer") or pipeline.unet
 
 
-def stable_diffusion_table(pipeline: Any, prompts: Prompts) -> Encoded:
+def stable_diffusion_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
     """Stable Diffusion 1.x and 2.x: encoder_hidden_states [P, L, C], and [1, L, C] negative."""
 
     def encode(texts: list[str]) -> Table:
         embeddings, _ = pipeline.encode_prompt(texts, pipeline.unet.device, 1, False)
         return {"encoder_hidden_states": embeddings}
 
-    return Encoded(_in_parts(encode, prompts.texts), encode([prompts.negative]))
+    return Encoded(_in_parts(encode, prompts.texts, track), encode([prompts.negative]))
 
 
-def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> Encoded:
+def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
     """SDXL: text_embeds [P, C'] and time_ids [P, 6] as well (arXiv 2307.01952, sec. 2.2).
 
     time_ids: original height and width, top and left of the crop, height and width of the image;
@@ -113,10 +114,10 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts) -> Encoded:
     if not prompts.negative and pipeline.config.force_zeros_for_empty_prompt:
         zeros = ("encoder_hidden_states", "text_embeds")
         negative |= {name: torch.zeros_like(negative[name]) for name in zeros}
-    return Encoded(_in_parts(encode, prompts.texts), negative)
+    return Encoded(_in_parts(encode, prompts.texts, track), negative)
 
 
-def pixart_table(pipeline: Any, prompts: Prompts) -> Encoded:
+def pixart_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
     """PixArt-alpha and -Sigma: T5's encoder_hidden_states [P, L, C] and their mask [P, L].
 
     The 1024-pixel models of alpha also take the image's size (arXiv 2310.00426, sec. 2.4).
@@ -138,10 +139,10 @@ def pixart_table(pipeline: Any, prompts: Prompts) -> Encoded:
             table["aspect_ratio"] = (size[:1] / size[1:]).expand(len(texts), -1)
         return table
 
-    return Encoded(_in_parts(encode, prompts.texts), encode([prompts.negative]))
+    return Encoded(_in_parts(encode, prompts.texts, track), encode([prompts.negative]))
 
 
-def stable_diffusion_3_table(pipeline: Any, prompts: Prompts) -> Encoded:
+def stable_diffusion_3_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
     """SD3 and 3.5: encoder_hidden_states [P, L, C] of CLIP and T5, pooled_projections [P, C']."""
 
     def encode(texts: list[str]) -> Table:
@@ -150,10 +151,10 @@ def stable_diffusion_3_table(pipeline: Any, prompts: Prompts) -> Encoded:
         )
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
-    return Encoded(_in_parts(encode, prompts.texts), encode([prompts.negative]))
+    return Encoded(_in_parts(encode, prompts.texts, track), encode([prompts.negative]))
 
 
-def flux_table(pipeline: Any, prompts: Prompts) -> Encoded:
+def flux_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
     """FLUX: T5's encoder_hidden_states [P, L, C], CLIP's pooled_projections [P, C']."""
     if prompts.negative:
         raise ModelError(
@@ -164,14 +165,17 @@ def flux_table(pipeline: Any, prompts: Prompts) -> Encoded:
         embeddings, pooled, _ = pipeline.encode_prompt(texts, None, pipeline.transformer.device)
         return {"encoder_hidden_states": embeddings, "pooled_projections": pooled}
 
-    return Encoded(_in_parts(encode, prompts.texts), None)
+    return Encoded(_in_parts(encode, prompts.texts, track), None)
 
 
-def _in_parts(encode: Any, texts: tuple[str, ...]) -> Table:
-    parts = [
-        encode(list(texts[start : start + ENCODED_AT_ONCE]))
-        for start in range(0, len(texts), ENCODED_AT_ONCE)
-    ]
+def _in_parts(encode: Any, texts: tuple[str, ...], track: Track) -> Table:
+    starts = range(0, len(texts), ENCODED_AT_ONCE)
+    parts = []
+    for start, tick in counted(track, starts, "encoding prompts", len(texts), "prompts"):
+        some = list(texts[start : start + ENCODED_AT_ONCE])
+        parts.append(encode(some))
+        for _ in some:
+            tick()
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -206,10 +210,10 @@ TEXT_TABLES = {
 
 
 @torch.no_grad()
-def encode(pipeline: Any, prompts: Prompts, tell: Tell) -> Encoded:
+def encode(pipeline: Any, prompts: Prompts, tell: Tell, track: Track = no_progress) -> Encoded:
     """By the pipeline's own text encoders. tell: hears of prompts that are cut.
 
     Raises ModelError, and ConfigError for prompts that become the same by being cut.
     """
     check_lengths(pipeline, prompts.texts, prompts.negative, tell)
-    return TEXT_TABLES[type(pipeline).__name__](pipeline, prompts)
+    return TEXT_TABLES[type(pipeline).__name__](pipeline, prompts, track)
