@@ -153,6 +153,14 @@ class Console:
             click.echo(textwrap.fill(title, width, break_long_words=False))
         tables.show(tables.Grid(columns, cells, right, keys), width, sys.stdout)
 
+    def pairs(self, named: Sequence[tuple[str, Any]]) -> None:
+        """Names and values on stdout, a line each."""
+        from . import tables
+
+        width = shutil.get_terminal_size((120, 24)).columns
+        for line in tables.pairs([(name, show(value)) for name, value in named], width):
+            click.echo(line)
+
 
 def show(value: Any) -> str:
     """A value in a table: numbers as everywhere, text as it is."""

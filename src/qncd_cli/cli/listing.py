@@ -1,44 +1,13 @@
-"""The commands inspect and models: what there is."""
+"""The command models: what there is."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ..artifact_files import read_stored
 from ..config_files import load_config, shipped_configs
 from ..presets import PRESETS
 from ..vocabulary import megabytes
 from .console import Console
-
-
-def inspect(console: Console, file: str) -> None:
-    artifact = read_stored(Path(file))
-    tensors = {
-        name: {"dtype": type_.removeprefix("torch."), "shape": list(shape)}
-        for name, (type_, shape) in sorted(artifact.tensors.items())
-    }
-    payload = {
-        "kind": artifact.kind,
-        "digest": artifact.digest,
-        "config": artifact.config,
-        "model": artifact.model,
-        "parents": artifact.parents,
-        "body": artifact.body,
-        "tensors": tensors,
-    }
-
-    def render() -> None:
-        print(
-            f"{file}: {artifact.kind}, {megabytes(Path(file).stat().st_size)}, "
-            f"content {artifact.digest[:16]}"
-        )
-        print(f"model {artifact.model}, configuration {artifact.config or '-'}")
-        for name, digest in artifact.parents.items():
-            print(f"made from {name} {digest[:16]}")
-        rows = [[n, t["dtype"], str(t["shape"])] for n, t in tensors.items()]
-        console.table(["tensor", "dtype", "shape"], rows)
-
-    console.result(payload, render)
 
 
 def models(console: Console) -> None:

@@ -101,13 +101,18 @@ def arranged(grid: Grid, width: int) -> list[Grid] | None:
 
 def blocks(grid: Grid, width: int) -> Iterator[str]:
     """Lines of one block per row: its first cell, and below it every other with its name."""
-    names = max(map(len, grid.columns[1:]), default=0)
     for row in grid.rows:
         yield row[0]
-        for column, cell in zip(grid.columns[1:], row[1:], strict=True):
-            room = max(TEXT, width - names - 4)
-            for i, line in enumerate(_wrapped(cell, room)):
-                yield f"  {(column if i == 0 else ''):{names}}  {line}"
+        yield from pairs(list(zip(grid.columns[1:], row[1:], strict=True)), width)
+
+
+def pairs(named: Sequence[tuple[str, str]], width: int) -> Iterator[str]:
+    """Lines of names and, beside each, its value, wrapped at spaces."""
+    names = max((len(name) for name, _ in named), default=0)
+    room = max(TEXT, width - names - 4)
+    for name, value in named:
+        for i, line in enumerate(_wrapped(value, room)):
+            yield f"  {(name if i == 0 else ''):{names}}  {line}"
 
 
 def _wrapped(text: str, width: int) -> list[str]:

@@ -180,14 +180,22 @@ def bench(source, config_name, as_json, debug, **options):
     command.bench(Console(as_json), command.BenchOptions(source, config_name, **options))
 
 
-@click.command(epilog="\b\nExample:\n  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors")
-@click.argument("file", type=click.Path())
+@click.command(
+    epilog="\b\nExamples:\n  qncd inspect runs/fashion_ldm_w4a8\n"
+    "  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors --tensors"
+)
+@click.argument("path", type=click.Path())
+@click.option("--tensors", is_flag=True, help="List every tensor of an artifact.")
 @options.json_output
-def inspect(file, as_json, debug):
-    """What an artifact holds and where it comes from; checks it completely."""
-    from . import listing
+def inspect(path, tensors, as_json, debug):
+    """What a run or a file of one holds, where it comes from, what is stale.
 
-    listing.inspect(Console(as_json), file)
+    PATH: a run directory, whose stages are listed with what is stale; an artifact (.safetensors),
+    which is checked completely; or a JSON or YAML file of a run.
+    """
+    from . import inspecting
+
+    inspecting.inspect(Console(as_json), path, tensors=tensors)
 
 
 @click.command(epilog="\b\nExamples:\n  qncd models\n  qncd models --json")
