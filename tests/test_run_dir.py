@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qncd_cli.errors import ArtifactError
-from qncd_cli.run_dir import RunDir, find_run, set_current
+from qncd_cli.run_dir import RunDir, find_run, read_coverage, set_current
 
 
 def make_run(path: Path) -> RunDir:
@@ -53,3 +53,12 @@ def test_a_current_run_that_is_gone_is_named(tmp_path, monkeypatch):
 def test_a_run_that_is_not_there_is_named_with_the_command(tmp_path):
     with pytest.raises(ArtifactError, match=r"config\.yaml: missing .*--run-dir"):
         find_run(str(tmp_path / "no"))
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"layers": [], "macs": 3}'])
+def test_coverage_of_an_earlier_version_is_refused_with_the_command_that_mends_it(tmp_path, text):
+    path = tmp_path / "coverage.json"
+    path.write_text(text)
+    with pytest.raises(ArtifactError, match="earlier version") as refused:
+        read_coverage(path)
+    assert "qncd quantize --force" in refused.value.hint

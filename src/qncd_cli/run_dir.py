@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import ArtifactError
-from .files import write_bytes
+from .files import read_json, write_bytes
+
+COVERAGE_KEYS = {
+    *("layers", "macs", "bit_operations", "mean_weight_bits", "mean_input_bits"),
+    *("integer_macs_share", "average_weight_bits", "rest_bytes", "float_denoiser_bytes"),
+}
+"""Keys that every reader of coverage.json may ask for."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,21 @@ class RunDir:
 
     def samples(self, name: str) -> Path:
         return self.path / "samples" / name
+
+
+def read_coverage(path: Path, command: str = "qncd quantize --force") -> dict[str, Any]:
+    """coverage.json. Raises ArtifactError where it is missing, damaged or an earlier version's.
+
+    command: the one that writes a good one.
+    """
+    found = read_json(path, command)
+    known = found if isinstance(found, dict) else {}
+    lacking = sorted(COVERAGE_KEYS - known.keys())
+    if lacking:
+        raise ArtifactError(
+            f"{path}: without {lacking[0]}, as an earlier version wrote it", f'repeat "{command}"'
+        )
+    return known
 
 
 def _pointer() -> Path:

@@ -7,8 +7,8 @@ from typing import Any
 
 from ..config import Config
 from ..config_files import load_config
-from ..files import read_json, write_bytes
-from ..run_dir import RunDir, find_run, set_current
+from ..files import write_bytes
+from ..run_dir import RunDir, find_run, read_coverage, set_current
 from ..stages import fresh
 from ..stages.fresh import State
 from . import states
@@ -95,7 +95,7 @@ def quantize(
         skipped = _quantize(console, run, config, device, state, force=force)
     if overrides:
         _keep_config(run, config)
-    coverage = read_json(run.coverage, "qncd quantize --force")
+    coverage = read_coverage(run.coverage)
     artifact_bytes = run.tensors("quantized").stat().st_size
     size = artifact_bytes + coverage["rest_bytes"]
     done(

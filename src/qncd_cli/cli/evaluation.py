@@ -18,7 +18,7 @@ from ..errors import ArtifactError
 from ..files import read_json, write_bytes, write_json
 from ..metrics.record import METRICS, differing
 from ..metrics.rows import OF_FIDELITY, POOLED
-from ..run_dir import RunDir, find_run
+from ..run_dir import RunDir, find_run, read_coverage
 from ..stages.measured import Measurement
 from ..vocabulary import IDENTICAL, MISSING, NUMBERS, cell, heading, interval
 from .console import Console, finite, keeping
@@ -89,7 +89,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
             'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
         )
     full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
-    coverage = read_json(run.coverage, "qncd quantize --force")
+    coverage = read_coverage(run.coverage)
     sizes = stage.sizes(run.tensors("quantized"), coverage)
     metrics_path, report_path = _outputs(run, options.name)
     earlier = _earlier(metrics_path)

@@ -10,8 +10,7 @@ from typing import Any
 from ..config import Config
 from ..config_files import load_config, parse_config
 from ..errors import ConfigError
-from ..files import read_json
-from ..run_dir import RunDir, find_run
+from ..run_dir import RunDir, find_run, read_coverage
 from ..stages import set_files
 from ..stages.fresh import State
 from . import states
@@ -200,7 +199,7 @@ def _macs(run: RunDir, config: Config, model: Any, kind: str) -> int:
     from ..stages.assemble import denoiser_costs
 
     if kind == "quantized" or run.coverage.is_file():
-        return int(read_json(run.coverage, "qncd quantize --force")["macs"])
+        return int(read_coverage(run.coverage)["macs"])
     return sum(cost.macs for cost in denoiser_costs(config, model))
 
 

@@ -30,7 +30,7 @@ from ..files import read_json, write_json
 from ..metrics import ablation
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
-from ..run_dir import RunDir
+from ..run_dir import RunDir, read_coverage
 from ..sampling.noise import ranges
 from . import chain, fastest, graphs, set_files
 from . import evaluate as evaluate_stage
@@ -220,7 +220,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
     with _clock(seconds, "evaluate"):
         _, samples = evaluate_stage.matched(work.full.samples, evaluate_stage.read_set(folder))
         measured = evaluate_stage.measure_set(samples, work.protocol, work.track)
-        coverage = read_json(made.coverage, "qncd ablate")
+        coverage = read_coverage(made.coverage, "qncd ablate")
         sizes = evaluate_stage.sizes(made.tensors("quantized"), coverage)
         metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol, work.track)
     quantization = variant.config.quantization
@@ -257,7 +257,7 @@ def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
     noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
     subject = quantized(work.model, artifact, noise_stats, work.backend)
     folder = request.samples(variant)
-    macs = read_json(made.coverage, "qncd ablate")["macs"]
+    macs = read_coverage(made.coverage, "qncd ablate")["macs"]
     drawing = sample_stage.SampleRequest(folder, request.seeds(config), request.batch(macs))
     sample_stage.check(config, work.model, subject, drawing)
     begun = _manifest(folder)

@@ -17,7 +17,7 @@ from ..config_files import load_config
 from ..digests import differing
 from ..errors import ArtifactError, ConfigError
 from ..files import read_json, write_json
-from ..run_dir import RunDir
+from ..run_dir import RunDir, read_coverage
 
 Stage = Literal["calibrate", "quantize"]
 NAMES = {
@@ -95,7 +95,13 @@ def quantized_from(run: RunDir, config: Config, model: str, parents: dict[str, s
             return "calibrate is another one than it was made from"
         if found["noise_stats"].parents != {"quantized": found["quantized"].digest}:
             return "quantized and noise_stats do not belong together"
-        return "" if run.coverage.is_file() else f"{run.coverage.name} is missing"
+        if not run.coverage.is_file():
+            return f"{run.coverage.name} is missing"
+        try:
+            read_coverage(run.coverage)
+        except ArtifactError:
+            return f"{run.coverage.name} is damaged or an earlier version's"
+        return ""
 
     return _state(run, "quantize", ("quantized", "noise_stats"), config, model, linked)
 
