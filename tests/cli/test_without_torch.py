@@ -69,7 +69,7 @@ def test_nothing_heavy_is_loaded_where_nothing_is_computed(work):
         ),
         "models": (0, "fashion-ldm"),
         "compare runs/tiny": (0, "full precision"),
-        "inspect runs/tiny/quantized.safetensors": (0, "conv_in.weight"),
+        "inspect runs/tiny/quantized.safetensors": (0, "sound"),
         "inspect runs/tiny/config.yaml": (None, ""),
         "calibrate --config tiny.yaml --dry-run": (0, "scheduler: ddim"),
         "calibrate --config wrong.yaml": (3, "did you mean sampling.steps"),
