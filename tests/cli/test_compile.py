@@ -62,7 +62,7 @@ def test_a_graph_is_compiled_once_and_a_set_goes_on_as_it_began(own):
     assert sqnr_db(set_of(own, "eager part")[1], set_of(own, "part")[1]) > 30
     refused = own(*draw, "--no-compile", "--name", "graph", ok=False)
     assert refused.exit_code == 4
-    assert "other settings (different: compiled)" in refused.stderr
+    assert "other settings (compiled: true -> none)" in refused.stderr
 
 
 def test_without_a_compiler_only_a_wish_is_refused(own, monkeypatch):

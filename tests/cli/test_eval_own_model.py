@@ -104,7 +104,7 @@ def test_a_table_of_variants_needs_no_weights_either(qncd):
     assert found["feature_distance_to_full"] is found["feature_distance_to_reference"] is None
     assert found["psnr_median_db"] > 0
     assert "--inception-weights FILE" in one_line(result, 0)
-    assert qncd("ablate", "--config", "tiny.yaml", *row).stdout.count("minmax") == 2
+    assert qncd("ablate", "--config", "tiny.yaml", *row).stdout.count("minmax") >= 2
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ def test_inspect_shows_tensors_and_lineage(evaluated):
     assert data["tensors"]["conv_in.weight"] == {"dtype": "int8", "shape": [16, 27]}
     text = evaluated("inspect", path).stdout
     assert "quantized.safetensors: quantized" in text
-    assert "conv_in.weight_scale" in text
+    assert "conv_in.weight_scale" in evaluated("inspect", path, "--tensors").stdout
     assert data["digest"][:16] in text
 
 

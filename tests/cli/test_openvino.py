@@ -69,7 +69,7 @@ def test_a_set_goes_on_with_its_own_backend(exported, tmp_path):
     runner = Qncd(shutil.copytree(exported.folder, tmp_path / "own"))
     refused = runner("sample", "--num", "8", "--name", "graph", "--backend", "simulate", ok=False)
     assert refused.exit_code == 4
-    assert "different: backend" in refused.stderr
+    assert "backend: openvino -> simulate" in refused.stderr
     runner("sample", "--num", "8", "--batch-size", "4", "--name", "graph", "--backend", "openvino")
     assert torch.equal(set_of(runner, "graph")[1][:6], set_of(exported, "graph")[1])
 
@@ -120,7 +120,7 @@ def test_what_means_nothing_there_is_refused(own, option):
 
 def test_without_the_package_it_says_what_is_missing(own, monkeypatch):
     monkeypatch.setattr(runtimes, "why_missing", lambda packages: "openvino")
-    refused = own(*DRAW, ok=False)
+    refused = own(*DRAW, "--name", "fresh", ok=False)
     assert refused.exit_code == 6
     assert "the package openvino is not installed" in refused.stderr
     assert base.get_backend("auto").name != "openvino"
