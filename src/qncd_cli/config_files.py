@@ -27,7 +27,10 @@ DEFAULT_PRESET = "best"
 """Of a configuration that names none; null is none."""
 
 
-class _UniqueKeys(yaml.SafeLoader):
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads ten times faster
+
+
+class _UniqueKeys(_Loader):
     """Refuses a key that stands twice in a mapping, of which YAML keeps the last without a word."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

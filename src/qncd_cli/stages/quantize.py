@@ -236,8 +236,8 @@ def _round_weight(
         rounded = round_gptq(weight, spec, hessian)
         flat = weight.reshape(len(weight), -1)
         error = hessian_error(flat, rounded.codes.reshape(flat.shape), rounded.qparams, hessian)
-        power = float(((flat @ hessian) * flat).sum())
-        entry["relative_output_error"] = float(error.sum()) / power if power > 0 else 0.0
+        power = ((flat @ hessian) * flat).sum(1).sum()
+        entry["relative_output_error"] = float(error.sum() / power) if power > 0 else 0.0
     else:
         rounded = round_nearest(weight, spec)
     entry["rounding"] = "nearest" if hessian is None else "gptq"
