@@ -29,16 +29,16 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from qncd_cli.config.schema.loading import parse_config
 from torch import Tensor, nn
 
-from qncd_cli import files
+from qncd_cli.bench import rendering as benchmark
+from qncd_cli.bench import table as bench
+from qncd_cli.bench.row import Guest, Inputs, Row, parse_rows
 from qncd_cli.cli.console import Console, ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
-from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ConfigError
-from qncd_cli.metrics import benchmark
-from qncd_cli.stages import bench
-from qncd_cli.stages.bench_row import Guest, Inputs, Row, parse_rows
+from qncd_cli.store import files
 
 OURS = "float32-eager,bfloat16-compiled,int8-w4a8-bfloat16-compiled,openvino-w4a8-bfloat16"
 Call = Callable[[], Any]

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 
 import click
 import torch
+from qncd_cli.config.schema.loading import parse_config
+from qncd_cli.config.schema.schema import Config
 from torch import Tensor
 
+from qncd_cli.ablation.variants import parse_widths
 from qncd_cli.backends import int8
 from qncd_cli.backends.reference import simulate
+from qncd_cli.bench import table as bench
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
-from qncd_cli.config import Config
-from qncd_cli.config_files import parse_config
 from qncd_cli.errors import BackendUnavailable, ConfigError
 from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.stages import bench, calibrate, quantize
-from qncd_cli.stages.assemble import quantized_denoiser
-from qncd_cli.stages.variants import parse_widths
+from qncd_cli.runtime.denoiser import quantized_denoiser
+from qncd_cli.stages import calibrate, quantize
 
 ROWS = 2
 

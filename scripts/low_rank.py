@@ -18,26 +18,26 @@ from dataclasses import dataclass, replace
 
 import click
 import torch
+from qncd_cli.config.schema.loading import load_config
+from qncd_cli.config.schema.schema import Config
 from torch import Tensor
 
-from qncd_cli import artifacts
 from qncd_cli.backends.reference import simulate_with
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
-from qncd_cli.config import Config
-from qncd_cli.config_files import load_config
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import DiffusionModel
+from qncd_cli.ptq.hessians import collect_hessians
+from qncd_cli.ptq.layer_plan import plan_layers
+from qncd_cli.ptq.reconstruct import exact_weights, quantized_layers
+from qncd_cli.ptq.smoothing_choice import factors_of
 from qncd_cli.quant.affine import QParams
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.run_dir import find_run
+from qncd_cli.runtime.denoiser import Denoiser, full_denoiser, guided_predict, quantized_denoiser
 from qncd_cli.sampling.noise import chunks, generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
-from qncd_cli.stages.assemble import Denoiser, full_denoiser, guided_predict, quantized_denoiser
-from qncd_cli.stages.choose_smoothing import factors_of
-from qncd_cli.stages.hessians import collect_hessians
-from qncd_cli.stages.plan import plan_layers
-from qncd_cli.stages.reconstruct import exact_weights, quantized_layers
+from qncd_cli.store import artifacts
+from qncd_cli.store.run_dir import find_run
 
 BATCH = 16
 DAMPING = 1e-3

@@ -237,7 +237,8 @@ def minimal(tmp_path) -> str:
 
 def refused(minimal: str, *overrides: str) -> str:
     """The one line that the configuration is refused with."""
-    from qncd_cli.config_files import load_config
+    from qncd_cli.config.schema.loading import load_config
+
     from qncd_cli.errors import ConfigError
 
     with pytest.raises(ConfigError) as caught:
@@ -249,7 +250,8 @@ def refused(minimal: str, *overrides: str) -> str:
 @pytest.fixture(scope="session")
 def operators(tmp_path_factory):
     """torch.ops.qncd with the operators of graphs, compiled for this session."""
-    from qncd_cli.backends import graph, int8, native
+    from qncd_cli.backends import int8
+    from qncd_cli.backends.compiled import graph, native
 
     if why := int8.why_unavailable(torch.device("cpu")) or graph.why_unavailable():
         pytest.skip(why)

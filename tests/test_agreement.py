@@ -7,11 +7,11 @@ import layer_agreement
 import pytest
 import torch
 from click.testing import CliRunner
+from qncd_cli.config.schema.loading import parse_config
 
 from qncd_cli.backends import int8
-from qncd_cli.config_files import parse_config
+from qncd_cli.bench import table as bench
 from qncd_cli.models.loading import load_model
-from qncd_cli.stages import bench
 
 why = int8.why_unavailable(torch.device("cpu"))
 needs_int8 = pytest.mark.skipif(bool(why), reason=why)

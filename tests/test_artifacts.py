@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from qncd_cli import artifacts
-from qncd_cli.artifact_files import read_stored
-from qncd_cli.artifacts import Artifact
-from qncd_cli.digests import canonical_json
 from qncd_cli.errors import ArtifactError
-from qncd_cli.files import write_bytes
+from qncd_cli.store import artifacts
+from qncd_cli.store.artifact_files import read_stored
+from qncd_cli.store.artifacts import Artifact
+from qncd_cli.store.digests import canonical_json
+from qncd_cli.store.files import write_bytes
 
 LAYERS = {
     "conv_in": {"in_channels": 3, "chosen": "range@1", "clamped": 0, "shifted": True},

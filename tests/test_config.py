@@ -7,9 +7,8 @@ import copy
 import pytest
 from conftest import MODEL, refused
 from pydantic import ValidationError
-
-from qncd_cli.config import Config
-from qncd_cli.config_files import load_config, parse_config, shipped_configs
+from qncd_cli.config.schema.loading import load_config, parse_config, shipped_configs
+from qncd_cli.config.schema.schema import Config
 
 # ---- strictness ---------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qncd_cli.digests import differing, digest_of
+from qncd_cli.store.digests import differing, digest_of
 
 
 def test_digests_do_not_depend_on_the_order_of_keys():

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from qncd_cli import file_stamps
-from qncd_cli.file_stamps import remembered
+from qncd_cli.store import file_stamps
+from qncd_cli.store.file_stamps import remembered
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from qncd_cli import files
 from qncd_cli.errors import ArtifactError
+from qncd_cli.store import files
 
 # ---- atomic writing -----------------------------------------------------------------------------
 

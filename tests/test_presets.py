@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from qncd_cli.config.schema.loading import load_config
+from qncd_cli.config.schema.presets import PRESETS, merged
+from qncd_cli.config.schema.schema import Config
 
-from qncd_cli.config import Config
-from qncd_cli.config_files import load_config
 from qncd_cli.errors import ConfigError
-from qncd_cli.presets import PRESETS, merged
 
 NAMES = [
     "minmax",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qncd_cli.errors import ArtifactError
-from qncd_cli.run_dir import RunDir, find_run, read_coverage, set_current
+from qncd_cli.store.run_dir import RunDir, find_run, read_coverage, set_current
 
 
 def make_run(path: Path) -> RunDir:

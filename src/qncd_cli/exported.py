@@ -29,15 +29,15 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from safetensors import safe_open
 from torch import nn
 
-from . import artifacts
-from .artifacts import Artifact
 from .backends.base import AUTO, get_backend
 from .errors import ArtifactError, BackendUnavailable, ModelError
-from .models.calling import training_timestep
+from .models.call_signature import training_timestep
 from .models.pipelines import CLASS_CONDITIONAL
 from .quant.layers import CachedTimestepLayer, SteppedModule, StepState
 from .quant.packing import narrowed
-from .stages.assemble import install, install_time_cache, timestep_group
+from .runtime.denoiser import install, install_time_cache, timestep_group
+from .store import artifacts
+from .store.artifacts import Artifact
 
 PREFIX = "qncd."
 KEY = "qncd"

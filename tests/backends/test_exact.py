@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qncd_cli.config.schema.loading import parse_config
 from torch import nn
 
 from qncd_cli.backends import int8, reference
 from qncd_cli.backends.reference import simulate
-from qncd_cli.config_files import parse_config
+from qncd_cli.bench import table as bench
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.affine import choose_qparams
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
 from qncd_cli.quant.rounding import round_nearest
+from qncd_cli.runtime.denoiser import guided_predict, quantized_denoiser
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 from qncd_cli.spec import activation_spec, weight_spec
-from qncd_cli.stages import bench, calibrate, quantize
-from qncd_cli.stages.assemble import guided_predict, quantized_denoiser
+from qncd_cli.stages import calibrate, quantize
 
 why = int8.why_unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(why), reason=why)

@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from qncd_cli.backends import base, graph, int8, traced
+from qncd_cli.backends import base, int8
+from qncd_cli.backends.compiled import graph
+from qncd_cli.backends.compiled import ops as traced
 from qncd_cli.backends.reference import simulate
 from qncd_cli.errors import BackendUnavailable
 from qncd_cli.quant.affine import QParams, quantize, quantize_two_bytes, quantize_uint8

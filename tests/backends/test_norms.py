@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qncd_cli.backends.norms import group_norm
+from qncd_cli.backends.compiled.group_norm import group_norm
 
 
 @pytest.mark.parametrize("distance", [0.0, 30.0, 1000.0])

@@ -10,8 +10,10 @@ import torch
 from test_int8 import layer_of, random, relative
 from torch import Tensor, nn
 
-from qncd_cli.backends import int8, onnx_graph, runtimes
-from qncd_cli.backends.onnx_layers import Form
+from qncd_cli.backends import int8
+from qncd_cli.backends.onnx import graph as onnx_graph
+from qncd_cli.backends.onnx import runtimes
+from qncd_cli.backends.onnx.layers import Form
 from qncd_cli.backends.reference import simulate
 from qncd_cli.quant.affine import choose_qparams
 from qncd_cli.quant.attention import QuantizedAttnProcessor

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qncd_cli.backends import doubling, fusion, graph, int8, native, traced
+from qncd_cli.backends import int8
+from qncd_cli.backends.compiled import fusion, graph, native, upsampled_conv
+from qncd_cli.backends.compiled import ops as traced
 from qncd_cli.quant.attention import softmax_codes
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
@@ -168,7 +170,7 @@ def test_pixels_doubled_later_give_the_same_bits(operators, bits, zero_point, ac
     scale, zero = layer.input_scale, layer.input_zero_point.float()
     low, high = traced.codes(x, True, None, None, scale, zero, activation_bits)
     high = high if high.numel() else None
-    assert doubling.doubles(layer)
+    assert upsampled_conv.doubles(layer)
     found = operators.multiply(low, high, scale, zero, layer.bias, key, torch.float32, True)
     doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
     assert torch.equal(found, layer(doubled))
@@ -186,7 +188,7 @@ def test_pixels_doubled_later_give_the_same_bits(operators, bits, zero_point, ac
     ],
 )
 def test_other_layers_are_not_doubled_later(module, bits):
-    assert not doubling.doubles(quantized(module, bits))
+    assert not upsampled_conv.doubles(quantized(module, bits))
 
 
 class Block(nn.Module):

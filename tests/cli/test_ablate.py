@@ -13,8 +13,8 @@ import torch
 from conftest import Qncd, packaged, tiny_config
 from PIL import Image
 
+from qncd_cli.ablation.variants import parse_widths, variants
 from qncd_cli.errors import ConfigError
-from qncd_cli.stages.variants import parse_widths, variants
 
 TABLE = Path("runs/ablate_tiny")
 MEASURE = ("--num", "4", "--reference", "reference")

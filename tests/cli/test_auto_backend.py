@@ -11,7 +11,7 @@ from conftest import Qncd, tiny_config
 from safetensors.torch import load_file
 
 from qncd_cli.backends import int8
-from qncd_cli.stages import fastest
+from qncd_cli.runtime import auto_backend
 
 why = int8.why_unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(why), reason=why)
@@ -34,8 +34,8 @@ def timed(monkeypatch):
         calls.append(subject.backend.name)
         return {"int8": 2.0, "simulate": 1.0}[subject.backend.name]
 
-    monkeypatch.setattr(fastest, "WORTH_TIMING", 0)
-    monkeypatch.setattr(fastest, "_seconds", seconds)
+    monkeypatch.setattr(auto_backend, "WORTH_TIMING", 0)
+    monkeypatch.setattr(auto_backend, "_seconds", seconds)
     return calls
 
 
@@ -51,7 +51,7 @@ def line_of(said):
 
 
 def remembered(runner, *folder):
-    return runner.folder.joinpath(*(folder or RUN), "compiled", fastest.FILE)
+    return runner.folder.joinpath(*(folder or RUN), "compiled", auto_backend.FILE)
 
 
 def test_a_short_job_takes_the_first_and_measures_nothing(own):
@@ -143,7 +143,7 @@ def test_a_table_is_measured_once_for_all_its_rows(table, timed):
 
 def test_a_table_goes_on_with_the_backend_of_its_rows(table, timed, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(fastest, "WORTH_TIMING", 10**6)
+        patch.setattr(auto_backend, "WORTH_TIMING", 10**6)
         first = table(*TABLE, "minmax").data
     both = table(*TABLE, "minmax,minmax+ptqd").data
     assert both["rows"][0] == first["rows"][0]

@@ -10,9 +10,10 @@ import torch
 from conftest import Qncd, tiny_config
 from safetensors.torch import load_file
 
-from qncd_cli.backends import base, runtimes
+from qncd_cli.backends import base
+from qncd_cli.backends.onnx import runtimes
 from qncd_cli.metrics.tensor import sqnr_db
-from qncd_cli.stages import fastest
+from qncd_cli.runtime import auto_backend
 
 RUN = ("runs", "tiny")
 DRAW = ("sample", "--num", "6", "--batch-size", "4", "--backend", "openvino")
@@ -87,8 +88,8 @@ def test_in_bfloat16_a_kept_graph_draws_what_the_new_one_drew(tmp_path, tiny_mod
 def test_auto_tries_a_kept_graph_and_goes_on_with_it(exported, tmp_path, monkeypatch):
     runner = Qncd(shutil.copytree(exported.folder, tmp_path / "own"))
     seconds = {"int8": 3.0, "simulate": 2.0, "openvino": 1.0}
-    monkeypatch.setattr(fastest, "WORTH_TIMING", 0)
-    monkeypatch.setattr(fastest, "_seconds", lambda subject, _: seconds[subject.backend.name])
+    monkeypatch.setattr(auto_backend, "WORTH_TIMING", 0)
+    monkeypatch.setattr(auto_backend, "_seconds", lambda subject, _: seconds[subject.backend.name])
     draw = ("sample", "--batch-size", "4", "--name", "auto", "--num")
     said = runner(*draw, "6").stderr
     assert "backend openvino: " in said and "openvino 1" in said and "exporting" not in said
@@ -96,7 +97,7 @@ def test_auto_tries_a_kept_graph_and_goes_on_with_it(exported, tmp_path, monkeyp
     assert manifest["backend"] == "openvino"
     assert torch.equal(latents, set_of(exported, "graph")[1])
     seconds["openvino"] = 9.0
-    (runner.folder.joinpath(*RUN) / "compiled" / fastest.FILE).unlink()
+    (runner.folder.joinpath(*RUN) / "compiled" / auto_backend.FILE).unlink()
     assert "seconds a call" not in runner(*draw, "8").stderr  # a set is not asked again
     assert torch.equal(set_of(runner, "auto")[1][:6], latents)
 

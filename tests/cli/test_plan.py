@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import Qncd, tiny_config
 
-from qncd_cli.stages import forecast
+from qncd_cli.forecast import plan as forecast
 
 RUN = Path("runs/tiny")
 PLAN = ("calibrate", "--config", "tiny.yaml", "--plan")

@@ -9,12 +9,14 @@ import re
 import click
 import pytest
 
+from qncd_cli.ablation import rendering as ablation
+from qncd_cli.bench import rendering as benchmark
 from qncd_cli.cli import bench, evaluation, tables
 from qncd_cli.cli.console import Console
 from qncd_cli.cli.main import cli
 from qncd_cli.cli.tables import Grid
-from qncd_cli.metrics import ablation, benchmark, rows
-from qncd_cli.metrics.report import html_report
+from qncd_cli.metrics import rows
+from qncd_cli.report.page import html_report
 from qncd_cli.vocabulary import TERMS
 
 WIDTHS = [60, 80, 120]

@@ -8,18 +8,18 @@ import diffusers_pipelines as tiny
 import pytest
 import torch
 from conftest import Qncd, save_tiny_pipeline, tiny_config
+from qncd_cli.config.schema.schema import Config
 from safetensors.torch import load_file, save_file
 
-from qncd_cli.config import Config
 from qncd_cli.errors import ModelError, NotFinite
 from qncd_cli.models.adapters import to_uint8
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.text import Encoded, Prompts, check_encoded
-from qncd_cli.run_dir import RunDir
+from qncd_cli.runtime.sampled_model import full_precision
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
-from qncd_cli.stages import chain, sample
-from qncd_cli.stages.subject import full_precision
+from qncd_cli.stages import pipeline, sample
+from qncd_cli.store.run_dir import RunDir
 
 NAN, INF = float("nan"), float("inf")
 
@@ -87,7 +87,7 @@ def test_encoded_prompts_are_looked_at():
 
 def calibrated(model, tmp_path, **changes):
     config = Config.model_validate(tiny_config(model.source, **changes))
-    return chain.calibrate(RunDir(tmp_path / "run"), config, model)
+    return pipeline.calibrate(RunDir(tmp_path / "run"), config, model)
 
 
 def overflowing(folder, dtype):
@@ -177,7 +177,7 @@ def test_eval_takes_no_set_of_nan_for_identical(sampled, tmp_path):
     folder = next(work.folder.glob("runs/*/samples/quantized"))
     path = folder / "latents.safetensors"
     before = path.read_bytes()
-    from qncd_cli import artifacts
+    from qncd_cli.store import artifacts
 
     drawn = artifacts.read(path, "latents")
     tensors = {name: tensor.clone() for name, tensor in drawn.tensors.items()}

@@ -10,8 +10,8 @@ import torch
 import transformers
 from conftest import Qncd, tiny_config
 from diffusers import DiffusionPipeline
+from qncd_cli.config.schema.schema import Config
 
-from qncd_cli.config import Config
 from qncd_cli.errors import ArtifactError, ModelError
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.prompt_cache import PromptCache
@@ -25,10 +25,10 @@ from qncd_cli.models.topology import (
 )
 from qncd_cli.quant.attention import QuantizedJointAttnProcessor
 from qncd_cli.quant.layers import StepState
+from qncd_cli.runtime.denoiser import denoiser_costs, full_denoiser, guided_predict
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 from qncd_cli.spec import ATTENTION_OPERANDS
-from qncd_cli.stages.assemble import denoiser_costs, full_denoiser, guided_predict
 
 SEEDS, STEPS, GUIDANCE = [4, 5, 6], 3, 2.5
 FLOATS = ("float32", "bfloat16")

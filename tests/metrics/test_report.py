@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from qncd_cli.metrics.curve import line_chart, nice_ticks
-from qncd_cli.metrics.report import contact_sheet, html_report, markdown_table
+from qncd_cli.report.curve import line_chart, nice_ticks
+from qncd_cli.report.page import contact_sheet, html_report, markdown_table
 
 DISTANCE = {"network": "fashion-classifier", "name": "fd_fashion", "value": 1.25}
 METRICS = {

@@ -13,8 +13,8 @@ from conftest import Qncd, tiny_config
 from safetensors.torch import load_file, save_file
 
 from qncd_cli.errors import ConfigError, ModelError
+from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model, open_pipeline
-from qncd_cli.models.shapes import model_shapes
 from qncd_cli.models.text import Prompts
 from qncd_cli.models.weight_files import variant_of, variants, weight_files
 

@@ -15,9 +15,9 @@ from qncd_cli.models.pipelines import (
     ClassConditionalPixelPipeline,
 )
 from qncd_cli.models.random_models import RANDOM
+from qncd_cli.runtime.denoiser import full_denoiser, guided_predict
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
-from qncd_cli.stages.assemble import full_denoiser, guided_predict
 
 
 def test_labels_go_round_the_classes_by_seed(tiny_model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from qncd_cli.models.metering import metered, peak_bytes
+from qncd_cli.forecast.metering import metered, peak_bytes
 
 KIB = torch.Size((256,))  # of float32
 

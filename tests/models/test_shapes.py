@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 from compvis_trees import CIN256_V2
+from qncd_cli.config.schema.loading import parse_config
 
-from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ModelError
+from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model
-from qncd_cli.models.shapes import model_shapes
 from qncd_cli.models.text import Prompts
 from qncd_cli.models.topology import count_macs
-from qncd_cli.stages.assemble import denoiser_costs
+from qncd_cli.runtime.denoiser import denoiser_costs
 
 READ_TEXT = {**diffusers_pipelines.TEXT, **diffusers_pipelines.FLUX}
 TINY = {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from qncd_cli.quant.estimator_baseline import EstimatorBaseline
-from qncd_cli.quant.noise_correction import RuntimeCorrection
+from qncd_cli.correction.baseline import EstimatorBaseline
+from qncd_cli.correction.runtime import RuntimeCorrection
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 

@@ -29,7 +29,7 @@ def learn(x, weight, rounded, spec, iterations=300):
     unit = output_error(x, weight, rounded.codes, rounded, spec)
     target = F.linear(x, weight)
     curvature = x.square().mean(0).sum() / len(weight) * rounded.qparams.scale.square().sum()
-    strength = float(curvature / 8 / unit)  # of the squared error, see stages/learn_block.py
+    strength = float(curvature / 8 / unit)  # of the squared error, see ptq/learn_block.py
     optimizer = torch.optim.Adam([rounding.logits], lr=2e-2)
     for _ in range(iterations):
         share = rounding.up_share()

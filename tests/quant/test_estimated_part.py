@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from qncd_cli.correction.runtime import estimated_of, reduce_mean, renoise
 from qncd_cli.errors import ConfigError
-from qncd_cli.quant.noise_correction import estimated_of, reduce_mean, renoise
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generators_for
 

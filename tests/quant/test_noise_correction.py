@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from qncd_cli.errors import ConfigError
-from qncd_cli.quant.estimator_baseline import EstimatorBaseline, StepError, fit_gains
-from qncd_cli.quant.noise_correction import (
+from qncd_cli.correction.baseline import EstimatorBaseline, StepError, fit_gains
+from qncd_cli.correction.runtime import (
     SLOPE_RATIOS,
     contained_noise,
     reduce_mean,
@@ -18,6 +17,7 @@ from qncd_cli.quant.noise_correction import (
     slope,
     total_noise,
 )
+from qncd_cli.errors import ConfigError
 from qncd_cli.sampling.noise import generator_for, generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 

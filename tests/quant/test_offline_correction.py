@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qncd_cli.correction.offline import AffineCorrection, PtqdCorrection
+from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.errors import ConfigError
-from qncd_cli.quant.noise_statistics import NoiseStatistics
-from qncd_cli.quant.offline_correction import AffineCorrection, PtqdCorrection
 from qncd_cli.sampling.noise import generator_for
 
 from .analytic import BIAS, STEPS, distance, gaussian, sample

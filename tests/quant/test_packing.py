@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from qncd_cli.artifacts import packed_width
 from qncd_cli.quant.packing import narrowed, pack, unpack
+from qncd_cli.store.artifacts import packed_width
 
 STREAMED = [2, 3, 4, 5, 6, 7]
 WIDTHS = [*STREAMED, 8, 15]

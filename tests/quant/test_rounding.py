@@ -4,12 +4,7 @@ from torch import nn
 
 from qncd_cli.quant import rounding
 from qncd_cli.quant.affine import choose_qparams, dequantize, fake_quantize
-from qncd_cli.quant.gptq import (
-    HessianAccumulator,
-    conditional_variances,
-    gptq_codes,
-    input_vectors,
-)
+from qncd_cli.quant.gptq import HessianAccumulator, conditional_variances, gptq_codes, input_vectors
 from qncd_cli.quant.rounding import (
     hessian_error,
     minmax_weight_qparams,

@@ -6,9 +6,9 @@ import diffusers
 import pytest
 import torch
 
-from qncd_cli import scheduler_classes
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.zoo import zoo_path
+from qncd_cli.sampling import scheduler_classes
 from qncd_cli.sampling.levels import with_timesteps
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import SCHEDULERS, denoise, make_scheduler

@@ -12,11 +12,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from qncd_cli.correction.offline import AffineCorrection, PtqdCorrection
+from qncd_cli.correction.runtime import RuntimeCorrection
+from qncd_cli.correction.statistics import NoiseStatistics, timestep_key
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.schedule import FROM_ONE, shifted
-from qncd_cli.quant.noise_correction import RuntimeCorrection
-from qncd_cli.quant.noise_statistics import NoiseStatistics, timestep_key
-from qncd_cli.quant.offline_correction import AffineCorrection, PtqdCorrection
 from qncd_cli.sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler

@@ -10,11 +10,11 @@ import math
 import pytest
 import torch
 
+from qncd_cli.correction.baseline import EstimatorBaseline
+from qncd_cli.correction.offline import AffineCorrection, PtqdCorrection
+from qncd_cli.correction.runtime import RuntimeCorrection
+from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.errors import ConfigError
-from qncd_cli.quant.estimator_baseline import EstimatorBaseline
-from qncd_cli.quant.noise_correction import RuntimeCorrection
-from qncd_cli.quant.noise_statistics import NoiseStatistics
-from qncd_cli.quant.offline_correction import AffineCorrection, PtqdCorrection
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generator_for, generators_for
 from qncd_cli.sampling.parametrization import PARAMETRIZATIONS, to_corrected, with_corrected

@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from qncd_cli.correction.runtime import RuntimeCorrection
 from qncd_cli.errors import ConfigError
-from qncd_cli.quant.noise_correction import RuntimeCorrection
 from qncd_cli.sampling.levels import eps_coefficient, plan_steps, supports_variance_deduction
 from qncd_cli.sampling.noise import generators_for, initial_noise
 from qncd_cli.sampling.samplers import SCHEDULERS, denoise, make_scheduler

@@ -8,17 +8,18 @@ import pytest
 import torch
 from conftest import tiny_config
 from diffusers.models.attention_processor import AttnProcessor2_0
+from qncd_cli.config.schema.loading import parse_config
 
-from qncd_cli.artifacts import Artifact
-from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ArtifactError
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import attention_sites, capture_attention
+from qncd_cli.ptq.attention import operand_observers, quantize_attention
+from qncd_cli.ptq.coverage import coverage
 from qncd_cli.quant.attention import QuantizedAttnProcessor
 from qncd_cli.quant.layers import StepState
-from qncd_cli.stages.assemble import quantized_denoiser
-from qncd_cli.stages.attention import install_attention, operand_observers, quantize_attention
-from qncd_cli.stages.coverage import coverage
+from qncd_cli.runtime.denoiser import quantized_denoiser
+from qncd_cli.runtime.install import install_attention
+from qncd_cli.store.artifacts import Artifact
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 

@@ -8,19 +8,19 @@ import pytest
 import torch
 from conftest import save_tiny_pipeline
 from diffusers import UNet2DConditionModel
+from qncd_cli.config.schema.loading import parse_config
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qncd_cli.backends import int8
-from qncd_cli.backends.rates import probes
-from qncd_cli.config_files import parse_config
+from qncd_cli.backends.roofline import probes
+from qncd_cli.bench import table as bench
+from qncd_cli.bench.profile import KINDS, profiled
+from qncd_cli.bench.row import FACTS, Alone, Inputs, measure_alone, parse_rows
+from qncd_cli.bench.timing import spread
 from qncd_cli.errors import BackendUnavailable, ConfigError
+from qncd_cli.models.denoiser_folder import load_denoiser, save_denoiser
 from qncd_cli.models.loading import load_model
-from qncd_cli.models.stored import load_denoiser, save_denoiser
-from qncd_cli.stages import bench
-from qncd_cli.stages.bench_profile import KINDS, profiled
-from qncd_cli.stages.bench_row import FACTS, Alone, Inputs, measure_alone, parse_rows
-from qncd_cli.stages.bench_time import spread
 
 CPU = torch.device("cpu")
 needs_int8 = pytest.mark.skipif(

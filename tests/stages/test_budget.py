@@ -12,22 +12,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Qncd, tiny_config
+from qncd_cli.config.schema.loading import parse_config
+from qncd_cli.config.schema.schema import Config
 from torch import Tensor
 
-from qncd_cli import artifacts
-from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config
-from qncd_cli.config_files import parse_config
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.progress import no_progress
+from qncd_cli.ptq import bit_budget
+from qncd_cli.ptq.bit_budget import WIDTHS, allocate, probe_rows
+from qncd_cli.ptq.layer_plan import has_own_weight_bits, plan_layers
+from qncd_cli.ptq.smoothing_choice import factors_of
 from qncd_cli.quant.rounding import round_nearest
+from qncd_cli.runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser
 from qncd_cli.spec import weight_spec
-from qncd_cli.stages import budget, calibrate, quantize
-from qncd_cli.stages.assemble import Denoiser, full_denoiser, quantized_denoiser
-from qncd_cli.stages.budget import WIDTHS, allocate, probe_rows
-from qncd_cli.stages.choose_smoothing import factors_of
-from qncd_cli.stages.plan import has_own_weight_bits, plan_layers
+from qncd_cli.stages import calibrate, quantize
+from qncd_cli.store import artifacts
+from qncd_cli.store.artifacts import Artifact
 
 RUN = Path("runs/tiny")
 FIXED = {"*transformer_blocks*": {"weights": {"bits": 4}}}  # fewer layers to measure
@@ -69,7 +70,7 @@ def test_a_coarse_unit_keeps_the_limit_and_wastes_little(seed, monkeypatch):
     sizes, errors = random_instance(seed, layers=40)
     spare = cost(sizes, [WIDTHS[-1]] * len(sizes)) // 3
     exact = allocate(sizes, errors, spare)
-    monkeypatch.setattr(budget, "MAX_UNITS", 300)
+    monkeypatch.setattr(bit_budget, "MAX_UNITS", 300)
     unit = -(-spare // 300)
     found = allocate(sizes, errors, spare)
     assert cost(sizes, found) <= spare
@@ -237,7 +238,7 @@ def test_sensitivity_is_the_error_of_the_whole_denoiser(calibrated):
     config = calibrated.config()
     (plan,) = [p for p in plan_layers(config, calibrated.model.denoiser) if p.name == name]
     smoothing = factors_of(calibrated.smoothing)[name]
-    found = budget.measure_sensitivity(
+    found = bit_budget.measure_sensitivity(
         config, calibrated.model, calibrated.calibration, [plan], {name: smoothing}, no_progress
     )[name]
     full = calibrated.predictions(full_denoiser(calibrated.model)).double().flatten(1)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import parse_config
 from torch import nn
 
-from qncd_cli.artifacts import Artifact
-from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import skip_boundaries
 from qncd_cli.progress import no_progress
-from qncd_cli.stages.assemble import full_denoiser
+from qncd_cli.ptq.layer_plan import plan_layers
+from qncd_cli.ptq.smoothing_choice import Described, Factors, choose_factors, factors_of
+from qncd_cli.runtime.denoiser import full_denoiser
 from qncd_cli.stages.calibrate import sampler_timesteps
-from qncd_cli.stages.choose_smoothing import Described, Factors, choose_factors, factors_of
-from qncd_cli.stages.plan import plan_layers
+from qncd_cli.store.artifacts import Artifact
 
 
 @pytest.fixture(scope="module")

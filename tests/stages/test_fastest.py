@@ -8,16 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import parse_config
 
-from qncd_cli import artifacts
 from qncd_cli.backends import int8
 from qncd_cli.backends.base import AUTO, BACKENDS
-from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.stages import calibrate, fastest, quantize
-from qncd_cli.stages import subject as subjects
-from qncd_cli.stages.fastest import Place, chosen
+from qncd_cli.runtime import auto_backend
+from qncd_cli.runtime import sampled_model as subjects
+from qncd_cli.runtime.auto_backend import Place, chosen
+from qncd_cli.stages import calibrate, quantize
+from qncd_cli.store import artifacts
 
 CPU = torch.device("cpu")
 why = int8.why_unavailable(CPU)
@@ -52,14 +53,14 @@ class Auto:
         self.made, self.folder, self.said = made, folder, []
         self.timed = []
         self.monkeypatch = monkeypatch
-        monkeypatch.setattr(fastest, "WORTH_TIMING", 0)
-        seconds = fastest._seconds
+        monkeypatch.setattr(auto_backend, "WORTH_TIMING", 0)
+        seconds = auto_backend._seconds
 
         def watched(subject, inputs):
             self.timed.append(subject.backend.name)
             return seconds(subject, inputs)
 
-        monkeypatch.setattr(fastest, "_seconds", watched)
+        monkeypatch.setattr(auto_backend, "_seconds", watched)
 
     def pretend(self, **seconds):
         """What the next timings come to."""
@@ -68,7 +69,7 @@ class Auto:
             self.timed.append(subject.backend.name)
             return seconds[subject.backend.name]
 
-        self.monkeypatch.setattr(fastest, "_seconds", timed)
+        self.monkeypatch.setattr(auto_backend, "_seconds", timed)
 
     def subject(self, **options):
         _, model, artifact, noise_stats = self.made
@@ -84,7 +85,7 @@ class Auto:
 
     @property
     def file(self):
-        return self.folder / fastest.FILE
+        return self.folder / auto_backend.FILE
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def auto(made, tmp_path, monkeypatch):
 
 
 def call(made, subject):
-    x, t, condition = fastest._inputs(made[1], 3)
+    x, t, condition = auto_backend._inputs(made[1], 3)
     return subject.denoiser(x, t, condition)
 
 
@@ -142,15 +143,15 @@ def test_what_was_overtaken_lets_go_of_its_kernels_at_once(auto):
 
 
 def test_little_work_is_not_timed_but_follows_what_is_remembered(auto, monkeypatch):
-    monkeypatch.setattr(fastest, "WORTH_TIMING", 10**6)
+    monkeypatch.setattr(auto_backend, "WORTH_TIMING", 10**6)
     subject = auto()
     assert auto.timed == [] and not auto.file.exists()
     assert subject.backend.name == "int8"
     assert "too little work" in subject.backend.remark
-    monkeypatch.setattr(fastest, "WORTH_TIMING", 0)
+    monkeypatch.setattr(auto_backend, "WORTH_TIMING", 0)
     auto.pretend(int8=2.0, simulate=1.0)
     auto()
-    monkeypatch.setattr(fastest, "WORTH_TIMING", 10**6)
+    monkeypatch.setattr(auto_backend, "WORTH_TIMING", 10**6)
     assert auto().backend.name == "simulate"
     assert auto.timed == []
 
@@ -181,11 +182,11 @@ def test_another_machine_or_artifact_is_measured_for_itself(auto, monkeypatch):
     auto()
     auto(quantized="another")
     assert len(auto.timed) == 2
-    own = fastest.described()
-    monkeypatch.setattr(fastest, "described", lambda: {**own, "cpu": "another"})
+    own = auto_backend.described()
+    monkeypatch.setattr(auto_backend, "described", lambda: {**own, "cpu": "another"})
     auto()
     assert len(auto.timed) == 2
-    monkeypatch.setattr(fastest, "described", lambda: own)
+    monkeypatch.setattr(auto_backend, "described", lambda: own)
     auto()
     auto(quantized="another")
     assert auto.timed == []
@@ -210,7 +211,7 @@ def test_where_there_is_no_choice_nothing_is_timed(auto, monkeypatch):
     bool(BACKENDS["openvino"].why_unavailable(CPU)), reason="needs the extra openvino"
 )
 def test_a_graph_that_cannot_be_loaded_is_passed_over(auto):
-    graph = fastest.openvino_graph(auto.folder, auto.subject().digests)
+    graph = auto_backend.openvino_graph(auto.folder, auto.subject().digests)
     graph.parent.mkdir(parents=True)
     graph.write_text("<net")
     auto.pretend(int8=2.0, simulate=1.0)
@@ -239,11 +240,14 @@ def test_full_precision_has_no_backend(auto):
     ],
 )
 def test_a_set_goes_on_with_what_it_began_with(manifest, low_memory, backend):
-    assert fastest.of_set(AUTO, manifest, CPU, low_memory=low_memory) == backend
-    assert fastest.of_set("int8", manifest, CPU, low_memory=low_memory) == "int8"
+    assert auto_backend.of_set(AUTO, manifest, CPU, low_memory=low_memory) == backend
+    assert auto_backend.of_set("int8", manifest, CPU, low_memory=low_memory) == "int8"
 
 
 def test_a_set_of_a_backend_that_is_missing_here_is_not_gone_on_with(monkeypatch):
     monkeypatch.setenv(int8.SWITCH, "1")
-    assert fastest.of_set(AUTO, {"backend": "int8"}, CPU, low_memory=False) == AUTO
-    assert fastest.of_set(AUTO, {"backend": "int8"}, torch.device("cuda"), low_memory=False) == AUTO
+    assert auto_backend.of_set(AUTO, {"backend": "int8"}, CPU, low_memory=False) == AUTO
+    assert (
+        auto_backend.of_set(AUTO, {"backend": "int8"}, torch.device("cuda"), low_memory=False)
+        == AUTO
+    )

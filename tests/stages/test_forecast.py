@@ -9,18 +9,30 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import load_config
+from qncd_cli.config.schema.schema import Config
 
-from qncd_cli import artifacts
-from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config
-from qncd_cli.config_files import load_config
+from qncd_cli.forecast import (
+    activations as call_memory,
+)
+from qncd_cli.forecast import (
+    artifacts as foreseen,
+)
+from qncd_cli.forecast import (
+    memory as footprint,
+)
+from qncd_cli.forecast import (
+    plan as forecast,
+)
+from qncd_cli.forecast.memory import Foreseen, Machine
+from qncd_cli.forecast.shapes import Shapes, model_shapes
+from qncd_cli.lineage.sample_sets import default_batch
 from qncd_cli.models.loading import load_model
-from qncd_cli.models.shapes import Shapes, model_shapes
+from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.quant.affine import QParams
-from qncd_cli.stages import calibrate, call_memory, footprint, forecast, foreseen, quantize
-from qncd_cli.stages.footprint import Foreseen, Machine
-from qncd_cli.stages.plan import plan_layers
-from qncd_cli.stages.set_files import default_batch
+from qncd_cli.stages import calibrate, quantize
+from qncd_cli.store import artifacts
+from qncd_cli.store.artifacts import Artifact
 
 FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1}
 NEAREST = {"bits": 4, "rounding": "nearest"}

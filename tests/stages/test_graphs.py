@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import parse_config
 
-from qncd_cli.backends import graph, int8, native
-from qncd_cli.config_files import parse_config
+from qncd_cli.backends import int8
+from qncd_cli.backends.compiled import graph, native
 from qncd_cli.errors import ArtifactError, BackendUnavailable
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.stages import calibrate, graphs, quantize
-from qncd_cli.stages.assemble import quantized_denoiser
+from qncd_cli.runtime import compiled as graphs
+from qncd_cli.runtime.denoiser import quantized_denoiser
+from qncd_cli.stages import calibrate, quantize
 
 CPU = torch.device("cpu")
 DIGESTS = {"quantized": "a", "model": "b"}

@@ -8,18 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import parse_config
 
-from qncd_cli import artifacts
-from qncd_cli.config_files import parse_config
+from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import load_model
-from qncd_cli.quant.noise_statistics import NoiseStatistics
+from qncd_cli.runtime import sampled_model as subjects
+from qncd_cli.runtime.denoiser import guided_predict
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 from qncd_cli.stages import calibrate, quantize, sample
-from qncd_cli.stages import subject as subjects
-from qncd_cli.stages.assemble import guided_predict
+from qncd_cli.store import artifacts
 
 STEPS, GUIDANCE = 3, 2.0
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}

@@ -10,17 +10,20 @@ import pytest
 import torch
 from conftest import tiny_config
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from qncd_cli.config.schema.loading import parse_config
 
+from qncd_cli import machine
 from qncd_cli.backends import int8
-from qncd_cli.config_files import parse_config
+from qncd_cli.forecast import memory as footprint
+from qncd_cli.forecast.shapes import model_shapes
+from qncd_cli.machine import available_memory
 from qncd_cli.models.loading import load_model
-from qncd_cli.models.shapes import model_shapes
 from qncd_cli.models.topology import weight_layers
 from qncd_cli.progress import no_progress
+from qncd_cli.ptq import noise as measure_noise
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.stages import calibrate, footprint, machine, measure_noise, quantize
-from qncd_cli.stages.assemble import quantized_denoiser
-from qncd_cli.stages.machine import available_memory
+from qncd_cli.runtime.denoiser import quantized_denoiser
+from qncd_cli.stages import calibrate, quantize
 
 FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 2}
 NO_INT8 = int8.why_unavailable(torch.device("cpu"))

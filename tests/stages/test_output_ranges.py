@@ -7,27 +7,27 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import parse_config
+from qncd_cli.config.schema.schema import Config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qncd_cli import artifacts
-from qncd_cli.artifacts import Artifact
 from qncd_cli.backends import int8
-from qncd_cli.config import Config
-from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import load_model
+from qncd_cli.ptq.layer_plan import LayerPlan
+from qncd_cli.ptq.output_ranges import CLIP_WEIGHT, LayerOutput
+from qncd_cli.ptq.probes import Probe
 from qncd_cli.quant.affine import QParams, choose_qparams, fake_quantize
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.quant.observers import RangeObserver, choose_range
 from qncd_cli.quant.rounding import round_nearest
 from qncd_cli.quant.smoothing import SmoothingFactor, fold, smooth
+from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.spec import activation_spec, weight_spec
 from qncd_cli.stages import calibrate, quantize
-from qncd_cli.stages.assemble import quantized_denoiser
-from qncd_cli.stages.output_ranges import CLIP_WEIGHT, LayerOutput
-from qncd_cli.stages.plan import LayerPlan
-from qncd_cli.stages.probes import Probe
 from qncd_cli.stages.quantize import MARGIN, input_qparams
+from qncd_cli.store import artifacts
+from qncd_cli.store.artifacts import Artifact
 
 BOUNDS = (20.0, 10.0)
 TIMES = {0: 25.0, 1: 15.0, 2: 5.0}

@@ -8,20 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import parse_config
+from qncd_cli.config.schema.schema import Config
 from torch import nn
 
-from qncd_cli import artifacts
-from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config
-from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import reconstruction_blocks, weight_layers
 from qncd_cli.progress import no_progress
+from qncd_cli.ptq import learn_block, reconstruct
+from qncd_cli.ptq.block_calls import BlockCalls, CalibrationRows, record
 from qncd_cli.quant.packing import unpack
+from qncd_cli.runtime.denoiser import full_denoiser
 from qncd_cli.spec import weight_spec
-from qncd_cli.stages import calibrate, learn_block, quantize, reconstruct
-from qncd_cli.stages.assemble import full_denoiser
-from qncd_cli.stages.block_calls import BlockCalls, CalibrationRows, record
+from qncd_cli.stages import calibrate, quantize
+from qncd_cli.store import artifacts
+from qncd_cli.store.artifacts import Artifact
 
 RESNET = "down_blocks.1.resnets.0"
 TRANSFORMER = "down_blocks.1.attentions.0.transformer_blocks.0"

@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
+from qncd_cli.config.schema.loading import parse_config
+from qncd_cli.config.schema.schema import Config
 from torch import Tensor, nn
 
-from qncd_cli.artifacts import Artifact
-from qncd_cli.config import Config
-from qncd_cli.config_files import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
+from qncd_cli.ptq.extra_bits import ROWS_PER_STEP, Sensitivity, refine, sensitivity, spend
+from qncd_cli.ptq.layer_plan import LayerPlan, plan_layers
+from qncd_cli.ptq.smoothing_choice import Factors, factors_of
 from qncd_cli.quant.affine import QParams, fake_quantize
 from qncd_cli.quant.rounding import round_nearest
 from qncd_cli.quant.smoothing import fold, smooth
+from qncd_cli.runtime.denoiser import full_denoiser, guided_predict, timestep_group
 from qncd_cli.spec import activation_spec, weight_spec
 from qncd_cli.stages import calibrate
-from qncd_cli.stages.assemble import full_denoiser, guided_predict, timestep_group
-from qncd_cli.stages.choose_smoothing import Factors, factors_of
-from qncd_cli.stages.plan import LayerPlan, plan_layers
 from qncd_cli.stages.quantize import input_qparams
-from qncd_cli.stages.sensitivity import ROWS_PER_STEP, Sensitivity, refine, sensitivity, spend
+from qncd_cli.store.artifacts import Artifact
 
 ACTIVATION_BITS = 6
 

@@ -1,1 +1,4 @@
-"""What executes a quantized layer."""
+"""What computes quantized layers: the simulation, which is the oracle, and integer kernels.
+
+A backend knows layers, no models and no files.
+"""

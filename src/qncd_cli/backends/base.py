@@ -12,7 +12,8 @@ from torch import Tensor
 from ..errors import BackendUnavailable
 from ..quant.attention import Matmul
 from ..quant.layers import QuantizedLayer
-from . import int8, runtimes
+from . import int8
+from .onnx import runtimes
 from .reference import forget_weight, simulate
 
 

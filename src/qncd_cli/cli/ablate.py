@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config_files import load_config
-from ..files import write_bytes
+from ..config.loading import load_config
+from ..store.files import write_bytes
 from .console import Console, keeping
 from .measuring import Wishes, explain, protocol_of, settle
 from .shared import open_model
@@ -39,9 +39,9 @@ class AblateOptions:
 
 
 def ablate(console: Console, options: AblateOptions) -> None:
-    from ..metrics import ablation
-    from ..stages import ablate as stage
-    from ..stages.variants import variants
+    from ..ablation import rendering as ablation
+    from ..ablation import table as stage
+    from ..ablation.variants import variants
 
     config = load_config(options.config_name, options.overrides)
     rows = variants(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import files
-from ..config import Config
-from ..config_files import load_config, parse_config
+from ..config.loading import load_config, parse_config
+from ..config.schema import Config
+from ..store import files
 from .console import Console
 from .shared import open_model
 
@@ -31,9 +31,9 @@ class BenchOptions:
 
 
 def bench(console: Console, options: BenchOptions) -> None:
-    from ..metrics import benchmark
-    from ..stages import bench as stage
-    from ..stages.bench_row import parse_rows
+    from ..bench import rendering as benchmark
+    from ..bench import table as stage
+    from ..bench.row import parse_rows
 
     if options.config_name is not None:
         config, name = load_config(options.config_name), Path(options.config_name).stem
@@ -67,7 +67,7 @@ def bench(console: Console, options: BenchOptions) -> None:
 
 def tables(console: Console, report: Mapping[str, Any]) -> None:
     """Print the rows of a report, and where their time goes where that was measured."""
-    from ..metrics import benchmark
+    from ..bench import rendering as benchmark
 
     found = [list(line.values()) for line in benchmark.cells(report)]
     console.table(benchmark.COLUMNS, found)

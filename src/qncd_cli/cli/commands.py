@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..config import Config
-from ..config_files import load_config
-from ..files import write_bytes
-from ..run_dir import RunDir, find_run, read_coverage, set_current
-from ..stages import fresh
-from ..stages.fresh import State
+from ..config.loading import load_config
+from ..config.schema import Config
+from ..lineage import stages as fresh
+from ..lineage.stages import State
+from ..store.files import write_bytes
+from ..store.run_dir import RunDir, find_run, read_coverage, set_current
 from . import states
 from .console import Console, keeping
 from .evaluation import EvalOptions, evaluate
@@ -60,14 +60,14 @@ def _calibrate(
 ) -> tuple[dict[str, Any], bool]:
     """The artifact's body, and whether it was there already."""
     states.say(console, state, force=force)
-    from ..stages import chain
+    from ..stages import pipeline
 
     with keeping("nothing of calibrate is kept, the same command begins it again"):
         model = open_model(config, device, run.path)
         note_sampling(console, config, model)
         if state is None:
             states.say(console, fresh.calibrated(run, config, model.digest), force=force)
-        calibration, _, skipped = chain.calibrate(run, config, model, console.track, force=force)
+        calibration, _, skipped = pipeline.calibrate(run, config, model, console.track, force=force)
     return calibration.body, skipped
 
 
@@ -119,8 +119,8 @@ def _quantize(
 ) -> bool:
     """Whether the outputs were there already."""
     states.say(console, state, force=force)
-    from .. import artifacts
-    from ..stages import chain
+    from ..stages import pipeline
+    from ..store import artifacts
 
     with keeping("calibrate is kept, nothing of quantize is; the same command begins it again"):
         model = open_model(config, device, run.path)
@@ -129,7 +129,7 @@ def _quantize(
             states.say(console, fresh.of_run(run, config, model.digest)[1], force=force)
         smoothing = artifacts.read(run.tensors("smoothing"), "smoothing")
         calibration = artifacts.read(run.tensors("calibration"), "calibration")
-        return chain.quantize(
+        return pipeline.quantize(
             run, config, model, calibration, smoothing, console.track, force=force
         )
 

@@ -12,8 +12,8 @@ from .shared import silence_diffusers
 def convert(
     console: Console, checkpoint: str, config: str, tokenizer: str | None, out: str, *, force: bool
 ) -> None:
-    from ..models.compvis import compvis_pipeline
-    from ..models.saving import check_target, save_folder
+    from ..export.folder import check_target, save_folder
+    from ..models.compvis.checkpoint import compvis_pipeline
 
     silence_diffusers()
     folder = Path(out)

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..artifact_files import read_stored
-from ..config import Config
-from ..config_files import load_config, parse_config
+from ..config.loading import load_config, parse_config
+from ..config.schema import Config
 from ..errors import ArtifactError
-from ..files import read_json, write_bytes, write_json
+from ..lineage.measured import Measurement
 from ..metrics.record import METRICS, differing
 from ..metrics.rows import OF_FIDELITY, POOLED
-from ..run_dir import RunDir, find_run, read_coverage
-from ..stages.measured import Measurement
+from ..store.artifact_files import read_stored
+from ..store.files import read_json, write_bytes, write_json
+from ..store.run_dir import RunDir, find_run, read_coverage
 from ..vocabulary import IDENTICAL, MISSING, NUMBERS, cell, heading, interval
 from .console import Console, finite, keeping
 from .measuring import Wishes, explain, protocol_of, protocol_of_images, settle
@@ -165,9 +165,9 @@ def _full_folder(
     console: Console, run: RunDir, config: Config, model: Any, quantized_set: Any
 ) -> Path:
     """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
-    from ..stages import chain
+    from ..runtime.sampled_model import full_precision
+    from ..stages import pipeline
     from ..stages import sample as stage
-    from ..stages.subject import full_precision
 
     tree = config.to_dict()
     seeds = quantized_set.seeds
@@ -182,7 +182,7 @@ def _full_folder(
             return own
     batch_size = quantized_set.manifest["batch_size"]
     with keeping("images of finished batches are kept, the same command goes on with the next"):
-        return chain.full_precision_samples(
+        return pipeline.full_precision_samples(
             run.path.parent, config, model, seeds, batch_size, console.track
         )
 
@@ -201,7 +201,7 @@ def _made(config: Config, coverage: dict[str, Any]) -> dict[str, Any]:
 
 def _facts() -> dict[str, Any]:
     """Of the measurement, for the report."""
-    from ..stages import machine
+    from .. import machine
 
     return {
         "version": f"qncd {__version__}",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .. import artifacts
-from ..config_files import load_config, parse_config
-from ..files import check_folder, replacing_folder
-from ..run_dir import find_run
+from ..config.loading import load_config, parse_config
+from ..store import artifacts
+from ..store.files import check_folder, replacing_folder
+from ..store.run_dir import find_run
 from . import usage
 from .console import Console
 from .shared import open_model, silence_diffusers
@@ -24,7 +24,7 @@ def export_graph(
     force: bool,
 ) -> None:
     """The denoiser alone, as a graph of ONNX or OpenVINO."""
-    from ..stages import export_graph as stage
+    from ..export import graph as stage
 
     stage.require(target)
     folder = Path(out)
@@ -84,9 +84,9 @@ def export_graph(
 
 def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> None:
     """A pipeline folder for diffusers."""
+    from ..export.folder import check_target, save_folder
     from ..exported import exported_pipeline
     from ..models.loading import open_pipeline
-    from ..models.saving import check_target, save_folder
     from ..models.schedule import schedule_of
     from ..sampling.samplers import make_scheduler
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..artifact_files import TYPES, Stored, read_stored
-from ..config_files import load_config
+from ..config.loading import load_config
 from ..errors import ArtifactError
-from ..files import read_json
+from ..store.artifact_files import TYPES, Stored, read_stored
+from ..store.files import read_json
 from ..vocabulary import MISSING, NUMBERS, megabytes, number, said, widths
 from .console import Console
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..config_files import load_config, shipped_configs
-from ..presets import PRESETS
+from ..config.loading import load_config, shipped_configs
+from ..config.presets import PRESETS
 from ..vocabulary import megabytes
 from .console import Console
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
+from ..config.schema import Config
 from ..errors import ArtifactError, BackendUnavailable, ConfigError
 from ..vocabulary import DIRECTIONS, terms
 from .console import Console
@@ -108,7 +108,7 @@ def protocol_of_images(wishes: Wishes) -> Any:
 
 def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
     from ..metrics.image import load_reference, packaged
-    from ..stages.protocol import Protocol
+    from ..metrics.protocol import Protocol
 
     network, why = (packaged(), "") if fashion else _inception(wishes)
     needed = [name for name in wishes.metrics if name != "isc"]

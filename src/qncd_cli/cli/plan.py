@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
-from ..config_files import load_config
+from ..config.loading import load_config
+from ..config.schema import Config
 from ..errors import ModelError
-from ..run_dir import RunDir, find_run
+from ..store.run_dir import RunDir, find_run
 from ..vocabulary import megabytes
 from .console import Console
 from .progress import duration
@@ -90,7 +90,7 @@ def _forecast(
     count: int,
 ) -> None:
     """Print the forecast; raises BackendUnavailable where it says that it will not fit."""
-    from ..stages import forecast
+    from ..forecast import plan as forecast
 
     report = _report(config, options, folder, stages, count)
     console.result(report, lambda: _render(console, report))
@@ -100,9 +100,9 @@ def _forecast(
 def _report(
     config: Config, options: SampleOptions, folder: Path, stages: tuple[str, ...], count: int
 ) -> dict[str, Any]:
+    from ..forecast import plan as forecast
+    from ..forecast.shapes import model_shapes
     from ..models.loading import DTYPES
-    from ..models.shapes import model_shapes
-    from ..stages import forecast
 
     silence_diffusers()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
-from ..config_files import load_config
+from ..config.loading import load_config
+from ..config.schema import Config
 from ..errors import ArtifactError, QncdError
-from ..files import read_json
-from ..run_dir import RunDir
-from ..stages import fresh, set_files
+from ..lineage import sample_sets
+from ..lineage import stages as fresh
+from ..store.files import read_json
+from ..store.run_dir import RunDir
 from ..vocabulary import MISSING, heading, widths
 from ..vocabulary import cell as said
 from . import states
@@ -38,7 +39,7 @@ def inspect(console: Console, folder: Path) -> None:
     ]
     quantized = found[1].found.get("quantized")
     digest = quantized.digest if quantized is not None else None
-    for manifest in sorted(folder.glob(f"samples/*/{set_files.MANIFEST}")):
+    for manifest in sorted(folder.glob(f"samples/*/{sample_sets.MANIFEST}")):
         stages.append(_samples(manifest, digest))
     for metrics in sorted(folder.glob("metrics*.json")):
         stages.append(_measured(metrics, digest))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import Config
-from ..config_files import load_config, parse_config
+from ..config.loading import load_config, parse_config
+from ..config.schema import Config
 from ..errors import ConfigError
-from ..run_dir import RunDir, find_run, read_coverage
-from ..stages import set_files
-from ..stages.fresh import State
+from ..lineage import sample_sets
+from ..lineage.stages import State
+from ..store.run_dir import RunDir, find_run, read_coverage
 from . import states
 from .console import Console, keeping
 from .shared import done, note_sampling, open_model
@@ -98,7 +98,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
     in_full = "full_compiled" if options.compiled else "full"  # eval compares with the plain one
     folder = run.samples(options.name or (in_full if options.full_precision else "quantized"))
     state = _set_state(run, own, config, folder, options)
-    there = set_files.begun(folder) if state is not None and state.holds else None
+    there = sample_sets.begun(folder) if state is not None and state.holds else None
     manifest = there or _draw(console, run, own, config, folder, options)
     count = options.num or DEFAULT_NUM
     if len(manifest["seeds"]) > count:
@@ -111,7 +111,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
         run,
         images=len(manifest["seeds"]),
         folder=str(folder),
-        contact_sheet=str(set_files.sheet_path(folder)),
+        contact_sheet=str(sample_sets.sheet_path(folder)),
         skipped=there is not None,
     )
     return folder
@@ -147,21 +147,21 @@ def _draw(
     options: SampleOptions,
 ) -> dict[str, Any]:
     """Draw what is missing of the set; its manifest."""
-    from .. import artifacts
     from ..backends.base import AUTO
-    from ..stages import fastest
+    from ..runtime import auto_backend
+    from ..runtime import sampled_model as subjects
+    from ..runtime.compiled import FOLDER
     from ..stages import sample as stage
-    from ..stages import subject as subjects
-    from ..stages.graphs import FOLDER
+    from ..store import artifacts
 
     quantized = noise_stats = None
     if not options.full_precision:
         quantized = artifacts.read(run.tensors("quantized"), "quantized")
         noise_stats = artifacts.read(run.tensors("noise_stats"), "noise_stats")
-    begun = None if options.force else set_files.begun(folder)
+    begun = None if options.force else sample_sets.begun(folder)
     model = open_model(config, options.device, run.path)
     little = options.low_memory
-    backend = fastest.of_set(options.backend, begun, model.device, low_memory=little)
+    backend = auto_backend.of_set(options.backend, begun, model.device, low_memory=little)
     if quantized is None or noise_stats is None:
         subject = subjects.full_precision(model)
     else:
@@ -172,11 +172,11 @@ def _draw(
         note_sampling(console, config, model)
     macs = _macs(run, config, model, subject.kind)
     first, count = config.sampling.seed, options.num or DEFAULT_NUM
-    batch_size = options.batch_size or set_files.default_batch(macs)
+    batch_size = options.batch_size or sample_sets.default_batch(macs)
     request = stage.SampleRequest(folder, list(range(first, first + count)), batch_size)
     if options.force:
         stage.check(config, model, subject, request)
-        set_files.clear(folder)
+        sample_sets.clear(folder)
     how = subjects.Compiling(
         run.path / FOLDER,
         console.note,
@@ -186,9 +186,9 @@ def _draw(
     )
     subject = subjects.compiled(config, model, subject, request.seeds, how)
     if backend == AUTO:
-        place = fastest.Place(how.folder, subject.digests, little, graphs=not little)
+        place = auto_backend.Place(how.folder, subject.digests, little, graphs=not little)
         drawn = request.seeds, request.batch_size
-        subject = fastest.chosen(config, model, subject, *drawn, how, place)
+        subject = auto_backend.chosen(config, model, subject, *drawn, how, place)
     _note_backend(console, subject)
     with keeping("images of finished batches are kept, the same command goes on with the next"):
         return stage.run(config, model, subject, request, console.track)
@@ -196,7 +196,7 @@ def _draw(
 
 def _macs(run: RunDir, config: Config, model: Any, kind: str) -> int:
     """Of one call on one sample."""
-    from ..stages.assemble import denoiser_costs
+    from ..runtime.denoiser import denoiser_costs
 
     if kind == "quantized" or run.coverage.is_file():
         return int(read_coverage(run.coverage)["macs"])

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ..config import Config
-from ..run_dir import RunDir
+from ..config.schema import Config
+from ..store.run_dir import RunDir
 from ..vocabulary import phrase
 from .console import Console
 from .process import collect_as_usual

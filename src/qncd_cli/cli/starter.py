@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from .. import model_card
-from ..config_keys import sections
+from ..config import model_card
+from ..config.keys import sections
+from ..config.model_card import Card, read_tree
 from ..errors import ModelError
-from ..model_card import Card, read_tree
 from ..models.folder_check import check_folder, read_index
 from ..models.weight_files import stored, weight_files
 from ..models.zoo import zoo_path

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..artifact_files import Stored, check_lineage, read_stored
-from ..config import Config
+from ..config.schema import Config
 from ..errors import ArtifactError
+from ..lineage import sample_sets
+from ..lineage import stages as fresh
+from ..lineage.stages import State
 from ..models.digest import known_digest
-from ..run_dir import RunDir
-from ..stages import fresh, set_files
-from ..stages.fresh import State
+from ..store.artifact_files import Stored, check_lineage, read_stored
+from ..store.run_dir import RunDir
 from .console import Console
 
 FORCED = "--force says so"
@@ -85,11 +86,11 @@ def set_state(
     batch_size: None for whatever the set was drawn in; backend, compiled: None for what it began
     with. Raises ArtifactError where the folder holds a set made with other settings.
     """
-    manifest = set_files.begun(folder)
+    manifest = sample_sets.begun(folder)
     if manifest is None:
         return State("sample", f"{len(seeds)} images are drawn", new=True)
     kind = "quantized" if "quantized" in digests else "full"
-    drawing = set_files.Drawing(
+    drawing = sample_sets.Drawing(
         kind,
         dict(digests),
         None if kind == "full" else backend or manifest.get("backend"),
@@ -99,16 +100,16 @@ def set_state(
         len(seeds),
         batch_size or manifest.get("batch_size"),
     )
-    set_files.check_identity(folder, manifest, set_files.identity_of(config, drawing))
+    sample_sets.check_identity(folder, manifest, sample_sets.identity_of(config, drawing))
     there = set(manifest.get("seeds", ()))
-    lost = set_files.without_image(folder, sorted(there))
+    lost = sample_sets.without_image(folder, sorted(there))
     missing = len(there.union(seeds)) - len(there) + len(lost)
     if missing:
         return State("sample", f"{missing} of its images are missing", found={})
     if not manifest.get("complete"):
         return State("sample", "it was not finished")
     try:
-        latents = read_stored(folder / set_files.LATENTS, "latents")
+        latents = read_stored(folder / sample_sets.LATENTS, "latents")
     except ArtifactError as error:
         return State("sample", error.message)
     return State("sample", found={"latents": latents})
@@ -126,7 +127,7 @@ def plan(
     for state in (s for s in states if not s.new):  # a first time needs no reason
         console.note(state.sentence() if not force else f"{state.stage}: again, because {FORCED}")
     changed = _once(key for state in states for key in state.changed)
-    if changed and not force and set_files.begun(sampled) is not None:
+    if changed and not force and sample_sets.begun(sampled) is not None:
         raise ArtifactError(
             f"{sampled}: holds samples made with other settings ({'; '.join(changed)})",
             "add --force to make everything again, or --name NAME to keep these samples",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..config import Config
+from ..config.schema import Config
 from ..vocabulary import megabytes, widths
 
 README = "README.md"

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import click
 
-from .. import model_card
-from ..config import Config
-from ..config_files import load_config, resolved, shipped_configs
-from ..widths import bits_overrides
+from ..config import model_card
+from ..config.loading import load_config, resolved, shipped_configs
+from ..config.schema import Config
+from ..config.widths import bits_overrides
 from .starter import facts_of, name_of, starter_tree
 
 NAMES = ("config_name", "model", "bits", "prompts_file", "overrides", "run_dir")

@@ -1,1 +1,4 @@
-"""Quality: image metrics through torch-fidelity, tensor metrics, the report."""
+"""Numbers of image sets: distances, fidelity, references and feature networks.
+
+No run directories.
+"""

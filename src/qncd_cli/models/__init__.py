@@ -1,1 +1,3 @@
-"""Models as qncd sees them: loading, topology, pipelines, the packaged zoo."""
+"""Diffusion models from folders, hub ids and checkpoints: what is loaded, checked, conditioned and
+decoded, and the layers that can be quantized. No sampling.
+"""

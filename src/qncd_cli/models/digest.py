@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..config.model_card import folder_of
 from ..errors import ModelError
-from ..file_stamps import remembered
-from ..model_card import folder_of
+from ..store.file_stamps import remembered
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors")
 SUFFIXES = (".json", ".safetensors", ".bin")

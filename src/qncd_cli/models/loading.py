@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..errors import BackendUnavailable, ModelError
 from ..progress import Track, no_progress
 from .adapters import ADAPTERS, Condition
-from .calling import check_inputs, level
-from .compvis import compvis_pipeline
+from .call_signature import check_inputs, level
+from .compvis.checkpoint import compvis_pipeline
+from .denoiser_folder import check_values, check_weights
 from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest
 from .folder_check import check_folder, is_there, read_index, reason
 from .pipelines import CLASS_CONDITIONAL, is_guided
@@ -25,7 +26,6 @@ from .prompt_cache import PromptCache
 from .prompt_length import Tell, untold
 from .random_models import random_pipeline
 from .schedule import schedule_of
-from .stored import check_values, check_weights
 from .text import TEXT_TABLES, Prompts, check_encoded, encode, refuse_distilled
 from .variant_parts import variant_parts
 from .zoo import zoo_path

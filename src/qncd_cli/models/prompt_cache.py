@@ -9,9 +9,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from ..digests import digest_of
 from ..errors import ArtifactError
-from ..files import write_bytes
+from ..store.digests import digest_of
+from ..store.files import write_bytes
 from .text import Encoded, Prompts
 
 CONDITION, NEGATIVE = "condition.", "negative."

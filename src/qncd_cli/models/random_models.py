@@ -28,11 +28,7 @@ from diffusers import (
 
 from ..errors import ModelError
 from .digest import RANDOM_SEED
-from .pipelines import (
-    ClassConditionalDiTPipeline,
-    ClassConditionalLDMPipeline,
-    ClassEmbedder,
-)
+from .pipelines import ClassConditionalDiTPipeline, ClassConditionalLDMPipeline, ClassEmbedder
 
 PROMPTS = 16
 

@@ -1,1 +1,1 @@
-"""The denoising loop and its randomness."""
+"""The denoising loop over diffusers' schedulers, noise levels, and randomness by seed."""

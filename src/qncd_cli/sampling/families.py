@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from ..scheduler_classes import STRAIGHT, check_known
+from .scheduler_classes import STRAIGHT, check_known
 
 LEVELS = {
     "rescale_betas_zero_snr": False,

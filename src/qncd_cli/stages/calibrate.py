@@ -7,20 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..artifacts import Artifact, seal
-from ..config import Config
+from ..config.schema import Config
 from ..errors import NotFinite
 from ..models.loading import DiffusionModel
 from ..models.topology import attention_sites, capture_attention, capture_inputs
 from ..progress import Track, counted, no_progress
+from ..ptq.attention import operand_observers
+from ..ptq.layer_plan import plan_layers
+from ..ptq.smoothing_choice import Factors, choose_factors
 from ..quant.layers import StepState
 from ..quant.observers import RangeObserver
 from ..quant.smoothing import smooth
-from ..sampling.levels import with_timesteps
-from ..sampling.noise import chunks, generators_for
-from ..sampling.samplers import denoise, make_scheduler
-from ..spec import ATTENTION_OPERANDS
-from .assemble import (
+from ..runtime.denoiser import (
     Denoiser,
     full_denoiser,
     group_bounds,
@@ -28,9 +26,11 @@ from .assemble import (
     ticking,
     timestep_group,
 )
-from .attention import operand_observers
-from .choose_smoothing import Factors, choose_factors
-from .plan import plan_layers
+from ..sampling.levels import with_timesteps
+from ..sampling.noise import chunks, generators_for
+from ..sampling.samplers import denoise, make_scheduler
+from ..spec import ATTENTION_OPERANDS
+from ..store.artifacts import Artifact, seal
 
 
 def run(

@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import artifacts
-from ..artifacts import Artifact
 from ..errors import ArtifactError
-from ..files import read_json
+from ..lineage.sample_sets import LATENTS, MANIFEST, image_path, without_image
 from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
     class_agreement,
@@ -29,9 +27,9 @@ from ..metrics.image import (
     not_measured,
 )
 from ..metrics.image_files import digest_of_files
+from ..metrics.protocol import Protocol, describe, prepared
 from ..metrics.record import grown
 from ..metrics.reference import read_images
-from ..metrics.report import Pair, html_report
 from ..metrics.rows import bits, short_name
 from ..metrics.tensor import (
     paired_fidelity,
@@ -42,10 +40,12 @@ from ..metrics.tensor import (
     sqnr_steps_db,
 )
 from ..progress import Track, no_progress
+from ..report.page import Pair, html_report
 from ..sampling.noise import ranges
+from ..store import artifacts
+from ..store.artifacts import Artifact
+from ..store.files import read_json
 from ..vocabulary import widths
-from .protocol import Protocol, describe, prepared
-from .set_files import LATENTS, MANIFEST, image_path, without_image
 
 WORST_PAIRS, TYPICAL_PAIRS = 12, 4
 """Images shown side by side in the report: those that differ most, and those at the median."""

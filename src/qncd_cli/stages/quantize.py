@@ -8,31 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..artifacts import Artifact, seal, tensors_below
 from ..backends.reference import simulate
-from ..config import Config
+from ..config.schema import Config
+from ..machine import give_back
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
+from ..ptq.attention import quantize_attention
+from ..ptq.bit_budget import BitAssignment, assign_bits
+from ..ptq.coverage import coverage
+from ..ptq.extra_bits import refine
+from ..ptq.hessians import with_hessians
+from ..ptq.layer_plan import LayerPlan, plan_layers
+from ..ptq.noise import measure_noise
+from ..ptq.output_ranges import LayerOutput
+from ..ptq.probes import collect_probes
+from ..ptq.reconstruct import reconstruct
+from ..ptq.smoothing_choice import Factors, factors_of
 from ..quant.affine import QParams, choose_qparams
 from ..quant.layers import QuantizedLayer, StepState
 from ..quant.observers import choose_range
 from ..quant.packing import pack
 from ..quant.rounding import hessian_error, round_gptq, round_nearest
 from ..quant.smoothing import SmoothingFactor, fold, shifted_bias
+from ..runtime.denoiser import full_denoiser
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
-from .assemble import full_denoiser
-from .attention import quantize_attention
-from .budget import BitAssignment, assign_bits
-from .choose_smoothing import Factors, factors_of
-from .coverage import coverage
-from .hessians import with_hessians
-from .machine import give_back
-from .measure_noise import measure_noise
-from .output_ranges import LayerOutput
-from .plan import LayerPlan, plan_layers
-from .probes import collect_probes
-from .reconstruct import reconstruct
-from .sensitivity import refine
+from ..store.artifacts import Artifact, seal, tensors_below
 
 MARGIN = 2.0
 """Inputs of more than 8 bits reach this much beyond what calibration saw: room to spare, and an

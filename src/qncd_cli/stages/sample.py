@@ -15,24 +15,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import artifacts
-from ..artifacts import Artifact
-from ..config import Config
+from ..config.schema import Config
+from ..correction.baseline import EstimatorBaseline
+from ..correction.offline import AffineCorrection, PtqdCorrection
+from ..correction.runtime import RuntimeCorrection
 from ..errors import ConfigError
-from ..files import remove_temporaries, write_bytes, write_json
+from ..lineage import sample_set, sample_sets
+from ..lineage.sample_sets import Drawing, identity_of
+from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
-from ..quant.estimator_baseline import EstimatorBaseline
-from ..quant.noise_correction import RuntimeCorrection
-from ..quant.offline_correction import AffineCorrection, PtqdCorrection
+from ..runtime.denoiser import guided_predict
+from ..runtime.sampled_model import Subject
 from ..sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction, denoise, make_scheduler
-from . import sample_set, set_files
-from .assemble import guided_predict
-from .evidence import explained
-from .set_files import Drawing, identity_of
-from .subject import Subject
+from ..store import artifacts
+from ..store.artifacts import Artifact
+from ..store.files import remove_temporaries, write_bytes, write_json
 
 TRACED = 32
 """Seeds whose predictions are kept at every step, for the SQNR over the steps."""
@@ -64,27 +64,27 @@ def run(
     """
     identity = identify(config, model, subject, request)
     check(config, model, subject, request)
-    before = set_files.begun(request.folder) or {}
+    before = sample_sets.begun(request.folder) or {}
     drawn = sample_set.finished(request.folder, identity)
     done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
     beyond = sorted({*before.get("seeds", ())} - {*request.seeds})
     batches = chunks(request.seeds, request.batch_size) + chunks(beyond, request.batch_size)
-    asked = {*request.seeds, *beyond, *before.get(set_files.ASKED, ())}
+    asked = {*request.seeds, *beyond, *before.get(sample_sets.ASKED, ())}
     scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
     unfinished = {
         "complete": False,
         "seeds": sorted(done),
-        set_files.ASKED: sorted(asked),
+        sample_sets.ASKED: sorted(asked),
         "batch_size": request.batch_size,
     }
-    write_json(request.folder / set_files.MANIFEST, {**identity, **unfinished})
+    write_json(request.folder / sample_sets.MANIFEST, {**identity, **unfinished})
     remove_temporaries(request.folder)
     pending = [batch for batch in batches if not done.issuperset(batch)]
     timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
     calls = len(pending) * (len(timed.timesteps) + 1)  # the decoder's counts as one
     what = f"sampling {sum(map(len, pending))} images ({subject.kind})"
     for seeds, tick in counted(track, pending, what, calls, "calls"):
-        part = request.folder / set_files.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
+        part = request.folder / sample_sets.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
         if not part.is_file():
             draw_batch(config, model, subject, scheduler, seeds, part, tick)
     return sample_set.assemble(request.folder, identity, drawn, request.batch_size)
@@ -223,7 +223,7 @@ def draw_batch(
         images = model.decode(latents)
     tick()
     for seed, image in zip(seeds, images, strict=True):
-        write_bytes(set_files.image_path(folder, seed), sample_set.png_bytes(image))
+        write_bytes(sample_sets.image_path(folder, seed), sample_set.png_bytes(image))
     body = {
         "count": len(seeds),
         "latent_shape": list(model.latent_shape),

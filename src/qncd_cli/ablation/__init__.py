@@ -1,0 +1,1 @@
+"""The table of presets and corrections on the same seeds: its variants, rows and rendering."""

@@ -1,0 +1,307 @@
+"""The table of method.md section 4: variants of one configuration, measured on the same seeds.
+
+Nothing is trained. Rows share what they have in common: the full-precision samples, the
+calibration where its digest agrees, and the quantized weights where theirs does. In the folder:
+
+| path | what |
+|---|---|
+| calibration/DIGEST/ | calibration and smoothing of the rows with this digest |
+| quantized/DIGEST/ | quantized weights, noise statistics, coverage, likewise |
+| samples/ROW/ | the row's images |
+| rows/ROW.json | the finished row; it holds until anything that decides it changes |
+| ablation.json | all rows asked for, rewritten after each |
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..backends.base import AUTO, get_backend
+from ..config.schema import Config
+from ..errors import ArtifactError
+from ..lineage import sample_sets
+from ..metrics.protocol import Protocol, describe, prepared
+from ..models.loading import DiffusionModel
+from ..progress import Track, no_progress
+from ..runtime import auto_backend
+from ..runtime import compiled as graphs
+from ..runtime.denoiser import denoiser_costs
+from ..runtime.sampled_model import Compiling, compiled, quantized
+from ..sampling.noise import ranges
+from ..stages import evaluate as evaluate_stage
+from ..stages import pipeline
+from ..stages import sample as sample_stage
+from ..stages.evaluate import Measured
+from ..store import artifacts
+from ..store.digests import digest_of
+from ..store.files import read_json, write_json
+from ..store.run_dir import RunDir, read_coverage
+from . import rendering as ablation
+from .variants import Variant
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class AblateRequest:
+    """folder: of the table; count: samples a row, from config.sampling.seed on; batch_size: None
+    for what suits the model."""
+
+    folder: Path
+    count: int
+    batch_size: int | None
+    force: bool = False
+    backend: str = "auto"
+
+    @property
+    def table(self) -> Path:
+        return self.folder / "ablation.json"
+
+    def row(self, variant: Variant) -> Path:
+        return self.folder / "rows" / f"{variant.label}.json"
+
+    def samples(self, variant: Variant) -> Path:
+        return self.folder / "samples" / variant.label
+
+    def seeds(self, config: Config) -> list[int]:
+        """Of every row's samples."""
+        return list(range(config.sampling.seed, config.sampling.seed + self.count))
+
+    def batch(self, macs: int) -> int:
+        """Samples drawn together. macs: of one call on one sample."""
+        return self.batch_size or sample_sets.default_batch(macs)
+
+
+@dataclass
+class _Work:
+    """What the rows of one call share.
+
+    backend: the one of all rows, auto until a row has been drawn or found; redone: folders that
+    --force has already renewed.
+    """
+
+    request: AblateRequest
+    model: DiffusionModel
+    protocol: Protocol
+    tell: Tell
+    track: Track
+    backend: str
+    full: Measured | None = None
+    redone: set[Path] = field(default_factory=set)
+
+    def force(self, folder: Path) -> bool:
+        first = self.request.force and folder not in self.redone
+        self.redone.add(folder)
+        return first
+
+
+def run(
+    variants: Sequence[Variant],
+    model: DiffusionModel,
+    request: AblateRequest,
+    protocol: Protocol,
+    tell: Tell,
+    track: Track = no_progress,
+) -> dict[str, Any]:
+    """The content of ablation.json. tell: receives a line before and after every row.
+
+    Raises what the stages raise; finished rows are kept and the next call goes on from there.
+    """
+    protocol = prepared(protocol, request.count, track)
+    for variant in variants:
+        model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
+    work = _Work(request, model, protocol, tell, track, request.backend)
+    if work.backend == AUTO:
+        work.backend = auto_backend.of_table(_place(work), model.device)
+    table = _table(variants[0].config, work)
+    for number, variant in enumerate(variants, start=1):
+        identity = identify(variant.config, work)
+        row = None if request.force else _finished(request.row(variant), identity)
+        tell(
+            f"row {number} of {len(variants)}: {variant.name} at {variant.widths}"
+            + (": unchanged" if row else "")
+        )
+        if row is None:
+            row = _measure(variant, identity, work)
+            write_json(request.row(variant), row)
+            tell(f"  done in {row['row']['seconds']:.1f} s")
+        work.backend = get_backend(work.backend, model.device).name
+        table["full"] = row["full"]
+        table["rows"].append(row["row"])
+        write_json(request.table, table)
+    return table
+
+
+def identify(config: Config, work: _Work) -> dict[str, Any]:
+    """Everything that decides a row, as digests and values."""
+    network, reference = work.protocol.network, work.protocol.reference
+    inter = config.correction.inter.identity()
+    if config.correction.inter.depends_on_batch:
+        inter["batch_size"] = work.request.batch_size
+    backend = get_backend(work.backend, work.model.device).name
+    identity = {
+        "model": work.model.digest,
+        "calibrate": config.stage_digest("calibrate"),
+        "quantize": config.stage_digest("quantize"),
+        "sample": digest_of(
+            {"sampling": config.to_dict()["sampling"], "inter": inter, "backend": backend}
+        ),
+        "protocol": digest_of(
+            {
+                "num_samples": work.request.count,
+                "network": network.sha256 if network else None,
+                "reference": reference.digest if reference else None,
+                "metrics": work.protocol.metrics,
+                "seed": work.protocol.seed,
+                "version": __version__,
+            }
+        ),
+    }
+    return {**identity, "row": digest_of(identity)}
+
+
+def _finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The row on disk if it was made from just these inputs."""
+    try:
+        found = read_json(path, "qncd ablate")
+    except ArtifactError:
+        return None
+    if not isinstance(found, dict) or not {"row", "full"} <= found.keys():
+        return None
+    return found if found["row"].get("digests") == identity else None
+
+
+def _table(config: Config, work: _Work) -> dict[str, Any]:
+    sampling = config.to_dict()["sampling"]
+    more = {
+        "model": work.model.digest,
+        "first_seed": sampling.pop("seed"),
+        "seeds": ranges(work.request.seeds(config)),
+        "sampling": sampling,
+    }
+    return {
+        "model": work.model.source,
+        "protocol": describe(work.protocol, work.request.count, more),
+        "full": None,
+        "rows": [],
+    }
+
+
+def sheet(request: AblateRequest, variant: Variant) -> Path:
+    """The contact sheet of a row's images."""
+    return sample_sets.sheet_path(request.samples(variant))
+
+
+# ------------------------------------------------------------------ one row
+
+
+def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[str, Any]:
+    """The row, and what was measured of full precision beside it."""
+    config, model, request = variant.config, work.model, work.request
+    seconds: dict[str, float] = {}
+    with _clock(seconds, "calibrate"):
+        shared = RunDir(request.folder / "calibration" / identity["calibrate"])
+        calibration, smoothing, calibrated = pipeline.calibrate(
+            shared, config, model, work.track, force=work.force(shared.path)
+        )
+    with _clock(seconds, "quantize"):
+        made = RunDir(request.folder / "quantized" / identity["quantize"])
+        force = work.force(made.path)
+        reused = pipeline.quantize(
+            made, config, model, calibration, smoothing, work.track, force=force
+        )
+    with _clock(seconds, "sample"):
+        folder = _sample(variant, made, work)
+        identity = identify(config, work)  # the first row may have settled the backend
+    if work.full is None:
+        work.full = _full_set(config, work)
+    with _clock(seconds, "evaluate"):
+        _, samples = evaluate_stage.matched(work.full.samples, evaluate_stage.read_set(folder))
+        measured = evaluate_stage.measure_set(samples, work.protocol, work.track)
+        coverage = read_coverage(made.coverage, "qncd ablate")
+        sizes = evaluate_stage.sizes(made.tensors("quantized"), coverage)
+        metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol, work.track)
+    quantization = variant.config.quantization
+    row = {
+        "preset": variant.name,
+        "weights": quantization.weights.bits,
+        "activations": quantization.activations.bits,
+        **ablation.fidelity(metrics["fidelity"]),
+        **ablation.distribution(metrics["quantized"]),
+        "bytes": sizes["quantized"],
+        "artifact_bytes": sizes["artifact"],
+        **{key: coverage[key] for key in ("bit_operations", "mean_weight_bits", "mean_input_bits")},
+        "extra_calls": samples.manifest["extra_calls"],
+        "seconds": round(sum(seconds.values()), 2),
+        "seconds_by_stage": {name: round(value, 2) for name, value in seconds.items()},
+        "reused": [n for n, was in (("calibrate", calibrated), ("quantize", reused)) if was],
+        "digests": identity,
+    }
+    full = ablation.distribution(metrics["full"])
+    return {"row": row, "full": {**full, "bytes": sizes["full"]}}
+
+
+@contextmanager
+def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
+
+
+def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
+    """Draw the row's images; those of other settings in its folder give way."""
+    config, request = variant.config, work.request
+    artifact = artifacts.read(made.tensors("quantized"), "quantized")
+    noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
+    subject = quantized(work.model, artifact, noise_stats, work.backend)
+    folder = request.samples(variant)
+    macs = read_coverage(made.coverage, "qncd ablate")["macs"]
+    drawing = sample_stage.SampleRequest(folder, request.seeds(config), request.batch(macs))
+    sample_stage.check(config, work.model, subject, drawing)
+    begun = _manifest(folder)
+    was = bool(begun.get("compiled", False)) if begun else None
+    how = Compiling(made.path / graphs.FOLDER, work.tell, macs, begun=was)
+    subject = compiled(config, work.model, subject, drawing.seeds, how)
+    if work.backend == AUTO:
+        drawn = drawing.seeds, drawing.batch_size
+        subject = auto_backend.chosen(config, work.model, subject, *drawn, how, _place(work))
+    if subject.backend is not None and subject.backend.name != work.backend:
+        work.backend = subject.backend.name
+        work.tell(f"  backend {work.backend}: {subject.backend.remark}")
+    digest = sample_stage.identify(config, work.model, subject, drawing)["digest"]
+    if work.force(folder) or (begun is not None and begun.get("digest") != digest):
+        sample_sets.clear(folder)
+    sample_stage.run(config, work.model, subject, drawing, work.track)
+    return folder
+
+
+def _place(work: _Work) -> auto_backend.Place:
+    """What holds for all rows: they are compared with each other."""
+    folder = work.request.folder / graphs.FOLDER
+    return auto_backend.Place(folder, {"model": work.model.digest}, graphs=False)
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """Of the samples in a folder; empty where it is damaged."""
+    try:
+        return sample_sets.begun(folder)
+    except ArtifactError:
+        return {}
+
+
+def _full_set(config: Config, work: _Work) -> Measured:
+    """Full-precision samples of the rows' seeds, shared with the runs beside this folder."""
+    request = work.request
+    seeds = request.seeds(config)
+    macs = sum(cost.macs for cost in denoiser_costs(config, work.model))
+    folder = pipeline.full_precision_samples(
+        request.folder.parent, config, work.model, seeds, request.batch(macs), work.track
+    )
+    samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
+    return evaluate_stage.measure_set(samples, work.protocol, work.track)

@@ -1,0 +1,130 @@
+"""Part of the ablate stage: the configuration of every row of the table.
+
+A row is a variant of one configuration at one pair of widths. A variant is a preset, or one of
+CORRECTIONS: the configuration's own settings with its two corrections switched on and off. Either
+takes suffixes `+INGREDIENT`, each of which changes one thing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config.loading import load_config, parse_config
+from ..config.presets import PRESETS
+from ..config.schema import Config
+from ..config.widths import Widths, parse_widths
+from ..errors import ConfigError
+from ..spec import FLOAT_BITS
+
+CORRECTIONS = {
+    "none": (False, False),
+    "intra": (True, False),
+    "inter": (False, True),
+    "both": (True, True),
+}
+"""Name: whether the intra and the inter correction of the configuration stay."""
+_KNOWN = [*PRESETS, *CORRECTIONS]
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "correction.inter.method": ("none", "runtime", "ptqd", "affine"),
+    "correction.intra": ("embedding", "smoothquant", "auto"),
+    "quantization.weights.rounding": ("nearest", "gptq", "adaround", "brecq"),
+}
+INGREDIENTS: dict[str, tuple[str, Any]] = {
+    **{value: (path, value) for path, values in _CHOICES.items() for value in values},
+    "bias": ("quantization.bias_correction", True),
+}
+"""Suffix: the key that it sets, whatever the row's preset and --set say of it, and the value."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row: its name as asked for, its widths as asked for, its configuration."""
+
+    name: str
+    widths: str
+    config: Config
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}_{self.widths}"
+
+
+def variants(
+    config_name: str,
+    names: Sequence[str],
+    widths: Sequence[str],
+    overrides: Sequence[str],
+    *,
+    published: bool = False,
+) -> list[Variant]:
+    """Every name at every pair of widths, each once, in the order of the widths, then the names.
+
+    names: presets and CORRECTIONS, with or without +INGREDIENT; widths: w4a8, ..., or fp; none: the
+    configuration's own. overrides hold for every row; of a preset's keys too, they win.
+    published: keep in floating point what each preset's paper does. Raises ConfigError.
+    """
+    if not names:
+        raise ConfigError("--presets: no row is named", f"known: {', '.join(_KNOWN)}")
+    config = load_config(config_name, overrides)
+    chosen = list(dict.fromkeys(widths)) or [_own_widths(config)]
+    parsed = {text: parse_widths(text) for text in chosen}
+    strict = f"quantization.strict={'false' if published else 'true'}"
+    rows = []
+    for text in chosen:
+        for name in dict.fromkeys(names):
+            tree = _tree(config_name, name, [strict, *overrides])
+            rows.append(Variant(name, text, _at_widths(tree, parsed[text], f"{name} at {text}")))
+    return rows
+
+
+def _own_widths(config: Config) -> str:
+    quantization = config.quantization
+    return f"w{quantization.weights.bits}a{quantization.activations.bits}"
+
+
+def _tree(config_name: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The configuration of a variant, before its widths. Raises ConfigError."""
+    base, *ingredients = name.split("+")
+    for ingredient in ingredients:
+        if ingredient not in INGREDIENTS:
+            known = ", ".join(INGREDIENTS)
+            raise ConfigError(f"--presets {name}: unknown +{ingredient}", f"known: {known}")
+    if base in PRESETS:
+        tree = load_config(config_name, [f"quantization.preset={base}", *overrides]).to_dict()
+    elif base in CORRECTIONS:
+        tree = load_config(config_name, overrides).to_dict()
+        intra, inter = CORRECTIONS[base]
+        if not intra:
+            tree["correction"]["intra"] = "none"
+        if not inter:
+            tree["correction"]["inter"]["method"] = "none"
+    else:
+        close = difflib.get_close_matches(base, _KNOWN, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KNOWN)}"
+        raise ConfigError(f"--presets {name}: unknown preset {base}", hint)
+    for ingredient in ingredients:
+        path, value = INGREDIENTS[ingredient]
+        *sections, key = path.split(".")
+        functools.reduce(dict.__getitem__, sections, tree)[key] = value
+    return tree
+
+
+def _at_widths(tree: dict[str, Any], widths: Widths | None, where: str) -> Config:
+    """fp leaves the model as it is, whatever else the variant says: only its inter correction
+    remains."""
+    quantization = tree["quantization"]
+    weights, activations = quantization["weights"], quantization["activations"]
+    if widths is not None:
+        weights["bits"], activations["bits"] = widths
+        return parse_config(tree, where)
+    weights |= {"bits": FLOAT_BITS, "rounding": "nearest"}
+    activations |= {"bits": FLOAT_BITS, "observer": "minmax", "timestep_groups": 1}
+    quantization |= {"first_last_bits": FLOAT_BITS, "overrides": {}}
+    quantization |= {"attention": {"bits": FLOAT_BITS, "probabilities_bits": FLOAT_BITS}}
+    quantization |= {"split_skip_connections": False, "bias_correction": False}
+    tree["correction"]["intra"] = "none"
+    return parse_config(tree, where)

@@ -1,0 +1,1 @@
+"""A quantized denoiser as one compiled graph: operators, their fusion, kernels in C++."""

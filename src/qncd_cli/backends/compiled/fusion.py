@@ -1,0 +1,182 @@
+"""What becomes of a traced graph before it is compiled.
+
+Quantization of a layer's input is joined with what comes before it in one of the operators of
+kernels/, where that is faster than what the compiler makes of it: norms and what belongs to
+them, concatenated images, gated linear units. Everything else is opened for the compiler.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, Node
+
+from .group_norm import group_norm
+from .ops import CODES, GATED_CODES, GROUP_NORM, IMAGE_CODES, MULTIPLY, codes, layer_of
+from .upsampled_conv import doubles
+
+_aten = torch.ops.aten
+TYPES = (torch.float32, torch.bfloat16)
+"""Of inputs that the operators take."""
+_NO_NORM = (None, None, None, None, None, 1, 0.0, False)
+"""Operands of image_codes from the embedding to silu."""
+
+
+def fused(program: ExportedProgram) -> ExportedProgram:
+    """The program with its operators joined where they can be, and the others opened."""
+    graph = program.graph_module.graph
+    for node in _calls_of(MULTIPLY, graph):
+        _double_later(node)
+    _quantize_once(graph)
+    for node in _calls_of(CODES, graph):
+        _join(node)
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    opened: dict[Any, Any] = {CODES: codes, GROUP_NORM: group_norm}
+    return program.run_decompositions(opened)
+
+
+# ------------------------------------------------------------------ what is rewritten
+
+
+def _double_later(node: Node) -> None:
+    """A convolution of an image whose pixels are doubled, to one of the image as it is.
+
+    Doubling and quantization change places: fewer values are quantized and fewer products made.
+    """
+    low, high, *others, key, dtype = _operands(node)
+    quantized = low.args[0] if _is(low, operator.getitem) else None
+    if not _is(quantized, CODES):
+        return
+    image, *quantizer = _operands(quantized)
+    if not _doubles_pixels(image) or not doubles(layer_of(key)):
+        return
+    graph = node.graph
+    with graph.inserting_before(quantized):
+        small = graph.call_function(CODES, (_in_any_order(image.args[0]), *quantizer))
+        low = graph.call_function(operator.getitem, (small, 0))
+        high = None if high is None else graph.call_function(operator.getitem, (small, 1))
+    _replace(node, MULTIPLY, (low, high, *others, key, dtype, True))
+
+
+def _quantize_once(graph: Graph) -> None:
+    """Layers that quantize one input alike share its codes."""
+    first: dict[tuple[Any, ...], Node] = {}
+    for node in _calls_of(CODES, graph):
+        kept = first.setdefault(_operands(node), node)
+        if kept is not node:
+            node.replace_all_uses_with(kept)
+
+
+def _join(node: Node) -> None:
+    """Quantization with what comes before it, where an operator does both."""
+    x, image, *quantizer = _operands(node)
+    if x.meta["val"].dtype not in TYPES:
+        return
+    if not image:
+        halves = _gated(x)
+        if halves is not None:
+            _replace(node, GATED_CODES, (halves, *quantizer))
+        return
+    found = _normed(x)
+    if found is None and _concatenates(x):
+        found = x, _NO_NORM
+    if found is not None:
+        x, before = found
+        parts = list(x.args[0]) if _concatenates(x) else [x]
+        _replace(node, IMAGE_CODES, (parts, *before, *quantizer))
+
+
+def _gated(x: Any) -> Any:
+    """The tensor whose first half times gelu of whose second x is; None for anything else."""
+    x = _through_dropout(x)
+    if not _is(x, _aten.mul.Tensor):
+        return None
+    first, gelu = x.args
+    if not _is(gelu, _aten.gelu.default) or gelu.kwargs or len(gelu.args) > 1:
+        return None
+    second = gelu.args[0]
+    if not (_is(first, operator.getitem) and _is(second, operator.getitem)):
+        return None
+    halves = first.args[0]
+    cut = _is(halves, _aten.chunk.default) and halves.args[1:] == (2, -1)
+    ordered = first.args == (halves, 0) and second.args == (halves, 1)
+    return halves.args[0] if cut and ordered else None
+
+
+def _normed(y: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """y = silu(GN(x + embedding) * multiplier + addend), all but GN optional: x and the operands of
+    image_codes from the embedding to silu. None where there is no norm."""
+    y = _through_dropout(y)
+    silu = _is(y, _aten.silu.default)
+    if silu:
+        y = _through_dropout(y.args[0])
+    multiplier, addend = None, None
+    if not _is(y, GROUP_NORM):
+        y, addend = _without(_aten.add.Tensor, y)
+        y, multiplier = _without(_aten.mul.Tensor, y)
+        if not _is(y, GROUP_NORM):
+            return None
+    x, weight, bias, *form = y.args
+    x, embedding = _without(_aten.add.Tensor, x)
+    return x, (embedding, weight, bias, multiplier, addend, *form, silu)
+
+
+# ------------------------------------------------------------------ what is found
+
+
+def _calls_of(target: Any, graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.target is target]
+
+
+def _is(node: Any, target: Any) -> bool:
+    return isinstance(node, Node) and node.target is target
+
+
+def _operands(node: Any) -> tuple[Any, ...]:
+    return tuple(node.args)
+
+
+def _replace(node: Node, target: Any, operands: tuple[Any, ...]) -> None:
+    with node.graph.inserting_before(node):
+        new = node.graph.call_function(target, operands)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+
+
+def _through_dropout(node: Any) -> Any:
+    """Without dropout, which does nothing outside of training."""
+    while _is(node, _aten.dropout.default) and not node.args[2]:
+        node = node.args[0]
+    return node
+
+
+def _in_any_order(image: Any) -> Any:
+    """Without what only puts it in order in memory."""
+    while _is(image, _aten.contiguous.default):
+        image = image.args[0]
+    return image
+
+
+def _concatenates(image: Any) -> bool:
+    """By channels."""
+    return _is(image, _aten.cat.default) and image.args[1:] == (1,)
+
+
+def _doubles_pixels(image: Any) -> bool:
+    nearest = _is(image, _aten.upsample_nearest2d.vec)
+    return nearest and image.args[1] is None and list(image.args[2]) == [2.0, 2.0]
+
+
+def _without(operation: Any, x: Any) -> tuple[Any, Any]:
+    """x = operation(rest, the same at every position: [N, C, 1, 1]) -> both; else x and None."""
+    if not _is(x, operation) or x.kwargs:
+        return x, None
+    if not all(isinstance(part, Node) for part in x.args):
+        return x, None
+    rest, same = x.args
+    shape, form = rest.meta["val"].shape, same.meta["val"].shape
+    return (rest, same) if [*shape[:2], 1, 1] == [*form] else (x, None)

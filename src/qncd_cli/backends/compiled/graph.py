@@ -1,0 +1,131 @@
+"""A quantized denoiser as one compiled graph for the CPU, in a file (torch.export, AOTInductor).
+
+Compiling takes minutes, loading the file milliseconds. What the file holds is fixed: the layers
+by key (`traced`), the unquantized weights, a range of batch sizes. Inputs are the timestep and the
+row of all tables that holds there (`Tables`). The number of threads is that of the process that
+runs it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...quant.layers import QuantizedLayer, SteppedModule, StepState
+from .ops import traceable
+
+Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
+"""(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""
+ROWS = (2, 63)
+"""Smallest and largest batch that a graph serves. Larger ones are no faster: less of them is in the
+cache. diffusers' upsampling treats those from 64 on otherwise, which would be another graph."""
+
+
+def why_unavailable() -> str:
+    """Why nothing can be compiled on this machine; empty where it can."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return "" if shutil.which(compiler) else f"no C++ compiler {compiler} (CXX names another)"
+
+
+def silence_compiler() -> None:
+    """For the rest of this process: what torch's tracer and compiler warn of is not for users."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for module in ("torch._dynamo", "torch._inductor"):
+        warnings.filterwarnings("ignore", module=rf"{re.escape(module)}(\..*)?$")
+
+
+OPTIONS = {"cpp.dynamic_threads": True}
+
+
+class Tables:
+    """The tables of all modules of a denoiser, side by side: values float32 [G, K].
+
+    G timestep groups; K scales, zero-points and corrected biases together, equal tables once:
+    layers that quantize one input alike then do so together. Zero-points are codes of up to 16
+    bits, exact in float32.
+    """
+
+    def __init__(self, module: nn.Module):
+        stepped = [m for m in module.modules() if isinstance(m, SteppedModule)]
+        self._tables = [(m, name) for m in stepped for name in m.tables]
+        different: dict[bytes, Tensor] = {}
+        keys = []
+        for module, name in self._tables:
+            table = module.get_buffer(name).to(torch.float32)
+            flat = table.reshape(len(table), -1)
+            keys.append(flat.numpy().tobytes())
+            different.setdefault(keys[-1], flat)
+        self._widths = [flat.shape[1] for flat in different.values()]
+        self._places = [list(different).index(key) for key in keys]
+        self.values = torch.cat([*different.values()], 1) if different else torch.zeros(1, 0)
+
+    def cut(self, row: Tensor) -> dict[tuple[nn.Module, str], Tensor]:
+        """A row of values -> that of every table, [1] where a table is [G]; all of it float32."""
+        parts = row.split(self._widths)
+        return {
+            table: parts[place] for table, place in zip(self._tables, self._places, strict=True)
+        }
+
+
+class _Traced(nn.Module):
+    """The denoiser with everything that varies as an argument."""
+
+    def __init__(self, module: nn.Module, step: StepState):
+        super().__init__()
+        self.module, self.step = module, step
+        self.tables = Tables(module)
+
+    def forward(self, x: Tensor, t: Tensor, row: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        self.step.traced = self.tables.cut(row)
+        if x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return self.module(x, t, **condition).sample
+
+
+def compile_graph(
+    module: nn.Module,
+    step: StepState,
+    layers: Mapping[str, QuantizedLayer],
+    example: tuple[Tensor, Mapping[str, Tensor]],
+) -> bytes:
+    """Trace the denoiser on x [N, ...] and its condition and compile it: the file's content.
+
+    N: within ROWS, as all batches that the graph serves; layers: registered, by the keys that
+    the graph will know them by. Raises whatever torch raises where a model cannot be traced.
+    """
+    from .fusion import fused  # brings torch's tracer, of which loading needs nothing
+
+    x, condition = example
+    batch = {0: torch.export.Dim("batch", min=ROWS[0], max=ROWS[1])}
+    denoiser = _Traced(module, step)
+    inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
+    shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
+    silence_compiler()
+    with warnings.catch_warnings(), torch.no_grad(), traceable(module, layers):
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)
+            program = fused(program)
+        finally:
+            step.traced = None
+        with tempfile.TemporaryDirectory() as folder:
+            package = torch._inductor.aoti_compile_and_package(
+                program, package_path=f"{folder}/graph.pt2", inductor_configs=OPTIONS
+            )
+            return Path(package).read_bytes()
+
+
+def load_graph(path: Path) -> Graph:
+    """Raises RuntimeError where the file is damaged or made by another version of torch."""
+    return torch._inductor.aoti_load_package(str(path))

@@ -1,0 +1,91 @@
+"""The operators of graphs that are written in C++ (kernels/): compiled once, loaded once.
+
+The library is machine code for the CPU and the torch that it was compiled with, kept beside the
+graphs that call it.
+"""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ...store.digests import digest_of
+from ...store.files import write_bytes
+from .. import int8
+
+SOURCES = Path(__file__).with_name("kernels")
+FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-w")
+
+
+def load(folder: Path) -> None:
+    """Let graphs find the operators, from a library in the folder; it is compiled if it is missing.
+
+    Once in a process: the operators are the same wherever the library lies. Raises whatever torch
+    raises where the compiler fails, OSError for a damaged library.
+    """
+    if _loaded():
+        return
+    path = _path(folder)
+    if not path.is_file():
+        write_bytes(path, _compiled())
+    torch.ops.load_library(str(path))
+
+
+def missing(folder: Path) -> bool:
+    """Whether `load` would have to compile."""
+    return not _loaded() and not _path(folder).is_file()
+
+
+def machine() -> dict[str, str]:
+    """What machine code is made for here: it may use every instruction that this CPU has."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith("flags")), platform.processor())
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "cpu": capability, "instructions": flags}
+
+
+def _loaded() -> bool:
+    return hasattr(torch.ops.qncd, "keep")
+
+
+def _path(folder: Path) -> Path:
+    sources = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
+    key = digest_of({"sources": sources, "flags": list(FLAGS), **machine()})
+    return folder / f"operators_{key}.so"
+
+
+def _compiled() -> bytes:
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions  # takes a second
+
+    options = CppTorchOptions(include_pytorch=True, extra_flags=FLAGS)
+    with tempfile.TemporaryDirectory() as folder:
+        builder = CppBuilder("operators", str(SOURCES / "operators.cpp"), options, folder)
+        builder.build()
+        return Path(builder.get_target_file_path()).read_bytes()
+
+
+def keep(key: str, prepared: int8.Prepared) -> None:
+    """Tell the product's operator what it needs of a layer."""
+    weights, scales = ([pair[i] for pair in prepared.weights] for i in (0, 1))
+    torch.ops.qncd.keep(
+        key,
+        prepared.geometry is not None,
+        prepared.upsampled,
+        weights,
+        scales,
+        prepared.weight_zero_point,
+        *(prepared.geometry or ([], [], [], 1)),
+        prepared.writes_bfloat16,
+    )
+
+
+def forget(key: str) -> None:
+    """Let go of what was kept, if anything was."""
+    if _loaded():
+        torch.ops.qncd.forget(key)

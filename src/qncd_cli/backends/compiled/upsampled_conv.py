@@ -1,0 +1,48 @@
+"""Convolutions of images whose pixels were doubled, computed from the image as it was before.
+
+diffusers upsamples so before a convolution (nearest neighbour, twice the size): every pixel comes
+four times under a 3x3 kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...quant.layers import QuantizedLayer
+from .. import int8
+
+UPSAMPLED_BITS = 5
+"""Of weights, four of which, zero-points taken off, add up to a byte at most: 4 * 31 < 2^7."""
+
+
+def doubles(layer: QuantizedLayer) -> bool:
+    """Whether `prepared` can prepare the layer: sums of four weights have to fit into a byte."""
+    plain = layer.is_conv and layer.weight_shape[2:] == (3, 3) and int8.why_not(layer) == ""
+    if not plain or layer.weight_bits > UPSAMPLED_BITS:
+        return False
+    return int8.geometry(layer) == ([1, 1], [1, 1], [1, 1], 1)
+
+
+def prepared(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> int8.Prepared:
+    """int8.prepared for codes of the image before its pixels were doubled in either direction.
+
+    Of the nine weights those meet in one product which fall on one pixel: for each of the four
+    places within a doubled pixel a kernel of 2x2 (weights [4 O, C, 2, 2]), four ninths of the
+    products in all, with the layer's own stride and padding. The sums are the same integers.
+    """
+    weight = layer.integer_weight().to(torch.int16)
+    rows = torch.stack([_paired(weight, 2, place) for place in (0, 1)])
+    places = [_paired(part, 3, place) for part in rows for place in (0, 1)]
+    doubled, scale = torch.cat(places).to(torch.int8), layer.weight_scale.repeat(4)
+    packed = int8.prepacked(layer, low, doubled, scale)
+    zeros = torch.zeros(len(scale), dtype=torch.int64)
+    shape, writes = int8.geometry(layer), dtype == torch.bfloat16
+    return int8.Prepared([(packed, scale)], zeros, shape, writes, upsampled=True)
+
+
+def _paired(weight: Tensor, dim: int, place: int) -> Tensor:
+    """Three weights along dim to the two that a first (0) or second (1) half of a pixel meets."""
+    first, middle, last = weight.unbind(dim)
+    pair = (first, middle + last) if place == 0 else (first + middle, last)
+    return torch.stack(pair, dim)

@@ -1,0 +1,183 @@
+"""A quantized denoiser as one ONNX graph: (sample, timestep, condition) -> prediction.
+
+The graph holds the ranges of all timestep groups and finds those of its call: all rows of a call
+are at one timestep. The number of rows is open, the other shapes are fixed.
+
+Each quantized layer and each attention's products are traced as one operator of our own, which
+`onnx_layers` then spells out.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ...quant.attention import AttentionProducts
+from ...quant.layers import QuantizedLayer, StepState
+from .. import int8
+from ..reference import simulate_with
+from .layers import Form, Writer
+
+OPSET = 21
+DOMAIN = "qncd"
+SAMPLE, TIMESTEP, PREDICTION = "sample", "timestep", "prediction"
+ROWS = (2, 63)
+"""Numbers of rows to trace for; the graph takes any. diffusers' upsampling has two ways to compute
+the same, and takes the other one from 64 rows on."""
+
+LARGEST = 1_500_000_000
+"""Bytes of weights inside of the file; protobuf allows 2 GiB."""
+
+
+class _Rows(dict):
+    """The rows of all tables at a timestep group, by module and name, as they are asked for."""
+
+    def __init__(self, group: Tensor):
+        super().__init__()
+        self.group = group
+
+    def __missing__(self, key: tuple[nn.Module, str]) -> Tensor:
+        module, name = key
+        return module.get_buffer(name)[self.group]
+
+
+class _Whole(nn.Module):
+    """The denoiser with nothing outside of its arguments."""
+
+    def __init__(self, module: nn.Module, step: StepState, group_bounds: tuple[float, ...]):
+        super().__init__()
+        self.module, self.step = module, step
+        self.register_buffer("bounds", torch.tensor(group_bounds, dtype=torch.float32))
+
+    def forward(self, sample: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        group = (timestep[0] < self.get_buffer("bounds")).sum()  # as assemble.timestep_group
+        self.step.traced = _Rows(group)
+        return self.module(sample, timestep, **condition).sample
+
+
+def trace(
+    module: nn.Module,
+    step: StepState,
+    group_bounds: tuple[float, ...],
+    example: tuple[Tensor, Mapping[str, Tensor]],
+) -> ir.Model:
+    """The denoiser with operators of our own in it; its layers cannot compute any more.
+
+    example: x [N, ...] and its condition, N at least 2, float32. Raises whatever torch raises where
+    a model cannot be traced.
+    """
+    x, condition = example
+    batch = {0: torch.export.Dim("batch", min=ROWS[0], max=ROWS[1])}
+    shapes = {SAMPLE: batch, TIMESTEP: batch, "condition": dict.fromkeys(condition, batch)}
+    for name, part in module.named_modules():
+        if isinstance(part, QuantizedLayer):
+            part.compute = _simulated(part.float_weight()) if int8.why_not(part) else _layer(name)
+        elif isinstance(part, AttentionProducts):
+            part.products = _products(name, step)  # type: ignore[method-assign]
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                _Whole(module, step, group_bounds),
+                (x, torch.zeros(len(x))),
+                kwargs={"condition": dict(condition)},
+                input_names=[SAMPLE, TIMESTEP, *condition],
+                output_names=[PREDICTION],
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        finally:
+            step.traced = None
+    assert program is not None
+    return program.model
+
+
+def spell_out(model: ir.Model, parts: Mapping[str, nn.Module], form: Form) -> ir.Model:
+    """A copy of a traced model with standard operators only. parts: its modules by name."""
+    model = model.clone()
+    for node in list(model.graph):
+        if node.domain != DOMAIN:
+            continue
+        name = node.attributes["name"].as_string()
+        group, *operands = (value for value in node.inputs if value is not None)
+        part, writer = parts[name], Writer(form, name, group)
+        if isinstance(part, QuantizedLayer):
+            output = writer.layer(part, operands[0])
+        else:
+            assert isinstance(part, AttentionProducts)
+            query, key, value, *mask = operands
+            output = writer.attention(part, query, key, value, mask[0] if mask else None)
+        for constant in writer.tape.initializers:
+            model.graph.register_initializer(constant)
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], writer.tape.nodes, node.outputs, [output]
+        )
+    model.opset_imports.pop(DOMAIN, None)
+    model.graph.sort()
+    return model
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """path: an .onnx file; weights too large for one file go to a second one beside it."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    beside = f"{path.name}.data" if size > LARGEST else None
+    ir.save(model, path, external_data=beside)
+
+
+Compute = Callable[[QuantizedLayer, Tensor], Tensor]
+
+
+def _simulated(weight: Tensor) -> Compute:
+    """For layers that no integer operator computes; weight: made before tracing, a constant."""
+
+    def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
+        qparams = None if layer.input_spec is None else layer.input_qparams()
+        return simulate_with(layer, x, weight, layer.bias_now(), qparams)
+
+    return compute
+
+
+def _layer(name: str) -> Compute:
+    def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
+        if layer.is_conv:
+            shape = int8.conv_output_shape(layer, x.shape)
+        else:
+            shape = [*x.shape[:-1], layer.weight_shape[0]]
+        return _operator("Layer", name, layer.step, (x,), shape)
+
+    return compute
+
+
+def _products(name: str, step: StepState) -> Callable[..., Tensor]:
+    def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        operands = (query, key, value) if mask is None else (query, key, value, mask)
+        return _operator("Attention", name, step, operands, query.shape)
+
+    return products
+
+
+def _operator(
+    kind: str, name: str, step: StepState, operands: tuple[Tensor, ...], shape: Any
+) -> Tensor:
+    """One operator in the traced graph; its first input is the timestep group."""
+    assert isinstance(step.traced, _Rows)
+    return torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{kind}",
+        (step.traced.group, *operands),
+        attrs={"name": name},
+        dtype=torch.float32,
+        shape=list(shape),
+        version=1,
+    )

@@ -1,0 +1,257 @@
+"""Configurations are read strictly from YAML files and `--set` overrides.
+
+Reading is inert: no model is opened, nothing seeded, no device asked. What can be set is in
+config/schema.py; here are the file lookup, the overrides and the suggestions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ConfigError
+from . import model_card, presets
+from .own_settings import Download, ask_model, place_model, place_of, section_of
+from .schema import Config, LayerOverride, SamplingConfig
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_ALTERNATIVES = ("literal[", "tuple[")
+_SHOWN = 80
+DEFAULT_PRESET = "best"
+"""Of a configuration that names none; null is none."""
+
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads ten times faster
+
+
+class _UniqueKeys(_Loader):
+    """Refuses a key that stands twice in a mapping, of which YAML keeps the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        first = {key.value: key for key in reversed(keys)}
+        for key in keys:
+            if first[key.value] is not key:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key.value} stands there again")
+        return super().construct_mapping(node, deep)
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Configurations that the package ships, by name without the ending."""
+    for folder in (_PACKAGE / "configs", _PACKAGE.parent.parent / "configs"):
+        if folder.is_dir():
+            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_config(name: str) -> Path:
+    """A path, or the name of a shipped configuration with or without .yaml. Raises ConfigError."""
+    path = Path(name)
+    if os.path.isfile(name) and not model_card.is_model(name):
+        return path
+    shipped = shipped_configs()
+    stem = path.name.removesuffix(".yaml").removesuffix(".yml")
+    if path.name == name and stem in shipped:
+        return shipped[stem]
+    raise _no_config(name, stem, shipped)
+
+
+def _no_config(name: str, stem: str, shipped: Iterable[str]) -> ConfigError:
+    if model_card.is_model(name):
+        hint = f"qncd run {name} --bits w4a8, or first qncd init {name} > my.yaml"
+        return ConfigError(f"{name} is a model, not a configuration", hint)
+    if os.path.isdir(name):
+        run = os.path.join(name, "config.yaml")
+        hint = (
+            f"--config {run}" if os.path.isfile(run) else "a model's folder has a model_index.json"
+        )
+        return ConfigError(f"{name} is a folder, not a configuration", hint)
+    close = difflib.get_close_matches(stem, shipped, n=1)
+    hint = "qncd models lists those that are shipped; qncd init MODEL writes one for a model"
+    return ConfigError(
+        f"no configuration {shortened(name)}",
+        f"did you mean {close[0]}.yaml?" if close else hint,
+    )
+
+
+def shortened(text: str) -> str:
+    """A word of the user's for an error, which can be a whole prompt where a path is expected."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def load_config(name: str, overrides: Sequence[str] = (), **others: Any) -> Config:
+    """Read a configuration file; overrides, others: as `resolved` takes them.
+
+    Raises ConfigError naming the file, the dotted key and the nearest known key.
+    """
+    path = find_config(name)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
+    return resolved(tree, str(path), path.parent, overrides, **others)
+
+
+def resolved(
+    tree: dict[str, Any],
+    where: str,
+    beside: Path,
+    overrides: Sequence[str] = (),
+    *,
+    prompts: Sequence[str] = (),
+    download: Download | None = None,
+) -> Config:
+    """The configuration that a tree means, with `key.path=value` overrides (values are YAML).
+
+    What the tree does not set comes from its preset (`best` unless it names one) and, for
+    scheduler, steps and guidance, from the model's own files. A preset among the overrides comes
+    before the tree: the tree's values of the keys that presets set give way to it.
+    where: names the tree in errors; beside: a folder that relative paths are looked up in after the
+    current one; prompts: of a text model that has none; download: brings a model that is not here
+    yet. Raises ConfigError, also for a text model without prompts.
+    """
+    assigned = {override.partition("=")[0] for override in overrides}
+    if "quantization.preset" in assigned:
+        tree = presets.without_settings(tree)
+    elif "quantization.strict" in assigned:
+        tree = presets.without_exclusions(tree)
+    for override in overrides:
+        _apply_override(tree, override)
+    if "calibration.trajectories" in assigned and "calibration.noise_trajectories" not in assigned:
+        _fewer_noise_trajectories(tree)
+    place_model(tree, beside)
+    card = ask_model(tree, where, download)
+    sampling = tree.get("sampling")
+    if card and card.needs == "prompts" and isinstance(sampling, dict):
+        if sampling.get("prompts") is None and prompts:
+            sampling["prompts"] = list(prompts)
+        if sampling.get("prompts") is None:
+            raise ConfigError(
+                f"{where}: a text model ({card.kind}) needs sampling.prompts",
+                "--prompts FILE with one a line; in a configuration a list, or the name of a file",
+            )
+    _read_prompts(tree, beside)
+    quantization = tree.setdefault("quantization", {})
+    if isinstance(quantization, dict):
+        quantization.setdefault("preset", DEFAULT_PRESET)
+    return parse_config(presets.filled(tree, _steps(tree)), where)
+
+
+def _fewer_noise_trajectories(tree: dict[str, Any]) -> None:
+    """Fewer trajectories alone, as an override, are also fewer of those that measure noise."""
+    section = section_of(tree, "calibration")
+    every, noise = section.get("trajectories"), section.get("noise_trajectories")
+    if isinstance(every, int) and isinstance(noise, int):
+        section["noise_trajectories"] = min(every, noise)
+
+
+def _read_prompts(tree: dict[str, Any], beside: Path) -> None:
+    """Put the lines of a file of prompts in the place of its name. Raises ConfigError."""
+    section = tree.get("sampling")
+    if not isinstance(section, dict) or not isinstance(section.get("prompts"), str):
+        return
+    name = section["prompts"]
+    path = place_of(name, beside)
+    if path is None or path.is_dir():
+        raise ConfigError(
+            f"sampling.prompts: no file {shortened(name)}",
+            "a file with one prompt a line, or a YAML list: [a red shoe, a blue bag]",
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"sampling.prompts: {path}: cannot be read: {error}", "a text file in UTF-8"
+        ) from error
+    section["prompts"] = [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _steps(tree: dict[str, Any]) -> int:
+    """sampling.steps of a tree that nobody has validated yet."""
+    section = tree.get("sampling")
+    steps = section.get("steps") if isinstance(section, dict) else None
+    return steps if isinstance(steps, int) else SamplingConfig().steps
+
+
+# ------------------------------------------------------------------ validation
+
+
+def parse_config(tree: dict[str, Any], where: str) -> Config:
+    """Validate a tree of plain values. Raises ConfigError that lists every offender."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        problems = [_explain(e) for e in error.errors()]
+        raise ConfigError(f"{where}: " + "; ".join(problems)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"--set {override}: expected key.path=value", "e.g. --set sampling.steps=50"
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+    node: Any = tree
+    *parents, last = key.split(".")
+    for i, part in enumerate(parents):
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(parents[: i + 1])} has no keys below")
+    node[last] = value
+
+
+def _explain(error: Any) -> str:
+    """One pydantic error as 'dotted.key: what is wrong'."""
+    # pydantic names the alternatives of a union as parts of the path; nobody can write those
+    location = [p for p in map(str, error["loc"]) if not p.startswith(_ALTERNATIVES)]
+    key = ".".join(location) or "configuration"
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        if close:
+            return f"unknown key {key}, did you mean {'.'.join([*location[:-1], close[0]])}?"
+        return f"unknown key {key} (known: {', '.join(known)})"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    text = error["msg"].removeprefix("Value error, ")
+    text = text[0].lower() + text[1:]
+    if error["type"] == "value_error":
+        return text if key == "configuration" else f"{key}: {text}"
+    return f"{key}: {text}, got {error['input']!r}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    """Keys of the section at a dotted path; [] where the path leads nowhere."""
+    section: Any = Config
+    for part in path:
+        if section is None:
+            return []
+        field = section.model_fields.get(part)
+        annotation = field.annotation if field else None
+        if part == "overrides" and annotation is not None:
+            section = LayerOverride  # the next part is a free pattern
+            continue
+        if field is None and section is LayerOverride:
+            continue
+        candidates = [annotation, *get_args(annotation)]
+        section = next(
+            (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None
+        )
+    return list(section.model_fields) if section is not None else []

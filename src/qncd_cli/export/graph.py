@@ -1,0 +1,210 @@
+"""Quantized denoisers as graphs of ONNX and OpenVINO, checked against the simulation.
+
+What is written: the graph, and INDEX, which says how to call it, what it computes in integers and
+what not, and how far its predictions and images are from those of the simulate backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import int8
+from ..backends.onnx import runtimes
+from ..backends.onnx.runtimes import Session
+from ..config.schema import Config
+from ..errors import ArtifactError
+from ..metrics.tensor import psnr_db
+from ..models.loading import DiffusionModel
+from ..models.topology import weight_layers
+from ..progress import Track, counted
+from ..quant.attention import AttentionProducts
+from ..quant.layers import QuantizedLayer
+from ..runtime.denoiser import Denoiser, guided_predict, quantized_denoiser, ticking
+from ..runtime.exported_graph import TARGETS, SessionDenoiser, example_of, write_graph
+from ..sampling.levels import with_timesteps
+from ..sampling.noise import generators_for
+from ..sampling.samplers import denoise, make_scheduler
+from ..store.artifacts import Artifact
+from ..store.files import write_json
+
+INDEX = "graph.json"
+
+
+@dataclass(frozen=True)
+class Check:
+    """samples: drawn by the simulation and by the graph; bound: on the largest difference of one
+    prediction, as a share of the largest prediction."""
+
+    samples: int
+    bound: float
+
+
+def require(target: str) -> None:
+    """Raises BackendUnavailable that says what to install."""
+    needs = TARGETS[target]
+    runtimes.require(f"--to {target}", needs.packages)
+
+
+def run(
+    config: Config,
+    model: DiffusionModel,
+    quantized: Artifact,
+    target: str,
+    folder: Path,
+    check: Check,
+    track: Track,
+) -> dict[str, Any]:
+    """Write graph and INDEX into an empty folder and return what INDEX says.
+
+    model: on the CPU in float32. Raises ArtifactError where the graph differs from the simulation
+    by more than the bound, BackendUnavailable where the model cannot be traced.
+    """
+    require(target)
+    cache = quantized.body["cache_time_embeddings"]
+    simulated = quantized_denoiser(model, quantized, "simulate", cache)
+    path = folder / TARGETS[target].file
+    layers = _write(model, quantized, target, path, cache)
+    session = TARGETS[target].open(path)
+    agreement = compare(config, model, simulated, session, check.samples, track)
+    index = {
+        "format": target,
+        "file": path.name,
+        "source": model.source,
+        "digests": {"model": model.digest, "quantized": quantized.digest},
+        "inputs": _inputs(config, model),
+        "timestep_group_bounds": quantized.body["group_bounds"],
+        "layers": layers,
+        "products": {
+            "to_be_integer": sum(layer["integer_products"] for layer in layers),
+            "integer_here": session.integer,
+            "float_here": session.floating,
+        },
+        "agreement": agreement,
+    }
+    if not agreement["relative_difference"] <= check.bound:
+        raise ArtifactError(
+            f"--to {target}: a prediction of the graph differs from the simulation by "
+            f"{agreement['relative_difference']:.3g} of the largest one, more than the bound "
+            f"{check.bound:g}",
+            "nothing was written; --bound allows more",
+        )
+    write_json(folder / INDEX, index)
+    return index
+
+
+def _inputs(config: Config, model: DiffusionModel) -> dict[str, dict[str, Any]]:
+    """Of the graph: dtype and shape, where "batch" is open; all rows are at one timestep."""
+    with torch.no_grad():
+        condition = model.condition(model.labels([0], config.sampling.classes))
+    examples = {"sample": torch.zeros(1, *model.latent_shape), "timestep": torch.zeros(1)}
+    return {
+        name: {
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": ["batch", *value.shape[1:]],
+        }
+        for name, value in (examples | dict(condition)).items()
+    }
+
+
+def _write(
+    model: DiffusionModel, quantized: Artifact, target: str, path: Path, cache: bool
+) -> list[dict[str, Any]]:
+    """The graph at path; every layer's row of INDEX."""
+    denoiser = quantized_denoiser(model, quantized, "simulate", cache)
+    parts = dict(denoiser.module.named_modules())
+    write_graph(denoiser, example_of(model), target, path, f"--to {target}")
+    return _rows(model, quantized, parts, target)
+
+
+def _rows(
+    model: DiffusionModel, quantized: Artifact, parts: Mapping[str, Any], target: str
+) -> list[dict[str, Any]]:
+    rows = []
+    for name, part in parts.items():
+        if isinstance(part, QuantizedLayer):
+            why = int8.why_not(part)
+            rows.append(_row(name, 0 if why else int8.products(part), why))
+        elif isinstance(part, AttentionProducts):
+            products, why = _attention(part, target)
+            rows.append(_row(name.removesuffix(".processor"), products, why))
+    left = [name for name in weight_layers(model.denoiser) if name not in quantized.body["layers"]]
+    return rows + [_row(name, 0, "not quantized: see coverage.json") for name in left]
+
+
+def _row(name: str, products: int, why: str) -> dict[str, Any]:
+    return {"name": name, "integer_products": products, "why_not_integer": why}
+
+
+def _attention(module: AttentionProducts, target: str) -> tuple[int, str]:
+    """Integer products of one attention module, and why not both are."""
+    from ..backends.onnx import layers as onnx_layers
+
+    if target == "openvino":
+        return 0, "OpenVINO has no integer product of two operands whose scales vary"
+    pairs = (module.bits, module.bits), (module.probabilities_bits, module.bits)
+    integer = [onnx_layers.integer_product(*bits) for bits in pairs]
+    return sum(integer), "" if all(integer) else "an operand has more than 8 bits"
+
+
+def compare(
+    config: Config,
+    model: DiffusionModel,
+    simulated: Denoiser,
+    session: Session,
+    samples: int,
+    track: Track,
+) -> dict[str, Any]:
+    """How far the graph is from the simulation, over the run's sampler.
+
+    Differences of guided predictions on the simulation's own inputs at every step, and the PSNR of
+    the images that both come to from the same noise (None: they are identical).
+    """
+    sampling = config.sampling
+    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
+    seeds = list(range(sampling.seed, sampling.seed + samples))
+    labels = model.labels(seeds, sampling.classes)
+    denoisers = simulated, SessionDenoiser(simulated, session)
+    reference, graph = (
+        guided_predict(model, denoiser, labels, sampling.guidance_scale) for denoiser in denoisers
+    )
+    largest = difference = 0.0
+
+    def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
+        nonlocal largest, difference
+        off = (graph(x, t) - prediction).abs().max().item()
+        difference = max(difference, off) if off == off else float("inf")
+        largest = max(largest, prediction.abs().max().item())
+
+    images = []
+    runs = [(reference, record), (graph, None)]
+    calls = len(runs) * len(with_timesteps(scheduler, sampling.steps, sampling.eta).timesteps)
+    what = "comparing with the simulation"
+    for (predict, on_step), tick in counted(track, runs, what, calls, "calls"):
+        latents = denoise(
+            ticking(predict, tick),
+            scheduler,
+            sampling.steps,
+            generators_for(seeds),
+            model.latent_shape,
+            eta=sampling.eta,
+            seeds=seeds,
+            on_step=on_step,
+        )
+        with torch.no_grad():
+            images.append(model.decode(latents))
+    psnr = psnr_db(*images)
+    return {
+        "samples": samples,
+        "steps": sampling.steps,
+        "max_difference": difference,
+        "max_prediction": largest,
+        "relative_difference": difference / largest,
+        "psnr_db": psnr if math.isfinite(psnr) else None,
+    }

@@ -1,0 +1,196 @@
+"""Part of the forecast: the artifacts that a configuration will write, known but for their values.
+
+Tensors are on the meta device; where a description holds a
+number that only a run can know, SOME_FLOAT takes as many characters.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from ..config.schema import Config
+from ..models.smoothing_sites import smoothing_sites
+from ..models.topology import attention_sites, skip_boundaries
+from ..ptq.layer_plan import LayerPlan, has_own_weight_bits, plan_layers, range_observer
+from ..ptq.noise import noise_body
+from ..runtime.denoiser import group_bounds
+from ..spec import FLOAT_BITS
+from ..store.artifacts import KINDS, Artifact, description, torch_type
+from .shapes import Shapes
+
+SOME_FLOAT = 0.012345678901234567
+"""Of the length that most have in JSON; only the length counts."""
+DIGEST, CONTENT = "0" * 16, "0" * 64
+_TYPES = {
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
+
+
+def file_bytes(artifact: Artifact) -> int:
+    """What artifacts.write would write: a length, a header of JSON, the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"qncd": description(artifact)}}
+    end = 0
+    for name, tensor in artifact.tensors.items():
+        start, end = end, end + tensor.nbytes
+        kind, shape = _TYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-length // 8) * 8 + end
+
+
+def calibration(config: Config, shapes: Shapes, timesteps: list[float]) -> Artifact:
+    activations = config.quantization.activations
+    bounds = group_bounds(timesteps, activations.timestep_groups)
+    body = {
+        "rows": config.calibration.trajectories * len(timesteps),
+        "latent_shape": list(shapes.latent_shape),
+        "groups": len(bounds) + 1,
+        "group_bounds": list(bounds),
+        "timesteps": timesteps,
+        "layers": {p.name: p.in_channels for p in plan_layers(config, shapes.denoiser)},
+        "attention": {site.name: site.channels for site in attention_sites(shapes.denoiser)},
+    }
+    return _blank("calibration", body, {"smoothing": CONTENT})
+
+
+def smoothing(config: Config, shapes: Shapes) -> Artifact:
+    """With intra auto every layer may get a factor: the most that there can be."""
+    plans = plan_layers(config, shapes.denoiser)
+    intra = config.correction.intra
+    wide = intra in ("smoothquant", "range", "auto")
+    smoothed = {plan.name for plan in plans} if wide else set()
+    if intra == "embedding":
+        smoothed |= {name for site in smoothing_sites(shapes.denoiser) for name in site.layers}
+    if config.quantization.split_skip_connections:
+        smoothed |= set(skip_boundaries(shapes.denoiser))
+    layers = {
+        plan.name: {
+            "in_channels": plan.in_channels,
+            "chosen": intra,
+            "clamped": 0,
+            "shifted": intra in ("range", "auto") and plan.is_pointwise,
+        }
+        for plan in plans
+        if plan.name in smoothed
+    }
+    return _blank("smoothing", {"layers": layers})
+
+
+def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Artifact) -> Artifact:
+    """At the configured bits: what quantization.sensitive and a budget spend is extra_bytes."""
+    smoothed = factors.body["layers"]
+    plans = [
+        plan
+        for plan in plan_layers(config, shapes.denoiser)
+        if not plan.stays_float or plan.name in smoothed
+    ]
+    attention = config.quantization.attention
+    products = attention.bits != FLOAT_BITS or attention.probabilities_bits != FLOAT_BITS
+    entry = {
+        "bits": attention.bits,
+        "probabilities_bits": attention.probabilities_bits,
+        "observer": range_observer(config.quantization.activations.observer),
+    }
+    body = {
+        "layers": {plan.name: _entry(config, plan, smoothed.get(plan.name)) for plan in plans},
+        "attention": {name: dict(entry) for name in calibrated.body["attention"] if products},
+        "groups": calibrated.body["groups"],
+        "group_bounds": calibrated.body["group_bounds"],
+        "cache_time_embeddings": config.quantization.cache_time_embeddings,
+        "source": shapes.source,
+    }
+    return _blank("quantized", body, {"calibration": CONTENT, "smoothing": CONTENT})
+
+
+def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> dict[str, Any]:
+    """As stages.quantize writes it."""
+    q = config.quantization
+    float_weight = plan.weight_bits == FLOAT_BITS
+    gptq = q.weights.rounding != "nearest" and not float_weight
+    shifted = factor is not None and factor["shifted"]
+    entry: dict[str, Any] = {
+        "kind": "conv" if plan.is_conv else "linear",
+        "weight_shape": list(plan.layer.weight.shape),
+        "in_channels": plan.in_channels,
+        "weight_bits": plan.weight_bits,
+        "activation_bits": plan.activation_bits,
+        "observer": plan.observer,
+        "smoothed": factor is not None,
+        "shifted": shifted,
+        "bias": plan.layer.bias is not None or shifted,  # a shift moves into the bias
+        "bias_corrected": q.bias_correction,
+        "rounding": "none" if float_weight else "gptq" if gptq else "nearest",
+        "note": "",
+    }
+    if gptq:
+        entry["relative_output_error"] = SOME_FLOAT
+    if refined(config) and min(plan.weight_bits, plan.activation_bits) <= 8:
+        entry["estimated_error"] = {"input": SOME_FLOAT, "weight": SOME_FLOAT}
+    if q.weights.budget is not None and not has_own_weight_bits(plan, config):
+        entry["sensitivity"] = dict.fromkeys(map(str, (2, 3, 4, 6, 8)), SOME_FLOAT)
+    if q.weights.rounding in ("adaround", "brecq") and not float_weight:
+        entry["reconstruction"] = {
+            "block": plan.name,
+            "relative_output_error_before": SOME_FLOAT,
+            "relative_output_error_after": SOME_FLOAT,
+            "kept": True,
+        }
+    return entry
+
+
+def result_bytes(config: Config, shapes: Shapes, predicted: Artifact) -> int:
+    """Of quantized.safetensors, with the bits that quantization.sensitive or a budget spends.
+
+    predicted: of quantized().
+    """
+    spent = extra_weight_bits(config, plan_layers(config, shapes.denoiser))
+    return file_bytes(predicted) + spent // 8
+
+
+def refined(config: Config) -> bool:
+    """Whether quantization.sensitive has something to spend."""
+    q = config.quantization
+    weights = q.sensitive.weight_bits if q.weights.budget is None else 0.0
+    return bool(weights or q.sensitive.activation_bits)
+
+
+def extra_weight_bits(config: Config, plans: list[LayerPlan]) -> int:
+    """Bits over all layers that quantization.sensitive or a budget spends beyond the plans' own."""
+    q = config.quantization
+    sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
+    if q.weights.budget is not None:
+        own = sum(sizes[p.name] * p.weight_bits for p in plans if p.name in sizes)
+        return round(q.weights.budget * sum(sizes.values())) - own
+    return round(q.sensitive.weight_bits * sum(sizes.values()))
+
+
+def noise_stats(config: Config, shapes: Shapes, timesteps: list[float]) -> Artifact:
+    body = noise_body(config, shapes.latent_shape[0], len(set(timesteps)))
+    return _blank("noise_stats", body, {"quantized": CONTENT})
+
+
+def latents(shapes: Shapes, count: int, traced: int, steps: int) -> Artifact:
+    body = {
+        "count": count,
+        "latent_shape": list(shapes.latent_shape),
+        "traced": traced,
+        "steps": steps,
+        "extra_calls": 0,
+    }
+    return _blank("latents", body)
+
+
+def _blank(kind: str, body: dict[str, Any], parents: dict[str, str] | None = None) -> Artifact:
+    tensors = {
+        name: torch.empty(shape, dtype=torch_type(type_), device="meta")
+        for name, (type_, shape) in KINDS[kind].layout(body).items()
+    }
+    return Artifact(kind, tensors, body, DIGEST, DIGEST, parents or {}, CONTENT)

@@ -1,0 +1,129 @@
+"""A sample set on disk as it grows: what is there already, and how its parts are joined."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..report.page import contact_sheet
+from ..store import artifacts
+from ..store.artifacts import Artifact
+from ..store.files import write_bytes, write_json
+from .sample_sets import (
+    LATENTS,
+    MANIFEST,
+    PARTS,
+    begun,
+    check_identity,
+    image_path,
+    sheet_path,
+    without_image,
+)
+
+SHEET_IMAGES = 64
+
+
+def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
+    """Latents of the samples in the folder whose images are there, None when there are none.
+
+    Raises ArtifactError when they were made with other settings.
+    """
+    manifest = begun(folder)
+    if manifest is None:
+        return None
+    check_identity(folder, manifest, identity)
+    if not (folder / LATENTS).is_file():
+        return None
+    drawn = artifacts.read(folder / LATENTS, "latents")
+    lost = without_image(folder, drawn.tensors["seeds"].tolist())
+    return _without(drawn, lost) if lost else drawn
+
+
+def _without(drawn: Artifact, seeds: list[int]) -> Artifact | None:
+    """The samples of all other seeds, None where no others are there."""
+
+    def keep(key: str) -> list[int]:
+        return [row for row, s in enumerate(drawn.tensors[key].tolist()) if s not in lost]
+
+    lost = set(seeds)
+    rows, traced = keep("seeds"), keep("prediction_seeds")
+    if not rows:
+        return None
+    tensors = {name: drawn.tensors[name][rows] for name in ("latents", "seeds", "classes")}
+    tensors |= {name: drawn.tensors[name][traced] for name in ("predictions", "prediction_seeds")}
+    body = {**drawn.body, "count": len(rows), "traced": len(traced)}
+    return Artifact("latents", tensors, body, "", drawn.model)
+
+
+def png_bytes(image: Tensor) -> bytes:
+    """uint8 [C, H, W], C 1 or 3 -> PNG."""
+    array = image.permute(1, 2, 0).numpy()
+    array = array[:, :, 0] if array.shape[2] == 1 else array
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def assemble(
+    folder: Path, identity: dict[str, Any], drawn: Artifact | None, batch_size: int
+) -> dict[str, Any]:
+    """Join the parts, and what was drawn before, into one latents file, a sheet and the manifest,
+    which is returned."""
+    parts = sorted((folder / PARTS).glob("*.safetensors"))
+    pieces = [drawn] if drawn else []
+    latents = merge_latents(pieces + [artifacts.read(path, "latents") for path in parts])
+    artifacts.write(folder / LATENTS, latents)
+    seeds = latents.tensors["seeds"].tolist()
+    images = [Image.open(image_path(folder, seed)) for seed in seeds[:SHEET_IMAGES]]
+    arrays = [torch.from_numpy(np.atleast_3d(np.array(image))) for image in images]
+    sheet = contact_sheet(torch.stack(arrays).permute(0, 3, 1, 2), columns=None, scale=2)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    write_bytes(sheet_path(folder), buffer.getvalue())
+    manifest = {
+        **identity,
+        "complete": True,
+        "seeds": seeds,
+        "classes": latents.tensors["classes"].tolist(),
+        "batch_size": batch_size,
+        "extra_calls": latents.body["extra_calls"],
+        "steps": latents.body["steps"],
+    }
+    write_json(folder / MANIFEST, manifest)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    return manifest
+
+
+def merge_latents(pieces: list[Artifact]) -> Artifact:
+    """One latents artifact, ordered by seed, each seed once (the later piece wins)."""
+
+    def merged(key: str, names: list[str]) -> dict[str, Tensor]:
+        row_of = {
+            seed: (piece, row)
+            for piece in pieces
+            for row, seed in enumerate(piece.tensors[key].tolist())
+        }
+        order = [row_of[seed] for seed in sorted(row_of)]
+        if not order:
+            return {name: pieces[0].tensors[name] for name in [key, *names]}
+        return {
+            name: torch.stack([piece.tensors[name][row] for piece, row in order])
+            for name in [key, *names]
+        }
+
+    tensors = merged("seeds", ["latents", "classes"])
+    tensors |= merged("prediction_seeds", ["predictions"])
+    body = {
+        **pieces[0].body,
+        "count": len(tensors["seeds"]),
+        "traced": len(tensors["prediction_seeds"]),
+        "extra_calls": max(piece.body["extra_calls"] for piece in pieces),
+    }
+    return Artifact("latents", tensors, body, "", pieces[0].model)

@@ -1,0 +1,160 @@
+"""A sample set on disk without its tensors: names, manifest, and what decides its images.
+
+| path | what |
+|---|---|
+| NNNNNN.png | the image of a seed; more digits where the seed has more |
+| latents.safetensors | latents of all seeds |
+| manifest.json | the set's identity, its seeds and labels |
+| .parts/ | batches, while the set is drawn |
+
+The contact sheet lies beside the folder, so that the folder holds samples and no other images.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.schema import Config
+from ..errors import ArtifactError
+from ..store.digests import differing, digest_of
+from ..store.files import read_json
+
+MANIFEST = "manifest.json"
+LATENTS = "latents.safetensors"
+PARTS = ".parts"
+ASKED = "asked"
+"""Key of an unfinished set's manifest: all seeds whose images may be there by now."""
+LARGEST_BATCH = 50
+BATCH_MACS = 10**12
+"""Of one call, as many samples as come near it where fewer are to be drawn together."""
+NAMES = {
+    "source": "model.source",
+    "dtype": "model.dtype",
+    "correction": "correction.inter",
+    "digests.model": "the model's files",
+    "digests.quantized": "the quantized model",
+    "batches.first_seed": "--seed",
+    "batches.count": "--num",
+    "batches.size": "--batch-size",
+}
+"""Keys of a manifest as the user knows them, by their beginnings."""
+REASON = (
+    "samples depend on their batches with correction.inter.granularity batch or with part below 1"
+)
+
+
+def default_batch(macs: int) -> int:
+    """How many samples are drawn together unless it is said. macs: of one call on one sample."""
+    return max(1, min(LARGEST_BATCH, BATCH_MACS // macs))
+
+
+# ------------------------------------------------------------------ places
+
+
+def begun(folder: Path) -> dict[str, Any] | None:
+    """The manifest of the set in the folder, finished or not."""
+    path = folder / MANIFEST
+    return read_json(path, "qncd sample --force") if path.exists() else None
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    return folder / f"{seed:06d}.png"
+
+
+def sheet_path(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}_sheet.png")
+
+
+def without_image(folder: Path, seeds: Iterable[int]) -> list[int]:
+    """Those of the seeds whose image is not there."""
+    return [seed for seed in seeds if not image_path(folder, seed).is_file()]
+
+
+def clear(folder: Path, also: Iterable[int] = ()) -> None:
+    """Remove a sample set (for --force): only what sampling wrote, as its manifest says.
+
+    also: seeds that are known from elsewhere to belong to the set.
+    """
+    try:
+        manifest = begun(folder) or {}
+    except ArtifactError:
+        manifest = {}  # damaged, or the user's own file: the names in it are lost
+    seeds = {*also, *manifest.get("seeds", ()), *manifest.get(ASKED, ())}
+    for path in [*(image_path(folder, s) for s in seeds), folder / MANIFEST, folder / LATENTS]:
+        path.unlink(missing_ok=True)
+    sheet_path(folder).unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+
+# ------------------------------------------------------------------ identity
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a set is drawn, beside the configuration.
+
+    kind: quantized or full; digests: of what its denoiser was made from; backend: the name of what
+    computes quantized layers, None for full precision; without_guidance: none although a scale is
+    set; first_seed, count, batch_size: None where the set does not depend on them.
+    """
+
+    kind: str
+    digests: dict[str, str]
+    backend: str | None = None
+    compiled: bool = False
+    without_guidance: bool = False
+    first_seed: int | None = None
+    count: int | None = None
+    batch_size: int | None = None
+
+
+def identity_of(config: Config, drawing: Drawing) -> dict[str, Any]:
+    """Everything but the seeds that decides the images of a set.
+
+    Where samples depend on their batch, the seeds and how they are cut into batches as well: such
+    a set can be finished, but not go on to other seeds.
+    """
+    sampling = config.to_dict()["sampling"]
+    sampling.pop("seed")
+    inter = config.correction.inter if drawing.kind == "quantized" else None
+    identity = {
+        "kind": drawing.kind,
+        "source": config.model.source,
+        "dtype": config.model.dtype,
+        "sampling": sampling,
+        "correction": inter.identity() if inter is not None else None,
+        "digests": drawing.digests,
+    }
+    if drawing.without_guidance:
+        identity["guidance"] = "off"  # sets drawn when it led away from the prompt are others
+    if drawing.backend is not None:
+        identity["backend"] = drawing.backend  # equal to others only up to float rounding
+    if drawing.compiled:
+        identity["compiled"] = True  # the same
+    if inter is not None and inter.depends_on_batch:
+        identity["batches"] = {
+            "first_seed": drawing.first_seed,
+            "count": drawing.count,
+            "size": drawing.batch_size,
+        }
+    return {**identity, "digest": digest_of(identity)}
+
+
+def check_identity(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raises ArtifactError, with old and new values, for a set made with other settings."""
+    if manifest.get("digest") == identity["digest"]:
+        return
+    keys = [key for key in {**identity, "compiled": None} if key != "digest"]
+    before, now = ({key: tree.get(key) for key in keys} for tree in (manifest, identity))
+    changes = differing(before, now, NAMES) or ["a changed digest"]
+    if before.get("batches") != now.get("batches"):
+        changes.append(REASON)
+    raise ArtifactError(
+        f"{folder}: holds samples made with other settings ({'; '.join(changes)})",
+        "add --force to replace them, or --name NAME to keep both",
+    )

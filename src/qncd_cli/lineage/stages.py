@@ -1,0 +1,190 @@
+"""Whether the stages of a run still hold, and why not: from files and digests, without torch.
+
+A stage holds where its outputs are there and sound and were made from just these inputs. The chain
+skips it then; commands say the rest before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..config.loading import load_config
+from ..config.schema import Config
+from ..errors import ArtifactError, ConfigError
+from ..store.artifact_files import Stored, read_stored
+from ..store.digests import differing
+from ..store.files import read_json, write_json
+from ..store.run_dir import RunDir, read_coverage
+
+Stage = Literal["calibrate", "quantize"]
+NAMES = {
+    "intra": "correction.intra",
+    "smoothing_strength": "correction.smoothing_strength",
+    "timestep_groups": "quantization.activations.timestep_groups",
+    "split": "quantization.split_skip_connections",
+    "widths": "quantization",
+    "widths.weights.nearest": "rounding to nearest",
+    "estimator_target": "correction.inter.target",
+}
+"""Keys of what decides a stage (`Config.stage_inputs`), as the configuration calls them."""
+OF_INTRA = ("widths", "smoothing_strength")
+"""Those that count for some values of correction.intra only."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A stage of a run. why: a phrase that tells why it is run again, "" where it holds.
+
+    new: nothing of it is there; open: whether it holds depends on what an earlier stage gives;
+    found: its sound artifacts by kind; changed: the keys of the configuration in question, each
+    "key: old -> new".
+    """
+
+    stage: str
+    why: str = ""
+    new: bool = False
+    open: bool = False
+    found: Mapping[str, Stored] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
+
+    @property
+    def holds(self) -> bool:
+        return not self.why
+
+    def sentence(self) -> str:
+        """One line for people."""
+        if self.holds:
+            return f"{self.stage}: unchanged"
+        if self.new:
+            return f"{self.stage}: {self.why}"
+        return f"{self.stage}: again, because {self.why}"
+
+    def described(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {"unchanged": self.holds, "because": self.why or None, "keys": list(self.changed)}
+
+
+def calibrated(run: RunDir, config: Config, model: str) -> State:
+    """The stage calibrate. model: the digest of the model as it is now."""
+
+    def linked(found: Mapping[str, Stored]) -> str:
+        good = found["calibration"].parents == {"smoothing": found["smoothing"].digest}
+        return "" if good else "calibration and smoothing do not belong together"
+
+    return _state(run, "calibrate", ("smoothing", "calibration"), config, model, linked)
+
+
+def quantized(run: RunDir, config: Config, model: str, before: State) -> State:
+    """The stage quantize. before: of calibrate."""
+    parents = {kind: stored.digest for kind, stored in before.found.items()}
+    state = quantized_from(run, config, model, parents)
+    if before.holds or state.changed or state.new:
+        return state
+    why = f"{before.stage} is made again, unless the same comes out"
+    return State("quantize", why, open=True, found=state.found)
+
+
+def quantized_from(run: RunDir, config: Config, model: str, parents: dict[str, str]) -> State:
+    """The stage quantize. parents: digests of calibration and smoothing."""
+
+    def linked(found: Mapping[str, Stored]) -> str:
+        if found["quantized"].parents != parents:
+            return "calibrate is another one than it was made from"
+        if found["noise_stats"].parents != {"quantized": found["quantized"].digest}:
+            return "quantized and noise_stats do not belong together"
+        if not run.coverage.is_file():
+            return f"{run.coverage.name} is missing"
+        try:
+            read_coverage(run.coverage)
+        except ArtifactError:
+            return f"{run.coverage.name} is damaged or an earlier version's"
+        return ""
+
+    return _state(run, "quantize", ("quantized", "noise_stats"), config, model, linked)
+
+
+def of_run(run: RunDir, config: Config, model: str) -> tuple[State, State]:
+    """calibrate and quantize of a run, under a configuration and with the model as it is now."""
+    first = calibrated(run, config, model)
+    return first, quantized(run, config, model, first)
+
+
+# ------------------------------------------------------------------ one stage
+
+
+def _state(
+    run: RunDir,
+    stage: Stage,
+    kinds: tuple[str, ...],
+    config: Config,
+    model: str,
+    linked: Callable[[Mapping[str, Stored]], str],
+) -> State:
+    """linked: what is wrong with sound artifacts of this configuration and model, or ""."""
+    if not any(run.tensors(kind).exists() for kind in kinds):
+        return State(stage, "not done yet", new=True)
+    found, wrong = {}, []
+    for kind in kinds:
+        try:
+            found[kind] = read_stored(run.tensors(kind), kind)
+        except ArtifactError as error:
+            wrong.append(error.message.removeprefix(f"{run.path}/"))
+    changed: list[str] = []
+    digest = config.stage_digest(stage)
+    other = [stored.config for stored in found.values() if stored.config != digest]
+    if other:
+        changed = _changed(run, stage, config, other[0])
+        wrong += changed or [f"the configuration of {stage} was another one"]
+    models = [stored.model for stored in found.values() if stored.model != model]
+    if models:
+        wrong.append(f"the model's files changed ({models[0]} -> {model})")
+    if not wrong and (problem := linked(found)):
+        wrong.append(problem)
+    return State(stage, "; ".join(wrong), found=found, changed=tuple(changed))
+
+
+def _changed(run: RunDir, stage: Stage, config: Config, digest: str) -> list[str]:
+    """What differs from the settings of that digest, [] where nobody knows them any more."""
+    before = _settings(run, stage, digest)
+    if before is None:
+        return []
+    now = config.stage_inputs(stage)
+    if before.get("intra") != now["intra"]:
+        before, now = ({k: v for k, v in t.items() if k not in OF_INTRA} for t in (before, now))
+    return differing(before, now, NAMES)
+
+
+# ------------------------------------------------------------------ what stages were made with
+
+
+def _settings(run: RunDir, stage: Stage, digest: str) -> dict[str, Any] | None:
+    """What decided a stage: as it was noted, or from the run's configuration where that fits."""
+    noted = _noted(run.settings).get(stage)
+    if isinstance(noted, dict) and noted.get("digest") == digest:
+        return noted["inputs"]
+    try:
+        config = load_config(str(run.config)) if run.config.is_file() else None
+    except ConfigError:
+        return None
+    fits = config is not None and config.stage_digest(stage) == digest
+    return config.stage_inputs(stage) if config is not None and fits else None
+
+
+def note_settings(run: RunDir, stage: Stage, config: Config) -> None:
+    """Keep what decided a stage that was made or still holds: a later change can be told then."""
+    noted = {"digest": config.stage_digest(stage), "inputs": config.stage_inputs(stage)}
+    known = _noted(run.settings)
+    if known.get(stage) != noted:
+        write_json(run.settings, {**known, stage: noted})
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    """{} where the file is missing or damaged: it only helps to explain."""
+    try:
+        tree = read_json(path, "qncd calibrate")
+    except ArtifactError:
+        return {}
+    return tree if isinstance(tree, dict) else {}

@@ -1,0 +1,273 @@
+"""Part of stage 2: the few layers whose rounding matters most, and finer codes for them.
+
+Layers near the output pass their rounding on to the prediction almost whole, and hold a small
+share of the weights and of the MACs. Their weights and inputs may have up to two bytes each, in
+several passes of 8-bit kernels: all of it stays within integer kernels, and within the mean extra
+bits of quantization.sensitive.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import Config
+from ..models.loading import DiffusionModel
+from ..progress import Track, counted, no_progress
+from ..quant.affine import QParams, choose_qparams, fake_quantize
+from ..quant.observers import choose_range
+from ..quant.rounding import weight_qparams
+from ..quant.smoothing import fold, smooth
+from ..runtime.denoiser import denoiser_costs, timestep_group
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, activation_spec, weight_spec
+from ..store.artifacts import Artifact, tensors_below
+from .layer_plan import LayerPlan, range_observer
+from .smoothing_choice import Factors
+
+WEIGHT_WIDTHS = (4, 6, 8, WIDE_WEIGHT_BITS)
+ACTIVATION_WIDTHS = (4, 6, 8, MAX_ACTIVATION_BITS)
+ROWS_PER_STEP = 4
+STEPS = 8
+PROJECTIONS = 4
+"""Random directions of the output that are looked at per calibration row."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Relative squared error of the guided prediction, by layer, that rounding makes in its
+    inputs and in its weight."""
+
+    inputs: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def refine(
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    factors: Factors,
+    track: Track = no_progress,
+) -> tuple[list[LayerPlan], Sensitivity]:
+    """The plans, the most sensitive layers with more bits for their weights or inputs; and what
+    decided it, empty where nothing is to be spent.
+
+    Bits are spent where they remove most error per weight (per MAC for the inputs), up to
+    quantization.sensitive's mean extra bits. A budget of bits decides about the weights by itself.
+    """
+    extra = config.quantization.sensitive
+    budgeted = config.quantization.weights.budget is not None
+    extra_weight_bits = 0.0 if budgeted else extra.weight_bits
+    coarse = {p.name: p.weight_bits for p in plans if p.weight_bits <= 8}
+    narrow = {p.name: p.activation_bits for p in plans if p.activation_bits <= 8}
+    if not (extra_weight_bits and coarse) and not (extra.activation_bits and narrow):
+        return plans, Sensitivity()
+    concerned = [p for p in plans if p.name in coarse or p.name in narrow]
+    found = sensitivity(config, model, calibration, concerned, factors, track)
+    sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
+    finer = spend(found.weights, coarse, sizes, WEIGHT_WIDTHS, extra_weight_bits)
+    macs = {cost.name: cost.macs for cost in denoiser_costs(config, model)}
+    wider = spend(found.inputs, narrow, macs, ACTIVATION_WIDTHS, extra.activation_bits)
+    result = []
+    for plan in plans:
+        plan = replace(plan, weight_bits=finer.get(plan.name, plan.weight_bits))
+        plan = replace(plan, activation_bits=wider.get(plan.name, plan.activation_bits))
+        if plan.name in wider and plan.activation_bits > 8:
+            plan = replace(plan, observer="minmax")
+        result.append(plan)
+    return result, found
+
+
+def spend(
+    errors: dict[str, float],
+    bits: dict[str, int],
+    costs: dict[str, int],
+    widths: tuple[int, ...],
+    extra: float,
+) -> dict[str, int]:
+    """Bits of every name in `bits`, widened by at most `extra` bits in the mean over all costs.
+
+    errors: squared errors at `bits`; every bit more divides one by four. The widening that removes
+    most error per bit and cost comes first, until none fits: optimal but for the remainder, because
+    the error is convex in the bits.
+    """
+    left = extra * sum(costs.values())
+    result = dict(bits)
+    steps: list[tuple[float, str, int]] = []
+
+    def propose(name: str) -> None:
+        now = result[name]
+        wider = next((w for w in widths if w > now), None)
+        if wider is None or costs.get(name, 0) <= 0 or errors[name] <= 0:
+            return
+        error = errors[name] / 4.0 ** (now - bits[name])
+        gain = error * (1 - 0.25 ** (wider - now))
+        heapq.heappush(steps, (-gain / ((wider - now) * costs[name]), name, wider))
+
+    for name in bits:
+        propose(name)
+    while steps:
+        _, name, wider = heapq.heappop(steps)
+        cost = (wider - result[name]) * costs[name]
+        if cost <= left:
+            left -= cost
+            result[name] = wider
+            propose(name)
+    return result
+
+
+def sensitivity(
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    factors: Factors,
+    track: Track = no_progress,
+) -> Sensitivity:
+    """What rounding each layer's inputs and weight does to the guided prediction.
+
+    To first order the error is J e, J the Jacobian of the prediction and e the rounding error
+    (nearest, for weights); E[(v J e)^2] = ||J e||^2 over random v (Hutchinson), and one backward
+    pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows.
+    """
+    roundings, differences = {}, {}
+    for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
+        roundings[p.name] = _InputError(config, calibration, p, factors)
+        differences[p.name] = _weight_error(p, factors)
+    timestep = calibration.tensors["inputs.timestep"]
+    times = sorted(set(timestep.tolist()), reverse=True)
+    picked = sorted({times[round(i * (len(times) - 1) / (STEPS - 1))] for i in range(STEPS)})
+    generator = torch.Generator().manual_seed(0)
+    result = Sensitivity(*({p.name: 0.0 for p in plans} for _ in range(2)))
+    weights = {p.name: p.layer.weight for p in plans}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        passes = PROJECTIONS * len(picked)
+        for t, tick in counted(track, picked, "measuring sensitivity", passes, "passes"):
+            rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
+            with torch.enable_grad(), _own_inputs(model.denoiser, list(roundings)) as inputs:
+                prediction = _prediction(config, model, calibration, rows, t)
+            norm = prediction.detach().flatten(1).norm(dim=1).clamp(min=1e-15)
+            norm = norm.reshape(-1, *[1] * (prediction.ndim - 1))
+            errors = {name: roundings[name](x.detach(), t) for name, x in inputs.items()}
+            count = PROJECTIONS * len(picked) * len(rows)
+            for i in range(PROJECTIONS):
+                v = torch.randn(prediction.shape, generator=generator).to(prediction) / norm
+                grads = torch.autograd.grad(
+                    prediction,
+                    [*inputs.values(), *weights.values()],
+                    v,
+                    retain_graph=i + 1 < PROJECTIONS,
+                    allow_unused=True,
+                )
+                for name, grad in zip(inputs, grads, strict=False):
+                    if grad is not None:
+                        product = (grad * errors[name]).double().flatten(1).sum(1)
+                        both = product.reshape(-1, len(rows)).sum(0)  # null and class branch
+                        result.inputs[name] += float(both.square().sum()) / count
+                for name, grad in zip(weights, grads[len(inputs) :], strict=True):
+                    if grad is not None:
+                        product = (grad * differences[name]).double().sum()
+                        result.weights[name] += float(product.square()) / count
+                tick()
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+    return result
+
+
+@contextmanager
+def _own_inputs(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Within the block, each named layer reads its input as a view of its own, kept by name.
+
+    Gradients in a view are those through that layer alone: q, k and v read one tensor, and so do
+    a shortcut and the normalization beside it.
+    """
+    inputs: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for name in names:
+
+            def hook(module, args, name=name):
+                if not args[0].requires_grad:
+                    return None
+                inputs[name] = args[0].view_as(args[0])
+                return inputs[name], *args[1:]
+
+            handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _weight_error(plan: LayerPlan, factors: Factors) -> Tensor:
+    """What nearest rounding adds to a layer's weight, smoothing taken out again."""
+    if plan.weight_bits == FLOAT_BITS:
+        return torch.zeros_like(plan.layer.weight)
+    weight = plan.layer.weight.detach().float().cpu()
+    factor = factors.get(plan.name)
+    if factor is not None:
+        weight = fold(weight, factor.factor)
+    spec = weight_spec(plan.weight_bits)
+    error = fake_quantize(weight, weight_qparams(weight, spec), spec) - weight
+    if factor is not None:
+        error = fold(error, 1 / factor.factor)
+    return error.to(plan.layer.weight)
+
+
+def _prediction(
+    config: Config, model: DiffusionModel, calibration: Artifact, rows: Tensor, t: float
+) -> Tensor:
+    """Guided prediction [n, ...] with a graph behind it."""
+    scale = config.sampling.guidance_scale
+    x = calibration.tensors["inputs.x"][rows].to(model.device, model.dtype)
+    conditions = [model.condition(calibration.tensors["inputs.class"][rows])]
+    if model.null_condition is not None and model.guides(scale):
+        conditions.insert(0, model.null_condition(len(rows)))
+    n = len(conditions)
+    condition = {name: torch.cat([c[name] for c in conditions]).detach() for name in conditions[0]}
+    for value in condition.values():
+        value.requires_grad_(value.is_floating_point())
+    x = x.repeat(n, *[1] * (x.ndim - 1)).requires_grad_(True)
+    times = torch.full((len(x),), t, device=x.device)
+    output = model.denoiser(x, times, **condition).sample.float()
+    if n == 1:
+        return output
+    null, asked = output.chunk(2)
+    return null + scale * (asked - null)
+
+
+class _InputError:
+    """(input of a layer, timestep) -> rounding error of that input, in its own units."""
+
+    def __init__(self, config: Config, calibration: Artifact, plan: LayerPlan, factors: Factors):
+        self.plan, self.factor = plan, factors.get(plan.name)
+        self.bounds = tuple(calibration.body["group_bounds"])
+        self.spec = activation_spec(min(plan.activation_bits, MAX_ACTIVATION_BITS))
+        self.exact = plan.activation_bits == FLOAT_BITS
+        state = tensors_below(f"{plan.name}.input_", calibration.tensors)
+        percentile = config.quantization.activations.percentile
+        ends = choose_range(state, range_observer(plan.observer), self.spec, percentile)
+        self.qparams = choose_qparams(*ends, self.spec)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        if self.exact:
+            return torch.zeros_like(x)
+        group = timestep_group(t, self.bounds)
+        at_group = QParams(
+            self.qparams.scale[group].to(x.device), self.qparams.zero_point[group].to(x.device)
+        )
+        y = x.float()
+        if self.factor is not None:
+            y = smooth(y, self.factor.factor, self.plan.channel_axis, self.factor.shift)
+        error = fake_quantize(y, at_group, self.spec) - y
+        if self.factor is not None:
+            error = smooth(error, 1 / self.factor.factor, self.plan.channel_axis)
+        return error.to(x.dtype)

@@ -1,0 +1,122 @@
+"""Part of stage 2: the Hessian of every layer's smoothed and quantized input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..config.schema import Config
+from ..models.loading import DiffusionModel
+from ..models.topology import capture_inputs
+from ..progress import Track, no_progress
+from ..quant.affine import QParams, fake_quantize
+from ..quant.gptq import HessianAccumulator
+from ..quant.smoothing import smooth
+from ..runtime.denoiser import full_denoiser, guided_predict, timestep_group
+from ..spec import FLOAT_BITS, activation_spec
+from ..store.artifacts import Artifact
+from .layer_plan import LayerPlan
+from .smoothing_choice import Factors
+
+HESSIAN_MEMORY = 2 << 30
+"""Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
+HESSIAN_CALLS = 20
+HESSIAN_ROWS = 16384
+"""Input vectors in a Hessian, at least, and HESSIAN_ROWS_PER_INPUT for each of its inputs. With a
+quarter of them GPTQ fits their noise, and every step's prediction is worse."""
+HESSIAN_ROWS_PER_INPUT = 3
+
+
+def with_hessians(
+    model: DiffusionModel,
+    config: Config,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    qparams: dict[str, QParams | None],
+    factors: Factors,
+    gptq: bool,
+    track: Track,
+) -> Iterator[tuple[LayerPlan, Tensor | None]]:
+    """Every layer with its Hessian, or with None where rounding is to be nearest."""
+    rounded = [p for p in plans if gptq and p.weight_bits != FLOAT_BITS]
+    for group in hessian_groups(rounded):
+        hessians = collect_hessians(model, config, calibration, group, qparams, factors, track)
+        for plan in group:
+            yield plan, hessians.pop(plan.name)
+    yield from ((plan, None) for plan in plans if plan not in rounded)
+
+
+def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
+    """Consecutive layers whose Hessians fit into HESSIAN_MEMORY together (at least one)."""
+    groups: list[list[LayerPlan]] = []
+    used = HESSIAN_MEMORY + 1
+    for plan in plans:
+        size = 4 * plan.in_features**2
+        if used + size > HESSIAN_MEMORY:
+            groups.append([])
+            used = 0
+        groups[-1].append(plan)
+        used += size
+    return groups
+
+
+def collect_hessians(
+    model: DiffusionModel,
+    config: Config,
+    calibration: Artifact,
+    plans: list[LayerPlan],
+    qparams: dict[str, QParams | None],
+    factors: Factors,
+    track: Track = no_progress,
+) -> dict[str, Tensor]:
+    """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
+    by_name = {plan.name: plan for plan in plans}
+    batches = hessian_batches(calibration, config.calibration.batch_size)
+    accumulators = {p.name: HessianAccumulator(p.in_features) for p in plans}
+    denoiser = full_denoiser(model)
+    bounds = tuple(calibration.body["group_bounds"])
+
+    def receive(name: str, x: Tensor) -> None:
+        plan, parameters = by_name[name], qparams[name]
+        rows = rows_per_call(plan, len(batches))
+        x = thinned(x, plan, rows).float()
+        if name in factors:
+            x = smooth(x, factors[name].factor, plan.channel_axis, factors[name].shift)
+        if parameters is not None:
+            group = timestep_group(denoiser.step.timestep, bounds)
+            at_group = QParams(parameters.scale[group], parameters.zero_point[group])
+            x = fake_quantize(x, at_group, activation_spec(plan.activation_bits))
+        accumulators[name].update(x, plan.layer, rows)
+
+    with capture_inputs(model.denoiser, list(by_name), receive):
+        for t, picked in track(batches, "collecting Hessians", len(batches), "calls"):
+            labels = calibration.tensors["inputs.class"][picked]
+            predict = guided_predict(model, denoiser, labels, config.sampling.guidance_scale)
+            predict(calibration.tensors["inputs.x"][picked], torch.tensor(t))
+    return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
+
+
+def rows_per_call(plan: LayerPlan, calls: int) -> int:
+    """Input vectors that one denoiser call adds to a layer's Hessian."""
+    return -(-max(HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT * plan.in_features) // calls)
+
+
+def thinned(x: Tensor, plan: LayerPlan, rows: int) -> Tensor:
+    """Enough samples of a batch for so many input vectors, and twice as many to pick them from:
+    neighbouring vectors of one image are much alike."""
+    vectors_per_sample = max(1, x[0].numel() // plan.in_channels)
+    samples = -(-2 * rows // vectors_per_sample)
+    return x[:: max(1, len(x) // samples)]
+
+
+def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float, Tensor]]:
+    """Batches of row indices, each at one timestep: every timestep, or HESSIAN_CALLS of them."""
+    timestep = calibration.tensors["inputs.timestep"]
+    times = sorted(set(timestep.tolist()), reverse=True)
+    batches = []
+    for i, t in enumerate(times[:: -(-len(times) // HESSIAN_CALLS)]):
+        parts = (timestep == t).nonzero().flatten().split(batch_size)
+        batches.append((t, parts[i % len(parts)]))
+    return batches

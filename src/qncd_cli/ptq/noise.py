@@ -1,0 +1,167 @@
+"""Part of stage 2: quantization noise per timestep, and the run-time estimator's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.schema import Config
+from ..correction.baseline import Estimate, EstimatorBaseline, StepError, fit_gains
+from ..correction.runtime import SLOPE_RATIOS, RuntimeCorrection
+from ..correction.statistics import NoiseStatistics, timestep_key
+from ..errors import ConfigError
+from ..machine import keeps
+from ..models.loading import DiffusionModel
+from ..progress import Track, counted
+from ..runtime.denoiser import full_denoiser, guided_predict, quantized_denoiser, ticking
+from ..sampling.levels import StepInfo, plan_steps, with_timesteps
+from ..sampling.noise import chunks, generators_for
+from ..sampling.parametrization import prediction_type, to_corrected
+from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
+from ..store.artifacts import KINDS, Artifact, torch_type
+
+CALLS_PER_STEP = 5
+"""Of the denoisers: both models and their estimators, two fewer in all at the last step, and full
+precision at the quantized model's inputs."""
+
+
+def measure_noise(
+    config: Config, model: DiffusionModel, quantized: Artifact, track: Track
+) -> Artifact:
+    """Quantization noise per timestep, and what the run-time estimator reads without any.
+
+    Pairs (eps, eps~) are taken along the quantized model's own trajectories, where corrections
+    will meet them. The run-time estimator runs on both models at every step: what it reads on the
+    full-precision one is the model's own error, the baseline of method.md section 3; how well it
+    foretells the pairs is its gain. All in eps, whatever the model predicts (of rectified flows in
+    the velocity). Where corrections have no meaning (`plan_steps`) the artifact holds no timestep,
+    and its body says why.
+    """
+    sampling = config.sampling
+    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
+    body = noise_body(config, model.latent_shape[0], 0)
+    timed = with_timesteps(scheduler, sampling.steps, sampling.eta)
+    try:
+        plan = plan_steps(timed, sampling.eta)
+    except ConfigError as refused:
+        body["refused"] = refused.message
+        layout = KINDS["noise_stats"].layout(body)
+        tensors = {
+            name: torch.zeros(shape, dtype=torch_type(type_))
+            for name, (type_, shape) in layout.items()
+        }
+    else:
+        tensors = _measure(config, model, quantized, scheduler, plan, track)
+        body["steps"] = len(tensors["timesteps"])
+    parents = {"quantized": quantized.digest}
+    digest = config.stage_digest("quantize")
+    return Artifact("noise_stats", tensors, body, digest, model.digest, parents)
+
+
+def noise_body(config: Config, channels: int, steps: int) -> dict[str, Any]:
+    """Of the artifact: what its statistics hold for. channels: of the latents."""
+    sampling = config.sampling
+    return {
+        "channels": channels,
+        "steps": steps,
+        "sampling": {
+            "scheduler": sampling.scheduler,
+            "steps": sampling.steps,
+            "eta": sampling.eta,
+            "guidance_scale": sampling.guidance_scale,
+        },
+        "target": config.correction.inter.target,
+    }
+
+
+def _measure(
+    config: Config,
+    model: DiffusionModel,
+    quantized: Artifact,
+    scheduler: Any,
+    plan: Sequence[StepInfo],
+    track: Track,
+) -> dict[str, Tensor]:
+    """The artifact's tensors, from the first calibration seeds."""
+    sampling, calibration = config.sampling, config.calibration
+    full = full_denoiser(model)
+    cache = config.quantization.cache_time_embeddings
+    simulated = quantized_denoiser(
+        model, quantized, "simulate", cache, low_memory=not keeps(model.denoiser_bytes())
+    )
+    statistics, kind = NoiseStatistics(), prediction_type(scheduler)
+    own: list[Estimate] = []
+    readings: list[tuple[list[Estimate], list[StepError]]] = []
+    seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
+    batches = chunks(seeds, calibration.batch_size)
+    calls = len(batches) * (CALLS_PER_STEP * len(plan) - 2)
+    for batch, tick in counted(track, batches, "measuring quantization noise", calls, "calls"):
+        labels = model.labels(batch, sampling.classes)
+        predict_full, predict_quantized = (
+            ticking(guided_predict(model, denoiser, labels, sampling.guidance_scale), tick)
+            for denoiser in (full, simulated)
+        )
+
+        def estimates(
+            predict: Predict, batch: list[int] = batch, on_step: OnStep | None = None
+        ) -> list[Estimate]:
+            """The estimator's readings along one batch of trajectories of the model."""
+            target = config.correction.inter.target
+            generators = generators_for(batch, "baseline")
+            estimator = RuntimeCorrection(generators, target=target, interval=1, apply=False)
+            denoise(
+                predict,
+                scheduler,
+                sampling.steps,
+                generators_for(batch),
+                model.latent_shape,
+                eta=sampling.eta,
+                seeds=batch,
+                correction=estimator,
+                on_step=on_step,
+            )
+            return estimator.estimates
+
+        errors: list[StepError] = []
+        record = pair_recorder(statistics, errors, plan, kind, predict_full)
+        readings.append((estimates(predict_quantized, on_step=record), errors))
+        own += estimates(predict_full)
+    tensors = statistics.finish()
+    baseline = EstimatorBaseline.of(own)
+    gains = fit_gains(baseline, readings, SLOPE_RATIOS)
+    tables: dict[str, Mapping[int, Tensor]] = {
+        "mean": baseline.mean,
+        "variance": baseline.variance,
+        "slope": baseline.slope,
+        **{f"{name}_gain": table for name, table in gains.items()},
+    }
+    unseen = {"mean": torch.zeros(model.latent_shape[0]), "slope": torch.ones(())}
+    for name, table in tables.items():
+        default = unseen.get(name, torch.zeros(()))
+        rows = [table.get(t, default).float() for t in tensors["timesteps"].tolist()]
+        tensors[f"runtime_{name}"] = torch.stack(rows)
+    return tensors
+
+
+def pair_recorder(
+    statistics: NoiseStatistics,
+    errors: list[StepError],
+    plan: Sequence[StepInfo],
+    kind: str,
+    predict_full: Predict,
+) -> OnStep:
+    """on_step that adds (eps, eps~) at the quantized trajectory's own inputs to both records.
+
+    kind: what both models predict; plan: of the sampler whose steps are recorded.
+    """
+
+    def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
+        predictions = predict_full(x, t), prediction
+        eps, eps_q = (to_corrected(p, x, plan[index].abar_t, kind) for p in predictions)
+        statistics.update(t, eps, eps_q)
+        errors.append(StepError.of(timestep_key(t), index, eps, eps_q))
+
+    return record

@@ -1,0 +1,146 @@
+"""Part of stage 2: weight rounding learnt by gradient descent, per layer or per block.
+
+adaround: every layer for itself, min ||f(x^, W^) - f(x, W)||^2, x from the full-precision model,
+x^ the same x smoothed and quantized (Nagel et al., arXiv 2004.10568, eq. 21 and 25).
+brecq: the layers of a residual or transformer block together, so that the block's output comes
+close to the full-precision model's; its inputs come from the quantized model, earlier blocks
+already learnt, and activations are quantized while learning (Li et al., arXiv 2102.05426,
+algorithm 1, with plain squared error in place of the Fisher weights, as Q-Diffusion does).
+
+A block keeps what it learnt only if its output error on held-out trajectories went down.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config.schema import Config
+from ..models.loading import DiffusionModel
+from ..models.topology import reconstruction_blocks, weight_layers
+from ..progress import Track, counted
+from ..quant.layers import QuantizedLayer
+from ..quant.smoothing import fold
+from ..runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser, timestep_group
+from ..spec import FLOAT_BITS
+from ..store.artifacts import Artifact
+from .block_calls import BlockCalls, CalibrationRows, record
+from .learn_block import Block, learn_block
+
+CACHE_BYTES = 2 << 30
+"""Disk for the full-precision calls of several blocks; more blocks take more passes."""
+
+
+def reconstruct(
+    config: Config, model: DiffusionModel, calibration: Artifact, start: Artifact, track: Track
+) -> Artifact:
+    """The artifact with codes (as configured, biases and input scales too) that were learnt.
+
+    start: a complete quantized artifact, sealed or not. Entries of its layers get a key
+    `reconstruction`: block, relative_output_error_{before, after} of the block on held-out
+    trajectories, and whether the result was kept. Deterministic for equal inputs.
+    """
+    settings = config.quantization.weights
+    simulated = quantized_denoiser(model, start, "simulate", cache_time_embeddings=False)
+    student = Denoiser(simulated.module.float(), simulated.step, simulated.group_bounds)
+    teacher = full_denoiser(model)
+    names = [n for n, e in start.body["layers"].items() if e["weight_bits"] != FLOAT_BITS]
+    grouped = {name: [name] for name in names}
+    if settings.rounding == "brecq":
+        grouped = reconstruction_blocks(model.denoiser, names)
+    rows = CalibrationRows(config, model, calibration, settings.reconstruction_rows)
+    group = torch.tensor([timestep_group(t, student.group_bounds) for t in rows.timestep.tolist()])
+    tensors, entries = dict(start.tensors), dict(start.body["layers"])
+    with tempfile.TemporaryDirectory(prefix="qncd-reconstruct-") as name:
+        pairs = recorded_blocks(
+            rows, teacher, student, grouped, Path(name), settings.rounding, track
+        )
+        total = len(grouped) * settings.iterations
+        learning = counted(track, pairs, "learning the rounding", total, "iterations")
+        for (block_name, calls, targets), tick in learning:
+            layers = quantized_layers(student.module, grouped[block_name])
+            block = Block(
+                student.module.get_submodule(block_name),
+                layers,
+                exact_weights(model.denoiser, layers),
+                calls,
+                targets,
+                group,
+                model.device,
+            )
+            learnt, report = learn_block(
+                block, settings, rows.held_out, config.calibration.seed, tick
+            )
+            for n in layers:
+                entries[n] = {**entries[n], "reconstruction": {"block": block_name, **report}}
+                if report["kept"]:
+                    entries[n]["rounding"] = settings.rounding
+                    tensors |= {f"{n}.{key}": value for key, value in learnt[n].items()}
+    return replace(start, tensors=tensors, body={**start.body, "layers": entries})
+
+
+def quantized_layers(module: nn.Module, names: list[str]) -> dict[str, QuantizedLayer]:
+    found = {name: module.get_submodule(name) for name in names}
+    return {name: layer for name, layer in found.items() if isinstance(layer, QuantizedLayer)}
+
+
+def exact_weights(denoiser: nn.Module, layers: dict[str, QuantizedLayer]) -> dict[str, Tensor]:
+    """The full-precision weights of the layers with their smoothing folded in, float32."""
+    originals = weight_layers(denoiser)
+    weights = {name: originals[name].weight.detach().float() for name in layers}
+    factors = {name: layer.smoothing for name, layer in layers.items()}
+    return {n: w if (f := factors[n]) is None else fold(w, f) for n, w in weights.items()}
+
+
+def recorded_blocks(
+    rows: CalibrationRows,
+    teacher: Denoiser,
+    student: Denoiser,
+    grouped: dict[str, list[str]],
+    folder: Path,
+    method: str,
+    track: Track,
+) -> Iterator[tuple[str, BlockCalls, BlockCalls]]:
+    """(name, arguments, targets) of every block in the order of execution.
+
+    The arguments of a brecq block are recorded when it is its turn: they depend on what was
+    learnt before.
+    """
+    first = rows.batches[0][:1]
+    probe = record(rows, teacher, grouped, folder, arguments=True, output=True, batches=[first])
+    size = {}
+    for name, calls in probe.items():
+        size[name] = sum(c.nbytes for c in calls.columns.values()) // calls.samples * len(rows)
+        calls.delete()
+    alone = method == "adaround"
+    for part in _parts(size):
+        found = record(rows, teacher, part, folder, arguments=alone, output=True, track=track)
+        for name in part:
+            targets = calls = found[name]
+            if not alone:
+                recorded = record(
+                    rows, student, [name], folder, arguments=True, output=False, track=track
+                )
+                calls = recorded[name]
+            yield name, calls, targets
+            calls.delete()
+            targets.delete()
+
+
+def _parts(size: dict[str, int]) -> Iterator[list[str]]:
+    """Consecutive names whose sizes sum up to at most CACHE_BYTES (at least one name)."""
+    part: list[str] = []
+    used = 0
+    for name, bytes_ in size.items():
+        if part and used + bytes_ > CACHE_BYTES:
+            yield part
+            part, used = [], 0
+        part.append(name)
+        used += bytes_
+    if part:
+        yield part

@@ -1,0 +1,193 @@
+"""Part of stage 1: the smoothing factor of every layer, and what chose it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config.schema import Config
+from ..models.loading import DiffusionModel
+from ..models.smoothing_sites import smoothing_sites
+from ..models.topology import skip_boundaries, step_embeddings
+from ..progress import Track
+from ..quant.smoothing import (
+    SmoothingFactor,
+    embedding_factor,
+    modulation_factor,
+    range_factor,
+    smoothquant_factor,
+    split_factor,
+)
+from ..runtime.denoiser import Denoiser, group_bounds
+from ..store.artifacts import Artifact
+from .layer_error import LayerError
+from .layer_plan import LayerPlan, plan_layers
+from .probes import Probe, collect_probes
+
+EMBEDDED_CLASSES = 16
+"""Classes whose embeddings are looked at, where the class enters them."""
+SMOOTHQUANT_STRENGTHS = (0.25, 0.5, 0.75)
+RANGE_STRENGTHS = (0.5, 0.75, 1.0)
+"""Tried by auto."""
+
+Factors = dict[str, SmoothingFactor]
+Described = dict[str, dict[str, Any]]
+Chosen = dict[str, tuple[str, SmoothingFactor]]
+
+
+def factors_of(smoothing: Artifact) -> Factors:
+    """The factors in a smoothing artifact, by layer."""
+    tensors = smoothing.tensors
+    return {
+        name: SmoothingFactor(
+            tensors[f"{name}.smoothing"], entry["clamped"], tensors.get(f"{name}.shift")
+        )
+        for name, entry in smoothing.body["layers"].items()
+    }
+
+
+def choose_factors(
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    timesteps: list[float],
+    track: Track,
+) -> tuple[Factors, Described]:
+    """Factor [C_in] per layer that has one, and the body of the smoothing artifact.
+
+    embedding: the layers behind a timestep embedding, from the embeddings alone (method.md
+    section 2); smoothquant and range: every layer; auto: per layer whichever of these, or none,
+    leaves the least error in the layer's output on calibration inputs at the configured widths.
+    Layers that read a skip connection and got no factor are split, where so configured.
+    """
+    intra = config.correction.intra
+    split = config.quantization.split_skip_connections
+    plans = {p.name: p for p in plan_layers(config, model.denoiser)}
+    if intra == "auto":  # the only choice that depends on the widths
+        plans = {name: plan for name, plan in plans.items() if not plan.stays_float}
+    boundaries = skip_boundaries(model.denoiser) if split else {}
+    embedded: Factors = {}
+    if intra in ("embedding", "auto"):
+        embedded = embedding_factors(config, model, denoiser, timesteps, track)
+    if intra == "embedding" and not boundaries:
+        return _describe({name: ("embedding", f) for name, f in embedded.items()}, {})
+    if intra == "none" and not boundaries:
+        return {}, {}
+    names = list(plans) if intra not in ("none", "embedding") else [*boundaries]
+    wanted = [plans[name] for name in names if name in plans]
+    probes = collect_probes(config, model, denoiser, wanted, len(timesteps), track)
+    chosen: Chosen = {}
+    if intra == "embedding":
+        chosen = {name: ("embedding", f) for name, f in embedded.items()}
+    errors: dict[str, dict[str, float]] = {}
+    for plan in track(wanted, "choosing smoothing factors", len(wanted), "layers"):
+        probe = probes.pop(plan.name)
+        if not probe.parts:  # no input reaches the layer
+            continue
+        candidates = _candidates(config, plan, probe, embedded.get(plan.name))
+        if plan.name in boundaries:
+            candidates["split"] = split_factor(*probe.channel_range(), boundaries[plan.name])
+        if intra == "auto":
+            chosen[plan.name], errors[plan.name] = _least_error(
+                config, plan, probe, candidates, timesteps
+            )
+        elif candidates:
+            chosen[plan.name] = next(iter(candidates.items()))
+    return _describe(chosen, errors)
+
+
+def _candidates(
+    config: Config, plan: LayerPlan, probe: Probe, embedded: SmoothingFactor | None
+) -> Factors:
+    """What may smooth a layer, by name; the configured one first."""
+    correction = config.correction
+    low, high = probe.channel_range()
+    shifted = plan.is_pointwise
+    weight = plan.layer.weight.detach().float().cpu()
+    absmax = torch.maximum(-low, high)
+    if correction.intra == "smoothquant":
+        strength = correction.smoothing_strength
+        return {f"smoothquant@{strength:g}": smoothquant_factor(absmax, weight, strength)}
+    if correction.intra == "range":
+        strength = correction.smoothing_strength
+        return {f"range@{strength:g}": range_factor(low, high, strength, shifted=shifted)}
+    if correction.intra != "auto":
+        return {}
+    found = {
+        f"smoothquant@{a:g}": smoothquant_factor(absmax, weight, a) for a in SMOOTHQUANT_STRENGTHS
+    }
+    found |= {f"range@{a:g}": range_factor(low, high, a, shifted=shifted) for a in RANGE_STRENGTHS}
+    if embedded is not None:
+        found["embedding"] = embedded
+    return found
+
+
+def _least_error(
+    config: Config,
+    plan: LayerPlan,
+    probe: Probe,
+    candidates: Factors,
+    timesteps: list[float],
+) -> tuple[tuple[str, SmoothingFactor], dict[str, float]]:
+    bounds = group_bounds(timesteps, config.quantization.activations.timestep_groups)
+    error = LayerError(config, plan, probe, bounds)
+    nothing = SmoothingFactor(torch.ones(plan.in_channels), 0)
+    found = {name: error.of(factor) for name, factor in candidates.items()}
+    found["none"] = error.of(nothing)
+    best = min(found, key=lambda name: (found[name], name != "none"))
+    return (best, {**candidates, "none": nothing}[best]), found
+
+
+def _describe(chosen: Chosen, errors: dict[str, dict[str, float]]) -> tuple[Factors, Described]:
+    kept = {name: pair for name, pair in chosen.items() if pair[0] != "none"}
+    described: Described = {}
+    for name, (what, factor) in kept.items():
+        described[name] = {
+            "in_channels": len(factor.factor),
+            "chosen": what,
+            "clamped": factor.clamped,
+            "shifted": factor.shift is not None,
+        }
+        if name in errors:
+            described[name]["judged_error"] = errors[name]
+    return {name: factor for name, (_, factor) in kept.items()}, described
+
+
+def embedding_factors(
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    timesteps: list[float],
+    track: Track,
+) -> dict[str, SmoothingFactor]:
+    """The embedding-derived factor of every layer behind a timestep embedding."""
+    sites = smoothing_sites(model.denoiser)
+    if not sites:
+        return {}
+    rows = min(model.num_classes or 1, EMBEDDED_CLASSES)
+    x = torch.zeros(rows, *model.latent_shape)
+    condition = model.condition(model.labels(list(range(rows)), config.sampling.classes))
+    times = sorted(set(timesteps), reverse=True)
+    embeddings = step_embeddings(
+        model.denoiser,
+        sorted({site.projection for site in sites}),
+        lambda t: denoiser(x, torch.tensor(t), condition),
+        track(times, "reading timestep embeddings", len(times), "calls"),
+    )
+    factors: Factors = {}
+    for site in sites:
+        embedding = embeddings[site.projection].chunk(site.parts, dim=1)[site.part]
+        if site.table is not None:
+            embedding = (
+                embedding + model.denoiser.get_parameter(site.table)[site.part].float().cpu()
+            )
+        if site.norm is None:
+            factor = modulation_factor(embedding)
+        else:
+            norm = model.denoiser.get_submodule(site.norm)
+            assert isinstance(norm, nn.GroupNorm)
+            factor = embedding_factor(embedding, norm.weight.cpu(), norm.num_groups, norm.eps)
+        factors |= dict.fromkeys(site.layers, factor)
+    return factors

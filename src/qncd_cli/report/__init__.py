@@ -1,0 +1,4 @@
+"""Something to read: pages and charts.
+
+Numbers come from metrics.
+"""

@@ -1,0 +1,242 @@
+"""Which backend `auto` takes: those that can be tried cheaply are timed once, the fastest is
+remembered.
+
+Tried are the backends that compute layer by layer, by swapping what the layers of one denoiser
+compute with; and one that runs a whole graph, where an earlier run has left its graph (making one
+takes minutes). Where the denoiser is compiled, layer by layer nothing is tried beside it: that is
+slower. Trying costs a few calls of a few rows; where little more than that is ahead nothing is
+timed, and what is remembered holds, or the order of the backends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends.base import AUTO, BACKENDS, Backend
+from ..config.schema import Config
+from ..errors import ArtifactError, BackendUnavailable
+from ..machine import described
+from ..models.loading import DiffusionModel
+from ..quant.layers import QuantizedLayer
+from ..store.digests import digest_of
+from ..store.files import read_json, write_json
+from .denoiser import compute_with
+from .exported_graph import in_float32, in_openvino, openvino_graph
+from .sampled_model import Compiling, Subject, copies
+
+FILE = "backend.json"
+"""Beside the graphs. Whatever in it cannot be read is measured again."""
+ROWS = 8
+"""Of a timed call; more do not change who is fastest, and take longer."""
+CALLS = 2
+"""That are timed of each, the shorter one counts; one before them makes what layers keep."""
+WORTH_TIMING = 2000
+"""From as many calls of that size ahead. Trying two backends takes as long as some 20 of them (in
+small batches a row is dearer): one or two percent of the work, once."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a choice is remembered, and what it holds for: digests of what is computed with.
+
+    graphs: whether the graphs of other runtimes that earlier runs have left are tried as well.
+    """
+
+    folder: Path
+    digests: Mapping[str, str]
+    low_memory: bool = False
+    graphs: bool = True
+
+    def remembered(self, names: Sequence[str]) -> dict[str, float] | None:
+        """Seconds a call of just these candidates on this machine, None where they are unknown."""
+        entry = self._entries().get(self._key(names))
+        seconds = entry.get("seconds") if isinstance(entry, dict) else None
+        if not isinstance(seconds, dict) or set(seconds) != set(names):
+            return None
+        sound = all(isinstance(s, float) and s > 0 for s in seconds.values())
+        return seconds if sound else None
+
+    def remember(self, seconds: dict[str, float]) -> None:
+        entry = {**self._holds_for(list(seconds)), "seconds": seconds, "chosen": best(seconds)}
+        write_json(self.folder / FILE, {**self._entries(), self._key(list(seconds)): entry})
+
+    def _entries(self) -> dict[str, Any]:
+        try:
+            found = read_json(self.folder / FILE, "qncd sample")
+        except ArtifactError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _holds_for(self, names: Sequence[str]) -> dict[str, Any]:
+        return {
+            "candidates": sorted(names),
+            "digests": dict(self.digests),
+            "low_memory": self.low_memory,
+            "machine": described(),
+        }
+
+    def _key(self, names: Sequence[str]) -> str:
+        return digest_of(self._holds_for(names))
+
+
+def best(seconds: Mapping[str, float]) -> str:
+    return min(seconds, key=lambda name: seconds[name])
+
+
+def of_set(
+    asked: str, manifest: Mapping[str, Any] | None, device: torch.device, *, low_memory: bool
+) -> str:
+    """The backend for a set that may have begun: with auto the one that it began with.
+
+    asked: a name or auto; manifest: of the set, None for a new one. A backend that cannot be used
+    here, or not with little memory, is not gone on with.
+    """
+    begun = BACKENDS.get(str((manifest or {}).get("backend")))
+    if asked != AUTO or begun is None or begun.why_unavailable(device):
+        return asked
+    return asked if begun.whole and low_memory else begun.name
+
+
+def of_table(place: Place, device: torch.device) -> str:
+    """auto, or the backend that is remembered for all rows of a table."""
+    seconds = place.remembered([backend.name for backend in _layer_by_layer(device)])
+    return AUTO if seconds is None else best(seconds)
+
+
+def chosen(
+    config: Config,
+    model: DiffusionModel,
+    subject: Subject,
+    seeds: list[int],
+    batch_size: int,
+    how: Compiling,
+    place: Place,
+) -> Subject:
+    """The subject, compiled or not, on the backend that is fastest here; its remark says why.
+
+    seeds: all that will be drawn. Where only one backend can be tried, or --compile has settled
+    it, the subject comes back as it is.
+    """
+    names = _candidates(subject, model, how, place)
+    if len(names) < 2 or how.wish:
+        return subject
+    seconds = place.remembered(names)
+    why = "the fastest as measured before"
+    if seconds is None:
+        rows_of_sample = copies(config, model)
+        batch = rows_of_sample * min(len(seeds), batch_size)
+        rows = min(ROWS, batch)
+        ahead = rows_of_sample * config.sampling.steps * len(seeds)
+        if ahead < WORTH_TIMING * rows:
+            return _saying(subject, "the first available, too little work to time others")
+        seconds = _timed(names, rows, model, subject, how)
+        place.remember(seconds)
+        why = "the fastest of those tried"
+    figures = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
+    found = _on(best(seconds), model, subject, how)
+    return _saying(found, f"{why} (seconds a call: {figures})")
+
+
+def _saying(subject: Subject, why: str) -> Subject:
+    assert subject.backend is not None
+    remark = f"{subject.backend.remark}; {why}"
+    return replace(subject, backend=replace(subject.backend, remark=remark))
+
+
+# ------------------------------------------------------------------ candidates
+
+_COMPILED = " compiled"
+
+
+def _layer_by_layer(device: torch.device) -> list[Backend]:
+    return [b for b in BACKENDS.values() if not b.whole and not b.why_unavailable(device)]
+
+
+def _candidates(subject: Subject, model: DiffusionModel, how: Compiling, place: Place) -> list[str]:
+    """Names of what can be tried, the subject's own first; none for full precision."""
+    if subject.backend is None:
+        return []
+    names = [subject.backend.name + _COMPILED * subject.compiled]
+    if not subject.compiled:
+        found = [backend.name for backend in _layer_by_layer(model.device)]
+        names += [name for name in found if name not in names]
+    graph = BACKENDS["openvino"]
+    kept = place.graphs and openvino_graph(how.folder, subject.digests).is_file()
+    if kept and not graph.why_unavailable(model.device):
+        names.append(graph.name)
+    return names
+
+
+def _on(name: str, model: DiffusionModel, subject: Subject, how: Compiling) -> Subject:
+    """The subject computed by a candidate.
+
+    The layers of the subject's denoiser are switched, unless they are not what is called.
+    """
+    backend = BACKENDS[name.removesuffix(_COMPILED)]
+    if backend.whole:
+        inputs = _inputs(model, 1)
+        denoiser = in_openvino(
+            subject.denoiser,
+            subject.digests,
+            (inputs[0], inputs[2]),
+            how.folder,
+            model.dtype,
+            how.tell,
+        )
+        return replace(subject, denoiser=denoiser, backend=backend, compiled=False)
+    if subject.backend is not None and backend.name == subject.backend.name:
+        backend = subject.backend  # which may have more to say
+    compute_with(subject.denoiser.module, backend)
+    return replace(subject, backend=backend)
+
+
+# ------------------------------------------------------------------ timing
+
+
+def _timed(
+    names: Sequence[str], rows: int, model: DiffusionModel, subject: Subject, how: Compiling
+) -> dict[str, float]:
+    """Seconds of a call of so many rows, by candidate; one that fails is left out.
+
+    What the layers keep for a candidate that was overtaken is let go.
+    """
+    inputs, seconds = _inputs(model, rows), {}
+    for name in names:
+        try:
+            seconds[name] = _seconds(_on(name, model, subject, how), inputs)
+        except (ArtifactError, BackendUnavailable) as error:
+            how.tell(f"{name} was not tried: {error.message}")
+    for name in seconds:
+        backend = BACKENDS[name.removesuffix(_COMPILED)]
+        if name != best(seconds) and not backend.whole:
+            _forget(subject, backend)
+    return seconds
+
+
+def _inputs(model: DiffusionModel, rows: int) -> tuple[Any, Any, Any]:
+    """x, t and condition of a call, of noise; float32 but for labels."""
+    x = torch.randn(rows, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        condition = model.condition(torch.zeros(rows, dtype=torch.int64))
+    return x, torch.tensor(0), in_float32(condition)
+
+
+def _seconds(subject: Subject, inputs: tuple[Any, Any, Any]) -> float:
+    times = []
+    for _ in range(1 + CALLS):
+        start = time.perf_counter()
+        subject.denoiser(*inputs)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _forget(subject: Subject, backend: Backend) -> None:
+    for layer in subject.denoiser.module.modules():
+        if isinstance(layer, QuantizedLayer):
+            backend.forget(layer)

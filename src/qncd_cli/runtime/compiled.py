@@ -1,0 +1,108 @@
+"""A denoiser compiled: made once per artifact and machine, kept on disk beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backends.compiled import graph, native
+from ..backends.compiled import ops as traced
+from ..errors import ArtifactError, BackendUnavailable
+from ..quant.layers import QuantizedLayer
+from ..store.digests import digest_of
+from ..store.files import write_bytes
+from .denoiser import Denoiser
+
+VERSION = 8
+"""Of what a graph contains and how it is called."""
+FOLDER = "compiled"
+"""Below the run directory. What lies there is machine code: it is run, like the package itself."""
+Tell = Callable[[str], None]
+
+
+class GraphDenoiser(Denoiser):
+    """A denoiser whose calls run one compiled graph, which serves a range of batch sizes.
+
+    A smaller batch is filled up by repeating its row, larger ones are cut into equal parts.
+    """
+
+    def __init__(self, eager: Denoiser, run: graph.Graph):
+        super().__init__(eager.module, eager.step, eager.group_bounds)
+        self._run = run
+        self._tables = graph.Tables(eager.module).values
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        parts, size = [], math.ceil(len(x) / math.ceil(len(x) / graph.ROWS[1]))
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            cut = {name: value[part] for name, value in condition.items()}
+            parts.append(self._part(x[part], t[part], cut))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _part(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        rows = len(x)
+        if rows < graph.ROWS[0]:
+            x, t = _filled(x), _filled(t)
+            condition = {name: _filled(value) for name, value in condition.items()}
+        row = self._tables[self.step.group]
+        return self._run(x, t.to(torch.float32), row, condition)[:rows]
+
+
+def compiled(
+    eager: Denoiser,
+    digests: Mapping[str, str],
+    example: tuple[Tensor, Mapping[str, Tensor]],
+    folder: Path,
+    tell: Tell,
+) -> GraphDenoiser:
+    """The denoiser compiled: from `folder`, else made there.
+
+    digests: of what its constants come from; example: x [N, ...] and condition; tell hears when
+    it is compiled. The module of `eager` must not be called elsewhere meanwhile.
+    Raises BackendUnavailable where this model cannot be compiled on this machine.
+    """
+    x, condition = eager.in_own_dtype(*example)
+    example = _filled(x), {name: _filled(value) for name, value in condition.items()}
+    key = _key(digests)
+    modules = eager.module.named_modules()
+    layers = {f"{key}:{n}": layer for n, layer in modules if isinstance(layer, QuantizedLayer)}
+    traced.register(layers)
+    path = graph_path(folder, digests)
+    missing = not path.is_file()
+    if (missing or native.missing(folder)) and (why := graph.why_unavailable()):
+        raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
+    if missing:
+        tell("compiling the denoiser, once for this artifact and machine")
+        try:
+            native.load(folder)
+            content = graph.compile_graph(eager.module, eager.step, layers, example)
+        except Exception as error:  # whatever a tracer and a compiler can stumble over
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise BackendUnavailable(
+                f"the denoiser cannot be compiled: {reason[:160]}", "use --no-compile"
+            ) from error
+        write_bytes(path, content)
+    try:
+        native.load(folder)
+        run = graph.load_graph(path)
+    except (RuntimeError, OSError) as error:
+        raise ArtifactError(f"{path}: damaged: {error}", "delete it and repeat") from error
+    return GraphDenoiser(eager, run)
+
+
+def graph_path(folder: Path, digests: Mapping[str, str]) -> Path:
+    """Where the graph is kept."""
+    return folder / f"{_key(digests)}.pt2"
+
+
+def _key(digests: Mapping[str, str]) -> str:
+    return digest_of({"version": VERSION, **digests, **native.machine()})
+
+
+def _filled(value: Tensor) -> Tensor:
+    """Its first row, as many times as a graph needs at least."""
+    return value[:1].expand(graph.ROWS[0], *value.shape[1:]).contiguous()

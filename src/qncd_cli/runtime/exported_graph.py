@@ -1,0 +1,145 @@
+"""The quantized denoiser as a graph of another runtime: written from the simulation, run there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backends.onnx import runtimes
+from ..backends.onnx.runtimes import Session
+from ..errors import ArtifactError, BackendUnavailable
+from ..models.loading import DiffusionModel
+from ..store.digests import digest_of
+from ..store.files import replacing_folder
+from .compiled import Tell
+from .denoiser import Denoiser
+
+VERSION = 1
+"""Of what a kept graph contains and how it is called."""
+ROWS = 2
+"""Of the example that a graph is traced with; the graph takes any number."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format: what its graph is called, what it needs, and which form of layers it takes."""
+
+    file: str
+    packages: tuple[str, ...]
+    form: str
+    open: Callable[[Path], Session]
+
+
+TARGETS = {
+    "onnx": Target(
+        "denoiser.onnx",
+        ("onnx", "onnxscript", "onnxruntime"),
+        "integer",
+        runtimes.onnx_session,
+    ),
+    "openvino": Target("denoiser.xml", runtimes.FOR_OPENVINO, "fake", runtimes.openvino_session),
+}
+"""OpenVINO's graph is made from one in ONNX."""
+
+
+class SessionDenoiser(Denoiser):
+    """A denoiser whose calls run a graph, which takes and gives float32."""
+
+    def __init__(self, eager: Denoiser, session: Session):
+        super().__init__(eager.module, eager.step, eager.group_bounds)
+        self._session = session
+        self._dtype = torch.float32  # whatever the module has, of which nothing is called
+
+    def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        return self._session.run({"sample": x, "timestep": t.to(torch.float32), **condition})
+
+
+Example = tuple[Tensor, Mapping[str, Tensor]]
+"""x [ROWS, ...] and its condition, float32 but for labels."""
+
+
+def example_of(model: DiffusionModel) -> Example:
+    """Of what the model's graph is called with."""
+    with torch.no_grad():
+        condition = model.condition(torch.zeros(ROWS, dtype=torch.int64))
+    return torch.zeros(ROWS, *model.latent_shape), in_float32(condition)
+
+
+def in_float32(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Labels stay integers."""
+    return {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+def write_graph(
+    denoiser: Denoiser,
+    example: Example,
+    target: str,
+    path: Path,
+    asked: str,
+) -> None:
+    """The graph of a simulated denoiser, in float32, which cannot compute any more afterwards.
+
+    asked: the option that wants it, for messages. Raises
+    BackendUnavailable where the model cannot be traced.
+    """
+    from ..backends.onnx import graph as onnx_graph
+    from ..backends.onnx.layers import Form
+
+    module = denoiser.module.float()
+    parts = dict(module.named_modules())
+    try:
+        traced = onnx_graph.trace(module, denoiser.step, denoiser.group_bounds, example)
+    except Exception as error:  # whatever a tracer can stumble over
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise BackendUnavailable(
+            f"{asked}: the denoiser cannot be traced: {reason[:160]}"
+        ) from error
+    graph = onnx_graph.spell_out(traced, parts, Form(TARGETS[target].form))
+    if target == "onnx":
+        onnx_graph.save(graph, path)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent) as between:
+        source = Path(between) / "denoiser.onnx"
+        onnx_graph.save(graph, source)
+        runtimes.onnx_to_openvino(source, path)
+
+
+def in_openvino(
+    simulated: Denoiser,
+    digests: Mapping[str, str],
+    example: Example,
+    folder: Path,
+    dtype: torch.dtype,
+    tell: Tell,
+) -> SessionDenoiser:
+    """The denoiser run by OpenVINO: its graph from `folder`, else exported there.
+
+    simulated: is used up; digests: of what it was made from; dtype: of
+    what stays unquantized; tell hears when it is exported. Raises BackendUnavailable where it
+    cannot be, ArtifactError for a damaged graph.
+    """
+    path = openvino_graph(folder, digests)
+    place = path.parent
+    if not path.is_file():
+        tell("exporting the denoiser to OpenVINO, once for this artifact")
+        with replacing_folder(place) as made:
+            write_graph(simulated, example, "openvino", made / path.name, "--backend openvino")
+    try:
+        session = runtimes.openvino_session(path, dtype)
+    except RuntimeError as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ArtifactError(
+            f"{path}: cannot be loaded ({reason[:120]})", f"delete {place} and repeat"
+        ) from error
+    return SessionDenoiser(simulated, session)
+
+
+def openvino_graph(folder: Path, digests: Mapping[str, str]) -> Path:
+    """Where the graph is kept, in a folder of its own."""
+    key = digest_of({"version": VERSION, **digests, "torch": torch.__version__})
+    return folder / f"{key}_openvino" / TARGETS["openvino"].file

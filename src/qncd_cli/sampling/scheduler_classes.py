@@ -1,0 +1,52 @@
+"""diffusers' scheduler classes by what they solve. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from ..errors import ConfigError
+
+DIFFUSION = frozenset(
+    {
+        "DDIMScheduler",
+        "DDIMParallelScheduler",
+        "DDPMScheduler",
+        "DDPMParallelScheduler",
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSDEScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "SASolverScheduler",
+        "UniPCMultistepScheduler",
+    }
+)
+"""They differ by the solver alone: betas and what the model predicts are those of the folder."""
+FLOWS = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"})
+STRAIGHT = FLOWS | {"FlowMatchFromOne"}
+"""The same of rectified flows; the last is ours, with the steps of FluxPipeline."""
+DISTILLED = frozenset({"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler"})
+"""Of models that were distilled to take a few steps of their own kind."""
+
+
+def check_known(own: str, refused: str) -> None:
+    """Raise ConfigError for a model's own scheduler class whose place no sampler here can take.
+
+    own: "" for one that nothing is said of. refused: how the message begins.
+    """
+    if own in DISTILLED:
+        raise ConfigError(
+            f"{refused}, the scheduler of a distilled model: it takes steps of its own kind, which "
+            "none of qncd's samplers takes",
+            "take the model that it was distilled from",
+        )
+    if own and own not in DIFFUSION | STRAIGHT:
+        raise ConfigError(
+            f"{refused}, whose noise levels none of qncd's samplers has",
+            f"it samples models made for {', '.join(sorted(DIFFUSION))}, and with flow-euler for "
+            f"{', '.join(sorted(FLOWS))}",
+        )

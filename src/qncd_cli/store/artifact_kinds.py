@@ -1,0 +1,141 @@
+"""The kinds of artifacts: which tensors a file of each kind holds, as its body announces them.
+
+Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
+
+| kind | tensors | body |
+|---|---|---|
+| calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
+| smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
+| quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: entry}, attention {name: entry}, groups, group_bounds |
+| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T] | channels, steps, sampling, target |
+| latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..spec import ATTENTION_OPERANDS
+
+HISTOGRAM_BINS = 2048
+FLOAT32, INT64, INT32, INT16 = "torch.float32", "torch.int64", "torch.int32", "torch.int16"
+INT8, UINT8 = "torch.int8", "torch.uint8"
+"""Types as torch spells them; torch is not needed for that."""
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Type and shape of every tensor by name."""
+
+
+def packed_width(in_features: int, bits: int) -> int:
+    """Bytes of one output channel's codes: one stream of bits, filled up to a whole byte, or two
+    bytes for each code."""
+    return 2 * in_features if bits > 8 else -(-in_features * bits // 8)
+
+
+def _code_layout(out: int, in_features: int, bits: int) -> tuple[str, tuple[int, ...]]:
+    if bits > 8:
+        return INT16, (out, in_features)
+    return INT8 if bits == 8 else UINT8, (out, packed_width(in_features, bits))
+
+
+def _calibration_layout(body: dict) -> Layout:
+    rows, latent, groups = body["rows"], tuple(body["latent_shape"]), body["groups"]
+    layout: Layout = {
+        "inputs.x": (FLOAT32, (rows, *latent)),
+        "inputs.prediction": (FLOAT32, (rows, *latent)),
+        "inputs.timestep": (FLOAT32, (rows,)),
+        "inputs.class": (INT64, (rows,)),
+        "inputs.seed": (INT64, (rows,)),
+    }
+    observed = {f"{name}.input": channels for name, channels in body["layers"].items()}
+    for name, channels in body["attention"].items():
+        observed |= {f"{name}.{operand}": channels for operand in ATTENTION_OPERANDS}
+    for name, channels in observed.items():
+        for part in ("min", "max", "moving_min", "moving_max"):
+            layout[f"{name}_{part}"] = (FLOAT32, (groups,))
+        layout[f"{name}_histogram"] = (INT64, (groups, HISTOGRAM_BINS))
+        layout[f"{name}_histogram_exponent"] = (INT64, (groups,))
+        layout[f"{name}_channel_absmax"] = (FLOAT32, (channels,))
+    return layout
+
+
+def _smoothing_layout(body: dict) -> Layout:
+    layout: Layout = {}
+    for name, entry in body["layers"].items():
+        channels = (FLOAT32, (entry["in_channels"],))
+        layout[f"{name}.smoothing"] = channels
+        if entry["shifted"]:
+            layout[f"{name}.shift"] = channels
+    return layout
+
+
+def _quantized_layout(body: dict) -> Layout:
+    groups = body["groups"]
+    layout: Layout = {}
+    for name, entry in body["layers"].items():
+        out, *rest = entry["weight_shape"]
+        in_features = 1
+        for size in rest:
+            in_features *= size
+        bits = entry["weight_bits"]
+        if bits == 32:
+            layout[f"{name}.weight"] = (FLOAT32, (out, *rest))
+        else:
+            layout[f"{name}.weight"] = _code_layout(out, in_features, bits)
+            layout[f"{name}.weight_scale"] = (FLOAT32, (out,))
+            if bits < 8:
+                layout[f"{name}.weight_zero_point"] = (UINT8, (out,))
+        if entry["activation_bits"] != 32:
+            layout[f"{name}.input_scale"] = (FLOAT32, (groups,))
+            layout[f"{name}.input_zero_point"] = (INT32, (groups,))
+        if entry["smoothed"]:
+            layout[f"{name}.smoothing"] = (FLOAT32, (entry["in_channels"],))
+        if entry["shifted"]:
+            layout[f"{name}.shift"] = (FLOAT32, (entry["in_channels"],))
+        if entry["bias"]:
+            layout[f"{name}.bias"] = (FLOAT32, (out,))
+        if entry["bias_corrected"]:
+            layout[f"{name}.bias_correction"] = (FLOAT32, (groups, out))
+    for name, entry in body["attention"].items():
+        for operand in ATTENTION_OPERANDS if entry["bits"] != 32 else ():
+            layout[f"{name}.{operand}_scale"] = (FLOAT32, (groups,))
+            layout[f"{name}.{operand}_zero_point"] = (INT32, (groups,))
+    return layout
+
+
+def _noise_stats_layout(body: dict) -> Layout:
+    steps, channels = body["steps"], body["channels"]
+    per_channel = ("mean", "variance", "residual_mean", "affine_a", "affine_b", "runtime_mean")
+    runtime = ("variance", "slope", "tensor_gain", "channel_gain", "slope_gain")
+    per_step = ("correlation_k", "residual_variance", *[f"runtime_{name}" for name in runtime])
+    layout: Layout = {"timesteps": (INT64, (steps,))}
+    layout |= dict.fromkeys(per_channel, (FLOAT32, (steps, channels)))
+    layout |= dict.fromkeys(per_step, (FLOAT32, (steps,)))
+    return layout
+
+
+def _latents_layout(body: dict) -> Layout:
+    count, latent = body["count"], tuple(body["latent_shape"])
+    return {
+        "latents": (FLOAT32, (count, *latent)),
+        "seeds": (INT64, (count,)),
+        "classes": (INT64, (count,)),
+        "predictions": (FLOAT32, (body["traced"], body["steps"], *latent)),
+        "prediction_seeds": (INT64, (body["traced"],)),
+    }
+
+
+@dataclass(frozen=True)
+class _Kind:
+    version: int
+    layout: Callable[[dict], Layout]
+    command: str  # what makes a good file
+
+
+KINDS: dict[str, _Kind] = {
+    "calibration": _Kind(2, _calibration_layout, "qncd calibrate"),
+    "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate"),
+    "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
+    "noise_stats": _Kind(2, _noise_stats_layout, "qncd quantize"),
+    "latents": _Kind(1, _latents_layout, "qncd sample"),
+}

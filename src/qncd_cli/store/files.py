@@ -1,0 +1,143 @@
+"""Files are written whole or not at all, and JSON in one spelling.
+
+This module is the only writer of the run directory: store/artifacts.py adds what tensor files
+hold, store/run_dir.py where everything lies. A file is written beside its place, synced and
+renamed, so that it is either the old one or the new one. Links are written through: what they
+lead to is replaced, they stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place for a file that takes the place of `path` when the block ends well, and not before.
+
+    Raises ArtifactError when the disk is full or the place cannot be written.
+    """
+    temporary, named, path = None, path, target_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        yield Path(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ArtifactError(
+                f"{named}: no room on disk", "free some space and repeat the command"
+            ) from error
+        raise ArtifactError(f"{named}: cannot be written: {error.strerror or error}") from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def target_of(path: Path) -> Path:
+    """The place that a path leads to, through links, whether something is there or not.
+
+    Raises ArtifactError for links that lead in a circle.
+    """
+    place = Path(os.path.realpath(path))
+    if place.is_symlink():
+        raise ArtifactError(f"{path}: a link that leads back to itself", "remove it")
+    return place
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Atomically. Raises ArtifactError when the disk is full or the place cannot be written."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """What a killed process left behind of files that it was writing: ours, and safetensors'."""
+    for pattern in (".*.*.????????", ".tmp??????"):
+        for path in folder.glob(pattern):
+            if path.is_file():
+                path.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, marker: str, kind: str, *, force: bool) -> None:
+    """Raises ArtifactError unless a folder may be written there.
+
+    force: a folder that holds the file `marker`, one of this kind, may be replaced; nothing else
+    ever is.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ArtifactError(f"{folder}: is a file", "name a new folder")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / marker).is_file():
+        raise ArtifactError(
+            f"{folder}: is not empty and no {kind}, so that it is not replaced",
+            "name a new folder",
+        )
+    if not force:
+        raise ArtifactError(f"{folder}: is there already", "--force replaces it")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A place for a folder's content, which takes the place of `folder` when the block ends well.
+
+    Raises ArtifactError when the disk is full or the place cannot be written.
+    """
+    named, folder = folder, target_of(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+            made, replaced = Path(beside) / "made", Path(beside) / "replaced"
+            made.mkdir()
+            yield made
+            for path in made.rglob("*"):
+                if path.is_file():
+                    with path.open("rb") as file:
+                        os.fsync(file.fileno())
+            if folder.is_dir():
+                folder.rename(replaced)
+            try:
+                made.rename(folder)
+            except OSError:
+                if replaced.is_dir():
+                    replaced.rename(folder)
+                raise
+    except OSError as error:
+        raise unwritable(named, error) from error
+
+
+def unwritable(folder: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{folder}: cannot be written ({str(error).splitlines()[0][:120]})",
+        "is there space, and may you write there?",
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_bytes(path, text.encode())
+
+
+def read_json(path: Path, command: str) -> Any:
+    """Raises ArtifactError when missing or damaged; command: what makes a good one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path}: missing", f'make it with "{command}"') from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path}: damaged: {error}", f'repeat "{command}"') from error
