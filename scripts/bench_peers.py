@@ -29,7 +29,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from qncd_cli.config.schema.loading import parse_config
 from torch import Tensor, nn
 
 from qncd_cli.bench import rendering as benchmark
@@ -37,6 +36,7 @@ from qncd_cli.bench import table as bench
 from qncd_cli.bench.row import Guest, Inputs, Row, parse_rows
 from qncd_cli.cli.console import Console, ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
+from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import ConfigError
 from qncd_cli.store import files
 

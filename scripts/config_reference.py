@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from qncd_cli.config.schema.keys import Key, sections
+from qncd_cli.config.keys import Key, sections
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 HEAD = """# Configuration

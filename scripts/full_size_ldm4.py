@@ -25,7 +25,8 @@ import click
 import torch
 import yaml
 from compvis_reference import LatentDiffusion
-from qncd_cli.models.compvis.checkpoint.checkpoint import compvis_pipeline
+
+from qncd_cli.models.compvis.checkpoint import compvis_pipeline
 
 SEED = 0
 BOUND = 1e-5

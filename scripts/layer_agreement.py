@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import click
 import torch
-from qncd_cli.config.schema.loading import parse_config
-from qncd_cli.config.schema.schema import Config
 from torch import Tensor
 
 from qncd_cli.ablation.variants import parse_widths
@@ -23,6 +21,8 @@ from qncd_cli.backends.reference import simulate
 from qncd_cli.bench import table as bench
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
+from qncd_cli.config.loading import parse_config
+from qncd_cli.config.schema import Config
 from qncd_cli.errors import BackendUnavailable, ConfigError
 from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.quant.layers import QuantizedLayer

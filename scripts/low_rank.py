@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 
 import click
 import torch
-from qncd_cli.config.schema.loading import load_config
-from qncd_cli.config.schema.schema import Config
 from torch import Tensor
 
 from qncd_cli.backends.reference import simulate_with
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
+from qncd_cli.config.loading import load_config
+from qncd_cli.config.schema import Config
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.ptq.hessians import collect_hessians

@@ -237,8 +237,7 @@ def minimal(tmp_path) -> str:
 
 def refused(minimal: str, *overrides: str) -> str:
     """The one line that the configuration is refused with."""
-    from qncd_cli.config.schema.loading import load_config
-
+    from qncd_cli.config.loading import load_config
     from qncd_cli.errors import ConfigError
 
     with pytest.raises(ConfigError) as caught:

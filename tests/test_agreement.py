@@ -7,10 +7,10 @@ import layer_agreement
 import pytest
 import torch
 from click.testing import CliRunner
-from qncd_cli.config.schema.loading import parse_config
 
 from qncd_cli.backends import int8
 from qncd_cli.bench import table as bench
+from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 
 why = int8.why_unavailable(torch.device("cpu"))

@@ -7,8 +7,9 @@ import copy
 import pytest
 from conftest import MODEL, refused
 from pydantic import ValidationError
-from qncd_cli.config.schema.loading import load_config, parse_config, shipped_configs
-from qncd_cli.config.schema.schema import Config
+
+from qncd_cli.config.loading import load_config, parse_config, shipped_configs
+from qncd_cli.config.schema import Config
 
 # ---- strictness ---------------------------------------------------------------------------------
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from conftest import refused
-from qncd_cli.config.schema.loading import find_config, load_config, parse_config, shipped_configs
 
+from qncd_cli.config.loading import find_config, load_config, parse_config, shipped_configs
 from qncd_cli.errors import ConfigError
 
 # ---- what is shipped ----------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_layer_patterns_change_only_what_they_name(minimal):
 
 def test_reading_imports_no_torch():
     code = (
-        "import sys, qncd_cli.config.schema.loading as c\n"
+        "import sys, qncd_cli.config.loading as c\n"
         "for name in c.shipped_configs(): c.load_config(name).stage_digest('quantize')\n"
         "print([m for m in ('torch', 'diffusers', 'numpy', 'rich') if m in sys.modules])"
     )

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import refused
-from qncd_cli.config.schema.loading import load_config
 
-from qncd_cli.config.schema import model_card
+from qncd_cli.config import model_card
+from qncd_cli.config.loading import load_config
 from qncd_cli.errors import ConfigError
 
 
@@ -243,7 +243,7 @@ def test_fewer_trajectories_than_the_file_measures_noise_on_is_no_error(tmp_path
 def test_asking_a_folder_imports_no_torch(tmp_path):
     folder = fake_folder(tmp_path / "model", "DDIMPipeline")
     code = (
-        "import sys, qncd_cli.config.schema.loading as c\n"
+        "import sys, qncd_cli.config.loading as c\n"
         f"c.load_config({configured(tmp_path, folder)!r})\n"
         "print([m for m in ('torch', 'diffusers', 'numpy', 'rich') if m in sys.modules])"
     )

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from qncd_cli.config.schema.loading import load_config
-from qncd_cli.config.schema.presets import PRESETS, merged
-from qncd_cli.config.schema.schema import Config
 
+from qncd_cli.config.loading import load_config
+from qncd_cli.config.presets import PRESETS, merged
+from qncd_cli.config.schema import Config
 from qncd_cli.errors import ConfigError
 
 NAMES = [

@@ -41,7 +41,7 @@ from .store.artifacts import Artifact
 
 PREFIX = "qncd."
 KEY = "qncd"
-"""Of the weights file's metadata."""
+"""Key of the weights file's metadata that holds the artifact's description."""
 
 
 class Method(enum.StrEnum):

@@ -1,4 +1,4 @@
-"""What this machine is, what it has free of memory and disk, and memory given back to it."""
+"""The machine: what it is, how much memory and disk it has free, and memory given back to it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from . import __version__
 
 SYSTEM = Path("/")
 KEPT_SHARE = 0.25
-"""Of the free memory, that dequantized weights may take between calls."""
+"""Share of the free memory that dequantized weights may take between calls; larger: more stay."""
 
 
 def keeps(size: int) -> bool:
-    """Whether so many bytes of dequantized weights are kept, or made at every call: which only
-    takes longer."""
+    """Whether that many bytes of dequantized weights are kept between calls.
+
+    Otherwise every call makes them again: the same numbers, more slowly.
+    """
     free = available_memory()
     return free is None or size <= KEPT_SHARE * free
 
@@ -62,8 +64,10 @@ _FIRST_VERSION = ("memory.limit_in_bytes", "memory.usage_in_bytes")
 
 
 def _left(group: Path, limit_name: str, used_name: str) -> int | None:
-    """Of one group's limit, None without any. Pages of files that nobody works on can be given
-    up and are not counted as used."""
+    """Bytes left of one group's limit, None without a limit.
+
+    Pages of files that nobody works on can be given up and are not counted as used.
+    """
     try:
         limit = (group / limit_name).read_text(encoding="ascii").strip()
         used = int((group / used_name).read_text(encoding="ascii"))

@@ -104,7 +104,7 @@ IMAGES = {
         better="down",
     ),
 }
-"""Of metrics.json, ablation.json and what compare prints."""
+"""Numbers of metrics.json, of ablation.json and of what compare prints."""
 
 MODEL = {
     "bytes": _size("size", "Everything that the denoiser needs to run, in files."),
@@ -139,7 +139,7 @@ MODEL = {
     "extra_calls": Number("extra calls", "Denoiser calls that the correction adds to a batch."),
     "seconds": Number("time", "Spent on the row or the stage.", "s"),
 }
-"""Of coverage.json, --plan and the stages."""
+"""Numbers of coverage.json, of --plan and of the stages."""
 
 BENCH = {
     "seconds_per_call": Number(
@@ -163,7 +163,7 @@ BENCH = {
         "prepare", "What the first call takes over the second (compiling, packing).", "s", "down"
     ),
 }
-"""Of bench.json."""
+"""Numbers of bench.json."""
 
 SECTIONS = {"Images": IMAGES, "The model": MODEL, "Speed and memory": BENCH}
 NUMBERS = {**IMAGES, **MODEL, **BENCH}

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from qncd_cli.config.schema.loading import parse_config
 from torch import nn
 
 from qncd_cli.backends import int8, reference
 from qncd_cli.backends.reference import simulate
 from qncd_cli.bench import table as bench
+from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.affine import choose_qparams
 from qncd_cli.quant.layers import QuantizedLayer, StepState

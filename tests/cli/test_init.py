@@ -12,8 +12,9 @@ import diffusers_pipelines as tiny
 import pytest
 import yaml
 from conftest import Qncd
-from qncd_cli.config.schema.keys import sections
-from qncd_cli.config.schema.loading import load_config
+
+from qncd_cli.config.keys import sections
+from qncd_cli.config.loading import load_config
 
 QUICK = (
     *("--set", "sampling.steps=2"),

@@ -14,11 +14,11 @@ import torch
 from click.testing import CliRunner
 from conftest import Qncd, tiny_config
 from PIL import Image
-from qncd_cli.config.schema.loading import shipped_configs
-from qncd_cli.config.schema.presets import PRESETS
 
 from qncd_cli import __version__
 from qncd_cli.cli.main import cli
+from qncd_cli.config.loading import shipped_configs
+from qncd_cli.config.presets import PRESETS
 
 COMMANDS = [
     "ablate",

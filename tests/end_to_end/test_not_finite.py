@@ -8,9 +8,9 @@ import diffusers_pipelines as tiny
 import pytest
 import torch
 from conftest import Qncd, save_tiny_pipeline, tiny_config
-from qncd_cli.config.schema.schema import Config
 from safetensors.torch import load_file, save_file
 
+from qncd_cli.config.schema import Config
 from qncd_cli.errors import ModelError, NotFinite
 from qncd_cli.models.adapters import to_uint8
 from qncd_cli.models.loading import load_model

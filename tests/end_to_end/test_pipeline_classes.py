@@ -10,8 +10,8 @@ import torch
 import transformers
 from conftest import Qncd, tiny_config
 from diffusers import DiffusionPipeline
-from qncd_cli.config.schema.schema import Config
 
+from qncd_cli.config.schema import Config
 from qncd_cli.errors import ArtifactError, ModelError
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.prompt_cache import PromptCache

@@ -22,15 +22,15 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from qncd_cli.config.schema.loading import parse_config
-from qncd_cli.models.compvis.checkpoint.checkpoint import compvis_pipeline, unet_class
-from qncd_cli.models.compvis.checkpoint.config import first_stage_options, read_yaml, unet_options
-from qncd_cli.models.compvis.checkpoint.keys import ema_key, first_stage_sources, unet_sources
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qncd_cli.cli.shared import open_model
+from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import ModelError
+from qncd_cli.models.compvis.checkpoint import compvis_pipeline, unet_class
+from qncd_cli.models.compvis.config import first_stage_options, read_yaml, unet_options
+from qncd_cli.models.compvis.keys import ema_key, first_stage_sources, unet_sources
 from qncd_cli.models.loading import load_model
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}

@@ -20,14 +20,14 @@ from diffusers.loaders.single_file_utils import (
     convert_open_clip_checkpoint,
 )
 from diffusers_pipelines import LETTERS, TOKENS, tokenizer_in
-from qncd_cli.models.compvis.checkpoint.checkpoint import compvis_pipeline, unet_class
-from qncd_cli.models.compvis.checkpoint.config import first_stage_options, read_yaml, unet_options
-from qncd_cli.models.compvis.checkpoint.keys import first_stage_sources, unet_sources
-from qncd_cli.models.compvis.checkpoint.text import text_encoder, text_options
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qncd_cli.errors import ModelError
+from qncd_cli.models.compvis.checkpoint import compvis_pipeline, unet_class
+from qncd_cli.models.compvis.config import first_stage_options, read_yaml, unet_options
+from qncd_cli.models.compvis.keys import first_stage_sources, unet_sources
+from qncd_cli.models.compvis.text import text_encoder, text_options
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.text import Prompts
 

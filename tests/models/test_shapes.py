@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 from compvis_trees import CIN256_V2
-from qncd_cli.config.schema.loading import parse_config
 
+from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import ModelError
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model

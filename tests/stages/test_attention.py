@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import tiny_config
 from diffusers.models.attention_processor import AttnProcessor2_0
-from qncd_cli.config.schema.loading import parse_config
 
+from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import ArtifactError
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import attention_sites, capture_attention

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import save_tiny_pipeline
 from diffusers import UNet2DConditionModel
-from qncd_cli.config.schema.loading import parse_config
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -18,6 +17,7 @@ from qncd_cli.bench import table as bench
 from qncd_cli.bench.profile import KINDS, profiled
 from qncd_cli.bench.row import FACTS, Alone, Inputs, measure_alone, parse_rows
 from qncd_cli.bench.timing import spread
+from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import BackendUnavailable, ConfigError
 from qncd_cli.models.denoiser_folder import load_denoiser, save_denoiser
 from qncd_cli.models.loading import load_model

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Qncd, tiny_config
-from qncd_cli.config.schema.loading import parse_config
-from qncd_cli.config.schema.schema import Config
 from torch import Tensor
 
+from qncd_cli.config.loading import parse_config
+from qncd_cli.config.schema import Config
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.progress import no_progress

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
-from qncd_cli.config.schema.loading import parse_config
 from torch import nn
 
+from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import skip_boundaries
 from qncd_cli.progress import no_progress

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_config
-from qncd_cli.config.schema.loading import parse_config
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.base import AUTO, BACKENDS
+from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.runtime import auto_backend

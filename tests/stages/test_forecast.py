@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_config
-from qncd_cli.config.schema.loading import load_config
-from qncd_cli.config.schema.schema import Config
 
+from qncd_cli.config.loading import load_config
+from qncd_cli.config.schema import Config
 from qncd_cli.forecast import (
     activations as call_memory,
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_config
-from qncd_cli.config.schema.loading import parse_config
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.compiled import graph, native
+from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import ArtifactError, BackendUnavailable
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import load_model

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import tiny_config
-from qncd_cli.config.schema.loading import parse_config
 
+from qncd_cli.config.loading import parse_config
 from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import load_model

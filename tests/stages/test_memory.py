@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import tiny_config
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from qncd_cli.config.schema.loading import parse_config
 
 from qncd_cli import machine
 from qncd_cli.backends import int8
+from qncd_cli.config.loading import parse_config
 from qncd_cli.forecast import memory as footprint
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.machine import available_memory

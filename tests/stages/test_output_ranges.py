@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from qncd_cli.config.schema.loading import parse_config
-from qncd_cli.config.schema.schema import Config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qncd_cli.backends import int8
+from qncd_cli.config.loading import parse_config
+from qncd_cli.config.schema import Config
 from qncd_cli.models.loading import load_model
 from qncd_cli.ptq.layer_plan import LayerPlan
 from qncd_cli.ptq.output_ranges import CLIP_WEIGHT, LayerOutput

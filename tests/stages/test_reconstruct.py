@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from qncd_cli.config.schema.loading import parse_config
-from qncd_cli.config.schema.schema import Config
 from torch import nn
 
+from qncd_cli.config.loading import parse_config
+from qncd_cli.config.schema import Config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import reconstruction_blocks, weight_layers
 from qncd_cli.progress import no_progress

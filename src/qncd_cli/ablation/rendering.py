@@ -37,8 +37,10 @@ FULL = "full precision"
 
 
 def fidelity(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Of metrics.json's object of that name. Infinite decibels (equal images or latents) are null
-    in JSON; identical_* says so."""
+    """A row's numbers from the object `fidelity` of metrics.json.
+
+    Infinite decibels (equal images or latents) are null in JSON; identical_* says so.
+    """
     psnr, sqnr = measured["psnr_db"], measured["sqnr_latents_db"]
     return {
         "psnr_db": _finite(psnr),
@@ -52,7 +54,7 @@ def fidelity(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def distribution(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a set's object in metrics.json."""
+    """A row's numbers from the object of one set in metrics.json."""
     return {
         "feature_distance_to_reference": _bounds(measured.get("feature_distance")),
         "class_agreement": measured.get("class_agreement"),
@@ -87,7 +89,7 @@ def cells(table: Mapping[str, Any], keys: Sequence[str] = KEYS) -> list[dict[str
 
 
 def _numbers(row: Mapping[str, Any], keys: Sequence[str]) -> dict[str, str]:
-    """By heading. Infinite decibels are null in a row, which says so elsewhere."""
+    """Cells by heading. Infinite decibels are null in a row, which says so elsewhere."""
     same = {"sqnr_latents_db": "identical_latents", "psnr_db": "identical_images"}
     found = {}
     for key in keys:

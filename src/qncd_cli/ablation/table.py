@@ -70,7 +70,7 @@ class AblateRequest:
         return self.folder / "samples" / variant.label
 
     def seeds(self, config: Config) -> list[int]:
-        """Of every row's samples."""
+        """Seeds that the samples of every row share."""
         return list(range(config.sampling.seed, config.sampling.seed + self.count))
 
     def batch(self, macs: int) -> int:
@@ -255,7 +255,7 @@ def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
-    """Draw the row's images; those of other settings in its folder give way."""
+    """Draw the row's images; those of other settings in its folder are removed first."""
     config, request = variant.config, work.request
     artifact = artifacts.read(made.tensors("quantized"), "quantized")
     noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
@@ -288,7 +288,7 @@ def _place(work: _Work) -> auto_backend.Place:
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
-    """Of the samples in a folder; empty where it is damaged."""
+    """Manifest of the samples in a folder, None where none is there; empty where it is damaged."""
     try:
         return sample_sets.begun(folder)
     except ArtifactError:

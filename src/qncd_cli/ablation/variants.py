@@ -1,4 +1,4 @@
-"""Part of the ablate stage: the configuration of every row of the table.
+"""Variants: the configuration of every row of the ablation's table.
 
 A row is a variant of one configuration at one pair of widths. A variant is a preset, or one of
 CORRECTIONS: the configuration's own settings with its two corrections switched on and off. Either

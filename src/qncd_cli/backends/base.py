@@ -23,9 +23,8 @@ class Backend:
 
     why_unavailable: why it cannot be used for a model on this device, empty where it can;
     why_not: why one layer is simulated instead, empty where it is not; matmul: computes attention's
-    products in integers; forget: lets go of what it keeps with a layer. whole: the denoiser runs
-    as one graph in another runtime, which stages.sessions exports it to; layer by layer it can
-    only be simulated.
+    products in integers; forget: frees what it keeps with a layer. whole: the denoiser is exported
+    to another runtime and runs there as one graph; layer by layer it can only be simulated.
     """
 
     name: str
@@ -67,8 +66,10 @@ BACKENDS = {
         whole=True,
     ),
 }
-"""In the order in which auto takes them where nothing was timed: those that compute layer by layer
-as a rule have the fastest first. stages.fastest times them."""
+"""Backends by name, in the order in which auto tries them where nothing was timed.
+
+Among those that compute layer by layer, the fastest as a rule come first.
+"""
 
 
 def get_backend(name: str, device: str | torch.device = "cpu") -> Backend:

@@ -3,7 +3,7 @@
 x ~ (q - zero_point) * scale with q uint8, W ~ w * weight_scale[o] with w int8: oneDNN adds up the
 products (q - zero_point) * w in int32 and scales the sums to float32. These are the integers that
 the simulate backend fakes, scaled by the same operations: the two give the same bits, but for
-kernels that oneDNN has for small matrices and grouped convolutions (design.md section 4).
+kernels that oneDNN has for small matrices and grouped convolutions.
 Inputs of more than 8 bits are two bytes, q = 256 high + low, in two passes over the same weight;
 weights of 15 bits are two as well, w = 128 high + low.
 """
@@ -32,7 +32,7 @@ from .reference import simulate
 SWITCH = "QNCD_DISABLE_INT8"
 """Environment variable; 1 makes the backend unavailable."""
 WORTH_A_TRIAL = 2**20
-"""Weights of a convolution from which on it is tried which type its kernel writes best."""
+"""Weights of a convolution from which its kernel is timed with outputs of both types."""
 Geometry = tuple[list[int], list[int], list[int], int]
 """stride, padding, dilation, groups"""
 MUCH_SLOWER = 1.5
@@ -96,7 +96,7 @@ def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 
 
 def prepared(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> Prepared:
-    """Of a layer whose codes look like `low` and whose output is of that type."""
+    """What a graph needs of a layer with codes like `low` and an output of that type."""
     kernel = _kernel(layer, low)
     if dtype == torch.bfloat16 and products(layer) == 1:
         _multiply(layer, kernel, low, None, None, dtype)
@@ -193,7 +193,7 @@ def why_not(layer: QuantizedLayer) -> str:
 
 
 def products(layer: QuantizedLayer) -> int:
-    """Of bytes, that one call of the layer takes."""
+    """Number of byte-wide products that one call of the layer takes: 1, 2 or 4."""
     return (1 + (layer.weight_bits > 8)) * (1 + (layer.activation_bits > 8))
 
 
@@ -204,7 +204,7 @@ def geometry(layer: QuantizedLayer) -> Geometry:
 
 
 def conv_output_shape(layer: QuantizedLayer, shape: Sequence[int]) -> list[int]:
-    """Of a convolution's output for an input [N, C, H, W]."""
+    """Shape of a convolution's output for an input [N, C, H, W]."""
     stride, padding, dilation, _ = geometry(layer)
     sides = [
         (side + 2 * pad - dilate * (width - 1) - 1) // step + 1
@@ -241,7 +241,7 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
 
 
 def forget_kernel(layer: QuantizedLayer) -> None:
-    """It is prepared again when the layer is called again."""
+    """Free the layer's kernel; the next call prepares it again."""
     layer.__dict__.pop("_int8_kernel", None)
 
 

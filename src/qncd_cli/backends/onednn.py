@@ -1,7 +1,7 @@
 """oneDNN's operators as torch has them, and in which order they scale integer sums on this machine.
 
-sum * (input_scale * weight_scale) and (sum * input_scale) * weight_scale part by one rounding to
-float32. Kernels for AMX compute the first, those for AVX512-VNNI without it the second.
+sum * (input_scale * weight_scale) and (sum * input_scale) * weight_scale differ by one rounding
+to float32. Kernels for AMX compute the first, those for AVX512-VNNI without it the second.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 ROWS, INPUTS, OUTPUTS = 64, 320, 128
-"""Of the product that is tried: small enough to cost nothing, large enough for the usual kernel."""
+"""Size of the product that is tried: cheap, yet large enough for the usual kernel."""
 
 
 def output_as(dtype: torch.dtype) -> tuple[Any, ...]:
@@ -28,7 +28,7 @@ def missing_operator() -> str:
 
 
 def scale_sums(sums: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:
-    """As this machine's kernels do: sums (float32, overwritten) times both scales.
+    """Sums (float32, overwritten) times both scales, in the order of this machine's kernels.
 
     input_scale: one number; weight_scale: broadcast to the sums.
     """

@@ -24,7 +24,7 @@ from .onednn import scale_sums
 EXACT = 2.0**24
 """Below it float32 has every integer."""
 LARGEST_CODE = 255.0
-"""Of one byte, less its zero-point, in size."""
+"""Largest absolute value of a one-byte code less its zero-point."""
 
 
 def simulate(layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -129,12 +129,12 @@ def _part(weight: Tensor, scale: Tensor) -> _Part:
 
 
 def _reach(weight: Tensor) -> float:
-    """The largest sum of products with codes of one byte that any output of it can come to."""
+    """The largest sum that an output of this weight can come to with codes of one byte."""
     return LARGEST_CODE * float(weight.abs().flatten(1).sum(1).max())
 
 
 def forget_weight(layer: QuantizedLayer) -> None:
-    """To be called where its codes have changed."""
+    """Free what is kept of the layer's weight; to be called where its codes have changed."""
     for name in ("_simulated_parts", "_simulated_weight"):
         layer.__dict__.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""Part of the bench stage: where the time of a denoiser call goes.
+"""The profile of a denoiser call: where its time goes.
 
 Every operator counts for the innermost module around it that says what kind of work it is:
 quantized layer, float layer, attention, norm or activation function. The rest is residual

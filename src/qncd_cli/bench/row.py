@@ -1,4 +1,4 @@
-"""Part of the bench stage: one row of its table, and what it takes alone in a process of its own.
+"""A row of the benchmark, and what it takes alone in a process of its own.
 
 Time is compared in one process, where all rows meet the same noise of the machine; memory cannot
 be: what a row holds shows in a process that holds nothing else.
@@ -98,7 +98,7 @@ def _known() -> str:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Of one call of the denoiser."""
+    """Inputs of one call of the denoiser."""
 
     x: Tensor
     timestep: float
@@ -142,7 +142,7 @@ def build(
 
 
 def with_graph(row: Row, denoiser: Denoiser, inputs: Inputs, folder: Path) -> Denoiser:
-    """The denoiser as its graph, which the folder keeps, of rows that have one."""
+    """The denoiser run by its graph, kept in the folder; unchanged for rows without a graph."""
     if row.backend is not None and BACKENDS[row.backend].whole:
         rows = in_float32({"x": inputs.x, **inputs.condition})
         two = {n: v[:1].expand(ROWS, *v.shape[1:]) for n, v in rows.items()}

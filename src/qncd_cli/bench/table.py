@@ -312,6 +312,6 @@ def _prepare_guests(work: _Work) -> dict[str, Callable[[], Any]]:
 def _profiles(
     rows: Sequence[Row], denoisers: Mapping[str, Denoiser], calls: Mapping[str, Callable]
 ) -> dict[str, dict[str, Any]]:
-    """Of the baseline and the int8 rows: compiled code does not say which module it is."""
+    """Profiles of the baseline and the int8 rows: compiled code does not say which module it is."""
     chosen = [row.name for row in rows if row.name == BASELINE or row.backend == "int8"]
     return {name: profiled(denoisers[name].module, calls[name]) for name in chosen}

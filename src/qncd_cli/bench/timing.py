@@ -1,4 +1,4 @@
-"""Part of the bench stage: rows and probes timed in turn, and what that says of each row."""
+"""Timing of the benchmark: rows and probes in turn, and what that says of each row."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from .shared import open_model
 from .states import model_digest
 
 PARTS = {"protocol", "full", "quantized", "fidelity", "bytes"}
-"""Of metrics.json."""
+"""Objects that metrics.json holds where it compares two sets."""
 SHOWN = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
     *(*OF_FIDELITY, "bytes", "share_of_float32"),
@@ -200,7 +200,7 @@ def _made(config: Config, coverage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _facts() -> dict[str, Any]:
-    """Of the measurement, for the report."""
+    """Facts about the measurement, for the report."""
     from .. import machine
 
     return {

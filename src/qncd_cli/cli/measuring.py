@@ -1,4 +1,4 @@
-"""What eval and ablate measure with, and what they say of that which cannot be had."""
+"""Measuring for eval and ablate: what with, and what they say of what cannot be had."""
 
 from __future__ import annotations
 
@@ -47,8 +47,9 @@ class Wishes:
 
 
 def check(wishes: Wishes, config: Config) -> None:
-    """Before hours of work: packaged features and reference are of packaged models alone, and what
-    the command line names is there.
+    """Check, before hours of work, that what the command line names is there.
+
+    Packaged features and the packaged reference are for packaged models alone.
 
     Raises ConfigError, ArtifactError.
     """

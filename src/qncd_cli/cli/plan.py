@@ -28,7 +28,7 @@ def of_config(
     stages: tuple[str, ...],
     drawing: dict[str, Any] | None = None,
 ) -> None:
-    """Of stages from the first on. drawing: options of sampling, None for its defaults."""
+    """Print a forecast of stages from the first on. drawing: sampling options, None: defaults."""
     options = SampleOptions(**{**_DEFAULTS, **(drawing or {})})
     count = options.num or DEFAULT_NUM
     _forecast(console, wanted.config(), options, wanted.folder, stages, count)
@@ -62,7 +62,7 @@ def announce(
 def of_run(
     console: Console, run_dir: str | None, overrides: Sequence[str], stages: tuple[str, ...]
 ) -> None:
-    """Of stages of a run that is there already."""
+    """Print a forecast of stages of a run that is there already."""
     run = find_run(run_dir)
     config = load_config(str(run.config), overrides)
     options = SampleOptions(**_DEFAULTS)
@@ -136,7 +136,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             ["products of attention", _quantized(products)],
             ["MACs of one call on one sample", covered["macs"]],
             ["of these in integers", f"{100 * covered['integer_macs_share']:.2f} %"],
-            ["bits of a quantized weight, in the mean", None if bits is None else f"{bits:.2f}"],
+            ["bits of a quantized weight, on average", None if bits is None else f"{bits:.2f}"],
             ["bits of weights and inputs, mean over MACs", _mean_bits(covered)],
             ["result", megabytes(result["bytes"])],
             ["of these quantized weights", megabytes(result["weight_bytes"])],

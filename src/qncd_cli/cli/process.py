@@ -32,8 +32,8 @@ def begun() -> float:
 def run_alone(command: Callable[[], object]) -> None:
     """Run a command that ends with SystemExit, and end the process with its code.
 
-    Its handlers of `atexit` are called as ever; what is skipped after them is that the interpreter
-    takes itself apart. Where the command ends otherwise, so does the process.
+    Handlers of `atexit` run as always; the interpreter's own teardown after them is skipped.
+    Where the command ends in another way, so does the process.
     """
     global _alone
     _alone = True
@@ -59,9 +59,9 @@ def _quiet_libraries() -> None:
 
 
 def collect_as_usual() -> None:
-    """To be called once everything large is imported: a command may make garbage for hours.
+    """Collect garbage as usual from here on; called once everything large is imported.
 
-    In a process of its own the collector does not look at what is there by now, ever again.
+    In a process of its own, the collector never looks again at what is there by now.
     """
     if gc.get_threshold()[2] == RARELY:
         gc.freeze()

@@ -195,7 +195,7 @@ def _draw(
 
 
 def _macs(run: RunDir, config: Config, model: Any, kind: str) -> int:
-    """Of one call on one sample."""
+    """MACs of one denoiser call on one sample."""
     from ..runtime.denoiser import denoiser_costs
 
     if kind == "quantized" or run.coverage.is_file():

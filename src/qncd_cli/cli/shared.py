@@ -15,7 +15,7 @@ from .console import Console
 from .process import collect_as_usual
 
 UNSAID = ("because", "keys")
-"""Of a stage's payload, what was said before it began."""
+"""Keys of a stage's payload that were told before it began."""
 
 
 def open_model(config: Config, device: str = "auto", folder: Path | None = None) -> Any:
@@ -70,7 +70,7 @@ def download(source: str) -> None:
 
 
 def silence_diffusers() -> None:
-    """For the rest of this process."""
+    """Silence diffusers for the rest of this process."""
     from diffusers.utils import logging
 
     logging.set_verbosity_error()

@@ -23,7 +23,7 @@ FORCED = "--force says so"
 
 
 def model_digest(config: Config) -> str | None:
-    """Of the configured model; None where only loading it tells."""
+    """Digest of the configured model; None where only loading it tells."""
     model = config.model
     return known_digest(model.source, model.compvis_config, model.tokenizer)
 

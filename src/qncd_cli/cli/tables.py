@@ -15,7 +15,7 @@ from typing import TextIO
 TEXT = 24
 """Characters from which on a cell is a text, that may be wrapped, and not a name or a number."""
 LINES = 8
-"""Of a wrapped cell; more are not readable beside each other."""
+"""Lines of a wrapped cell, at most; longer cells are not readable beside each other."""
 TURNED = 6
 """Rows that become columns where they fit so."""
 

@@ -24,7 +24,7 @@ OPENED = {
         "prediction = denoiser(inputs)[0]",
     ),
 }
-"""By format of a graph: imports, how it is opened, how it is called."""
+"""Format of a graph -> its imports, how it is opened, how it is called."""
 TYPES = {"int64": "np.int64", "int32": "np.int32"}
 
 

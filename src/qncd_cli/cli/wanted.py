@@ -18,7 +18,7 @@ from ..config.widths import bits_overrides
 from .starter import facts_of, name_of, starter_tree
 
 NAMES = ("config_name", "model", "bits", "prompts_file", "overrides", "run_dir")
-"""Of the options that say it, but for the prompts."""
+"""Names of the options that say what is wanted, without that of the prompts."""
 _DEFAULT_BITS = "w4a8"
 _BITS = re.compile(r"_w\d+a\d+")
 

@@ -24,7 +24,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _ALTERNATIVES = ("literal[", "tuple[")
 _SHOWN = 80
 DEFAULT_PRESET = "best"
-"""Of a configuration that names none; null is none."""
+"""Preset of a configuration that names none; null in a configuration means no preset."""
 
 
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads ten times faster
@@ -115,8 +115,8 @@ def resolved(
     """The configuration that a tree means, with `key.path=value` overrides (values are YAML).
 
     What the tree does not set comes from its preset (`best` unless it names one) and, for
-    scheduler, steps and guidance, from the model's own files. A preset among the overrides comes
-    before the tree: the tree's values of the keys that presets set give way to it.
+    scheduler, steps and guidance, from the model's own files. A preset among the overrides wins
+    over the tree: what the tree says of keys that presets set is dropped.
     where: names the tree in errors; beside: a folder that relative paths are looked up in after the
     current one; prompts: of a text model that has none; download: brings a model that is not here
     yet. Raises ConfigError, also for a text model without prompts.

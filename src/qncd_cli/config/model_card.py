@@ -51,7 +51,7 @@ _COMPVIS: dict[str, tuple[int, float, Needs | None]] = {
     "ClassEmbedder": (20, 3.0, "classes"),
     "": (50, 1.0, None),
 }
-"""By the class that conditions a CompVis model: as the scripts of CompVis sample it."""
+"""Class that conditions a CompVis model -> steps, guidance, needs, as in CompVis' scripts."""
 
 
 @dataclass(frozen=True)

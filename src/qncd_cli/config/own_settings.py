@@ -13,7 +13,7 @@ from . import model_card
 from .model_card import Card
 
 OWN_KEYS = ("scheduler", "steps", "guidance_scale")
-"""Of sampling: the model's own unless they are set."""
+"""Keys of the section `sampling` that are the model's own unless they are set."""
 Download = Callable[[str], object]
 """Brings a model of the hub to this machine."""
 Tree = dict[str, Any]

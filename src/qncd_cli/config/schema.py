@@ -220,13 +220,13 @@ class AttentionConfig(_Section):
 
 
 class WeightsOverride(_Section):
-    """Of the weights of those layers."""
+    """What to change for the weights of those layers."""
 
     bits: Bits | None = Field(None, description="instead of weights.bits")
 
 
 class ActivationsOverride(_Section):
-    """Of the inputs of those layers."""
+    """What to change for the inputs of those layers."""
 
     bits: Bits | None = Field(None, description="instead of activations.bits")
     observer: Observer | None = Field(None, description="instead of activations.observer")
@@ -254,13 +254,13 @@ class SensitiveConfig(_Section):
         0.0,
         ge=0,
         le=4,
-        description="extra bits of weights, in the mean over all; above 8 bits in two passes",
+        description="extra bits of weights, on average over all; above 8 bits in two passes",
     )
     activation_bits: float = Field(
         0.0,
         ge=0,
         le=10,
-        description="extra bits of inputs, in the mean over MACs; above 8 bits in two passes",
+        description="extra bits of inputs, on average over MACs; above 8 bits in two passes",
     )
 
 
@@ -368,7 +368,7 @@ class InterConfig(_Section):
 
 
 class CorrectionConfig(_Section):
-    """Against the noise inside the network (intra) and over the steps (inter)."""
+    """Corrections of the noise inside the network (intra) and over the steps (inter)."""
 
     intra: Literal["none", "embedding", "smoothquant", "range", "auto"] = Field(
         "none",

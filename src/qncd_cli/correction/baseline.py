@@ -113,7 +113,7 @@ class EstimatorBaseline:
         return excess if gains is None else at_timestep(gains, t).to(mean) * excess
 
     def excess_variance(self, t: int, variance: Tensor) -> Tensor:
-        """[N], a reading's variance less the baseline's; no more than q was found to have."""
+        """[N], a reading's variance less the baseline's; at most what q was found to have."""
         excess = (variance - at_timestep(self.variance, t).to(variance)).clamp(min=0)
         if not self.largest_variance:
             return excess

@@ -100,7 +100,7 @@ def run(
 
 
 def _inputs(config: Config, model: DiffusionModel) -> dict[str, dict[str, Any]]:
-    """Of the graph: dtype and shape, where "batch" is open; all rows are at one timestep."""
+    """Inputs of the graph: dtype and shape, where "batch" is open; all rows are at one timestep."""
     with torch.no_grad():
         condition = model.condition(model.labels([0], config.sampling.classes))
     examples = {"sample": torch.zeros(1, *model.latent_shape), "timestep": torch.zeros(1)}

@@ -1,4 +1,4 @@
-"""Part of the forecast: what one call of the denoiser holds, metered on the meta device."""
+"""Forecast of activations: what one call of the denoiser holds, metered on the meta device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .metering import metered, peak_bytes
 from .shapes import Shapes
 
 ROWS = 2
-"""Of a metered call: with one, some transposed tensors would need no copy."""
+"""Rows of a metered call: with one, some transposed tensors would need no copy."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,10 @@ def _simulated(shapes: Shapes, quantized: Artifact) -> tuple[float, float]:
 
 
 def _graph(shapes: Shapes, names: list[str]) -> float:
-    """Of stages.sensitivity, without the weights' gradients: activations with their graph, every
-    input's error and gradient."""
+    """Peak bytes of the pass that measures extra bits, ROWS rows, without the weights' gradients.
+
+    That is: activations with their graph, every input's error and gradient.
+    """
     inputs: list[torch.Tensor] = []
     weights = [weight_layers(shapes.denoiser)[name].weight for name in names]
 

@@ -1,4 +1,4 @@
-"""Shapes of published models, of which there are no weights here: for plans alone.
+"""Architectures of published models whose weights are not here: for plans alone.
 
 Each function makes the modules; the caller chooses the device (meta). Source: the configurations
 beside the published weights.

@@ -1,7 +1,7 @@
-"""Part of the forecast: the artifacts that a configuration will write, known but for their values.
+"""Forecast of artifacts: those that a configuration will write, known but for their values.
 
-Tensors are on the meta device; where a description holds a
-number that only a run can know, SOME_FLOAT takes as many characters.
+Tensors are on the meta device; where a description holds a number that only a run can know,
+SOME_FLOAT takes as many characters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..store.artifacts import KINDS, Artifact, description, torch_type
 from .shapes import Shapes
 
 SOME_FLOAT = 0.012345678901234567
-"""Of the length that most have in JSON; only the length counts."""
+"""A number as long as most are in JSON; only its length counts."""
 DIGEST, CONTENT = "0" * 16, "0" * 64
 _TYPES = {
     torch.float32: "F32",
@@ -35,7 +35,7 @@ _TYPES = {
 
 
 def file_bytes(artifact: Artifact) -> int:
-    """What artifacts.write would write: a length, a header of JSON, the tensors."""
+    """Bytes that artifacts.write would write: a length, a header of JSON, the tensors."""
     header: dict[str, Any] = {"__metadata__": {"qncd": description(artifact)}}
     end = 0
     for name, tensor in artifact.tensors.items():
@@ -62,7 +62,7 @@ def calibration(config: Config, shapes: Shapes, timesteps: list[float]) -> Artif
 
 
 def smoothing(config: Config, shapes: Shapes) -> Artifact:
-    """With intra auto every layer may get a factor: the most that there can be."""
+    """The smoothing artifact at its largest: with intra auto every layer may get a factor."""
     plans = plan_layers(config, shapes.denoiser)
     intra = config.correction.intra
     wide = intra in ("smoothquant", "range", "auto")
@@ -85,7 +85,7 @@ def smoothing(config: Config, shapes: Shapes) -> Artifact:
 
 
 def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Artifact) -> Artifact:
-    """At the configured bits: what quantization.sensitive and a budget spend is extra_bytes."""
+    """The quantized artifact at the configured bits, without those of extra_weight_bits."""
     smoothed = factors.body["layers"]
     plans = [
         plan
@@ -111,7 +111,7 @@ def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Art
 
 
 def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> dict[str, Any]:
-    """As stages.quantize writes it."""
+    """Description of one layer in the quantized artifact, as stages.quantize writes it."""
     q = config.quantization
     float_weight = plan.weight_bits == FLOAT_BITS
     gptq = q.weights.rounding != "nearest" and not float_weight
@@ -147,7 +147,7 @@ def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> di
 
 
 def result_bytes(config: Config, shapes: Shapes, predicted: Artifact) -> int:
-    """Of quantized.safetensors, with the bits that quantization.sensitive or a budget spends.
+    """Bytes of quantized.safetensors, with the bits that quantization.sensitive or a budget spends.
 
     predicted: of quantized().
     """

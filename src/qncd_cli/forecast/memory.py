@@ -1,6 +1,6 @@
-"""Part of the forecast: memory of the stages, phase by phase, from what their code holds at once.
+"""Forecast of memory: the stages, phase by phase, from what their code holds at once.
 
-Activations are metered (call_memory), artifacts are those of `foreseen`.
+Activations are metered, artifacts forecast, both by modules beside this one.
 What the operators need inside themselves is not metered; HEADROOM stands for it.
 """
 
@@ -84,7 +84,7 @@ def resident(shapes: Shapes, dtype: torch.dtype, left_out: Collection[str] = ())
 
 
 def loading(shapes: Shapes) -> int:
-    """Every component that is not mapped, and the file of the largest of these.
+    """Bytes while the model loads: every component that is not mapped, and the largest one's file.
 
     Folders are read in the type that they are used in, first stages and other sources in float32.
     """
@@ -95,8 +95,11 @@ def loading(shapes: Shapes) -> int:
 
 
 def mapped(shapes: Shapes, left_out: Collection[str] = ()) -> int:
-    """Of the loaded model, what is the file's own pages: once read they count as this process'
-    memory, but the system gives them up where memory is short, and reads them again."""
+    """Bytes of the loaded model that are pages of its files.
+
+    Once read they count as this process' memory, but the system gives them up where memory is
+    short, and reads them again.
+    """
     parts = shapes.parts.items()
     return sum(p.stored for name, p in parts if p.mapped and p.stays and name not in left_out)
 
@@ -218,7 +221,7 @@ def sample_phases(
     batch: int,
 ) -> dict[str, float]:
     """Bytes by phase, without imports. rest: the loaded model without its denoiser, whose weights
-    are let go; batch: samples drawn together."""
+    are freed; batch: samples drawn together."""
     held = rest + sizes.quantized
     held += round(work.weights / 4 if machine.integers else work.weights)
     rows = machine.copies * batch

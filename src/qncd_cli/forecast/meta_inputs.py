@@ -26,7 +26,7 @@ TEXT_TOKENS = {
     "SD3Transformer2DModel": 77 + 256,
     "FluxTransformer2DModel": 512,
 }
-"""Of a prompt, as the pipelines encode it."""
+"""Tokens of a prompt as the pipelines encode it, by class of the denoiser."""
 FLUX_TOKENS = 64 * 64
 """Latents of a 1024 x 1024 image at an eighth, packed two by two."""
 
@@ -34,7 +34,10 @@ FLUX_TOKENS = 64 * 64
 def arguments_of(
     denoiser: Any, dtype: torch.dtype, latent: Latent, tokens: int
 ) -> Callable[[int], Arguments]:
-    """By the denoiser's class. Raises ModelError for one that is not known here."""
+    """Function of the number of rows that makes a denoiser's arguments on the meta device.
+
+    latent: shape of one; tokens: of a prompt. Raises ModelError for an unknown class.
+    """
     kind = next((k for k in _ARGUMENTS if isinstance(denoiser, k)), None)
     if kind is None:
         known = ", ".join(k.__name__ for k in _ARGUMENTS)

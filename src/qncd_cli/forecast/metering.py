@@ -75,7 +75,7 @@ _SHORTCUTS: dict[Any, Callable[..., Tensor]] = {
     **{getattr(torch.ops.aten, n).Tensor: _binary for n in ("add", "sub", "mul", "div")},
     **{getattr(torch.ops.aten, n).default: _unary for n in ("round", "clamp", "silu", "gelu")},
 }
-"""Whose shape and type are plain; PyTorch's own rules on the meta device take ten times longer."""
+"""Operators of plain shape and type; PyTorch's own rules for them take ten times longer."""
 
 
 def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:

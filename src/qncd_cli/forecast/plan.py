@@ -47,7 +47,7 @@ from .memory import Foreseen, Machine
 from .shapes import DENOISERS, Shapes
 
 RATE_SECONDS = 0.3
-"""How long each rate of the machine is measured."""
+"""Seconds that each rate of the machine is measured; longer: a steadier forecast."""
 ELEMENTS = 1 << 22
 SHEET_SCALE = 2  # of the contact sheet's pixels, per side
 
@@ -171,7 +171,7 @@ def _samples_bytes(shapes: Shapes, request: Request) -> int:
 
 
 def _temporary(config: Config) -> int:
-    """What learnt rounding keeps on disk of several blocks' calls."""
+    """Bytes that learnt rounding keeps on disk: the calls of several blocks."""
     learnt = config.quantization.weights.rounding in ("adaround", "brecq")
     return CACHE_BYTES if learnt else 0
 

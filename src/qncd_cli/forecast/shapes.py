@@ -43,20 +43,23 @@ DENOISERS = ("unet", "transformer")
 PIXART_ALPHA_TOKENS = 120
 T5_TOKENS = 256
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""As safetensors names them."""
+"""Types by their names in safetensors files."""
 CLIP_PIPELINES = {
     "StableDiffusionPipeline": 0,
     "StableDiffusionXLPipeline": 0,
     "StableDiffusion3Pipeline": T5_TOKENS,
 }
-"""Whose first encoder's own length it is, and how many of T5's come after them."""
+"""Pipelines whose prompts are as long as their first encoder reads -> T5's tokens after them."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A component: parameters; stored: bytes on disk, 0 for weights drawn at random; stays: while
-    the stages run (text encoders are let go). mapped: its file is used as it lies there, mapped
-    into memory, as safetensors are whose type is the one that is asked for."""
+    """A component of a pipeline, by its size.
+
+    parameters: number of them; stored: bytes on disk, 0 for weights drawn at random; stays:
+    whether it is held while the stages run (text encoders are freed); mapped: whether its file
+    is mapped into memory as it is, like safetensors that have the type that is asked for.
+    """
 
     parameters: int
     stored: int
@@ -98,7 +101,7 @@ class Shapes:
     arguments: Callable[[int], Arguments] = field(repr=False)
 
     def guides(self, scale: float) -> bool:
-        """As DiffusionModel says."""
+        """Whether that scale guides, as DiffusionModel.guides says."""
         return self.guided and is_guided(scale, self.interpolates)
 
     def call(self, rows: int, denoiser: nn.Module | None = None) -> Tensor:
@@ -217,7 +220,7 @@ def _classes(denoiser: Any, embedder: Any) -> int:
 
 
 def _prompt_tokens(folder: Path, kind: str) -> int:
-    """What a folder says of its prompts, 0 where that is nothing. kind: of its pipeline."""
+    """Tokens of a prompt as a folder tells, 0 where it does not. kind: class of its pipeline."""
     encoder = folder / "text_encoder" / "config.json"
     if kind == "PixArtAlphaPipeline":
         return PIXART_ALPHA_TOKENS
@@ -306,7 +309,7 @@ def _module_class(library: str, name: str) -> Any:
 
 
 def _weights(folder: Path) -> Stored:
-    """Of a component's safetensors, of the one variant that is loaded."""
+    """Bytes, elements and types of a component's safetensors, in the variant that is loaded."""
     paths = weight_files(folder)
     elements, types = 0, set()
     for path in paths:

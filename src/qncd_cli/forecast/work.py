@@ -1,7 +1,7 @@
-"""Part of the forecast: how much the stages compute, and roughly how long that takes.
+"""Forecast of work: how much the stages compute, and roughly how long that takes.
 
-Counted are the calls of the denoiser and the parts of rounding that grow faster than the weights;
-what they take follows from two rates that this machine is asked for. A rough estimate.
+It counts the calls of the denoiser and those steps of rounding that grow faster than the weights.
+Their time follows from two rates measured on this machine: a rough estimate.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .memory import Machine, judged_by_output, probe_rows, probed_for_smoothing
 from .shapes import Shapes
 
 EFFICIENCY = 0.6
-"""Of the best rate of one large product, in a whole denoiser (docs/performance.md: 0.67 to 0.76 for
-LDM-4, less for small models)."""
+"""Share of the best rate of one large product that a whole denoiser reaches; larger: shorter
+forecasts (docs/performance.md: 0.67 to 0.76 for LDM-4, less for small models)."""
 SIMULATION = 1.5
 """Time of the simulated denoiser over full precision's."""
 INTEGERS = 0.5
-"""Of the int8 backend's, uncompiled (docs/performance.md: 0.37 for LDM-4, 0.83 for fashion-ldm)."""
+"""The same of the int8 backend, uncompiled (docs/performance.md: LDM-4 0.37, fashion-ldm 0.83)."""
 BACKWARD = 2.0
-"""Of a backward pass over a forward one."""
+"""Time of a backward pass over that of a forward one."""
 ROUNDING_PASSES = 8
 """Passes over a weight for one fraction of the search by squared error."""
 LEARNING_PASSES = 3

@@ -101,7 +101,7 @@ def _set(folder: Path) -> dict[str, str]:
 
 
 def _files(reference: str | None) -> str | None:
-    """Of a reference on disk; the packaged one belongs to the version."""
+    """Digest of a reference on disk; the packaged one belongs to the version."""
     if reference is None or not os.path.exists(reference):
         return None
     path = Path(reference)

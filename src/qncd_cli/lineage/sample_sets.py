@@ -31,7 +31,7 @@ ASKED = "asked"
 """Key of an unfinished set's manifest: all seeds whose images may be there by now."""
 LARGEST_BATCH = 50
 BATCH_MACS = 10**12
-"""Of one call, as many samples as come near it where fewer are to be drawn together."""
+"""MACs that one call may take with the default batch; larger: more samples, more memory."""
 NAMES = {
     "source": "model.source",
     "dtype": "model.dtype",
@@ -49,7 +49,7 @@ REASON = (
 
 
 def default_batch(macs: int) -> int:
-    """How many samples are drawn together unless it is said. macs: of one call on one sample."""
+    """Samples drawn together by default. macs: of one call on one sample."""
     return max(1, min(LARGEST_BATCH, BATCH_MACS // macs))
 
 

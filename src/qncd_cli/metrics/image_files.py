@@ -34,9 +34,9 @@ ASIDE_SUFFIXES = (
     *(".csv", ".html", ".json", ".jsonl", ".log"),
     *(".md", ".txt", ".xml", ".yaml", ".yml"),
 )
-"""Of texts that come with sets of images: labels, captions, licences, manifests."""
+"""Endings of texts that come with sets of images: labels, captions, licences, manifests."""
 ASIDE_NAMES = ("latents.safetensors", "LICENSE", "README", "Thumbs.db", "desktop.ini")
-"""Of what a sample set and operating systems keep beside images."""
+"""Names of files that a sample set or an operating system keeps beside images."""
 
 
 def image_paths(folder: Path) -> list[Path]:

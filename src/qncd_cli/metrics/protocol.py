@@ -29,7 +29,7 @@ class Protocol:
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def without(self, reasons: Mapping[str, str]) -> Protocol:
-        """Not with these metrics, for the reason given."""
+        """The protocol without these metrics, each left out for the reason given."""
         left_out = {**self.left_out}
         for name, why in reasons.items():
             left_out[name] = (*left_out.get(name, ()), why)
@@ -38,8 +38,11 @@ class Protocol:
 
 
 def prepared(protocol: Protocol, count: int, track: Track = no_progress) -> Protocol:
-    """For sets of `count` images: with the reference's features and statistics, so that they are
-    computed once, and without the metrics that sets or reference are too small for."""
+    """The protocol for sets of `count` images.
+
+    It holds the reference's features and statistics, so that they are computed once, and leaves
+    out the metrics that sets or reference are too small for.
+    """
     reference, network = protocol.reference, protocol.network
     protocol = protocol.without(_unmet(protocol, count))
     if reference is None or network is None or not set(protocol.metrics) - {"isc"}:

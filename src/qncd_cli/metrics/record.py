@@ -10,17 +10,17 @@ from typing import Any
 
 METRICS = ("fid", "isc", "kid", "prc")  # as torch-fidelity abbreviates them
 OPTIONAL = {"network_sha256": "network", "reference_sha256": "reference"}
-"""Digests of what only distances need, None where none was measured, and what they are of."""
+"""Digests that only distances need -> what they are of; None where none was measured."""
 FIXED = (
     *("version", "model", "artifact", "num_samples", "seeds", "sets"),
     *("sampling", "correction", "bootstrap_seed"),
 )
-"""Of a protocol, what every number depends on."""
+"""Keys of a protocol that every number depends on."""
 COMPARABLE = (
     *("model", "num_samples", "seeds", "sampling", "bootstrap_seed"),
     *OPTIONAL,
 )
-"""Of a protocol, in what runs of one table agree."""
+"""Keys of a protocol in which all runs of one table agree."""
 
 
 def same_protocol(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -60,5 +60,5 @@ def grown(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _filled(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """What is None now as it was before."""
+    """The entry of now, with values of before in place of None."""
     return {key: before.get(key) if value is None else value for key, value in now.items()}

@@ -64,7 +64,7 @@ class Reference:
         return replace(self, statistics=statistics, features=features)
 
     def lacks(self, metrics: Collection[str], network: FeatureNetwork) -> dict[str, str]:
-        """Of metrics whose needs it does not meet, what they need; images meet all of them."""
+        """Metric -> what it needs and this reference lacks; images meet every need."""
         fitted = self.fitted(network.feature_size)
         if fitted.images is not None or fitted.features is not None:
             return {}
@@ -165,7 +165,7 @@ def _read_image(path: Path) -> Tensor:
 
 
 def _deep(image: ImageFile.ImageFile) -> bool:
-    """Also of colours, whose mode does not say so; the decoder's does."""
+    """Whether an image has over 8 bits a channel; of colours only the decoder's mode says so."""
     return image.mode in DEEP_MODES or any(_deep_code(*tile) for tile in image.tile)
 
 

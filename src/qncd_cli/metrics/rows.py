@@ -26,7 +26,7 @@ OF_FIDELITY = (
     *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
     *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
 )
-"""Of `fidelity`; they stand in the column of the quantized set, which they are about."""
+"""Keys of `fidelity`, shown in the column of the quantized set, which they are about."""
 POOLED = ("sqnr_latents_db", "psnr_db")
 """Null in JSON where the sets are identical."""
 CHECKPOINTS = (".ckpt", ".safetensors")

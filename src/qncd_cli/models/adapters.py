@@ -24,9 +24,9 @@ Condition = dict[str, Tensor]
 Parts = dict[str, Any]
 """The fields of DiffusionModel that depend on the pipeline class."""
 Request = tuple[Prompts | None, Encoded | None]
-"""Of text models, and what their prompts became."""
+"""Prompts of a text model, and what they became where that is known already."""
 DECODE_PIXELS = 64 * 32 * 32
-"""Of the images that are decoded at once, at least one: memory grows with them."""
+"""Pixels of images that are decoded at once, at least one image: memory grows with them."""
 
 
 def to_uint8(images: Tensor) -> Tensor:

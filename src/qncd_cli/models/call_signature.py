@@ -66,7 +66,7 @@ def check_inputs(denoiser: nn.Module, given: Collection[str], source: str) -> No
 
 
 def training_timestep(denoiser: nn.Module, timestep: Any) -> float:
-    """From 0 to 1000, of what a pipeline of diffusers hands to its own denoiser."""
+    """The timestep, 0 to 1000, behind what a pipeline of diffusers hands to its own denoiser."""
     first = float(torch.as_tensor(timestep).flatten()[0])
     return 1000 * first if isinstance(denoiser, FluxTransformer2DModel) else first
 

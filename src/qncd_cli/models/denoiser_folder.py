@@ -95,7 +95,7 @@ def check_weights(part: Any, folder: Path) -> None:
 
 
 def _stored_names(folder: Path) -> list[str] | None:
-    """Of the tensors in the weights that are loaded, as the files themselves say; None: in another
+    """Names of the tensors in the weights that are loaded, as the files say; None: in another
     format."""
     variant = variant_of(folder)
     for index_name, whole_name in FORMATS:
@@ -109,7 +109,7 @@ def _stored_names(folder: Path) -> list[str] | None:
 
 
 def _names_in(path: Path) -> list[str]:
-    """Of the tensors in a weights file. Raises ModelError for one that is not there."""
+    """Names of the tensors in a weights file. Raises ModelError for one that is not there."""
     if not path.is_file():
         raise ModelError(f"{path}: is missing", "get the weights again")
     if path.suffix == ".safetensors":

@@ -18,11 +18,11 @@ from ..store.file_stamps import remembered
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors")
 SUFFIXES = (".json", ".safetensors", ".bin")
-"""Of files that a pipeline is read from."""
+"""Endings of the files that a pipeline is read from."""
 RECORD = "training.json"
 """How a packaged model was trained; no part of it."""
 RANDOM_SEED = 0
-"""Of the weights of random models."""
+"""Seed of the weights of random models."""
 
 
 def known_digest(
@@ -104,7 +104,7 @@ def is_checkpoint(source: str) -> bool:
 def checkpoint_files(
     checkpoint: str, compvis_config: str | None, tokenizer: str | None
 ) -> list[Path]:
-    """What a digest of the model has to cover; of a tokenizer that is a hub id nothing."""
+    """Files that a checkpoint's digest covers; a tokenizer that is a hub id adds none."""
     folder = Path(tokenizer) if tokenizer else None
     beside: list[Path] = []
     if folder is not None and os.path.isdir(folder):
@@ -130,7 +130,7 @@ def checkpoint_digest(checkpoint: str, compvis_config: str | None, tokenizer: st
 
 
 def random_digest(source: str) -> str:
-    """Of random weights, which torch's version decides."""
+    """Digest of a model with random weights, which torch's version decides."""
     made_from = f"{source} {RANDOM_SEED} {_torch_version()}"
     return hashlib.sha256(made_from.encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Part of several stages: why values stopped being finite, by what can still be looked at."""
+"""Evidence: why values stopped being finite, by what can still be looked at."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class DiffusionModel:
         return self.null_condition is not None and is_guided(scale, self.interpolates)
 
     def denoiser_bytes(self) -> int:
-        """Of the denoiser's parameters in float32."""
+        """Bytes of the denoiser's parameters in float32."""
         return 4 * sum(p.numel() for p in self.denoiser.parameters())
 
 
@@ -215,7 +215,7 @@ def find_device(name: str) -> torch.device:
 
 
 def find_folder(source: str) -> Path:
-    """Of a pipeline; that of a hub id is downloaded where it is not here. Raises ModelError."""
+    """Folder of a pipeline; a hub id is downloaded where it is not here. Raises ModelError."""
     path = Path(source)
     if os.path.isdir(source):
         if not (path / "model_index.json").is_file():
@@ -295,12 +295,12 @@ def _load_pipeline(
 
 
 def _own(part: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Of a component; None: as it is stored."""
+    """Type that a component is loaded in; None: as it is stored."""
     return torch.float32 if dtype is not None and part in FIRST_STAGES else dtype
 
 
 def _silence_transformers() -> None:
-    """For the rest of this process: what it has to say is said by our errors."""
+    """Silence transformers for the rest of this process: our errors say what it has to say."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

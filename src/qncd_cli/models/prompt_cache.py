@@ -25,7 +25,7 @@ class PromptCache:
     folder: Path
 
     def path(self, model_digest: str, dtype: str, prompts: Prompts) -> Path:
-        """Of what these prompts become; the guidance scale has no part in it."""
+        """File that keeps what these prompts become; the guidance scale does not matter to it."""
         encoded = dataclasses.asdict(dataclasses.replace(prompts, guidance_scale=1.0))
         made_from = {"model": model_digest, "dtype": dtype, **encoded}
         return self.folder / f"{digest_of(made_from)}.safetensors"

@@ -42,7 +42,7 @@ class Reader:
 
 
 def readers(pipeline: Any) -> list[Reader]:
-    """Of a text pipeline, as many as it has tokenizers."""
+    """Readers of a text pipeline, one for each of its tokenizers."""
     kind = type(pipeline).__name__
     found = []
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):

@@ -11,7 +11,7 @@ SD3_MAX_SHIFT, FLUX_MAX_SHIFT = 1.16, 1.15
 FROM_ONE = "FlowMatchFromOne"
 """The scheduler of `sampling.flow` that sets its steps as FluxPipeline does."""
 FROM_ONE_SOLVERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-"""Whose place it takes."""
+"""Schedulers of diffusers in whose place FROM_ONE is used for FluxPipeline's folders."""
 
 
 def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -102,7 +102,7 @@ SCALES: dict[type[nn.Module], tuple[int, dict[str, int]]] = {
     AdaLayerNormZero: (6, {"scale": 1, "feed-forward scale": 4}),
     SD35AdaLayerNormZeroX: (9, {"scale": 1, "feed-forward scale": 4, "second scale": 7}),
 }
-"""Of an adaptive layer norm's projection: how many parts, and which of them are scales of what."""
+"""Adaptive layer norm -> the parts of its projection, and which of them scale what."""
 
 
 def _norm_sites(

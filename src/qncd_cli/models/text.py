@@ -2,7 +2,7 @@
 
 Every prompt is encoded once and kept (`prompt_cache`); the labels of samples are indices into the
 list of prompts, and the negative prompt is the null class of classifier-free guidance. The text
-encoders are let go afterwards.
+encoders are freed afterwards.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ TEXT_TABLES = {
 
 @torch.no_grad()
 def encode(pipeline: Any, prompts: Prompts, tell: Tell, track: Track = no_progress) -> Encoded:
-    """By the pipeline's own text encoders. tell: hears of prompts that are cut.
+    """Encode prompts with the pipeline's own encoders. tell: hears of prompts that are cut.
 
     Raises ModelError, and ConfigError for prompts that become the same by being cut.
     """

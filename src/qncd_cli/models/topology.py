@@ -309,5 +309,5 @@ def count_macs(denoiser: nn.Module, call: Callable[[], Tensor]) -> list[LayerCos
 
 
 def _positions(x: Tensor) -> int:
-    """Of one sample: [N, L, C] has L, [N, C, H, W] has H * W."""
+    """Positions of one sample: [N, L, C] has L, [N, C, H, W] has H * W."""
     return x[0].numel() // (x.shape[1] if x.ndim == 4 else x.shape[-1])

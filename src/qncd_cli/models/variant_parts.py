@@ -57,7 +57,7 @@ def _component(kind: Any, folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _whole_encoder(kind: Any, folder: Path, options: dict[str, Any]) -> Any:
-    """Of transformers, which knows what of its tensors is tied or never stored."""
+    """A text encoder of transformers, which knows what of its tensors is tied or never stored."""
     if (dtype := options.pop("torch_dtype", None)) is not None:
         options["dtype"] = dtype
     encoder, found = kind.from_pretrained(str(folder), output_loading_info=True, **options)
@@ -72,6 +72,6 @@ def _whole_encoder(kind: Any, folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _class_of(library: str, name: str) -> Any:
-    """Of a component, as model_index.json names it; some lie beside one of diffusers' pipelines."""
+    """Class that model_index.json names for a component; some lie beside a diffusers pipeline."""
     beside = getattr(diffusers.pipelines, library, None)
     return getattr(beside or importlib.import_module(library), name)

@@ -21,7 +21,7 @@ _PREFERRED = ("fp32", "ema", "bf16", "fp16")
 
 
 def variants(folder: Path) -> list[str]:
-    """Of the weights in a component's folder, best first; "" for the plain ones."""
+    """Variants of the weights in a component's folder, best first; "" for the plain ones."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     found = {match["variant"] or "" for name in names if (match := _NAME.fullmatch(name))}
     return sorted(found, key=lambda variant: (variant != "", _rank(variant), variant))
@@ -40,7 +40,7 @@ def named(file_name: str, variant: str | None) -> str:
 
 
 def weight_files(folder: Path, ending: str = "safetensors") -> list[Path]:
-    """Of the variant that is loaded, all files of that ending by name."""
+    """Files of the variant that is loaded, all with that ending, by name."""
     variant = variant_of(folder) or ""
     paths = sorted(folder.glob(f"*.{ending}")) if folder.is_dir() else []
     matches = [(path, _NAME.fullmatch(path.name)) for path in paths]

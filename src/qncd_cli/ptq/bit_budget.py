@@ -1,4 +1,4 @@
-"""Part of stage 2: weight bits per layer, by measured sensitivity, within an average.
+"""The budget of bits: weight bits per layer, by measured sensitivity, within an average.
 
 Sensitivity of a layer at b bits: with that layer's weight alone replaced by its nearest-rounded
 b-bit version, the squared change of the denoiser's conditional prediction over the prediction's

@@ -1,4 +1,4 @@
-"""Part of stage 2: what blocks of the denoiser are called with and return, kept on disk.
+"""Recorded calls of the denoiser's blocks: their arguments and results, kept on disk.
 
 A block may take any arguments: tensors whose first dimension is the batch are kept row by row,
 everything else (flags, None, tensors without a batch) once.
@@ -98,7 +98,7 @@ class BlockCalls:
         self._files: list[Path] = []
 
     def put_arguments(self, start: int, batch: int, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Of the samples from start on; batch: how many."""
+        """Keep the arguments of `batch` samples, from number `start` on."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if self.spec is None:
             self.spec = spec

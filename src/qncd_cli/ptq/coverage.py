@@ -1,4 +1,4 @@
-"""Part of stage 2: what runs at which precision, and what it costs."""
+"""Coverage: what runs at which precision, and what it costs."""
 
 from __future__ import annotations
 

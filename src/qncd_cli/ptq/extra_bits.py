@@ -1,9 +1,9 @@
-"""Part of stage 2: the few layers whose rounding matters most, and finer codes for them.
+"""Extra bits: finer codes for the few layers whose rounding matters most.
 
 Layers near the output pass their rounding on to the prediction almost whole, and hold a small
 share of the weights and of the MACs. Their weights and inputs may have up to two bytes each, in
-several passes of 8-bit kernels: all of it stays within integer kernels, and within the mean extra
-bits of quantization.sensitive.
+several passes of 8-bit kernels: all of it stays within integer kernels, and on average within
+the extra bits of quantization.sensitive.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def spend(
     widths: tuple[int, ...],
     extra: float,
 ) -> dict[str, int]:
-    """Bits of every name in `bits`, widened by at most `extra` bits in the mean over all costs.
+    """Bits of every name in `bits`, widened by at most `extra` bits on average over all costs.
 
     errors: squared errors at `bits`; every bit more divides one by four. The widening that removes
     most error per bit and cost comes first, until none fits: optimal but for the remainder, because

@@ -1,4 +1,4 @@
-"""Part of stage 2: the Hessian of every layer's smoothed and quantized input."""
+"""Hessians: for every layer, that of its smoothed and quantized input."""
 
 from __future__ import annotations
 

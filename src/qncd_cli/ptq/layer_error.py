@@ -1,4 +1,4 @@
-"""Part of stage 1: what quantization does to the output of one layer, for a choice of smoothing."""
+"""The error of a layer: what quantization does to its output, for a choice of smoothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Part of several stages: what the configuration wants of each layer."""
+"""The layer plan: what the configuration wants of each layer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class LayerPlan:
 
     @property
     def channel_axis(self) -> int:
-        """Of the layer's input."""
+        """Axis of the channels in the layer's input."""
         return 1 if self.is_conv else -1
 
     @property

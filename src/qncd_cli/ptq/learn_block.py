@@ -1,4 +1,4 @@
-"""Part of stage 2: one block's rounding learnt by gradient descent (see reconstruct).
+"""Learning one block: its rounding, by gradient descent (see reconstruct).
 
 The squared error of the block's output and a regulariser that drives every weight to one of its
 two codes (Nagel et al., arXiv 2004.10568, eq. 21 to 25); Adam.
@@ -214,7 +214,7 @@ def _descend(
 def _curvature(
     block: Block, learners: dict[str, LearntLayer], samples: Tensor, generator: torch.Generator
 ) -> dict[str, float]:
-    """Per layer, what the error rises by when every h moves by 1/2 in a random direction.
+    """Per layer, the rise of the error when every h moves by 1/2 in a random direction.
 
     For an error that is quadratic in h with second derivatives c_i that is sum c_i / 8, and with
     this weight the mean of 4h(1 - h) just cancels the mean curvature: a weight then changes its

@@ -1,4 +1,4 @@
-"""Part of stage 2: quantization noise per timestep, and the run-time estimator's baseline."""
+"""Measured noise: quantization noise per timestep, and the run-time estimator's baseline."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
 from ..store.artifacts import KINDS, Artifact, torch_type
 
 CALLS_PER_STEP = 5
-"""Of the denoisers: both models and their estimators, two fewer in all at the last step, and full
-precision at the quantized model's inputs."""
+"""Calls of a denoiser per step, for progress: both models and their estimators (two fewer in all
+at the last step), and full precision at the quantized model's inputs."""
 
 
 def measure_noise(
@@ -62,7 +62,7 @@ def measure_noise(
 
 
 def noise_body(config: Config, channels: int, steps: int) -> dict[str, Any]:
-    """Of the artifact: what its statistics hold for. channels: of the latents."""
+    """Body of the artifact: what its statistics hold for. channels: of the latents."""
     sampling = config.sampling
     return {
         "channels": channels,

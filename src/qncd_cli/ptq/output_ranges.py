@@ -1,4 +1,4 @@
-"""Part of stage 2: activation ranges and bias corrections by what they do to a layer's output."""
+"""Activation ranges and bias corrections, judged by what they do to a layer's output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .layer_plan import LayerPlan
 from .probes import Probe
 
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-"""Of the min-max range, tried at either end."""
+"""Fractions of the min-max range that are tried at either end, in all pairs."""
 CLIP_WEIGHT = 4.0
 """What clipping cuts off is cut off again at every step; rounding errors average out."""
 

@@ -1,4 +1,4 @@
-"""Part of stages 1 and 2: what layers read on a few calibration trajectories."""
+"""Probes: what layers read on a few calibration trajectories."""
 
 from __future__ import annotations
 

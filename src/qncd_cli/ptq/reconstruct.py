@@ -1,4 +1,4 @@
-"""Part of stage 2: weight rounding learnt by gradient descent, per layer or per block.
+"""Reconstruction: weight rounding learnt by gradient descent, per layer or per block.
 
 adaround: every layer for itself, min ||f(x^, W^) - f(x, W)||^2, x from the full-precision model,
 x^ the same x smoothed and quantized (Nagel et al., arXiv 2004.10568, eq. 21 and 25).

@@ -1,4 +1,4 @@
-"""Part of stage 1: the smoothing factor of every layer, and what chose it."""
+"""The choice of smoothing: the factor of every layer, and how it was chosen."""
 
 from __future__ import annotations
 

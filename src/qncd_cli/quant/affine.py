@@ -73,7 +73,7 @@ def round_straight_through(x: Tensor) -> Tensor:
 
 
 def round_to_codes(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
-    """As quantize, but the codes stay in a float tensor (exact integers).
+    """The codes of quantize, kept in a float tensor (exact integers).
 
     Differentiable: in x by the straight-through estimator, which gives the scale the gradient
     of LSQ (Esser et al. 2020, arXiv 1902.08153, eq. 3).
@@ -105,11 +105,11 @@ ROUND_TO_EVEN = 1.5 * 2.0**23
 """y + this has no room for a fraction: y is rounded, half to even, and |y| < 2^22 lies in the low
 bits of the float32 sum."""
 ITS_BITS = 0x4B400000
-"""Of ROUND_TO_EVEN, as an integer."""
+"""Bits of ROUND_TO_EVEN in float32, read as an integer."""
 
 
 def quantize_uint8(x: Tensor, scale: float, zero_point: int, bits: int) -> Tensor:
-    """As quantize with one scale and at most 8 bits, in fewer passes over memory: uint8 codes.
+    """The codes of quantize, uint8, in fewer passes over memory: one scale, at most 8 bits.
 
     x: float32 of any shape and order; the codes keep both. NaN becomes zero_point.
     """

@@ -36,7 +36,7 @@ WORTH_INTEGERS = {"macs": 2**24, "width": 256}
 """Size of one head's product, and its width, from which on integer kernels are the faster ones."""
 
 SCORES_AT_ONCE = 2**27
-"""Of one sample, in floating point; beyond it a few heads are computed at a time."""
+"""Attention scores of one sample that floating point holds at once; more go by groups of heads."""
 
 
 def probabilities_qparams(bits: int) -> QParams:
@@ -142,7 +142,7 @@ class AttentionProducts(SteppedModule):
         return _signed_codes(x, qparams, bits).flatten(0, 1)
 
     def operand_qparams(self, operand: str) -> QParams:
-        """Of the query, key or value, at the current timestep group."""
+        """Range of the query, key or value at the current timestep group."""
         zero_point = self.now(f"{operand}_zero_point").to(torch.int32)  # float32 in a graph
         return QParams(self.now(f"{operand}_scale"), zero_point)
 
@@ -359,7 +359,7 @@ def _signed_codes(x: Tensor, qparams: QParams, bits: int) -> Tensor:
 
 
 def _sum(codes: Tensor, dim: int) -> Tensor:
-    """Of signed bytes, int32."""
+    """Sum of signed bytes along one axis, int32."""
     return codes.sum(dim, dtype=torch.int32)
 
 

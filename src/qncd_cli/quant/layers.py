@@ -112,7 +112,7 @@ class QuantizedLayer(SteppedModule):
         return None if self.activation_bits == FLOAT_BITS else activation_spec(self.activation_bits)
 
     def input_qparams(self) -> QParams:
-        """Of the current timestep group."""
+        """Input range of the current timestep group."""
         return QParams(self.now("input_scale"), self.now("input_zero_point"))
 
     def smoothed(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ HISTOGRAM_BINS = 2048
 MAX_SAMPLES = 16384
 """Elements of one tensor that enter the histogram (an even stride through all of them)."""
 MOMENTUM = 0.9
-"""Of the moving averages of minimum and maximum (Q-Diffusion's running statistics use 0.95)."""
+"""Weight of the past in moving averages of minimum and maximum (Q-Diffusion: 0.95)."""
 SEARCH_POINTS = 64
 MIN_EXPONENT = -20
 

@@ -43,7 +43,7 @@ def mse_weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
 
 
 def _least_squares(flat: Tensor, spec: QSpec) -> QParams:
-    """Of rows [O, K] float32."""
+    """Range of least squared error for each row of [O, K] float32."""
     low, high = flat.amin(1), flat.amax(1)
     best = choose_qparams(low, high, spec)
     best_error = torch.full_like(low, torch.inf)

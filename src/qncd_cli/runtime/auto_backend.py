@@ -33,12 +33,15 @@ from .sampled_model import Compiling, Subject, copies
 FILE = "backend.json"
 """Beside the graphs. Whatever in it cannot be read is measured again."""
 ROWS = 8
-"""Of a timed call; more do not change who is fastest, and take longer."""
+"""Rows of a timed call; more take longer and do not change which backend is fastest."""
 CALLS = 2
-"""That are timed of each, the shorter one counts; one before them makes what layers keep."""
+"""Timed calls of each candidate, the shortest of which counts; one before them warms up."""
 WORTH_TIMING = 2000
-"""From as many calls of that size ahead. Trying two backends takes as long as some 20 of them (in
-small batches a row is dearer): one or two percent of the work, once."""
+"""Calls of that size that must lie ahead for backends to be timed; larger: timed less often.
+
+Trying two takes as long as some 20 calls (in small batches a row is dearer): one or two percent
+of the work, once.
+"""
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def _timed(
 ) -> dict[str, float]:
     """Seconds of a call of so many rows, by candidate; one that fails is left out.
 
-    What the layers keep for a candidate that was overtaken is let go.
+    What the layers keep for a slower candidate is freed.
     """
     inputs, seconds = _inputs(model, rows), {}
     for name in names:

@@ -18,7 +18,7 @@ from ..store.files import write_bytes
 from .denoiser import Denoiser
 
 VERSION = 8
-"""Of what a graph contains and how it is called."""
+"""Version of what a graph contains and how it is called; another one compiles it anew."""
 FOLDER = "compiled"
 """Below the run directory. What lies there is machine code: it is run, like the package itself."""
 Tell = Callable[[str], None]

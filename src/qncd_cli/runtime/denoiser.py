@@ -108,7 +108,7 @@ def full_denoiser(model: DiffusionModel) -> Denoiser:
 
 
 def denoiser_costs(config: Config, model: DiffusionModel) -> list[LayerCost]:
-    """Of one sample in one call of the full-precision denoiser, guidance not counted."""
+    """Costs by layer of one full-precision denoiser call on one sample, guidance not counted."""
     denoiser = full_denoiser(model)
     condition = model.condition(model.labels([0], config.sampling.classes))
     x = torch.zeros(1, *model.latent_shape)
@@ -127,7 +127,7 @@ def quantized_denoiser(
     """The denoiser of the artifact: quantized layers from it, everything else from the model.
 
     low_memory: weights are unpacked at every call and not kept (the same numbers, more slowly).
-    in_place: the model's own denoiser becomes it, and its weights are let go; else it stays as it
+    in_place: the model's own denoiser becomes it, and its weights are freed; else it stays as it
     is. Raises ArtifactError naming the first layer that the model and the artifact do not share,
     BackendUnavailable.
     """

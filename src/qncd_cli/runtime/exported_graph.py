@@ -20,9 +20,9 @@ from .compiled import Tell
 from .denoiser import Denoiser
 
 VERSION = 1
-"""Of what a kept graph contains and how it is called."""
+"""Version of what a kept graph contains and how it is called; another one exports it anew."""
 ROWS = 2
-"""Of the example that a graph is traced with; the graph takes any number."""
+"""Rows of the example that a graph is traced with; the graph takes any number."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ Example = tuple[Tensor, Mapping[str, Tensor]]
 
 
 def example_of(model: DiffusionModel) -> Example:
-    """Of what the model's graph is called with."""
+    """An example of what the model's graph is called with: zeros, class or prompt 0."""
     with torch.no_grad():
         condition = model.condition(torch.zeros(ROWS, dtype=torch.int64))
     return torch.zeros(ROWS, *model.latent_shape), in_float32(condition)
@@ -119,9 +119,9 @@ def in_openvino(
 ) -> SessionDenoiser:
     """The denoiser run by OpenVINO: its graph from `folder`, else exported there.
 
-    simulated: is used up; digests: of what it was made from; dtype: of
-    what stays unquantized; tell hears when it is exported. Raises BackendUnavailable where it
-    cannot be, ArtifactError for a damaged graph.
+    simulated: the simulated denoiser, not usable afterwards; digests: of what it was made from;
+    dtype: of what stays unquantized; tell: hears when it is exported. Raises BackendUnavailable
+    where it cannot be, ArtifactError for a damaged graph.
     """
     path = openvino_graph(folder, digests)
     place = path.parent

@@ -1,4 +1,4 @@
-"""Whose samples are drawn: a model at full precision or quantized, and what computes it."""
+"""The sampled model: at full precision or quantized, and what computes it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .denoiser import Denoiser, full_denoiser, quantized_denoiser
 from .exported_graph import example_of, in_openvino
 
 WORTH_COMPILING = 2e4
-"""From which gain (see worth) on the minutes of compiling are won back."""
+"""Gain (see worth) that wins back the minutes of compiling; larger: fewer graphs are compiled."""
 
 
 def worth(rows: int, macs: int) -> float:
-    """What a graph saves over that many rows of calls of so many MACs each, in units without name.
+    """Gain of a graph over so many rows of so many MACs each, in arbitrary units.
 
     rows: samples times calls, both halves of guidance counted; macs: of one row. Larger models do
     more arithmetic per value, so that a row gains less than in proportion to it: about with its
@@ -40,7 +40,7 @@ def copies(config: Config, model: DiffusionModel) -> int:
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose samples: the denoiser, and the digests of what it was made from.
+    """A model to draw samples from: the denoiser, and the digests of what it was made from.
 
     noise_stats: needed by every correction that uses statistics; backend: computes the quantized
     layers. None for full precision. compiled: whether the denoiser is one compiled graph.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 FLOW = "flow_prediction"
 PARAMETRIZATIONS = ("epsilon", "sample", "v_prediction")
-"""Of models whose noise levels are those of a VP path."""
+"""Prediction types of models whose noise levels are those of a VP path."""
 
 
 def prediction_type(scheduler: Any) -> str:

@@ -30,7 +30,7 @@ FLOWS = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSche
 STRAIGHT = FLOWS | {"FlowMatchFromOne"}
 """The same of rectified flows; the last is ours, with the steps of FluxPipeline."""
 DISTILLED = frozenset({"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler"})
-"""Of models that were distilled to take a few steps of their own kind."""
+"""Schedulers of models that were distilled to take a few steps of their own kind."""
 
 
 def check_known(own: str, refused: str) -> None:

@@ -50,7 +50,7 @@ from ..vocabulary import widths
 WORST_PAIRS, TYPICAL_PAIRS = 12, 4
 """Images shown side by side in the report: those that differ most, and those at the median."""
 SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "batch_size")
-"""Of a manifest, without which a set cannot be measured."""
+"""Keys of a manifest without which a set cannot be measured."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Measured:
 
 
 def measure_set(samples: SampleSet, protocol: Protocol, track: Track = no_progress) -> Measured:
-    """What does not depend on another set. Raises what measure raises."""
+    """Features and metrics of one set that need no other set. Raises what measure raises."""
     network = protocol.network
     if network is None:
         return Measured(samples, None, not_measured(len(samples.images)))
@@ -309,7 +309,7 @@ def _sqnr_steps(full: Artifact, quantized: Artifact) -> list[float]:
 def _pairs(
     full: SampleSet, quantized: SampleSet, psnr: Mapping[str, float]
 ) -> dict[str, list[Pair]]:
-    """What the report shows: the pairs that differ most, and as a measure of them usual ones."""
+    """Pairs for the report: those that differ most, and typical ones to judge them by."""
     order = sorted(range(len(full.seeds)), key=lambda row: psnr[str(full.seeds[row])])
     worst, rest = order[:WORST_PAIRS], order[WORST_PAIRS:]
     middle = len(order) // 2 - TYPICAL_PAIRS // 2

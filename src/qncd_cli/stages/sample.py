@@ -91,7 +91,7 @@ def run(
 
 
 def check(config: Config, model: DiffusionModel, subject: Subject, request: SampleRequest) -> None:
-    """Before anything is drawn or replaced. Raises ModelError, ConfigError.
+    """Check a request before anything is drawn or replaced. Raises ModelError, ConfigError.
 
     Refused are schedulers and numbers of steps that the model cannot have, and a correction that
     was prepared for other sampling or is left without meaning by the scheduler (`plan_steps`).

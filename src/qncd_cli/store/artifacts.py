@@ -114,7 +114,7 @@ def seal(artifact: Artifact) -> Artifact:
 
 
 def description(artifact: Artifact) -> str:
-    """What a file says of a sealed artifact beside its tensors: canonical JSON."""
+    """Description of a sealed artifact, kept in its file beside the tensors: canonical JSON."""
     return canonical_json(_meta(artifact, artifact.digest))
 
 
@@ -130,7 +130,7 @@ def write(path: Path, artifact: Artifact) -> Artifact:
 
 
 def _system_error(error: SafetensorError) -> OSError:
-    """What safetensors says in words of the system's error: "... (os error 28)"."""
+    """The system's error that safetensors reports in words alone: "... (os error 28)"."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]) if found else errno.EIO, str(error))
 

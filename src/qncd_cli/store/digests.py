@@ -1,5 +1,4 @@
-"""One spelling of plain values, the short digest of it that configurations are known by, and what
-two trees of them differ in."""
+"""Digests: one spelling of plain values, its short digest, and the differences of two trees."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ SETTLED = 2.0
 
 
 def cache_folder() -> Path:
-    """Of this package, for the user."""
+    """The user's cache folder of this package."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "qncd"
 

@@ -66,7 +66,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """What a killed process left behind of files that it was writing: ours, and safetensors'."""
+    """Remove unfinished files that a killed process left behind: ours, and safetensors'."""
     for pattern in (".*.*.????????", ".tmp??????"):
         for path in folder.glob(pattern):
             if path.is_file():

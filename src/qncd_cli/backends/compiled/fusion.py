@@ -1,8 +1,8 @@
-"""What becomes of a traced graph before it is compiled.
+"""Fusion: how a traced graph changes before it is compiled.
 
-Quantization of a layer's input is joined with what comes before it in one of the operators of
-kernels/, where that is faster than what the compiler makes of it: norms and what belongs to
-them, concatenated images, gated linear units. Everything else is opened for the compiler.
+Quantization of a layer's input is joined with what comes before it, in one of the operators of
+kernels/, where that is faster than the compiler's own code: norms and what belongs to them,
+concatenated images, gated linear units. Everything else is opened for the compiler.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .upsampled_conv import doubles
 
 _aten = torch.ops.aten
 TYPES = (torch.float32, torch.bfloat16)
-"""Of inputs that the operators take."""
+"""Types of inputs that the operators take."""
 _NO_NORM = (None, None, None, None, None, 1, 0.0, False)
 """Operands of image_codes from the embedding to silu."""
 
@@ -43,7 +43,7 @@ def fused(program: ExportedProgram) -> ExportedProgram:
 
 
 def _double_later(node: Node) -> None:
-    """A convolution of an image whose pixels are doubled, to one of the image as it is.
+    """Turn a convolution of an image with doubled pixels into one of the image as it is.
 
     Doubling and quantization change places: fewer values are quantized and fewer products made.
     """
@@ -162,7 +162,7 @@ def _in_any_order(image: Any) -> Any:
 
 
 def _concatenates(image: Any) -> bool:
-    """By channels."""
+    """Whether images are concatenated along their channels."""
     return _is(image, _aten.cat.default) and image.args[1:] == (1,)
 
 

@@ -39,7 +39,7 @@ def why_unavailable() -> str:
 
 
 def silence_compiler() -> None:
-    """For the rest of this process: what torch's tracer and compiler warn of is not for users."""
+    """Silence warnings of torch's tracer and compiler for the rest of this process."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     for module in ("torch._dynamo", "torch._inductor"):
         warnings.filterwarnings("ignore", module=rf"{re.escape(module)}(\..*)?$")

@@ -73,7 +73,7 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def _traced(key: str):
     def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
-        """As int8.compute, in two operators."""
+        """The same as int8.compute, in two operators."""
         bits, (scale, zero_point) = layer.activation_bits, layer.input_qparams()
         quantizer = (layer.smoothing, layer.shift, scale, zero_point, bits)
         low, high = torch.ops.qncd.codes(x, layer.is_conv, *quantizer)

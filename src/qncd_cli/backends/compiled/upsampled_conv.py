@@ -13,7 +13,7 @@ from ...quant.layers import QuantizedLayer
 from .. import int8
 
 UPSAMPLED_BITS = 5
-"""Of weights, four of which, zero-points taken off, add up to a byte at most: 4 * 31 < 2^7."""
+"""Most bits of a weight such that four, zero-points taken off, fit a signed byte: 4 * 31 < 2^7."""
 
 
 def doubles(layer: QuantizedLayer) -> bool:

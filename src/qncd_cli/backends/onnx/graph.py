@@ -138,7 +138,7 @@ Compute = Callable[[QuantizedLayer, Tensor], Tensor]
 
 
 def _simulated(weight: Tensor) -> Compute:
-    """For layers that no integer operator computes; weight: made before tracing, a constant."""
+    """A compute for layers without an integer operator. weight: a constant, made before tracing."""
 
     def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
         qparams = None if layer.input_spec is None else layer.input_qparams()

@@ -138,7 +138,7 @@ class Writer:
     def _fake(
         self, layer: QuantizedLayer, y: ir.Value, weights: list[tuple[Tensor, Tensor]]
     ) -> tuple[list[ir.Value], Tensor | None]:
-        """As _integer."""
+        """Scaled products for OpenVINO, in the form that _integer returns."""
         bits, scale, zero_point = layer.activation_bits, layer.input_scale, layer.input_zero_point
         if layer.is_conv and any(int8.geometry(layer)[1]):
             top, left = int8.geometry(layer)[1]
@@ -214,7 +214,7 @@ class Writer:
         b: tuple[str, ir.Value, int],
         ranges: dict[str, QParams | None],
     ) -> ir.Value:
-        """Of two operands, each with its name and bits: in integers where the form has them."""
+        """Product of two operands (name, value, bits), in integers where the form has them."""
         named = [(name, x, bits, ranges[name]) for name, x, bits in (a, b)]
         if self.form is Form.FAKE or not integer_product(a[2], b[2]):
             return self._op("MatMul", *(self._requantized(*operand) for operand in named))

@@ -193,7 +193,7 @@ def _needed(checkpoint: str, config: str | None) -> str:
 
 @dataclass(frozen=True)
 class _Parts:
-    """Of a pipeline; modules on the meta device until they are filled."""
+    """Components of a pipeline; modules are on the meta device until they are filled."""
 
     unet: Any
     first_stage: Any
@@ -203,7 +203,7 @@ class _Parts:
 
     @classmethod
     def described(cls, config: str) -> _Parts:
-        """By a YAML. Raises ModelError."""
+        """Components that a YAML describes, on the meta device. Raises ModelError."""
         params = read_yaml(config)
         unet, stage = unet_options(params), first_stage_options(params)
         text = text_options(params)
@@ -253,7 +253,7 @@ def _fill(parts: _Parts, conversion: _Conversion, text: TextEncoder | None) -> s
 
 
 def unet_class(config: dict[str, Any]) -> type[nn.Module]:
-    """Of unet_options."""
+    """Class of the U-Net that unet_options describe."""
     if "cross_attention_dim" in config:
         return UNet2DConditionModel
     return MultiHeadUNet2DModel if "num_heads" in config else UNet2DModel

@@ -59,12 +59,12 @@ class Section:
         return tuple(values)
 
     def ignore(self, *keys: str) -> None:
-        """Settings that change nothing of what is computed."""
+        """Drop settings that do not change what is computed."""
         for key in keys:
             self.tree.pop(key, None)
 
     def only(self, key: str, *values: Any) -> None:
-        """A setting that may be missing and of which no other value is supported."""
+        """Check a setting that may be missing, and supports no values but these."""
         value = self.tree.pop(key, values[0])
         if value not in values:
             raise self.error(f"has {key}: {value!r}, which is not supported")

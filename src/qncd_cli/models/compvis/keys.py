@@ -65,7 +65,7 @@ class Source:
 
 
 def unet_sources(names: Iterable[str], res_blocks: int) -> dict[str, Source]:
-    """Of a U-Net's parameters; keys below `model.diffusion_model.`.
+    """Source of each of a U-Net's parameters; keys below `model.diffusion_model.`.
 
     res_blocks: residual blocks of one resolution on the way down. Raises KeyError for a parameter
     that CompVis' U-Net has no counterpart of.
@@ -110,7 +110,7 @@ def _unet_layer(way: str, kind: str, layer: str) -> tuple[str, int | None]:
 
 
 def first_stage_sources(names: Iterable[str], levels: int) -> dict[str, Source]:
-    """Of an autoencoder's parameters; keys below `first_stage_model.`. levels: resolutions."""
+    """Source of an autoencoder's parameters, below `first_stage_model.`. levels: resolutions."""
     sources = {}
     for name in names:
         layer, _, leaf = name.rpartition(".")

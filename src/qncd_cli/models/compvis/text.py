@@ -46,7 +46,7 @@ _QKV = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Of cond_stage_config.
+    """Options of a text encoder, as cond_stage_config gives them.
 
     open_clip: 2.x, else 1.x. tokenizer: its name on the hub. length: tokens of a prompt. skipped:
     last layers of the encoder that are not run.
@@ -188,7 +188,7 @@ def _unused(options: TextOptions, prefix: str, layers: int, tensors: dict[str, T
 
 
 def _open_clip_source(name: str) -> Source:
-    """Of a parameter of CLIPTextModel. Raises KeyError for one that OpenCLIP has no part for."""
+    """Source in OpenCLIP of a parameter of CLIPTextModel. Raises KeyError where it has none."""
     if name in _OPEN_CLIP:
         return Source(_OPEN_CLIP[name])
     _, _, number, rest = name.split(".", 3)  # encoder.layers.N.
