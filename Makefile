@@ -35,8 +35,8 @@ test: $(READY)
 
 # Format, lint, types.
 lint: $(READY)
-	$(BIN)/ruff format --check src tests scripts
-	$(BIN)/ruff check src tests scripts
+	$(BIN)/ruff format --check src tests scripts examples
+	$(BIN)/ruff check src tests scripts examples
 	$(BIN)/mypy
 
 # What a commit must pass: format, lint, types, import rules, fast tests.
@@ -44,11 +44,13 @@ check: lint
 	$(PYTEST) -m "not slow"
 
 fmt: $(READY)
-	$(BIN)/ruff format src tests scripts
-	$(BIN)/ruff check --fix src tests scripts
+	$(BIN)/ruff format src tests scripts examples
+	$(BIN)/ruff check --fix src tests scripts examples
 
-# The command reference, from the commands' own help; the numbers, from the vocabulary.
+# The command reference, from the commands' own help; the numbers, from the vocabulary; the picture of
+# the rooms, from the import table.
 docs: $(READY)
 	$(BIN)/python scripts/readme_help.py
 	$(BIN)/python scripts/numbers_page.py
 	$(BIN)/python scripts/config_reference.py
+	$(BIN)/python scripts/architecture.py
