@@ -1,4 +1,4 @@
-"""The table of method.md section 4: variants of one configuration, measured on the same seeds.
+"""The table of `qncd ablate`: variants of one configuration, measured on the same seeds.
 
 Nothing is trained. Rows share what they have in common: the full-precision samples, the
 calibration where its digest agrees, and the quantized weights where theirs does. In the folder:

@@ -1,4 +1,4 @@
-"""Presets: what a published baseline sets in the configuration (method.md section 4).
+"""Presets: what a published baseline sets in the configuration.
 
 A preset fills keys of the configuration tree; it is plain data. What its paper leaves unquantized
 stands apart (`exclusions`, patterns of layer names as in quantization.overrides), so that

@@ -311,7 +311,7 @@ class QuantizationConfig(_Section):
 
 
 class InterConfig(_Section):
-    """Correction of the noise that accumulates over the steps (method.md section 3).
+    """Correction of the noise that accumulates over the steps (docs/method.md).
 
     A run-time estimate with granularity batch is one number for all samples that are drawn
     together, as published; part below 1 makes estimates for the first samples of a batch alone.

@@ -1,7 +1,7 @@
 """What the run-time estimator reads without quantization, and how much of the excess to believe.
 
 A reading m of the estimator at t is the quantization noise's mean plus the model's own error plus
-chance. The full-precision model's mean reading b takes the second off (method.md section 3). The
+chance. The full-precision model's mean reading b takes the second off (docs/method.md). The
 third stays, and subtracting it puts noise into every following step. So the rest counts only as
 far as it foretold, on trajectories where both models were asked, the error of the steps that
 followed: q ~ gain (m - b), least squares through the origin. An unquantized model has no error,

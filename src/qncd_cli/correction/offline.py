@@ -1,6 +1,6 @@
 """Inter noise: corrections prepared offline, from the statistics of `NoiseStatistics`.
 
-Notation as in method.md section 3: eps~ = eps + q is the quantized denoiser's prediction. Both
+Notation as in docs/method.md: eps~ = eps + q is the quantized denoiser's prediction. Both
 classes meet `sampling.samplers.Correction` by duck typing and keep no state between batches.
 """
 

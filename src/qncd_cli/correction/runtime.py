@@ -1,6 +1,6 @@
 """Inter noise: estimate the quantization noise in a noise prediction and filter it out.
 
-Notation as in method.md section 3:
+Notation as in docs/method.md:
     eps, eps~    prediction of the full-precision and of the quantized denoiser, q = eps~ - eps
     t, s         the step just made went from t to s (less noisy); abar_t, abar_s its levels
     x~_s         latent after the step, VP scale; x0~ the clean latent that the step implied
@@ -21,7 +21,7 @@ rho < 1 the ratio of sqrt((1 - abar) / abar) at s to that at t):
                                                short (rho near 1) or noisy (w near 1), because
                                                x0~ and eps_s, hence n, already contain D
 A factor, eps~ = (1 + k) eps, shows in the slope <e^, z> / <z, z>: over the full-precision one it
-is 1 + k in expectation, because z is independent of x~_s. The slope over n (method.md) is not:
+is 1 + k in expectation, because z is independent of x~_s. The slope over n is not:
 eps_s, a part of n, carries the factor. So z serves here, whatever the target.
 """
 
@@ -66,7 +66,7 @@ class Step(Protocol):
 
 
 def renoise(x_s: Tensor, abar_t: float, abar_s: float, z: Tensor) -> Tensor:
-    """x^_t = sqrt(abar_t / abar_s) x~_s + sqrt(1 - abar_t / abar_s) z; section 3, estimate 1.
+    """x^_t = sqrt(abar_t / abar_s) x~_s + sqrt(1 - abar_t / abar_s) z: noise added to a latent.
 
     x_s, z: [N, C, ...]. Raises ValueError if abar_t > abar_s (t must be the noisier level).
     """

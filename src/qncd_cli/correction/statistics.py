@@ -1,6 +1,6 @@
 """Offline statistics of the quantization noise, from pairs (eps, eps~) per timestep.
 
-What PtqdCorrection and AffineCorrection apply (method.md section 3; PTQD, arXiv 2305.10657).
+What PtqdCorrection and AffineCorrection apply (docs/method.md; PTQD, arXiv 2305.10657).
 """
 
 from __future__ import annotations

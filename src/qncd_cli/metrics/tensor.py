@@ -28,7 +28,7 @@ def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
 
     reference, noisy: the same shape, any real dtype. Identical tensors: math.inf; a reference of
     zeros with a noisy tensor that is not: -math.inf; a NaN anywhere: NaN.
-    Source: method.md, section 6. Raises ValueError if the shapes differ or are empty.
+    Raises ValueError if the shapes differ or are empty.
     """
     _check_same_shape(reference, noisy)
     signal = reference.detach().to(torch.float64)

@@ -2,7 +2,7 @@
 
 | name | shapes of | parameters of the denoiser |
 |---|---|---|
-| ldm4 | LDM-4 ImageNet (cin256-v2; method.md section 7) | 400.9 M |
+| ldm4 | LDM-4 ImageNet (cin256-v2) | 400.9 M |
 | sd15 | Stable Diffusion 1.x at 512 x 512 | 859.5 M |
 | dit-xl | DiT-XL/2 at 256 x 256 (arXiv 2212.09748), without its variance | 749.8 M |
 

@@ -1,4 +1,4 @@
-"""Where a timestep embedding widens features in front of layers (method.md section 2)."""
+"""Where a timestep embedding widens features in front of layers (docs/method.md)."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def measure_noise(
 
     Pairs (eps, eps~) are taken along the quantized model's own trajectories, where corrections
     will meet them. The run-time estimator runs on both models at every step: what it reads on the
-    full-precision one is the model's own error, the baseline of method.md section 3; how well it
+    full-precision one is the model's own error, the baseline of docs/method.md; how well it
     foretells the pairs is its gain. All in eps, whatever the model predicts (of rectified flows in
     the velocity). Where corrections have no meaning (`plan_steps`) the artifact holds no timestep,
     and its body says why.

@@ -56,7 +56,7 @@ def embedding_factor(
 
     embedding: [S, C] what the block adds to its features at each of S steps of the sampler (in a
     scale-shift block: the scale half); gamma: [C] weight of the block's second norm (ones when
-    None); num_groups: of that norm. Returns [C]. method.md section 2.
+    None); num_groups: of that norm. Returns [C]. Source: docs/method.md.
     """
     e = F.group_norm(embedding.to(torch.float32), num_groups, eps=eps)
     factor = e.clamp(min=1).mean(0)
@@ -69,7 +69,7 @@ def modulation_factor(scale: Tensor) -> SmoothingFactor:
     """S = mean over steps of |1 + scale_t|, for features LayerNorm(x) * (1 + scale_t) + shift_t.
 
     scale: [S, C] of an adaptive layer norm at each of S steps (and classes). Returns [C].
-    The analogue of the embedding factor in transformers; method.md section 2, not in the paper.
+    The analogue of the embedding factor in transformers (docs/method.md), not in the paper.
     """
     return clamp_factor((1 + scale.to(torch.float32)).abs().mean(0))
 

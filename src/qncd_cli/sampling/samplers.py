@@ -1,6 +1,6 @@
 """The denoising loop over diffusers' own schedulers, with a correction around each step.
 
-Notation (method.md sections 1 and 3):
+Notation (docs/method.md):
     x_t          noisy latent in variance-preserving (VP) scale,
                  x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps
     t, s         the step's timestep and the level its result is at (the next, less noisy one)

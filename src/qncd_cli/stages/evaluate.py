@@ -1,7 +1,7 @@
 """Stage 4: sample sets against a reference and against full precision.
 
 A set is a folder that stage 3 wrote. Full precision and quantized images of the same seeds are
-measured in one protocol; distribution metrics may fall under quantization (method.md section 5),
+measured in one protocol; distribution metrics may fall under quantization,
 so fidelity to the full-precision images stands beside them.
 """
 
