@@ -58,8 +58,8 @@ def choose_factors(
     """Factor [C_in] per layer that has one, and the body of the smoothing artifact.
 
     embedding: the layers behind a timestep embedding, from the embeddings alone
-    (docs/method.md); smoothquant and range: every layer; auto: per layer whichever of these, or none,
-    leaves the least error in the layer's output on calibration inputs at the configured widths.
+    (docs/method.md); smoothquant and range: every layer; auto: per layer whichever of these, or
+    none, leaves the least error in the layer's output on calibration inputs at the configured widths.
     Layers that read a skip connection and got no factor are split, where so configured.
     """
     intra = config.correction.intra
