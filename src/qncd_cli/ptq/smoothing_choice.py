@@ -59,7 +59,8 @@ def choose_factors(
 
     embedding: the layers behind a timestep embedding, from the embeddings alone
     (docs/method.md); smoothquant and range: every layer; auto: per layer whichever of these, or
-    none, leaves the least error in the layer's output on calibration inputs at the configured widths.
+    none, leaves the least error in the layer's output on calibration inputs at the configured
+    widths.
     Layers that read a skip connection and got no factor are split, where so configured.
     """
     intra = config.correction.intra
