@@ -85,6 +85,11 @@ def folder_of(source: str) -> Path | None:
     if source.startswith("zoo:"):
         folder = _ZOO / source.removeprefix("zoo:")
     elif is_hub_id(source):
+        from huggingface_hub import constants
+
+        kept = os.path.join(constants.HF_HUB_CACHE, f"models--{source.replace('/', '--')}")
+        if not os.path.isdir(kept):  # the look-up itself takes 0.15 s to import
+            return None
         from huggingface_hub import try_to_load_from_cache
 
         found = try_to_load_from_cache(source, INDEX)
