@@ -47,8 +47,8 @@ fmt: $(READY)
 	$(BIN)/ruff format src tests scripts examples
 	$(BIN)/ruff check --fix src tests scripts examples
 
-# The command reference, from the commands' own help; the numbers, from the vocabulary; the picture of
-# the rooms, from the import table.
+# What is written from the code: commands from their own help, numbers from the vocabulary, keys from the
+# configuration, the picture of the rooms from the import table.
 docs: $(READY)
 	$(BIN)/python scripts/readme_help.py
 	$(BIN)/python scripts/numbers_page.py

@@ -11,17 +11,17 @@ downwards. What a room holds is the first line of its docstring.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import runpy
-import sys
 import textwrap
 from html import escape
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src" / "qncd_cli"
-PICTURE = ROOT / "docs" / "architecture.svg"
+import written
+
+TABLE = written.ROOT / "tests" / "test_layers.py"
+SOURCE = written.ROOT / "src" / "qncd_cli"
+PICTURE = written.DOCS / "architecture.svg"
 Rooms = list[tuple[str, list[str]]]
 
 WIDTH, MARGIN, GAP = 860, 20, 26
@@ -142,23 +142,9 @@ def _box(
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where it differs")
-    parser.add_argument(
-        "--table",
-        type=Path,
-        default=ROOT / "tests" / "test_layers.py",
-        help="the Python file that holds ROOMS (default: tests/test_layers.py)",
-    )
-    options = parser.parse_args()
-    drawn = picture(runpy.run_path(str(options.table))["ROOMS"])
-    if options.check:
-        if not PICTURE.is_file() or PICTURE.read_text(encoding="utf-8") != drawn:
-            sys.exit(f"{PICTURE.relative_to(ROOT)} is stale: run scripts/architecture.py")
-        return
-    PICTURE.write_text(drawn, encoding="utf-8")
+def pictures() -> dict[Path, str]:
+    return {PICTURE: picture(runpy.run_path(str(TABLE))["ROOMS"])}
 
 
 if __name__ == "__main__":
-    main()
+    written.main(__doc__, pictures)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""Write docs/numbers.md from the vocabulary; with --check, fail if it is out of date."""
+"""Write docs/numbers.md from the vocabulary."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
+
+import written
 
 from qncd_cli.vocabulary import SECTIONS, TERMS, heading
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "numbers.md"
+TARGET = written.DOCS / "numbers.md"
 INTRODUCTION = """\
 What every number is called, in tables, reports and JSON files. ↑ higher is better, ↓ lower is
 better. A megabyte (MB) is 10^6 bytes. JSON files hold bytes, shares (0.146, not 14.6 %) and plain
@@ -39,17 +39,5 @@ sets, and its `feature_distance` is the distance to full. What decibels say of i
 latents: null in pooled numbers, 200 in those of single samples."""
 
 
-def main() -> int:
-    text = document()
-    if "--check" in sys.argv:
-        current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
-        if current != text:
-            print(f'{TARGET} is out of date: run "make docs"', file=sys.stderr)
-            return 1
-        return 0
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    written.main(__doc__, lambda: {TARGET: document()})

@@ -1,16 +1,14 @@
 #!/usr/bin/env python
-"""Write docs/commands.md from the commands' own help; with --check, fail if it is out of date."""
+"""Write docs/commands.md from the commands' own help."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import click
+import written
 
 from qncd_cli.cli.main import cli
 
-TARGET = Path(__file__).resolve().parent.parent / "docs" / "commands.md"
+TARGET = written.DOCS / "commands.md"
 WIDTH = 100
 
 
@@ -27,17 +25,5 @@ def document() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> int:
-    text = document()
-    if "--check" in sys.argv:
-        current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
-        if current != text:
-            print(f'{TARGET} is out of date: run "make docs"', file=sys.stderr)
-            return 1
-        return 0
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    written.main(__doc__, lambda: {TARGET: document()})

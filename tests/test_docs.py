@@ -1,10 +1,12 @@
 import ast
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "qncd_cli"
@@ -48,6 +50,51 @@ def test_documents_name_only_code_that_exists(name):
     for path, listed in re.findall(r"`([\w/]+\.py)`:((?:\s*,?\s*`[\w.]+`)+)", text):
         base = SOURCE if (SOURCE / path).is_file() else ROOT
         assert set(re.findall(r"`([\w.]+)`", listed)) <= defined(base / path), path
+
+
+SCHEMA = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_set_keys_that_the_schema_knows(path):
+    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert [key for key in keys_of(tree) if property_of(*key) is None] == []
+
+
+def test_the_schema_finds_what_is_misspelt_and_completes_words():
+    assert property_of("sampling", "step") is property_of("sampling", "steps", "more") is None
+    pattern = ("quantization", "overrides", "mid_block.*", "weights")
+    assert property_of(*pattern, "bits") and property_of(*pattern, "bit") is None
+    assert "best" in property_of("quantization", "preset")["anyOf"][0]["enum"]
+    assert "brecq" in property_of("quantization", "weights", "rounding")["enum"]
+    sections = [SCHEMA, *SCHEMA["$defs"].values()]
+    assert all(section["additionalProperties"] is False for section in sections)
+
+
+def test_the_schema_takes_what_the_loader_puts_right():
+    for key, kind in (("prompts", "string"), ("steps", "null"), ("scheduler", "null")):
+        taken = property_of("sampling", key)["anyOf"]
+        assert kind in [alternative.get("type") for alternative in taken]
+
+
+def property_of(*key: str) -> dict | None:
+    """What the schema says of a key, its sections first; None where it does not know it."""
+    at = SCHEMA
+    for part in key:
+        at = at.get("properties", {}).get(part) or at.get("additionalProperties")
+        if not at:
+            return None
+        at = SCHEMA["$defs"][at["$ref"].rpartition("/")[2]] if "$ref" in at else at
+    return at
+
+
+def keys_of(tree: dict, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Keys of a configuration that hold values, their sections first."""
+    found = []
+    for key, value in tree.items():
+        path = (*above, key)
+        found += keys_of(value, path) if isinstance(value, dict) else [path]
+    return found
 
 
 def defined(path: Path) -> set[str]:
