@@ -35,8 +35,8 @@ test: $(READY)
 
 # Format, lint, types.
 lint: $(READY)
-	$(BIN)/ruff format --check src tests scripts examples
-	$(BIN)/ruff check src tests scripts examples
+	$(BIN)/ruff format --check src tests scripts training examples
+	$(BIN)/ruff check src tests scripts training examples
 	$(BIN)/mypy
 
 # What a commit must pass: format, lint, types, import rules, fast tests.
@@ -44,8 +44,8 @@ check: lint
 	$(PYTEST) -m "not slow"
 
 fmt: $(READY)
-	$(BIN)/ruff format src tests scripts examples
-	$(BIN)/ruff check --fix src tests scripts examples
+	$(BIN)/ruff format src tests scripts training examples
+	$(BIN)/ruff check --fix src tests scripts training examples
 
 # What is written from the code: commands from their own help, numbers from the vocabulary, keys from the
 # configuration, the picture of the rooms from the import table.

@@ -11,8 +11,8 @@
     qncd quantize --run-dir full/run
     qncd sample --run-dir full/run --steps 4 --num 2
 
-Names, shapes and arithmetic of the checkpoint are those of compvis_reference.py, which knows
-nothing of qncd_cli or of diffusers.
+Names, shapes and arithmetic of the checkpoint are those of tests/oracles/compvis_reference.py,
+which knows nothing of qncd_cli or of diffusers.
 """
 
 from __future__ import annotations
@@ -24,9 +24,12 @@ from typing import Any
 import click
 import torch
 import yaml
-from compvis_reference import LatentDiffusion
 
 from qncd_cli.models.compvis.checkpoint import compvis_pipeline
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "oracles"))
+
+from compvis_reference import LatentDiffusion
 
 SEED = 0
 BOUND = 1e-5

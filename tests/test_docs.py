@@ -36,7 +36,9 @@ def test_documents_name_only_files_that_exist(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", text):
         assert (ROOT / name).parent.joinpath(target).exists(), target
-    for path in re.findall(r"`((?:src|scripts|configs|docs|tests|examples)/[\w./-]+)`", text):
+    for path in re.findall(
+        r"`((?:src|scripts|training|configs|docs|tests|examples)/[\w./-]+)`", text
+    ):
         assert (ROOT / path).exists(), path
 
 

@@ -59,7 +59,7 @@ def packaged(weights: Path = CLASSIFIER) -> FeatureNetwork:
 
     weights: safetensors of features.FashionClassifier. Raises ArtifactError if it is not there.
     """
-    hint = "reinstall qncd, or train the packaged models with scripts/train_zoo.py"
+    hint = "reinstall qncd, or train the packaged models with training/train_zoo.py"
     return FeatureNetwork(
         name="fashion-classifier",
         extractor="fashion-classifier",

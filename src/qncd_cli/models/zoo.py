@@ -1,4 +1,4 @@
-"""The packaged models: small, real, trained by scripts/train_zoo.py on Fashion-MNIST."""
+"""The packaged models: small, real, trained by training/train_zoo.py on Fashion-MNIST."""
 
 from __future__ import annotations
 

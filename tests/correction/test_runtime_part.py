@@ -7,13 +7,12 @@ import math
 
 import pytest
 import torch
+from analytic import BIAS, DDIM, STEPS, full_precision_baseline, gaussian, runtime, sample
 
 from qncd_cli.correction.runtime import estimated_of, reduce_mean, renoise
 from qncd_cli.errors import ConfigError
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generators_for
-
-from .analytic import BIAS, DDIM, STEPS, full_precision_baseline, gaussian, runtime, sample
 
 SEEDS = range(5)
 MODEL = gaussian(1.0, bias=BIAS, k=0.05)

@@ -12,7 +12,7 @@ import diffusers_pipelines as tiny
 import pytest
 from conftest import Qncd
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def section(title: str) -> str:

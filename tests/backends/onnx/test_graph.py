@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import onnx
 import pytest
 import torch
-from test_int8 import layer_of, random, relative
 from torch import Tensor, nn
 
 from qncd_cli.backends import int8
@@ -19,6 +18,8 @@ from qncd_cli.quant.affine import choose_qparams
 from qncd_cli.quant.attention import QuantizedAttnProcessor
 from qncd_cli.quant.layers import StepState
 from qncd_cli.spec import ATTENTION_OPERANDS, activation_spec
+
+from ..test_int8 import layer_of, random, relative
 
 BOUNDS = (500.0,)
 GROUPS = (3, 140)  # zero-points

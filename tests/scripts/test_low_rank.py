@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "low_rank.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "low_rank.py"
 
 
 @pytest.fixture(scope="module")

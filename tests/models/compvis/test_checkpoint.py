@@ -15,7 +15,6 @@ import torch
 import yaml
 from click.testing import CliRunner
 from compvis_reference import LatentDiffusion
-from compvis_trees import CIN256_V2, LSUN_BEDS, LSUN_CHURCHES, SMALL, changed
 from conftest import tiny_config
 from diffusers import AutoencoderKL, VQModel
 from diffusers.loaders.single_file_utils import (
@@ -32,6 +31,8 @@ from qncd_cli.models.compvis.checkpoint import compvis_pipeline, unet_class
 from qncd_cli.models.compvis.config import first_stage_options, read_yaml, unet_options
 from qncd_cli.models.compvis.keys import ema_key, first_stage_sources, unet_sources
 from qncd_cli.models.loading import load_model
+
+from .trees import CIN256_V2, LSUN_BEDS, LSUN_CHURCHES, SMALL, changed
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 UNETS = {

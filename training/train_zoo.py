@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Train the packaged models on Fashion-MNIST and write them into the package.
 
-    python scripts/train_zoo.py classifier vq unet ddpm dit record   # all, in this order
-    python scripts/train_zoo.py unet --steps 6000           # one part again
+    python training/train_zoo.py classifier vq unet ddpm dit record   # all, in this order
+    python training/train_zoo.py unet --steps 6000           # one part again
 
 Data: the Debian package dataset-fashion-mnist, or any folder with the same four IDX files
 (--data DIR). Images are padded from 28x28 to 32x32. Everything is seeded; training runs in

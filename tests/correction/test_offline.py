@@ -6,13 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from analytic import BIAS, STEPS, distance, gaussian, sample
 
 from qncd_cli.correction.offline import AffineCorrection, PtqdCorrection
 from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.errors import ConfigError
 from qncd_cli.sampling.noise import generator_for
-
-from .analytic import BIAS, STEPS, distance, gaussian, sample
 
 K, SIGMA_R = -0.06, 0.1
 

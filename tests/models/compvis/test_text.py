@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from compvis_reference import LatentDiffusion, TextSizes
-from compvis_trees import SD_V1, SD_V2, SMALL_TEXT, changed
 from conftest import tiny_config
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import (
@@ -30,6 +29,8 @@ from qncd_cli.models.compvis.keys import first_stage_sources, unet_sources
 from qncd_cli.models.compvis.text import text_encoder, text_options
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.text import Prompts
+
+from .trees import SD_V1, SD_V2, SMALL_TEXT, changed
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 SIZES = TextSizes(vocabulary=TOKENS, positions=9, width=128, layers=3)

@@ -7,6 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from analytic import (
+    BIAS,
+    DDIM,
+    LDM,
+    SHAPE,
+    STEPS,
+    distance,
+    full_precision_baseline,
+    gaussian,
+    runtime,
+    sample,
+)
 
 from qncd_cli.correction.baseline import EstimatorBaseline, StepError, fit_gains
 from qncd_cli.correction.runtime import (
@@ -20,19 +32,6 @@ from qncd_cli.correction.runtime import (
 from qncd_cli.errors import ConfigError
 from qncd_cli.sampling.noise import generator_for, generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
-
-from .analytic import (
-    BIAS,
-    DDIM,
-    LDM,
-    SHAPE,
-    STEPS,
-    distance,
-    full_precision_baseline,
-    gaussian,
-    runtime,
-    sample,
-)
 
 # ---- pure functions ----------------------------------------------------------------------
 

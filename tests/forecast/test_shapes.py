@@ -8,7 +8,7 @@ import diffusers_pipelines
 import pytest
 import torch
 import yaml
-from compvis_trees import CIN256_V2
+from full_size_ldm4 import CIN256_V2
 
 from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import ModelError
