@@ -15,7 +15,6 @@ import click
 import torch
 from torch import Tensor
 
-from qncd_cli.ablation.variants import parse_widths
 from qncd_cli.backends import int8
 from qncd_cli.backends.reference import simulate
 from qncd_cli.bench import table as bench
@@ -23,6 +22,7 @@ from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
 from qncd_cli.config.loading import parse_config
 from qncd_cli.config.schema import Config
+from qncd_cli.config.widths import parse_widths
 from qncd_cli.errors import BackendUnavailable, ConfigError
 from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.quant.layers import QuantizedLayer

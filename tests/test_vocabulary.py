@@ -17,7 +17,6 @@ from qncd_cli.vocabulary import (
     number,
     phrase,
     said,
-    widths,
 )
 
 
@@ -64,10 +63,6 @@ def test_numbers():
         "12,346", "123.5", "12.35", "1.234", "0.000123", "0", "-2.500", "1,500", "yes", "−∞",
     ]  # fmt: skip
     assert number(math.nan) == "not a number"
-
-
-def test_widths_and_their_means():
-    assert widths(4, 8) == "W4A8" and widths(4, 8, (6.04, 8.96)) == "W4A8 (6.0 / 9.0)"
 
 
 def test_intervals():

@@ -5,7 +5,9 @@ Notation (used everywhere): x ~ (q - zero_point) * scale, q integer in [qmin, qm
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 FLOAT_BITS = 32
 """`bits: 32` leaves a tensor in floating point."""
@@ -15,6 +17,41 @@ MAX_ACTIVATION_BITS = 16
 """Above 8 bits a layer's input is two bytes, and the layer two passes of an 8-bit kernel."""
 WIDE_WEIGHT_BITS = 15
 """Weights of two bytes: 8 signed high bits and 7 low ones, each an int8 weight of its own pass."""
+
+WIDTHS_PATTERN = r"w(\d{1,2})a(\d{1,2})"
+
+
+class Widths(NamedTuple):
+    """Bits of weights and of activations; either may be FLOAT_BITS.
+
+    Written w4a8 in options and names of files, W4A8 where people read it.
+    """
+
+    weights: int
+    activations: int
+
+    @classmethod
+    def parse(cls, text: str) -> Widths:
+        """w4a8 -> (4, 8), in capitals too. Raises ValueError."""
+        match = re.fullmatch(WIDTHS_PATTERN, text.lower())
+        found = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
+        if not all(2 <= bits <= 8 or bits == FLOAT_BITS for bits in found):
+            raise ValueError(
+                f"{text}: widths are written like w4a8, of 2 to 8 or {FLOAT_BITS} bits"
+            )
+        return found
+
+    def __str__(self) -> str:
+        return f"w{self.weights}a{self.activations}"
+
+    @property
+    def label(self) -> str:
+        """W4A8"""
+        return str(self).upper()
+
+    def described(self, mean: tuple[float, float] | None) -> str:
+        """W4A8 (6.0 / 9.0), in brackets the mean bits over multiplications where it is known."""
+        return self.label if mean is None else f"{self.label} ({mean[0]:.1f} / {mean[1]:.1f})"
 
 
 @dataclass(frozen=True)

@@ -247,12 +247,6 @@ def is_number(value: object) -> bool:
     return value is None or isinstance(value, int | float)
 
 
-def widths(weights: int, activations: int, mean: tuple[float, float] | None = None) -> str:
-    """W4A8, and in brackets the mean bits over multiplications where they are known."""
-    label = f"W{weights}A{activations}"
-    return label if mean is None else f"{label} ({mean[0]:.1f} / {mean[1]:.1f})"
-
-
 def interval(entry: Mapping[str, float | None] | None) -> str | None:
     """An entry {value, low, high}: the number, and the interval in brackets where there is one."""
     if entry is None or entry.get("value") is None:

@@ -13,8 +13,7 @@ import torch
 from conftest import Qncd, packaged, tiny_config
 from PIL import Image
 
-from qncd_cli.ablation.variants import parse_widths, variants
-from qncd_cli.errors import ConfigError
+from qncd_cli.ablation.variants import variants
 
 TABLE = Path("runs/ablate_tiny")
 MEASURE = ("--num", "4", "--reference", "reference")
@@ -347,12 +346,3 @@ def test_a_bad_name_is_one_line_before_anything_runs(ablated, arguments, said):
     (line,) = result.stderr.strip().splitlines()
     assert said in line
     assert row_files(ablated) == before
-
-
-def test_widths():
-    assert parse_widths("w4a8") == (4, 8)
-    assert parse_widths("w32a6") == (32, 6)
-    assert parse_widths("fp") is None
-    for text in ("w4", "a8w4", "w1a8", "w4a9", "w4a8x", ""):
-        with pytest.raises(ConfigError):
-            parse_widths(text)

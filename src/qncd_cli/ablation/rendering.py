@@ -10,7 +10,8 @@ from typing import Any
 
 from ..metrics.rows import bits
 from ..report.page import chart, definitions, markdown_table, page
-from ..vocabulary import DIRECTIONS, IDENTICAL, NUMBERS, cell, heading, interval, widths
+from ..spec import Widths
+from ..vocabulary import DIRECTIONS, IDENTICAL, NUMBERS, cell, heading, interval
 
 KEYS = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
@@ -147,5 +148,5 @@ def _html_table(lines: Sequence[Mapping[str, Any]]) -> str:
 def _by_widths(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
     found: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        found.setdefault(widths(row["weights"], row["activations"]), []).append(row)
+        found.setdefault(Widths(row["weights"], row["activations"]).label, []).append(row)
     return found

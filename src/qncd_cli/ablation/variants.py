@@ -16,9 +16,9 @@ from typing import Any
 from ..config.loading import load_config, parse_config
 from ..config.presets import PRESETS
 from ..config.schema import Config
-from ..config.widths import Widths, parse_widths
+from ..config.widths import parse_widths
 from ..errors import ConfigError
-from ..spec import FLOAT_BITS
+from ..spec import FLOAT_BITS, Widths
 
 CORRECTIONS = {
     "none": (False, False),
@@ -70,7 +70,7 @@ def variants(
     if not names:
         raise ConfigError("--presets: no row is named", f"known: {', '.join(_KNOWN)}")
     config = load_config(config_name, overrides)
-    chosen = list(dict.fromkeys(widths)) or [_own_widths(config)]
+    chosen = list(dict.fromkeys(widths)) or [str(config.quantization.widths)]
     parsed = {text: parse_widths(text) for text in chosen}
     strict = f"quantization.strict={'false' if published else 'true'}"
     rows = []
@@ -79,11 +79,6 @@ def variants(
             tree = _tree(config_name, name, [strict, *overrides])
             rows.append(Variant(name, text, _at_widths(tree, parsed[text], f"{name} at {text}")))
     return rows
-
-
-def _own_widths(config: Config) -> str:
-    quantization = config.quantization
-    return f"w{quantization.weights.bits}a{quantization.activations.bits}"
 
 
 def _tree(config_name: str, name: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -27,14 +27,15 @@ from ..quant.layers import StepState
 from ..runtime import compiled as graphs
 from ..runtime.denoiser import Denoiser, with_artifact
 from ..runtime.exported_graph import ROWS, in_float32, in_openvino
+from ..spec import FLOAT_BITS, Widths
 from ..store import artifacts
 
 FLOAT_ROWS = tuple(f"{d}-{how}" for d in ("float32", "bfloat16") for how in ("eager", "compiled"))
 BASELINE = FLOAT_ROWS[0]
-_WIDTHS = ("w8a8", "w4a8", "w4a6", "w4a4")
+_EXAMPLES = ("w8a8", "w4a8", "w4a6", "w4a4")
 _QUANTIZED_ROWS = (
-    *(f"{backend}-{w}" for backend in BACKENDS for w in _WIDTHS),
-    *(f"int8-{w}{dtype}-compiled" for w in _WIDTHS for dtype in ("", "-bfloat16")),
+    *(f"{backend}-{w}" for backend in BACKENDS for w in _EXAMPLES),
+    *(f"int8-{w}{dtype}-compiled" for w in _EXAMPLES for dtype in ("", "-bfloat16")),
 )
 FACTS = ("load_seconds", "prepare_seconds", "peak_bytes", "running_bytes")
 _PROC = Path("/proc/self")
@@ -53,7 +54,7 @@ class Row:
     arithmetic: str
     compiled: bool = False
     backend: str | None = None
-    widths: tuple[int, int] | None = None
+    widths: Widths | None = None
 
     @property
     def channels_last(self) -> bool:
@@ -79,16 +80,26 @@ def _parse(name: str, dtype: str) -> Row:
     if name in FLOAT_ROWS:
         kind, _, how = name.partition("-")
         return Row(name, kind, kind, how == "compiled")
-    backend, _, widths = name.partition("-")
-    match = re.fullmatch(r"w([2-8])a([2-8])(-bfloat16)?(-compiled)?", widths)
-    compiled = match is not None and match[4] is not None
-    if backend in BACKENDS and match and (backend == "int8" or not compiled):
+    backend, *parts = name.split("-")
+    widths, variant = _integer_widths(parts[0] if parts else ""), parts[1:]
+    compiled = "compiled" in variant
+    known = variant in ([], ["bfloat16"], ["compiled"], ["bfloat16", "compiled"])
+    if backend in BACKENDS and widths and known and (backend == "int8" or not compiled):
         arithmetic = "float32" if backend == "simulate" else "int8"
-        pair = int(match[1]), int(match[2])
-        return Row(name, "bfloat16" if match[3] else dtype, arithmetic, compiled, backend, pair)
+        kind = "bfloat16" if "bfloat16" in variant else dtype
+        return Row(name, kind, arithmetic, compiled, backend, widths)
     close = difflib.get_close_matches(name, [*FLOAT_ROWS, *_QUANTIZED_ROWS], n=1)
     hint = f"did you mean {close[0]}?" if close else f"known: {_known()}"
     raise ConfigError(f"--rows {name}: unknown row", hint)
+
+
+def _integer_widths(text: str) -> Widths | None:
+    """Widths as a row names them: without floating point, in small letters."""
+    try:
+        widths = Widths.parse(text)
+    except ValueError:
+        return None
+    return widths if str(widths) == text and FLOAT_BITS not in widths else None
 
 
 def _known() -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 from ..config.loading import load_config
 from ..errors import ArtifactError
+from ..spec import Widths
 from ..store.artifact_files import TYPES, Stored, read_stored
 from ..store.files import read_json
-from ..vocabulary import MISSING, NUMBERS, megabytes, number, said, widths
+from ..vocabulary import MISSING, NUMBERS, megabytes, number, said
 from .console import Console
 
 SENSITIVE = 5
@@ -129,7 +130,7 @@ def _sensitive(body: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = []
     for name in worst:
         entry = dict(entries)[name]
-        bits = widths(entry["weight_bits"], entry["activation_bits"])
+        bits = Widths(entry["weight_bits"], entry["activation_bits"]).label
         found.append((name, f"{errors[name]:.2g}, {bits}"))
     return found
 
@@ -183,7 +184,7 @@ def _configuration(console: Console, path: Path) -> None:
 
     def render() -> None:
         quantization, sampling = config.quantization, config.sampling
-        bits = widths(quantization.weights.bits, quantization.activations.bits)
+        bits = quantization.widths.label
         named = [
             ("model", config.model.source),
             ("bits", bits),

@@ -16,10 +16,9 @@ def models(console: Console) -> None:
     configs = {}
     for name, path in shipped_configs().items():
         config = load_config(str(path))
-        q = config.quantization
         configs[name] = {
             "model": config.model.source,
-            "bits": f"W{q.weights.bits}A{q.activations.bits}",
+            "bits": config.quantization.widths.label,
             "sampler": f"{config.sampling.scheduler}, {config.sampling.steps} steps",
         }
     packaged = {name: training_record(name) for name in zoo_models()}

@@ -14,7 +14,7 @@ from ..lineage import sample_sets
 from ..lineage import stages as fresh
 from ..store.files import read_json
 from ..store.run_dir import RunDir
-from ..vocabulary import MISSING, heading, widths
+from ..vocabulary import MISSING, heading
 from ..vocabulary import cell as said
 from . import states
 from .console import Console
@@ -45,7 +45,7 @@ def inspect(console: Console, folder: Path) -> None:
         stages.append(_measured(metrics, digest))
 
     def render() -> None:
-        bits = widths(config.quantization.weights.bits, config.quantization.activations.bits)
+        bits = config.quantization.widths.label
         print(f"{folder}: {config.model.source}, {bits}, preset {config.quantization.preset}")
         rows = [
             [row["stage"], row["state"], row["date"] or MISSING, said("bytes", row["bytes"])]

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from ..config.schema import Config
-from ..vocabulary import megabytes, widths
+from ..vocabulary import megabytes
 
 README = "README.md"
 OPENED = {
@@ -108,7 +108,7 @@ def graph_readme(config: Config, index: Mapping[str, Any], lines: Sequence[str])
 
 def _readme(config: Config, what: str, how: str, lines: Sequence[str], more: str) -> str:
     quantization = config.quantization
-    label = widths(quantization.weights.bits, quantization.activations.bits)
+    label = quantization.widths.label
     return (
         f"# {config.model.source}, {label}\n\n"
         + _paragraph(what)

@@ -15,12 +15,13 @@ from ..config import model_card
 from ..config.loading import load_config, resolved, shipped_configs
 from ..config.schema import Config
 from ..config.widths import bits_overrides
+from ..spec import WIDTHS_PATTERN
 from .starter import facts_of, name_of, starter_tree
 
 NAMES = ("config_name", "model", "bits", "prompts_file", "overrides", "run_dir")
 """Names of the options that say what is wanted, without that of the prompts."""
 _DEFAULT_BITS = "w4a8"
-_BITS = re.compile(r"_w\d+a\d+")
+_BITS = re.compile("_" + WIDTHS_PATTERN)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, Widths
 from ..store.digests import digest_of
 from . import presets
 
@@ -308,6 +308,11 @@ class QuantizationConfig(_Section):
             known = f"did you mean {close[0]}?" if close else ", ".join(presets.PRESETS)
             raise ValueError(f"unknown preset {self.preset} ({known})")
         return self
+
+    @property
+    def widths(self) -> Widths:
+        """Bits of the layers that neither a preset, an override nor measurement gives others."""
+        return Widths(self.weights.bits, self.activations.bits)
 
 
 class InterConfig(_Section):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..vocabulary import NUMBERS, heading, said, widths
+from ..spec import Widths
+from ..vocabulary import NUMBERS, heading, said
 
 SETS = {"images": "images", "full": "full precision", "quantized": "quantized"}
 """Objects of metrics.json that are sets, and what they are called."""
@@ -108,7 +109,7 @@ def bits(made: Mapping[str, Any]) -> str:
     """W4A8 (6.0 / 9.0) of a `quantization` of metrics.json, or of a row of an ablation."""
     mean = made.get("mean_weight_bits"), made.get("mean_input_bits")
     known = (mean[0], mean[1]) if mean[0] is not None and mean[1] is not None else None
-    return widths(made["weights"], made["activations"], known)
+    return Widths(made["weights"], made["activations"]).described(known)
 
 
 def short_name(source: str) -> str:

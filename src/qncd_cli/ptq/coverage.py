@@ -14,7 +14,7 @@ from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, float_attention, time_layers, weight_layers
 from ..quant.packing import narrowed
 from ..runtime.denoiser import denoiser_costs
-from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, Widths
 from ..store.artifacts import Artifact, packed_width
 from .attention import product_entries
 
@@ -55,7 +55,7 @@ def coverage_of(
     integer = sum(r["macs"] for r in rows if r["integer"])
     per_precision: dict[str, float] = {}
     for row in rows:
-        key = f"W{row['weight_bits']}A{row['activation_bits']}"
+        key = Widths(row["weight_bits"], row["activation_bits"]).label
         per_precision[key] = per_precision.get(key, 0.0) + row["macs"] / total
     shapes = {name: entry["weight_shape"] for name, entry in entries.items()}
     code_bytes, code_bits, codes = 0, 0, 0

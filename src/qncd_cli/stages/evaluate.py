@@ -42,10 +42,10 @@ from ..metrics.tensor import (
 from ..progress import Track, no_progress
 from ..report.page import Pair, html_report
 from ..sampling.noise import ranges
+from ..spec import Widths
 from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import read_json
-from ..vocabulary import widths
 
 WORST_PAIRS, TYPICAL_PAIRS = 12, 4
 """Images shown side by side in the report: those that differ most, and those at the median."""
@@ -233,7 +233,7 @@ def run(
     sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
     metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
     metrics = {**grown(earlier or {}, metrics), "quantization": dict(made)}
-    source, label = full.manifest["source"], widths(made["weights"], made["activations"])
+    source, label = full.manifest["source"], Widths(made["weights"], made["activations"]).label
     measured = {"model": source, "bits": bits(made), "preset": made["preset"], **facts}
     report = html_report(
         metrics,
