@@ -48,9 +48,10 @@ fmt: $(READY)
 	$(BIN)/ruff check --fix src tests scripts training examples
 
 # What is written from the code: commands from their own help, numbers from the vocabulary, keys from the
-# configuration, the picture of the rooms from the import table.
+# configuration, the picture of the rooms from the import table, results from the notebook's rows.
 docs: $(READY)
 	$(BIN)/python scripts/readme_help.py
 	$(BIN)/python scripts/numbers_page.py
 	$(BIN)/python scripts/config_reference.py
 	$(BIN)/python scripts/architecture.py
+	$(BIN)/python scripts/results_page.py

@@ -18,12 +18,13 @@ DOCUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "script", ["readme_help.py", "numbers_page.py", "config_reference.py", "architecture.py"]
-)
+PAGES = ["readme_help", "numbers_page", "config_reference", "architecture", "results_page"]
+
+
+@pytest.mark.parametrize("script", PAGES)
 def test_pages_written_from_the_code_are_up_to_date(script):
     check = subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, "--check"],
+        [sys.executable, ROOT / "scripts" / f"{script}.py", "--check"],
         capture_output=True,
         text=True,
         check=False,
@@ -52,6 +53,33 @@ def test_documents_name_only_code_that_exists(name):
     for path, listed in re.findall(r"`([\w/]+\.py)`:((?:\s*,?\s*`[\w.]+`)+)", text):
         base = SOURCE if (SOURCE / path).is_file() else ROOT
         assert set(re.findall(r"`([\w.]+)`", listed)) <= defined(base / path), path
+
+
+NOTES = sorted((ROOT / "docs" / "notebook").glob("2*.md"))
+
+
+def test_make_docs_writes_every_page_that_is_checked():
+    named = set(re.findall(r"scripts/(\w+)\.py", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert named == set(PAGES)
+
+
+@pytest.mark.parametrize("note", NOTES, ids=lambda p: p.stem)
+def test_a_note_says_where_when_and_how_and_what_follows(note):
+    text = note.read_text(encoding="utf-8")
+    for part in ("- Machine: ", "- Date: ", "- Commit: ", "## Command\n", "## Result\n"):
+        assert f"\n{part}" in text, part
+    assert text.index("## Command\n") < text.index("## Result\n") < text.index("## Conclusion\n")
+    assert f"]({note.name})" in (note.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_rows_that_results_are_drawn_from_stand_in_their_notes():
+    groups = json.loads((ROOT / "docs" / "notebook" / "measured.json").read_text(encoding="utf-8"))
+    for group in groups:
+        text = (ROOT / "docs" / "notebook" / group["note"]).read_text(encoding="utf-8")
+        known = {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)}
+        for row in group["rows"]:
+            numbers = [v for v in row.values() if isinstance(v, int | float)]
+            assert set(numbers) <= known, row
 
 
 SCHEMA = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8"))

@@ -2,7 +2,8 @@
 
 They bring very many objects that stay until the end. The collector of reference cycles looks
 through all of them again and again while they are imported, and the interpreter takes them apart
-one by one before it leaves: a good part of a short command (docs/performance.md, cold process).
+one by one before it leaves: a good part of a short command
+(docs/notebook/2026-11-23-packaged-models-speed.md).
 """
 
 from __future__ import annotations

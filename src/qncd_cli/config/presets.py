@@ -137,7 +137,7 @@ PRESETS: dict[str, Preset] = {
         _TRANSFORMER_NOTE,
     ),
     "best": Preset(
-        "what measured best (docs/quality.md): ranges by the layer's output at every step, "
+        "what measured best (docs/results.md): ranges by the layer's output at every step, "
         "extra bits for the few layers that matter most",
         _BEST,
     ),

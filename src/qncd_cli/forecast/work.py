@@ -28,11 +28,12 @@ from .shapes import Shapes
 
 EFFICIENCY = 0.6
 """Share of the best rate of one large product that a whole denoiser reaches; larger: shorter
-forecasts (docs/performance.md: 0.67 to 0.76 for LDM-4, less for small models)."""
+forecasts (docs/notebook/2026-11-23-ldm4-speed.md: LDM-4 0.49 to 0.76, by machine and run)."""
 SIMULATION = 1.5
 """Time of the simulated denoiser over full precision's."""
 INTEGERS = 0.5
-"""The same of the int8 backend, uncompiled (docs/performance.md: LDM-4 0.37, fashion-ldm 0.83)."""
+"""The same of the int8 backend, uncompiled: LDM-4 0.30 and 0.37, fashion-ldm 0.83 (speed in
+docs/notebook)."""
 BACKWARD = 2.0
 """Time of a backward pass over that of a forward one."""
 ROUNDING_PASSES = 8

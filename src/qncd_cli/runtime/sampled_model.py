@@ -28,7 +28,7 @@ def worth(rows: int, macs: int) -> float:
 
     rows: samples times calls, both halves of guidance counted; macs: of one row. Larger models do
     more arithmetic per value, so that a row gains less than in proportion to it: about with its
-    square root, fitted by eye to the packaged models and LDM-4 (docs/performance.md).
+    square root, fitted by eye to the packaged models and LDM-4 (docs/results.md, Speed).
     """
     return rows * math.sqrt(macs / 1e9)
 

@@ -1,0 +1,111 @@
+"""Write the tables of docs/results.md and its plots from the measured rows of the notebook.
+
+    python scripts/results_page.py            writes them
+    python scripts/results_page.py --check    fails where one is out of date
+
+The rows are those of docs/notebook/measured.json; each group names its note and command. A row
+whose numbers are null was withdrawn and has not been measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import written
+from dot_plot import Rows, dot_plot
+
+PAGE = written.DOCS / "results.md"
+MEASURED = written.DOCS / "notebook" / "measured.json"
+PLOTS = written.DOCS / "plots"
+PRESETS = {"best": "best", "qdiffusion": "qdiffusion", "minmax": "minmax"}
+CORRECTIONS = {"qdiffusion": "none", "qncd-intra": "intra", "qncd-inter": "inter", "qncd": "both"}
+"""Presets that are compared, and what a column is called."""
+WIDTHS = ["W8A8", "W4A8", "W4A6", "W4A4"]
+
+Measured = dict[str, Any]
+
+
+def measured() -> list[Measured]:
+    groups = json.loads(MEASURED.read_text(encoding="utf-8"))
+    return [row for group in groups for row in group["rows"]]
+
+
+def chosen(found: list[Measured], presets: dict[str, str]) -> dict[str, dict[str, Measured]]:
+    """ "model width" -> column -> measured row, for the rows of these presets."""
+    models = list(dict.fromkeys(row["model"] for row in found if "bits" in row))
+    result: dict[str, dict[str, Measured]] = {}
+    for model in models:
+        for bits in WIDTHS:
+            some = [row for row in found if (row["model"], row.get("bits")) == (model, bits)]
+            columns = {presets[r["variant"]]: r for r in some if r["variant"] in presets}
+            if columns:
+                result[f"{model} {bits}"] = {
+                    name: columns[name] for name in presets.values() if name in columns
+                }
+    return result
+
+
+def numbers(rows: dict[str, dict[str, Measured]], key: str) -> Rows:
+    return {at: {name: row[key] for name, row in some.items()} for at, some in rows.items()}
+
+
+def quality_table(rows: dict[str, dict[str, Measured]], presets: dict[str, str]) -> str:
+    """Distance to full precision and SQNR of every preset, one row a model and width."""
+    names = list(presets.values())
+    lines = [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
+    for at, some in rows.items():
+        cells = [_quality(some[name]) if name in some else "" for name in names]
+        lines.append(f"| {at} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _quality(row: Measured) -> str:
+    if row["distance"] is None:
+        return "withdrawn"
+    return f"{row['distance']:.3g}; {row['sqnr_db']:.1f} dB"
+
+
+def speed_table(rows: list[Measured]) -> str:
+    lines = ["| row | s a call | times float32 |", "|---|---|---|"]
+    for row in rows:
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.3f}"
+        lines.append(f"| {row['row']} | {seconds} | {row['speedup']:.2f} |")
+    return "\n".join(lines)
+
+
+def files() -> dict[Path, str]:
+    found = measured()
+    presets, corrections = chosen(found, PRESETS), chosen(found, CORRECTIONS)
+    presets = {at: some for at, some in presets.items() if "best" in some}
+    corrections = {at: some for at, some in corrections.items() if "none" in some}
+    speed = sorted((row for row in found if "speedup" in row), key=lambda row: row["speedup"])
+    tables = {
+        "presets": quality_table(presets, PRESETS),
+        "corrections": quality_table(corrections, CORRECTIONS),
+        "speed": speed_table(speed),
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        marks = f"<!-- {name}, from notebook/measured.json -->", "<!-- end -->"
+        place = re.compile(f"{re.escape(marks[0])}.*?{re.escape(marks[1])}", re.DOTALL)
+        text, count = place.subn(f"{marks[0]}\n\n{table}\n\n{marks[1]}", text)
+        if count != 1:
+            raise ValueError(f"{PAGE}: no place for the table {name}, between {marks}")
+    distance, sqnr = "distance to full precision (lower is better)", "SQNR, dB (higher is better)"
+    drawn = {
+        "presets": dot_plot(numbers(presets, "distance"), distance, log=True),
+        "corrections": dot_plot(numbers(corrections, "sqnr_db"), sqnr),
+        "speed": dot_plot(
+            {row["row"]: {"speedup": row["speedup"]} for row in speed},
+            "LDM-4, one call: times as fast as float32",
+            values=True,
+        ),
+    }
+    return {PAGE: text, **{PLOTS / f"{name}.svg": svg for name, svg in drawn.items()}}
+
+
+if __name__ == "__main__":
+    written.main(__doc__, files)
