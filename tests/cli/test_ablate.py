@@ -297,7 +297,7 @@ def test_all_rows_are_quantized_alike_unless_published(tmp_path):
     (strict,) = configs(tmp_path, "qncd")
     assert strict.quantization.overrides == {}
     (published,) = configs(tmp_path, "qncd", published=True)
-    assert published.quantization.overrides["*attentions*"].activations.bits == 32
+    assert published.quantization.overrides["*attentions*transformer_blocks*"].weights.bits == 32
 
 
 def test_the_command_line_wins_over_the_presets(tmp_path):
@@ -319,10 +319,10 @@ def test_what_a_preset_leaves_in_float_is_listed_with_its_name(qncd):
     why = {r["name"]: r["why_not_integer"] for r in coverage["layers"]}
     named = {name for name, text in why.items() if text == "left in float by preset qncd-intra"}
     assert named
-    assert all("attentions" in name for name in named)
-    assert len([n for n in why if "attentions" in n and n.endswith("to_q")]) == len(
-        [n for n in named if n.endswith("to_q")]
-    )
+    inside = {name for name in why if "attentions" in name and "transformer_blocks" in name}
+    assert named == inside, "weights, inputs and both products of attention"
+    assert {n.rpartition(".")[2] for n in named} >= {"to_q", "query_key", "probabilities_value"}
+    assert any("attentions" in name and name.endswith("proj_in") for name in set(why) - named)
 
 
 # ---- bad input ----------------------------------------------------------------------------------

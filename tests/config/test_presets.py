@@ -71,8 +71,15 @@ def test_qncd_is_both_corrections_as_published_on_the_weights_of_qdiffusion(tmp_
     assert both.quantization.activations == plain.quantization.activations
     assert (both.correction.intra, plain.correction.intra) == ("embedding", "none")
     inter = both.correction.inter
-    found = (inter.method, inter.target, inter.granularity, inter.interval, inter.baseline)
-    assert found == ("runtime", "injected", "batch", 10, "none")
+    found = (inter.method, inter.target, inter.granularity, inter.baseline)
+    assert found == ("runtime", "injected", "batch", "none")
+    assert (inter.first, inter.interval, inter.repeat) == (6, 10, True), "steps 7, 17, 27, from 1"
+
+
+@pytest.mark.parametrize(("steps", "first"), [(50, 6), (12, 6), (10, 5), (3, 1), (1, 0)])
+def test_a_sampler_of_few_steps_gets_its_estimate_halfway(tmp_path, steps, first):
+    tree = {**preset("qncd-inter"), "sampling": {"steps": steps}}
+    assert read(tmp_path, tree).correction.inter.first == first
 
 
 def test_a_preset_is_its_keys_written_out(tmp_path):
@@ -112,8 +119,8 @@ def test_another_preset_on_a_resolved_configuration_leaves_nothing_of_the_first(
 def test_exclusions_come_before_the_own_overrides_and_strict_drops_them(tmp_path):
     own = {"mid_block.attentions.*": {"activations": {"bits": 4}}}
     config = read(tmp_path, preset("qncd", overrides=own))
-    assert list(config.quantization.overrides) == ["*attentions*", *own]
-    assert config.quantization.overrides["*attentions*"].activations.bits == 32
+    assert list(config.quantization.overrides) == ["*attentions*transformer_blocks*", *own]
+    assert config.quantization.overrides["*attentions*transformer_blocks*"].weights.bits == 32
     strict = read(tmp_path, preset("qncd", overrides=own, strict=True))
     assert list(strict.quantization.overrides) == list(own)
     resolved = yaml.safe_load(config.to_yaml())

@@ -189,6 +189,8 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "correction.inter.target": ("injected", QUANTIZE),
     "correction.inter.granularity": ("tensor", NEITHER),
     "correction.inter.interval": (3, NEITHER),
+    "correction.inter.first": (2, NEITHER),
+    "correction.inter.repeat": (True, NEITHER),
     "correction.inter.part": (0.5, NEITHER),
     "correction.inter.baseline": ("none", NEITHER),
     "correction.inter.slope": (True, NEITHER),

@@ -107,6 +107,22 @@ def test_the_denoiser_computes_with_the_operands_of_the_artifact(model, tiny_mod
     assert error > (0 if bits == p_bits == 8 else 1e-3)
 
 
+def test_modules_that_an_override_leaves_in_float_keep_their_products(model, tiny_model):
+    """Activations of 32 bits; other bits of a pattern that matches are those of layers alone."""
+    calibration = observed(model)
+    tree = configured(tiny_model).to_dict()
+    tree["quantization"]["overrides"] = {
+        "mid_block.*": {"activations": {"bits": 32}},
+        "up_blocks.*": {"activations": {"bits": 4}},
+    }
+    tensors, entries = quantize_attention(parse_config(tree, "here"), calibration)
+    sites = {site.name for site in attention_sites(model.denoiser)}
+    inside = {name for name in sites if name.startswith("mid_block.")}
+    assert inside and set(entries) == sites - inside
+    assert {entry["bits"] for entry in entries.values()} == {8}
+    assert not any(name.startswith("mid_block.") for name in tensors)
+
+
 def test_ranges_follow_the_timestep(model, tiny_model):
     tensors, entries = quantize_attention(configured(tiny_model, bits=3), observed(model))
     widened = {

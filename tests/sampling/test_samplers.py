@@ -119,6 +119,9 @@ class Recorder:
     def __init__(self):
         self.before, self.after = [], []
 
+    def tries(self, step):
+        return False
+
     def correct(self, step, prediction):
         self.before.append(step)
         return prediction

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Tree = dict[str, Any]
-KEEP_FLOAT: Tree = {"activations": {"bits": 32}}
+KEEP_FLOAT: Tree = {"weights": {"bits": 32}, "activations": {"bits": 32}}
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,17 @@ _INTER: Tree = {
             "target": "injected",
             "granularity": "batch",
             "interval": 10,
+            "first": 6,
+            "repeat": True,
             "baseline": "none",
         }
     }
 }
-_TRANSFORMER_BLOCKS: Tree = {"*attentions*": KEEP_FLOAT}
-_TRANSFORMER_NOTE = "activations of the transformer blocks stay float, as in QNCD's published code"
+_TRANSFORMER_BLOCKS: Tree = {"*attentions*transformer_blocks*": KEEP_FLOAT}
+_TRANSFORMER_NOTE = (
+    "the transformer blocks of a U-Net stay float, weights and attention included, as in QNCD's "
+    "published code"
+)
 
 PRESETS: dict[str, Preset] = {
     "minmax": Preset("nearest rounding, min-max ranges, no correction: the floor", _MINMAX),
@@ -169,6 +174,9 @@ def filled(tree: Tree, steps: int) -> Tree:
     activations = settings.get("quantization", {}).get("activations", {})
     if "timestep_groups" in activations:
         activations["timestep_groups"] = min(activations["timestep_groups"], steps)
+    inter = settings.get("correction", {}).get("inter", {})
+    if "first" in inter:  # published for 50 steps; shorter samplers get an estimate halfway
+        inter["first"] = min(inter["first"], steps // 2)
     if preset.exclusions and not section.get("strict", False):
         settings = merged(settings, {"quantization": {"overrides": preset.exclusions}})
     return merged(settings, tree)

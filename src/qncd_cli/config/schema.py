@@ -337,6 +337,12 @@ class InterConfig(_Section):
         "together, as published (they then depend on their batch), one sample, one of its channels",
     )
     interval: int = Field(5, ge=1, description="steps between two run-time estimates")
+    first: int = Field(0, ge=0, description="the step, from 0, of the first run-time estimate")
+    repeat: bool = Field(
+        False,
+        description="make the step of an estimate twice, as published: first without any "
+        "correction, then with the new estimate",
+    )
     part: float = Field(
         1.0,
         gt=0,
@@ -369,6 +375,9 @@ class InterConfig(_Section):
             self.part == 1 or not self.depends_on_batch
         ):  # sets drawn before there was a part stay valid
             del tree["part"]
+        for key in ("first", "repeat"):  # and those drawn before these keys were there
+            if tree[key] == InterConfig.model_fields[key].default:
+                del tree[key]
         return tree
 
 
@@ -413,6 +422,12 @@ class Config(_Section):
             raise ValueError(
                 f"quantization.activations.timestep_groups ({groups}) exceeds "
                 f"sampling.steps ({self.sampling.steps})"
+            )
+        inter = self.correction.inter
+        if inter.method == "runtime" and inter.first >= self.sampling.steps:
+            raise ValueError(
+                f"correction.inter.first ({inter.first}) is no step of the "
+                f"sampler, which makes {self.sampling.steps} (sampling.steps)"
             )
         return self
 

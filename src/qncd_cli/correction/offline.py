@@ -28,6 +28,10 @@ class PtqdCorrection:
         self.residual_variance = by_timestep(statistics, "residual_variance")
         self.deduct_variance = deduct_variance
 
+    def tries(self, step: Step) -> bool:
+        """Never: there is nothing to estimate."""
+        return False
+
     def correct(self, step: Step, prediction: Tensor) -> Tensor:
         """Remove the correlated and the mean of the uncorrelated part of the noise."""
         t = timestep_key(step.t)
@@ -57,6 +61,10 @@ class AffineCorrection:
     def __init__(self, statistics: Mapping[str, Tensor]):
         self.a = by_timestep(statistics, "affine_a")
         self.b = by_timestep(statistics, "affine_b")
+
+    def tries(self, step: Step) -> bool:
+        """Never: there is nothing to estimate."""
+        return False
 
     def correct(self, step: Step, prediction: Tensor) -> Tensor:
         """The least-squares estimate of eps from eps~, per channel."""

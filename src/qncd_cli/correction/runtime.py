@@ -59,6 +59,12 @@ class Step(Protocol):
     def abar_next(self) -> float: ...
 
     @property
+    def number(self) -> int: ...
+
+    @property
+    def lowers(self) -> bool: ...
+
+    @property
     def velocity(self) -> bool: ...
 
     @property
@@ -124,9 +130,12 @@ class RuntimeCorrection:
     target: "injected" compares e^ with z as published, "total" with n.
     granularity: of the mean, `reduce_mean`; with "batch", as published, a sample depends on the
         batch that it is drawn in.
-    interval: estimates follow steps 0, interval, 2 * interval, ... and act from the next step on,
-        until replaced. A step that does not lower the noise level (PNDM repeats timesteps) cannot
-        be estimated; its turn passes to the next one.
+    first, interval: estimates follow steps first, first + interval, ... (from 0) and act from the
+        next step on, until replaced. A step that does not lower the noise level (PNDM repeats
+        timesteps) cannot be estimated; its turn passes to the next one.
+    repeat: such a step is made twice, as published: on trial with the uncorrected prediction, whose
+        result is what the estimate looks at, and then with the same prediction less the new
+        estimate. No earlier estimate enters either. Steps count by `Step.number`.
     baseline: what the full-precision model scores, and how much of an excess over it is real;
         without it, as published, the model's own error and all chance count as quantization noise.
     slope: also divide the prediction by the sample's own slope over the baseline's (not in the
@@ -144,6 +153,8 @@ class RuntimeCorrection:
         target: str = "total",
         granularity: str = "tensor",
         interval: int = 10,
+        first: int = 0,
+        repeat: bool = False,
         part: float = 1.0,
         baseline: EstimatorBaseline | None = None,
         slope: bool = False,
@@ -154,12 +165,15 @@ class RuntimeCorrection:
         _check_choice("granularity", granularity, GRANULARITIES)
         if interval < 1:
             raise ConfigError(f"correction interval {interval} is not positive", "use 1 or more")
+        if first < 0:
+            raise ConfigError(f"correction first {first} is negative", "use 0 or more")
         if not 0 < part <= 1:
             raise ConfigError(
                 f"correction part {part} is no part of a batch", "use more than 0, at most 1"
             )
         self.generators = list(generators)
-        self.target, self.granularity, self.interval = target, granularity, interval
+        self.target, self.granularity = target, granularity
+        self.interval, self.first, self.repeat = interval, first, repeat
         self.estimated = estimated_of(len(self.generators), part)
         self.baseline, self.slope = baseline, slope
         self.apply, self.deduct_variance = apply, deduct_variance
@@ -169,6 +183,17 @@ class RuntimeCorrection:
         self.q_variance: Tensor | None = None  # [N]
         self.slope_ratio: Tensor | None = None  # [N], over the full-precision slope
         self._due = False
+
+    def tries(self, step: Step) -> bool:
+        """Whether the step is made on trial first: with `repeat`, where an estimate is due.
+
+        Not a step to a latent without noise, where the total target has nothing to look at.
+        """
+        blind = self.target == "total" and step.abar_next == 1
+        return self.repeat and step.lowers and not blind and self._at(step.number)
+
+    def _at(self, number: int) -> bool:
+        return number >= self.first and (number - self.first) % self.interval == 0
 
     def correct(self, step: Step, prediction: Tensor) -> Tensor:
         """(eps~ - mean(q)) / slope ratio, with the latest estimate."""
@@ -183,10 +208,14 @@ class RuntimeCorrection:
         self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
     ) -> None:
         """Estimate q at the level of the step just made, if it is time to."""
-        self._due = self._due or step.index % self.interval == 0
-        if not self._due or step.abar_next <= step.abar_t:
-            return
-        self._due = False
+        if self.repeat:
+            if not self.tries(step):
+                return
+        else:
+            self._due = self._due or self._at(step.index)
+            if not self._due or not step.lowers:
+                return
+            self._due = False
         self.extra_calls += 1
         self._check_size(x_next)
         assert step.x0 is not None

@@ -14,6 +14,7 @@ import torch
 from ..config.schema import Config
 from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import attention_sites, skip_boundaries
+from ..ptq.attention import quantized_sites
 from ..ptq.layer_plan import LayerPlan, has_own_weight_bits, plan_layers, range_observer
 from ..ptq.noise import noise_body
 from ..runtime.denoiser import group_bounds
@@ -93,7 +94,7 @@ def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Art
         if not plan.stays_float or plan.name in smoothed
     ]
     attention = config.quantization.attention
-    products = attention.bits != FLOAT_BITS or attention.probabilities_bits != FLOAT_BITS
+    products = quantized_sites(config, calibrated.body["attention"])
     entry = {
         "bits": attention.bits,
         "probabilities_bits": attention.probabilities_bits,
@@ -101,7 +102,7 @@ def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Art
     }
     body = {
         "layers": {plan.name: _entry(config, plan, smoothed.get(plan.name)) for plan in plans},
-        "attention": {name: dict(entry) for name in calibrated.body["attention"] if products},
+        "attention": {name: dict(entry) for name in products},
         "groups": calibrated.body["groups"],
         "group_bounds": calibrated.body["group_bounds"],
         "cache_time_embeddings": config.quantization.cache_time_embeddings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from ..quant.affine import choose_qparams
 from ..quant.observers import RangeObserver, choose_range
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact, tensors_below
-from .layer_plan import range_observer
+from .layer_plan import override_of, range_observer
 
 
 def operand_observers(sites: list[AttentionSite], groups: int) -> dict[str, RangeObserver]:
@@ -32,11 +33,10 @@ def quantize_attention(
     Both are empty where q, k, v and the probabilities all stay in floating point.
     """
     attention, activations = config.quantization.attention, config.quantization.activations
-    if attention.bits == attention.probabilities_bits == FLOAT_BITS:
-        return {}, {}
+    names = quantized_sites(config, calibration.body["attention"])
     observer = range_observer(activations.observer)
     tensors: dict[str, Tensor] = {}
-    for name in calibration.body["attention"] if attention.bits != FLOAT_BITS else ():
+    for name in names if attention.bits != FLOAT_BITS else ():
         spec = activation_spec(attention.bits)
         for operand in ATTENTION_OPERANDS:
             prefix = f"{name}.{operand}_"
@@ -49,7 +49,20 @@ def quantize_attention(
         "probabilities_bits": attention.probabilities_bits,
         "observer": observer,
     }
-    return tensors, {name: dict(entry) for name in calibration.body["attention"]}
+    return tensors, {name: dict(entry) for name in names}
+
+
+def quantized_sites(config: Config, sites: Iterable[str]) -> list[str]:
+    """The attention modules, of these, whose products take quantized operands.
+
+    None where both bits say floating point; else all but those whose name an override leaves in
+    floating point (activations of 32 bits).
+    """
+    attention = config.quantization.attention
+    if attention.bits == attention.probabilities_bits == FLOAT_BITS:
+        return []
+    overrides = ((name, override_of(name, config.quantization.overrides)) for name in sites)
+    return [n for n, found in overrides if not found or found.activations.bits != FLOAT_BITS]
 
 
 def product_entries(artifact: Artifact) -> dict[str, dict[str, int]]:

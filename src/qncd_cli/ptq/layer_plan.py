@@ -84,7 +84,7 @@ def plan_layers(config: Config, denoiser: nn.Module) -> list[LayerPlan]:
                 weight_bits = q.first_last_bits
             if activation_bits != FLOAT_BITS:
                 activation_bits = q.first_last_activation_bits
-        override = _override(name, q.overrides)
+        override = override_of(name, q.overrides)
         if override is not None:
             weight_bits = override.weights.bits or weight_bits
             activation_bits = override.activations.bits or activation_bits
@@ -100,13 +100,13 @@ def range_observer(observer: str) -> str:
 
 def has_own_weight_bits(plan: LayerPlan, config: Config) -> bool:
     """Whether first_last_bits or an override gives the layer its weight bits, not weights.bits."""
-    override = _override(plan.name, config.quantization.overrides)
+    override = override_of(plan.name, config.quantization.overrides)
     if override is not None and override.weights.bits is not None:
         return True
     return is_outer_layer(plan.name) or is_conditioning_layer(plan.name)
 
 
-def _override(name: str, overrides: dict[str, LayerOverride]) -> LayerOverride | None:
+def override_of(name: str, overrides: dict[str, LayerOverride]) -> LayerOverride | None:
     """The last pattern that matches wins."""
     found = None
     for pattern, override in overrides.items():

@@ -32,6 +32,8 @@ class StepInfo:
     sigma is None where the scheduler injects noise of a size this module does not know.
     velocity: whether corrections see the velocity eps - x_0 of a straight path instead of eps;
     eps_coefficient is then its coefficient.
+    number: how many steps before it lowered the noise level; less than index where a scheduler
+    makes one step in two calls (PNDM).
     x, x0 and eps are set only in `Correction.observe`: model input x_t [N, C, ...], clean latent
     x0~ implied by the step (after the scheduler's clipping, if it reports it), and the corrected
     prediction that was used, as corrections see it.
@@ -45,9 +47,15 @@ class StepInfo:
     sigma: float | None
     eps_coefficient: float
     velocity: bool = False
+    number: int = 0
     x: Tensor | None = None
     x0: Tensor | None = None
     eps: Tensor | None = None
+
+    @property
+    def lowers(self) -> bool:
+        """Whether the step ends at a lower noise level than it began; PNDM repeats timesteps."""
+        return self.abar_next > self.abar_t
 
 
 def with_timesteps(
@@ -135,14 +143,15 @@ def plan_steps(scheduler: Any, eta: float = 0.0) -> list[StepInfo]:
             NO_CORRECTION,
         )
     times = [float(t) for t in scheduler.timesteps]
-    plan = []
+    plan: list[StepInfo] = []
     for i, (abar_t, abar_s) in enumerate(levels):
         t_next = times[i + 1] if i + 1 < len(times) else None
         posterior = math.sqrt(max((1 - abar_s) / (1 - abar_t) * (1 - abar_t / abar_s), 0.0))
         sigma = _injected_sigma(scheduler, eta, times[i], abar_t, abar_s, posterior)
         in_mean = posterior if kind == "DDPMScheduler" else sigma or 0.0  # DDPM eq. 7
         c = eps_coefficient(abar_t, abar_s, in_mean)
-        plan.append(StepInfo(i, times[i], t_next, abar_t, abar_s, sigma, c))
+        number = sum(step.lowers for step in plan)
+        plan.append(StepInfo(i, times[i], t_next, abar_t, abar_s, sigma, c, number=number))
     return plan
 
 
@@ -169,6 +178,7 @@ def _straight_plan(scheduler: Any) -> list[StepInfo]:
             injected,
             sigmas[i + 1] - sigmas[i],
             velocity=True,
+            number=i,
         )
         for i, t in enumerate(times)
     ]

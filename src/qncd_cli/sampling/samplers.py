@@ -15,6 +15,7 @@ scale and eps, of rectified flows the velocity, whatever the model predicts (`pa
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import math
@@ -60,12 +61,22 @@ class Correction(Protocol):
 
     extra_calls: int
 
+    def tries(self, step: StepInfo) -> bool:
+        """Whether to make this step on trial first, with the uncorrected prediction.
+
+        `observe` then gets the trial's result, before `correct` is asked, and not the result of the
+        step itself.
+        """
+        ...
+
     def correct(self, step: StepInfo, prediction: Tensor) -> Tensor:
         """Guided eps [N, C, ...] -> the one to use; called before `scheduler.step`."""
         ...
 
     def observe(self, step: StepInfo, x_next: Tensor, predict: Predict) -> None:
         """Called right after `scheduler.step`, except the last; x_next [N, C, ...] in VP scale.
+
+        After a trial it is called at the last step, too.
 
         predict(x, step.t): guided eps, uncorrected, for x at the level of t; x may be the first
         rows of the batch alone.
@@ -141,34 +152,59 @@ def denoise(
     scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for i, t in enumerate(scheduler.timesteps):
         at = f"not finite at step {i + 1} (timestep {float(t):g}) for"
+        makes = f"{type(scheduler).__name__} makes latents {at}"
+        fails = f"{type(scheduler).__name__} fails at step {i + 1} of {steps}"
         model_input = scaled(x, t)
         prediction = eps = predict(model_input, t)
         check_finite(prediction, f"the denoiser's prediction is {at}", seeds)
+        tried = correction is not None and plan is not None and correction.tries(plan[i])
         if correction is not None and plan is not None:
             abar_t = plan[i].abar_t
             predicted = to_corrected(prediction, model_input, abar_t, kind)
+            if tried:
+                with refusals(fails):
+                    trial = _tried(scheduler, prediction, t, x, options)
+                check_finite(trial.prev_sample, makes, seeds, OTHER_SAMPLER)
+                at_next = _observed(plan[i], trial, model_input, predicted, kind)
+                x_next = trial.prev_sample * _to_vp(scheduler, plan[i].abar_next, kind)
+                correction.observe(at_next, x_next, _corrected_at(predict, abar_t, kind))
             eps = correction.correct(plan[i], predicted)
             prediction = with_corrected(prediction, predicted, eps, abar_t, kind)
         if on_step is not None:
             on_step(i, t, model_input, prediction)
         deduct = _deduction(correction, plan[i]) if correction is not None and plan else None
-        before = [g.get_state() for g in generators] if deduct is not None else []
-        with refusals(f"{type(scheduler).__name__} fails at step {i + 1} of {steps}"):
+        before = _states(generators) if deduct is not None else []
+        with refusals(fails):
             output = scheduler.step(prediction, t, x, **options)
         x = output.prev_sample
-        check_finite(x, f"{type(scheduler).__name__} makes latents {at}", seeds, OTHER_SAMPLER)
+        check_finite(x, makes, seeds, OTHER_SAMPLER)
         if correction is None or plan is None:
             continue
         if deduct is not None:
             x = x - _per_sample(deduct, x) * _redraw(before, x)
-        if plan[i].t_next is not None:
-            x0 = getattr(output, "pred_original_sample", None)
-            if x0 is None:
-                x0 = implied_clean(model_input, eps, plan[i].abar_t, kind)
-            step = replace(plan[i], x=model_input, x0=x0, eps=eps)
-            x_next = x * _to_vp(scheduler, step.abar_next, kind)
-            correction.observe(step, x_next, _corrected_at(predict, step.abar_t, kind))
+        if plan[i].t_next is not None and not tried:
+            at_next = _observed(plan[i], output, model_input, eps, kind)
+            x_next = x * _to_vp(scheduler, plan[i].abar_next, kind)
+            correction.observe(at_next, x_next, _corrected_at(predict, plan[i].abar_t, kind))
     return x
+
+
+def _tried(
+    scheduler: Any, prediction: Tensor, t: Tensor, x: Tensor, options: Mapping[str, Any]
+) -> Any:
+    """What `scheduler.step` returns, of copies: scheduler and generators stay as they are."""
+    options = dict(options)
+    if "generator" in options:
+        options["generator"] = _in_states(_states(options["generator"]))
+    return copy.deepcopy(scheduler).step(prediction, t, x, **options)
+
+
+def _observed(step: StepInfo, output: Any, model_input: Tensor, eps: Tensor, kind: str) -> StepInfo:
+    """The step with what it was made from; output: what `scheduler.step` returned."""
+    x0 = getattr(output, "pred_original_sample", None)
+    if x0 is None:
+        x0 = implied_clean(model_input, eps, step.abar_t, kind)
+    return replace(step, x=model_input, x0=x0, eps=eps)
 
 
 def _prepare(
@@ -205,10 +241,19 @@ def _deduction(correction: Correction, step: StepInfo) -> Tensor | None:
 
 def _redraw(states: Sequence[Tensor], x: Tensor) -> Tensor:
     """The noise z that the scheduler drew from generators that were in `states`, like x."""
+    return initial_noise(_in_states(states), x.shape[1:], x.dtype).to(x.device)
+
+
+def _states(generators: Sequence[torch.Generator]) -> list[Tensor]:
+    return [g.get_state() for g in generators]
+
+
+def _in_states(states: Sequence[Tensor]) -> list[torch.Generator]:
+    """Generators that draw what others drew after they were in `states`."""
     clones = [torch.Generator(device="cpu") for _ in states]
     for clone, state in zip(clones, states, strict=True):
         clone.set_state(state)
-    return initial_noise(clones, x.shape[1:], x.dtype).to(x.device)
+    return clones
 
 
 def _corrected_at(predict: Predict, abar_t: float, kind: str) -> Predict:

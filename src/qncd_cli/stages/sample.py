@@ -173,6 +173,8 @@ def make_correction(
         target=inter.target,
         granularity=inter.granularity,
         interval=inter.interval,
+        first=inter.first,
+        repeat=inter.repeat,
         part=inter.part,
         baseline=EstimatorBaseline.from_statistics(statistics) if compared else None,
         slope=inter.slope,
