@@ -43,6 +43,17 @@ def test_documents_name_only_files_that_exist(name):
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("folder", ["src", "scripts", "tests", "configs", "examples", "training"])
+def test_sources_cite_only_documents_that_exist(folder):
+    cited = {
+        (path.name, name)
+        for path in (ROOT / folder).rglob("*.*")
+        if path.suffix in (".py", ".yaml", ".h", ".cpp")
+        for name in re.findall(r"\bdocs/[\w./-]*\w", path.read_text(encoding="utf-8"))
+    }
+    assert [(path, name) for path, name in cited if not (ROOT / name).exists()] == []
+
+
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents_name_only_code_that_exists(name):
     """`room/module.py` stands for a file of the package, names after a colon for what is in it."""

@@ -44,7 +44,8 @@ HEADROOM = 1.5
 the allocator keeps what is free."""
 KERNELS = 70e6
 """Bytes of kernels that oneDNN compiles for the shapes it meets, and of threads. This and HEADROOM
-were fitted to fashion-ldm and LDM-4 (docs/models.md)."""
+were fitted to fashion-ldm and LDM-4
+(docs/notebook/2026-11-23-plan-and-peak-memory.md)."""
 
 
 @dataclass(frozen=True)
