@@ -1,6 +1,7 @@
 import ast
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,13 @@ def keys_of(tree: dict, above: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
         path = (*above, key)
         found += keys_of(value, path) if isinstance(value, dict) else [path]
     return found
+
+
+def test_the_architecture_page_says_of_every_room_what_it_holds():
+    rooms = [room for room, _ in runpy.run_path(str(ROOT / "tests" / "test_layers.py"))["ROOMS"]]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.partition("| ground |")[0]
+    assert re.findall(r"^\| `(\w+)/` \|", table, flags=re.MULTILINE) == rooms
 
 
 def defined(path: Path) -> set[str]:
