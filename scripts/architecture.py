@@ -6,7 +6,7 @@
 The table is ROOMS in tests/test_layers.py: every room, top first, and the rooms that it may import.
 A floor holds rooms that may not import each other. An arrow leads from a room to one that it
 may import; it is left out where a longer way leads there, so that every permitted import is a way
-downwards. What a room holds is the first line of its docstring.
+downwards. What a room holds is the first sentence of its docstring.
 """
 
 from __future__ import annotations
@@ -75,12 +75,13 @@ def arrows(rooms: Rooms) -> list[tuple[str, str]]:
 
 
 def holds(room: str) -> str:
-    """First line of the room's docstring; empty where there is no such package."""
+    """First sentence of the room's docstring; empty where there is no such package."""
     path = SOURCE / room / "__init__.py"
     if not path.is_file():
         return ""
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
+    sentence, dot, _ = " ".join(text.replace("`", "").split()).partition(". ")
+    return sentence + dot.strip()
 
 
 def picture(rooms: Rooms) -> str:
