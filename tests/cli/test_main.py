@@ -17,8 +17,8 @@ from PIL import Image
 
 from qncd_cli import __version__
 from qncd_cli.cli.main import cli
-from qncd_cli.config.loading import shipped_configs
 from qncd_cli.config.presets import PRESETS
+from qncd_cli.config.shipped import shipped_configs
 
 COMMANDS = [
     "ablate",
@@ -307,7 +307,7 @@ def test_a_dry_run_prints_the_resolved_configuration_and_writes_nothing(qncd, ti
 def test_models_lists_every_shipped_configuration(qncd):
     data = qncd("models", "--json").data
     assert set(data["configs"]) == set(shipped_configs())
-    assert data["configs"]["ldm4_w4a8"]["bits"] == "W4A8"
+    assert data["configs"]["ldm4"]["bits"] == "W4A8"
     table = qncd("models").stdout
     for name in [*shipped_configs(), *PRESETS]:
         assert name in table

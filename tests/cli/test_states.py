@@ -39,6 +39,50 @@ def test_a_changed_key_is_told_with_its_old_and_new_value(work):
     assert data["keys"] == ["quantization.weights.bits: 4 -> 8"]
 
 
+def test_other_bits_are_quantized_from_the_same_calibration(work):
+    before = (work.folder / RUN / "calibration.safetensors").read_bytes()
+    result = work("quantize", "--bits", "w8a6")
+    why = "quantization.weights.bits: 4 -> 8; quantization.activations.bits: 8 -> 6"
+    assert result.stderr.splitlines()[0] == f"quantize: again, because {why}"
+    assert (work.folder / RUN / "calibration.safetensors").read_bytes() == before
+    assert "W8A6" in work("inspect", RUN).stdout
+    assert "other settings (the quantized model: " in work("sample", ok=False).stderr
+    assert work("quantize").stdout.startswith("quantize: unchanged, skipped")
+
+
+def test_bits_that_calibration_depends_on_are_refused_with_what_to_do_again(work):
+    work("calibrate", "--config", "tiny.yaml", "--set", "correction.intra=auto")
+    work("quantize")
+    before = snapshot(work)
+    result = work("quantize", "--bits", "w8a8", ok=False)
+    assert result.exit_code == 4
+    assert result.stderr == (
+        f"Error: {RUN}: calibrate: again, because quantization.weights.bits: 4 -> 8 "
+        '(repeat "qncd calibrate" with these settings)\n'
+    )
+    assert snapshot(work) == before
+    work(
+        "calibrate",
+        "--config",
+        "tiny.yaml",
+        "--set",
+        "correction.intra=auto",
+        "--bits",
+        "w8a8",
+        "--run-dir",
+        RUN,
+    )
+    assert "again, because" in work("quantize").stderr
+    assert "W8A8" in work("inspect", RUN).stdout
+
+
+@pytest.mark.parametrize(("bits", "said"), [("4", "expected widths"), ("fp", "quantizes nothing")])
+def test_widths_that_quantize_cannot_take_are_one_line(work, bits, said):
+    result = work("quantize", "--bits", bits, ok=False)
+    assert result.exit_code == 3
+    assert f"--bits {bits}: {said}" in result.stderr
+
+
 def test_several_changed_keys_are_told_in_the_words_of_the_configuration(work):
     changes = {"correction.intra": "smoothquant", "quantization.split_skip_connections": "false"}
     overrides = [part for key, value in changes.items() for part in ("--set", f"{key}={value}")]

@@ -1,4 +1,4 @@
-"""Reading configurations: found by name, refused in words that help, overridden, inert."""
+"""Reading configurations: refused in words that help, overridden, inert."""
 
 from __future__ import annotations
 
@@ -9,51 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import refused
 
-from qncd_cli.config.loading import find_config, load_config, parse_config, shipped_configs
+from qncd_cli.config.loading import load_config, parse_config
 from qncd_cli.errors import ConfigError
-
-# ---- what is shipped ----------------------------------------------------------------------------
-
-
-def test_some_configurations_are_shipped():
-    assert {"fashion_ldm_w4a8", "ldm4_w4a8"} <= set(shipped_configs())
-
-
-@pytest.mark.parametrize("name", sorted(shipped_configs()))
-def test_every_shipped_configuration_loads_and_is_what_its_name_says(name):
-    config = load_config(name)
-    bits = f"w{config.quantization.weights.bits}a{config.quantization.activations.bits}"
-    assert name.removesuffix("_paper").endswith(f"_{bits}")
-    paper = "qncd" if name.endswith("_paper") else "best"
-    assert config.quantization.preset == paper
-
-
-@pytest.mark.parametrize("ending", ["", ".yaml", ".yml"])
-def test_shipped_configurations_are_found_by_name(ending):
-    assert find_config(f"ldm4_w4a8{ending}") == shipped_configs()["ldm4_w4a8"]
-
-
-def test_a_file_wins_over_a_shipped_name(tmp_path, monkeypatch):
-    (tmp_path / "ldm4_w4a8.yaml").write_text("model: {source: mine}\n")
-    monkeypatch.chdir(tmp_path)
-    assert load_config("ldm4_w4a8.yaml").model.source == "mine"
-
-
-def test_an_unknown_name_gets_the_nearest_shipped_one():
-    with pytest.raises(ConfigError, match=r"did you mean ldm4_w4a8\.yaml\?"):
-        find_config("ldm4_w4a88.yaml")
-
-
-def test_a_name_like_no_other_gets_one_short_line():
-    with pytest.raises(ConfigError, match="qncd models lists those that are shipped") as caught:
-        find_config("qqqq")
-    assert len(str(caught.value)) < 150
-
-
-def test_a_missing_path_is_not_taken_for_a_shipped_name(tmp_path):
-    with pytest.raises(ConfigError, match="no configuration"):
-        find_config(str(tmp_path / "ldm4_w4a8.yaml"))
-
 
 # ---- refusals -----------------------------------------------------------------------------------
 
@@ -184,7 +141,8 @@ def test_layer_patterns_change_only_what_they_name(minimal):
 def test_reading_imports_no_torch():
     code = (
         "import sys, qncd_cli.config.loading as c\n"
-        "for name in c.shipped_configs(): c.load_config(name).stage_digest('quantize')\n"
+        "from qncd_cli.config.shipped import shipped_configs\n"
+        "for name in shipped_configs(): c.load_config(name).stage_digest('quantize')\n"
         "print([m for m in ('torch', 'diffusers', 'numpy', 'rich') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

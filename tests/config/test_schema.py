@@ -8,8 +8,9 @@ import pytest
 from conftest import MODEL, refused
 from pydantic import ValidationError
 
-from qncd_cli.config.loading import load_config, parse_config, shipped_configs
+from qncd_cli.config.loading import load_config, parse_config
 from qncd_cli.config.schema import Config
+from qncd_cli.config.shipped import shipped_configs
 
 # ---- strictness ---------------------------------------------------------------------------------
 

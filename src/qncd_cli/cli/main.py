@@ -83,7 +83,13 @@ def calibrate(device, force, dry_run, plan, as_json, debug, **names):
 @cli.command(
     epilog="\b\nExamples:\n  qncd quantize\n"
     "  qncd quantize --set quantization.weights.rounding=nearest\n"
+    "  qncd quantize --bits w4a6\n"
     "  qncd quantize --budget 4.5"
+)
+@click.option(
+    "--bits",
+    metavar="W4A8",
+    help="Bits of weights and activations (default: as calibrate was told).",
 )
 @click.option(
     "--budget",
@@ -98,11 +104,14 @@ def calibrate(device, force, dry_run, plan, as_json, debug, **names):
 @options.force("Quantize again although nothing has changed.")
 @options.plan
 @options.json_output
-def quantize(budget, overrides, run_dir, device, force, plan, as_json, debug):
+def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, debug):
     """Round the weights to integers, set activation ranges, measure the quantization noise."""
+    from ..config.widths import bits_overrides
     from . import commands
     from . import plan as planning
 
+    if bits is not None:
+        overrides = (*bits_overrides(bits), *overrides)
     if budget is not None:
         overrides = (*overrides, f"quantization.weights.budget={budget}")
     if plan:

@@ -51,6 +51,10 @@ def check_parents(run: RunDir, config: Config, model: str | None) -> None:
     smoothing, calibration = (
         read_stored(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
     )
+    calibrated = fresh.calibrated(run, config, model or smoothing.model)
+    if calibrated.changed:
+        hint = 'repeat "qncd calibrate" with these settings'
+        raise ArtifactError(f"{run.path}: {calibrated.sentence()}", hint)
     digest = config.stage_digest("calibrate")
     check_lineage(smoothing, config=digest, model=model)
     parents = {"smoothing": smoothing.digest}

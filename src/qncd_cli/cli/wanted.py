@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +11,16 @@ from pathlib import Path
 import click
 
 from ..config import model_card
-from ..config.loading import load_config, resolved, shipped_configs
+from ..config.loading import load_config, resolved
 from ..config.schema import Config
+from ..config.shipped import find_shipped, split_widths
 from ..config.widths import bits_overrides
-from ..spec import WIDTHS_PATTERN
 from .starter import facts_of, name_of, starter_tree
 
 NAMES = ("config_name", "model", "bits", "prompts_file", "overrides", "run_dir")
 """Names of the options that say what is wanted, without that of the prompts."""
 _DEFAULT_BITS = "w4a8"
-_BITS = re.compile("_" + WIDTHS_PATTERN)
+"""Widths of a model alone, and of a shipped configuration whose name says none."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +46,22 @@ class Wanted:
     def _is_config(name: str) -> bool:
         if model_card.is_model(name):
             return False
-        return name.endswith((".yaml", ".yml")) or name in shipped_configs()
+        return name.endswith((".yaml", ".yml")) or find_shipped(name) is not None
 
     @property
     def folder(self) -> Path:
         """Where the run is, or is going to be: named after the configuration, or model and bits."""
         if self.run_dir is not None:
             return Path(self.run_dir)
+        bits = (self.bits or _DEFAULT_BITS).lower()
         if self.model is not None:
-            name = f"{name_of(self.model)}_{(self.bits or _DEFAULT_BITS).lower()}"
-        else:
-            name = Path(str(self.config_name)).stem
-            if self.bits is not None:
-                name = f"{_BITS.sub('', name)}_{self.bits.lower()}"
-        return Path("runs") / name
+            return Path("runs") / f"{name_of(self.model)}_{bits}"
+        name = str(self.config_name)
+        stem, (base, named) = Path(name).stem, split_widths(Path(name).stem)
+        own_file = os.path.isfile(name) or find_shipped(name) is None
+        if self.bits is None and (named is not None or own_file):
+            return Path("runs") / stem
+        return Path("runs") / f"{base}_{bits}"
 
     def config(self, download: Callable[[str], object] | None = None) -> Config:
         """download: brings a model of the hub that is not here. Raises ConfigError, ModelError."""

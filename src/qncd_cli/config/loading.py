@@ -1,14 +1,14 @@
 """Configurations are read strictly from YAML files and `--set` overrides.
 
 Reading is inert: no model is opened, nothing seeded, no device asked. What can be set is in
-config/schema.py; here are the file lookup, the overrides and the suggestions.
+config/schema.py, which file a name stands for in config/shipped.py; here are the overrides and the
+suggestions.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,13 +16,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
-from . import model_card, presets
+from . import presets
 from .own_settings import Download, ask_model, place_model, place_of, section_of
 from .schema import Config, LayerOverride, SamplingConfig
+from .shipped import find_config, shortened
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _ALTERNATIVES = ("literal[", "tuple[")
-_SHOWN = 80
 DEFAULT_PRESET = "best"
 """Preset of a configuration that names none; null in a configuration means no preset."""
 
@@ -43,55 +42,13 @@ class _UniqueKeys(_Loader):
         return super().construct_mapping(node, deep)
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Configurations that the package ships, by name without the ending."""
-    for folder in (_PACKAGE / "configs", _PACKAGE.parent.parent / "configs"):
-        if folder.is_dir():
-            return {p.stem: p for p in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def find_config(name: str) -> Path:
-    """A path, or the name of a shipped configuration with or without .yaml. Raises ConfigError."""
-    path = Path(name)
-    if os.path.isfile(name) and not model_card.is_model(name):
-        return path
-    shipped = shipped_configs()
-    stem = path.name.removesuffix(".yaml").removesuffix(".yml")
-    if path.name == name and stem in shipped:
-        return shipped[stem]
-    raise _no_config(name, stem, shipped)
-
-
-def _no_config(name: str, stem: str, shipped: Iterable[str]) -> ConfigError:
-    if model_card.is_model(name):
-        hint = f"qncd run {name} --bits w4a8, or first qncd init {name} > my.yaml"
-        return ConfigError(f"{name} is a model, not a configuration", hint)
-    if os.path.isdir(name):
-        run = os.path.join(name, "config.yaml")
-        hint = (
-            f"--config {run}" if os.path.isfile(run) else "a model's folder has a model_index.json"
-        )
-        return ConfigError(f"{name} is a folder, not a configuration", hint)
-    close = difflib.get_close_matches(stem, shipped, n=1)
-    hint = "qncd models lists those that are shipped; qncd init MODEL writes one for a model"
-    return ConfigError(
-        f"no configuration {shortened(name)}",
-        f"did you mean {close[0]}.yaml?" if close else hint,
-    )
-
-
-def shortened(text: str) -> str:
-    """A word of the user's for an error, which can be a whole prompt where a path is expected."""
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
 def load_config(name: str, overrides: Sequence[str] = (), **others: Any) -> Config:
-    """Read a configuration file; overrides, others: as `resolved` takes them.
+    """Read a configuration file, by path or shipped name; overrides, others: as `resolved` takes.
 
     Raises ConfigError naming the file, the dotted key and the nearest known key.
     """
-    path = find_config(name)
+    found = find_config(name)
+    path = found.path
     try:
         tree = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
@@ -100,6 +57,7 @@ def load_config(name: str, overrides: Sequence[str] = (), **others: Any) -> Conf
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
+    overrides = (*found.overrides, *overrides)
     return resolved(tree, str(path), path.parent, overrides, **others)
 
 

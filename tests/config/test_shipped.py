@@ -1,0 +1,146 @@
+"""Shipped configurations: one a model, found by name, with widths in the name or without."""
+
+from __future__ import annotations
+
+import pytest
+
+from qncd_cli.cli.wanted import Wanted
+from qncd_cli.config.loading import load_config
+from qncd_cli.config.shipped import find_config, shipped_configs, split_widths
+from qncd_cli.errors import ConfigError
+from qncd_cli.store.digests import digest_of
+
+# Before there was one file a model, each of these was a file of its own. Digests of all that it
+# resolved to, and of what decides calibrate and quantize, as they were then: runs made from it hold.
+WITH_WIDTHS = {
+    "cifar10_w4a6": ("ca31a1fc03f5a040", "db69755199c1bb2f", "42899139bdcddb02"),
+    "cifar10_w4a8": ("18b25277d4f1796a", "db69755199c1bb2f", "2fb373076808320b"),
+    "cifar10_w4a8_paper": ("bd282ed00b5f76fd", "e7d3ab582dc3d314", "b73337abfdd64690"),
+    "cifar10_w8a8": ("f3860a16c06eb2bd", "db69755199c1bb2f", "73536619c89b9b0a"),
+    "dit_xl_w4a6": ("f5c66f59e623a823", "9e6e00a76a072e31", "1a376569a4c1e4a0"),
+    "dit_xl_w4a8": ("066572609fecd48d", "9e6e00a76a072e31", "c86eda683af71b53"),
+    "dit_xl_w8a8": ("804d272a4c9983bb", "9e6e00a76a072e31", "53e632743baac0ad"),
+    "fashion_ddpm_w4a4": ("f50a766e0268e0b4", "e09e9c161a5181c5", "929686e60587477e"),
+    "fashion_ddpm_w4a6": ("b2ac9d02b7cc6198", "e09e9c161a5181c5", "c5b6ecf9c72a6c71"),
+    "fashion_ddpm_w4a8": ("e33e34d0234ca972", "e09e9c161a5181c5", "5418371f3bf268c7"),
+    "fashion_ddpm_w8a8": ("b7a57f85551aa3d0", "e09e9c161a5181c5", "e3f20b2455edfb51"),
+    "fashion_dit_w4a4": ("df2bf0cfe684ea38", "d065c36825b7dbf4", "a1f4065b06cac90f"),
+    "fashion_dit_w4a6": ("0d5dc4e79b4fb3a0", "d065c36825b7dbf4", "46f4dfc32c99fac0"),
+    "fashion_dit_w4a8": ("ed50377255b6651e", "d065c36825b7dbf4", "719cd1e2f5b6f049"),
+    "fashion_dit_w8a8": ("7ffef5242dc2aba3", "d065c36825b7dbf4", "4bcda920bc363833"),
+    "fashion_ldm_w4a4": ("f15a5b08fc88f736", "a94334d5c6727d71", "77ab8fcd3d054af9"),
+    "fashion_ldm_w4a6": ("2a3f02e21fffaa67", "a94334d5c6727d71", "e6f131b185421692"),
+    "fashion_ldm_w4a8": ("9406fcf860cf4e56", "a94334d5c6727d71", "84a2f4a139787dd9"),
+    "fashion_ldm_w8a8": ("77fe8d1076fe58f2", "a94334d5c6727d71", "6c40ad238b6b9770"),
+    "flux_dev_w4a6": ("c57a205b587d290d", "33ebc1ac95f7b974", "1a868d52ca3f1b3b"),
+    "flux_dev_w4a8": ("20657d9a511454cb", "33ebc1ac95f7b974", "2cea30148ecdeb47"),
+    "flux_dev_w8a8": ("664c9885ea00d0b5", "33ebc1ac95f7b974", "17c66965fec3feb9"),
+    "ldm4_w4a6": ("279344935283a39c", "abb2843bd6c9c038", "adf8feef5496a6d4"),
+    "ldm4_w4a8": ("8db378c09106ede7", "abb2843bd6c9c038", "1b9f3828ec246888"),
+    "ldm4_w4a8_paper": ("04842fca02adacad", "54ed4723a5bcbd52", "81a663a8e28fb956"),
+    "ldm4_w8a8": ("60cb27833214e13b", "abb2843bd6c9c038", "89bdd273e0186b1f"),
+    "lsun_bedrooms_w4a6": ("8d3394d4eb960116", "6d9111b6c3538a6b", "4d6ff1971548956d"),
+    "lsun_bedrooms_w4a8": ("b6bd4f881bca3c80", "6d9111b6c3538a6b", "ee823bb1f297b8e7"),
+    "lsun_bedrooms_w4a8_paper": ("047f68a56539ee2e", "aca6b04f64afbe7b", "10334d8937a12daf"),
+    "lsun_bedrooms_w8a8": ("984e5d71894f5ee6", "6d9111b6c3538a6b", "82dea9954aae9b2c"),
+    "lsun_churches_w4a6": ("605344aa86d2bfa1", "5b97da82be71dc86", "63b8117005e7b558"),
+    "lsun_churches_w4a8": ("3be179b59adf350b", "5b97da82be71dc86", "16d3475ee5a48619"),
+    "lsun_churches_w4a8_paper": ("82d559ceec0fe3f7", "b9880a0a022dd5c3", "014020747dd4469a"),
+    "lsun_churches_w8a8": ("4b6563123b0c19ab", "5b97da82be71dc86", "40b956b1ac13af5a"),
+    "pixart_sigma_w4a6": ("cbd4d2c35ddf0113", "445b14a0e721d055", "329b63d8f6444f5d"),
+    "pixart_sigma_w4a8": ("3ed558197eceab08", "445b14a0e721d055", "91e7c6345caf07f8"),
+    "pixart_sigma_w8a8": ("1e9f6f8f050934cd", "445b14a0e721d055", "699476dcbd1bde15"),
+    "sd14_w4a6": ("8d4c679e604b85a3", "24fbaa61ab6c7b7d", "b4deb7469724d6e8"),
+    "sd14_w4a8": ("9ac8e5db15d91f45", "24fbaa61ab6c7b7d", "7e79d1edbb61c787"),
+    "sd14_w4a8_paper": ("4a2ded9dc07b2431", "4c1e3a4e2f6af2d0", "10e8fd72d15842bb"),
+    "sd14_w8a8": ("bfde4cabf490095e", "24fbaa61ab6c7b7d", "04607cd3341c230d"),
+    "sd3_w4a6": ("d7c4b02995d01bb1", "c5d5471a9aee6f91", "84ee587da123f6fb"),
+    "sd3_w4a8": ("665e23b8f9af6cf1", "c5d5471a9aee6f91", "7eeb608b45eeaef9"),
+    "sd3_w8a8": ("e87139ec38dfb825", "c5d5471a9aee6f91", "c8f307a50ead0016"),
+    "sdxl_w4a6": ("efe46a0aea80de5d", "fec4611a0c9b055c", "00f6b4eb22f26f4e"),
+    "sdxl_w4a8": ("77a17997fc8bcc54", "fec4611a0c9b055c", "b4bc16eb6a73e018"),
+    "sdxl_w8a8": ("2f999fe0cb5bdfaf", "fec4611a0c9b055c", "4bffa046d1f4901b"),
+}
+
+
+@pytest.mark.parametrize("name", WITH_WIDTHS)
+def test_a_name_with_widths_is_the_configuration_that_it_always_was(name):
+    config = load_config(name)
+    stages = config.stage_digest("calibrate"), config.stage_digest("quantize")
+    assert (digest_of(config.to_dict()), *stages) == WITH_WIDTHS[name]
+    assert load_config(f"{name}.yaml") == config
+    assert Wanted(name).folder.name == name
+
+
+def test_one_configuration_a_model_and_the_published_protocols_are_shipped():
+    models = {split_widths(name)[0] for name in WITH_WIDTHS}
+    assert set(shipped_configs()) == models
+    assert len([name for name in models if not name.endswith("_paper")]) == 13
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_a_name_without_widths_is_w4a8(name):
+    config = load_config(name)
+    assert (config.quantization.weights.bits, config.quantization.activations.bits) == (4, 8)
+    assert config.quantization.preset == ("qncd" if name.endswith("_paper") else "best")
+    assert Wanted(name).folder.name == f"{name}_w4a8"
+    assert Wanted(name).config() == load_config(f"{name}_w4a8")
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("fashion_dit_w3a8", (3, 8)), ("dit_xl_w4a4", (4, 4)), ("sd3_w32a6", (32, 6))],
+)
+def test_any_widths_may_stand_in_a_name(name, bits):
+    quantization = load_config(name).quantization
+    assert (quantization.weights.bits, quantization.activations.bits) == bits
+
+
+@pytest.mark.parametrize("name", ["ldm4_w8a8_paper", "ldm4_paper_w8a8"])
+def test_widths_stand_before_or_behind_what_follows_the_model(name):
+    assert load_config(name) == load_config("ldm4_paper", ["quantization.weights.bits=8"])
+
+
+def test_overrides_win_over_the_name():
+    assert load_config("sdxl_w4a6", ["quantization.weights.bits=8"]).quantization.weights.bits == 8
+
+
+@pytest.mark.parametrize("ending", ["", ".yaml", ".yml"])
+def test_shipped_configurations_are_found_with_and_without_an_ending(ending):
+    assert find_config(f"ldm4_w4a8{ending}").path == shipped_configs()["ldm4"]
+    assert find_config(f"ldm4{ending}").path == shipped_configs()["ldm4"]
+
+
+@pytest.mark.parametrize("name", ["ldm4_w4a8.yaml", "ldm4.yaml"])
+def test_a_file_wins_over_a_shipped_name(name, tmp_path, monkeypatch):
+    (tmp_path / name).write_text("model: {source: mine}\n")
+    monkeypatch.chdir(tmp_path)
+    assert load_config(name).model.source == "mine"
+    assert Wanted(name).folder.name == name.removesuffix(".yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ldm4_w4a88.yaml", "ldm4_w4a8.yaml"),
+        ("fashon_ldm", "fashion_ldm.yaml"),
+        ("fashon_ldm_w4a6", "fashion_ldm_w4a6.yaml"),
+        ("sd14_w4a8_papr", "sd14_w4a8_paper.yaml"),
+        ("configs/sd3_w4a6.yaml", "sd3_w4a6.yaml"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_shipped_one(name, meant):
+    with pytest.raises(ConfigError) as caught:
+        find_config(name)
+    assert str(caught.value) == f"no configuration {name} (did you mean {meant}?)"
+
+
+def test_a_name_like_no_other_gets_one_short_line():
+    with pytest.raises(ConfigError, match="qncd models lists those that are shipped") as caught:
+        find_config("qqqq")
+    assert len(str(caught.value)) < 150
+
+
+def test_a_missing_path_is_not_taken_for_a_shipped_name(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration"):
+        find_config(str(tmp_path / "ldm4_w4a8.yaml"))
