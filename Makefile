@@ -5,7 +5,7 @@ READY := .venv/.ready
 # What is tested is tiny: two processes help, more threads only wait for each other. In the order of the
 # files, those that compile come early; by number of tests they would come last and alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-CONFIGS := fashion_ldm_w8a8 fashion_ldm_w4a8 fashion_ldm_w4a6
+BITS := w8a8 w4a8 w4a6
 NUM ?= 300
 
 .PHONY: setup demo test lint check fmt docs
@@ -20,12 +20,12 @@ $(READY): pyproject.toml
 
 # Quantize the packaged model at three widths and show what came of it.
 demo: $(READY)
-	@set -e; for config in $(CONFIGS); do \
-	    echo "== $$config"; \
-	    $(BIN)/qncd run --config $$config --num $(NUM); \
+	@set -e; for bits in $(BITS); do \
+	    echo "== fashion_ldm at $$bits"; \
+	    $(BIN)/qncd run --config fashion_ldm --bits $$bits --num $(NUM); \
 	done
 	@echo "== full precision and the three widths"
-	@$(BIN)/qncd compare $(addprefix runs/,$(CONFIGS))
+	@$(BIN)/qncd compare $(addprefix runs/fashion_ldm_,$(BITS))
 	@echo "report:        runs/fashion_ldm_w4a8/report.html"
 	@echo "contact sheet: runs/fashion_ldm_w4a8/samples/quantized_sheet.png"
 

@@ -11,7 +11,7 @@ from qncd_cli.errors import ConfigError
 from qncd_cli.store.digests import digest_of
 
 # Before there was one file a model, each of these was a file of its own. Digests of all that it
-# resolved to, and of what decides calibrate and quantize, as they were then: runs made from it hold.
+# resolved to, and of what decides calibrate and quantize, as they were then: runs of it hold.
 WITH_WIDTHS = {
     "cifar10_w4a6": ("ca31a1fc03f5a040", "db69755199c1bb2f", "42899139bdcddb02"),
     "cifar10_w4a8": ("18b25277d4f1796a", "db69755199c1bb2f", "2fb373076808320b"),

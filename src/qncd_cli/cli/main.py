@@ -14,14 +14,14 @@ from .console import Console, ErrorReportingGroup
 
 EPILOG = """\b
 The pipeline, one stage after the other:
-  qncd calibrate --config fashion_ldm_w4a8.yaml
+  qncd calibrate --config fashion_ldm --bits w4a8
   qncd quantize
   qncd sample --steps 20 --num 64
   qncd eval --fid
 
 \b
 Or all four:
-  qncd run --config fashion_ldm_w4a8.yaml
+  qncd run --config fashion_ldm --bits w4a8
 
 \b
 Your own model, a diffusers folder:
@@ -49,10 +49,10 @@ def cli() -> None:
 
 
 @cli.command(
-    epilog="\b\nExamples:\n  qncd calibrate --config fashion_ldm_w4a8.yaml\n"
+    epilog="\b\nExamples:\n  qncd calibrate --config fashion_ldm --bits w4a8\n"
     "  qncd calibrate --config my.yaml --set calibration.trajectories=256\n"
     "  qncd calibrate --config my.yaml --dry-run\n"
-    "  qncd calibrate --config ldm4_w4a8 --set model.source=random:ldm4 --plan"
+    "  qncd calibrate --config ldm4 --set model.source=random:ldm4 --plan"
     + sentences("intra noise", "inter noise")
 )
 @options.wanted
@@ -225,9 +225,9 @@ def evaluate(**options):
 @cli.command(
     epilog="\b\nExamples:\n  qncd run models/my-model --bits w4a8 --prompts prompts.txt\n"
     "  qncd run zoo:fashion-ldm --bits w4a6\n"
-    "  qncd run --config fashion_ldm_w4a8.yaml\n"
+    "  qncd run --config fashion_ldm --bits w4a8\n"
     "  qncd run --config fashion_ldm_w8a8.yaml --num 1000 --fid --kid\n"
-    "  qncd run --config fashion_ldm_w4a8.yaml --num 1000 --plan"
+    "  qncd run --config fashion_ldm --num 1000 --plan"
 )
 @options.wanted
 @options.overrides
@@ -267,64 +267,6 @@ def compare(run_dirs, as_json, debug):
     from . import evaluation
 
     evaluation.compare(Console(as_json), run_dirs)
-
-
-@cli.command(
-    epilog="\b\nExamples:\n  qncd ablate --config fashion_ldm_w4a8.yaml --num 300\n"
-    "  qncd ablate --config fashion_ldm_w4a8 --presets minmax,qncd,best --bits w8a8,w4a8,w4a6\n"
-    "  qncd ablate --config my.yaml --presets none,intra,inter,both\n"
-    "  qncd ablate --config my.yaml --presets none+runtime,none+ptqd --bits fp,w4a8\n"
-    "  qncd ablate --config my.yaml --presets best,best+brecq,best+bias"
-)
-@options.config
-@click.option(
-    "--presets",
-    metavar="NAME,NAME,...",
-    default="minmax,qdiffusion,ptqd,tdq,qncd-intra,qncd-inter,qncd,best-label,best",
-    show_default=True,
-    help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
-    "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
-    "ptqd, affine), the intra correction (embedding, smoothquant, auto), the rounding (nearest, "
-    "gptq, adaround, brecq) or bias.",
-)
-@click.option(
-    "--bits",
-    metavar="W4A8,...|fp",
-    help="Widths of weights and activations, each with every row (default: the configuration's); "
-    "fp: the unquantized model, to see what an inter correction does to it.",
-)
-@click.option(
-    "--num",
-    type=click.IntRange(2),
-    metavar="N",
-    help="Samples a row (default: evaluation.num_samples).",
-)
-@options.batch_size
-@click.option(
-    "--published",
-    is_flag=True,
-    help="Leave in floating point what each preset's paper does; otherwise all rows are quantized "
-    "alike.",
-)
-@options.backend
-@options.features
-@options.overrides
-@options.run_dir
-@options.device
-@options.force("Measure every row again although nothing has changed.")
-@options.json_output
-def ablate(**options):
-    """Compare presets and corrections on the same seeds, one row each; trains nothing.
-
-    Rows share calibration, quantized weights and full-precision samples where they agree. Writes
-    ablation.json, .md and .html (default: to runs/ablate_<config name>); a repeated command goes
-    on with the rows that are missing. --set holds for every row and wins over its preset.
-    """
-    from . import ablate as command
-
-    console = Console(options.pop("as_json"))
-    options.pop("debug")
-    command.ablate(console, command.AblateOptions(**options))
 
 
 for command in tools.COMMANDS:

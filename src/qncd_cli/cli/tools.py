@@ -121,6 +121,64 @@ def export(out, to, samples, bound, run_dir, force, as_json, debug):
 
 
 @click.command(
+    epilog="\b\nExamples:\n  qncd ablate --config fashion_ldm --num 300\n"
+    "  qncd ablate --config fashion_ldm --presets minmax,qncd,best --bits w8a8,w4a8,w4a6\n"
+    "  qncd ablate --config my.yaml --presets none,intra,inter,both\n"
+    "  qncd ablate --config my.yaml --presets none+runtime,none+ptqd --bits fp,w4a8\n"
+    "  qncd ablate --config my.yaml --presets best,best+brecq,best+bias"
+)
+@options.config
+@click.option(
+    "--presets",
+    metavar="NAME,NAME,...",
+    default="minmax,qdiffusion,ptqd,tdq,qncd-intra,qncd-inter,qncd,best-label,best",
+    show_default=True,
+    help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
+    "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
+    "ptqd, affine), the intra correction (embedding, smoothquant, auto), the rounding (nearest, "
+    "gptq, adaround, brecq) or bias.",
+)
+@click.option(
+    "--bits",
+    metavar="W4A8,...|fp",
+    help="Widths of weights and activations, each with every row (default: the configuration's); "
+    "fp: the unquantized model, to see what an inter correction does to it.",
+)
+@click.option(
+    "--num",
+    type=click.IntRange(2),
+    metavar="N",
+    help="Samples a row (default: evaluation.num_samples).",
+)
+@options.batch_size
+@click.option(
+    "--published",
+    is_flag=True,
+    help="Leave in floating point what each preset's paper does; otherwise all rows are quantized "
+    "alike.",
+)
+@options.backend
+@options.features
+@options.overrides
+@options.run_dir
+@options.device
+@options.force("Measure every row again although nothing has changed.")
+@options.json_output
+def ablate(**options):
+    """Compare presets and corrections on the same seeds, one row each; trains nothing.
+
+    Rows share calibration, quantized weights and full-precision samples where they agree. Writes
+    ablation.json, .md and .html (default: to runs/ablate_<config name>); a repeated command goes
+    on with the rows that are missing. --set holds for every row and wins over its preset.
+    """
+    from . import ablate as command
+
+    console = Console(options.pop("as_json"))
+    options.pop("debug")
+    command.ablate(console, command.AblateOptions(**options))
+
+
+@click.command(
     epilog="\b\nExamples:\n  qncd bench random:ldm4\n"
     "  qncd bench zoo:fashion-ldm --batch-size 50 --rounds 20\n"
     "  qncd bench random:ldm4 --rows float32-eager,int8-w4a8 --no-memory --profile\n"
@@ -207,4 +265,4 @@ def models(as_json, debug):
     listing.models(Console(as_json))
 
 
-COMMANDS = (init, convert, export, bench, inspect, models)
+COMMANDS = (init, convert, export, ablate, bench, inspect, models)
