@@ -10,56 +10,57 @@ from qncd_cli.config.shipped import find_config, shipped_configs, split_widths
 from qncd_cli.errors import ConfigError
 from qncd_cli.store.digests import digest_of
 
-# Before there was one file a model, each of these was a file of its own. Digests of all that it
-# resolved to, and of what decides calibrate and quantize, as they were then: runs of it hold.
+# Before there was one file a model, each of these was a file of its own. Digests of what it
+# resolves to beside defaults, and of what decides calibrate and quantize: runs made from it hold.
+# A preset that changes on purpose changes those of its configurations.
 WITH_WIDTHS = {
-    "cifar10_w4a6": ("ca31a1fc03f5a040", "db69755199c1bb2f", "42899139bdcddb02"),
-    "cifar10_w4a8": ("18b25277d4f1796a", "db69755199c1bb2f", "2fb373076808320b"),
-    "cifar10_w4a8_paper": ("bd282ed00b5f76fd", "e7d3ab582dc3d314", "b73337abfdd64690"),
-    "cifar10_w8a8": ("f3860a16c06eb2bd", "db69755199c1bb2f", "73536619c89b9b0a"),
-    "dit_xl_w4a6": ("f5c66f59e623a823", "9e6e00a76a072e31", "1a376569a4c1e4a0"),
-    "dit_xl_w4a8": ("066572609fecd48d", "9e6e00a76a072e31", "c86eda683af71b53"),
-    "dit_xl_w8a8": ("804d272a4c9983bb", "9e6e00a76a072e31", "53e632743baac0ad"),
-    "fashion_ddpm_w4a4": ("f50a766e0268e0b4", "e09e9c161a5181c5", "929686e60587477e"),
-    "fashion_ddpm_w4a6": ("b2ac9d02b7cc6198", "e09e9c161a5181c5", "c5b6ecf9c72a6c71"),
-    "fashion_ddpm_w4a8": ("e33e34d0234ca972", "e09e9c161a5181c5", "5418371f3bf268c7"),
-    "fashion_ddpm_w8a8": ("b7a57f85551aa3d0", "e09e9c161a5181c5", "e3f20b2455edfb51"),
-    "fashion_dit_w4a4": ("df2bf0cfe684ea38", "d065c36825b7dbf4", "a1f4065b06cac90f"),
-    "fashion_dit_w4a6": ("0d5dc4e79b4fb3a0", "d065c36825b7dbf4", "46f4dfc32c99fac0"),
-    "fashion_dit_w4a8": ("ed50377255b6651e", "d065c36825b7dbf4", "719cd1e2f5b6f049"),
-    "fashion_dit_w8a8": ("7ffef5242dc2aba3", "d065c36825b7dbf4", "4bcda920bc363833"),
-    "fashion_ldm_w4a4": ("f15a5b08fc88f736", "a94334d5c6727d71", "77ab8fcd3d054af9"),
-    "fashion_ldm_w4a6": ("2a3f02e21fffaa67", "a94334d5c6727d71", "e6f131b185421692"),
-    "fashion_ldm_w4a8": ("9406fcf860cf4e56", "a94334d5c6727d71", "84a2f4a139787dd9"),
-    "fashion_ldm_w8a8": ("77fe8d1076fe58f2", "a94334d5c6727d71", "6c40ad238b6b9770"),
-    "flux_dev_w4a6": ("c57a205b587d290d", "33ebc1ac95f7b974", "1a868d52ca3f1b3b"),
-    "flux_dev_w4a8": ("20657d9a511454cb", "33ebc1ac95f7b974", "2cea30148ecdeb47"),
-    "flux_dev_w8a8": ("664c9885ea00d0b5", "33ebc1ac95f7b974", "17c66965fec3feb9"),
-    "ldm4_w4a6": ("279344935283a39c", "abb2843bd6c9c038", "adf8feef5496a6d4"),
-    "ldm4_w4a8": ("8db378c09106ede7", "abb2843bd6c9c038", "1b9f3828ec246888"),
-    "ldm4_w4a8_paper": ("04842fca02adacad", "54ed4723a5bcbd52", "81a663a8e28fb956"),
-    "ldm4_w8a8": ("60cb27833214e13b", "abb2843bd6c9c038", "89bdd273e0186b1f"),
-    "lsun_bedrooms_w4a6": ("8d3394d4eb960116", "6d9111b6c3538a6b", "4d6ff1971548956d"),
-    "lsun_bedrooms_w4a8": ("b6bd4f881bca3c80", "6d9111b6c3538a6b", "ee823bb1f297b8e7"),
-    "lsun_bedrooms_w4a8_paper": ("047f68a56539ee2e", "aca6b04f64afbe7b", "10334d8937a12daf"),
-    "lsun_bedrooms_w8a8": ("984e5d71894f5ee6", "6d9111b6c3538a6b", "82dea9954aae9b2c"),
-    "lsun_churches_w4a6": ("605344aa86d2bfa1", "5b97da82be71dc86", "63b8117005e7b558"),
-    "lsun_churches_w4a8": ("3be179b59adf350b", "5b97da82be71dc86", "16d3475ee5a48619"),
-    "lsun_churches_w4a8_paper": ("82d559ceec0fe3f7", "b9880a0a022dd5c3", "014020747dd4469a"),
-    "lsun_churches_w8a8": ("4b6563123b0c19ab", "5b97da82be71dc86", "40b956b1ac13af5a"),
-    "pixart_sigma_w4a6": ("cbd4d2c35ddf0113", "445b14a0e721d055", "329b63d8f6444f5d"),
-    "pixart_sigma_w4a8": ("3ed558197eceab08", "445b14a0e721d055", "91e7c6345caf07f8"),
-    "pixart_sigma_w8a8": ("1e9f6f8f050934cd", "445b14a0e721d055", "699476dcbd1bde15"),
-    "sd14_w4a6": ("8d4c679e604b85a3", "24fbaa61ab6c7b7d", "b4deb7469724d6e8"),
-    "sd14_w4a8": ("9ac8e5db15d91f45", "24fbaa61ab6c7b7d", "7e79d1edbb61c787"),
-    "sd14_w4a8_paper": ("4a2ded9dc07b2431", "4c1e3a4e2f6af2d0", "10e8fd72d15842bb"),
-    "sd14_w8a8": ("bfde4cabf490095e", "24fbaa61ab6c7b7d", "04607cd3341c230d"),
-    "sd3_w4a6": ("d7c4b02995d01bb1", "c5d5471a9aee6f91", "84ee587da123f6fb"),
-    "sd3_w4a8": ("665e23b8f9af6cf1", "c5d5471a9aee6f91", "7eeb608b45eeaef9"),
-    "sd3_w8a8": ("e87139ec38dfb825", "c5d5471a9aee6f91", "c8f307a50ead0016"),
-    "sdxl_w4a6": ("efe46a0aea80de5d", "fec4611a0c9b055c", "00f6b4eb22f26f4e"),
-    "sdxl_w4a8": ("77a17997fc8bcc54", "fec4611a0c9b055c", "b4bc16eb6a73e018"),
-    "sdxl_w8a8": ("2f999fe0cb5bdfaf", "fec4611a0c9b055c", "4bffa046d1f4901b"),
+    "cifar10_w4a6": ("bf0c659f0f8f6ad4", "db69755199c1bb2f", "42899139bdcddb02"),
+    "cifar10_w4a8": ("dfcc564e05044121", "db69755199c1bb2f", "2fb373076808320b"),
+    "cifar10_w4a8_paper": ("fe71c143686b0cbb", "e7d3ab582dc3d314", "2e05997d8863b2f2"),
+    "cifar10_w8a8": ("66277d800191d588", "db69755199c1bb2f", "73536619c89b9b0a"),
+    "dit_xl_w4a6": ("3817f5f2cf3a2695", "9e6e00a76a072e31", "1a376569a4c1e4a0"),
+    "dit_xl_w4a8": ("6dd4adeeddeb2e89", "9e6e00a76a072e31", "c86eda683af71b53"),
+    "dit_xl_w8a8": ("aa92404ff9dddbfb", "9e6e00a76a072e31", "53e632743baac0ad"),
+    "fashion_ddpm_w4a4": ("f489ed85b5fd7546", "e09e9c161a5181c5", "929686e60587477e"),
+    "fashion_ddpm_w4a6": ("1db3167da5978155", "e09e9c161a5181c5", "c5b6ecf9c72a6c71"),
+    "fashion_ddpm_w4a8": ("1dcaf926850ccb6a", "e09e9c161a5181c5", "5418371f3bf268c7"),
+    "fashion_ddpm_w8a8": ("6e330a43fefc0e08", "e09e9c161a5181c5", "e3f20b2455edfb51"),
+    "fashion_dit_w4a4": ("e8a1de89fe6ae9a9", "d065c36825b7dbf4", "a1f4065b06cac90f"),
+    "fashion_dit_w4a6": ("1bfb89caefa8717d", "d065c36825b7dbf4", "46f4dfc32c99fac0"),
+    "fashion_dit_w4a8": ("39baf7255547ac13", "d065c36825b7dbf4", "719cd1e2f5b6f049"),
+    "fashion_dit_w8a8": ("fbccbc72184073e5", "d065c36825b7dbf4", "4bcda920bc363833"),
+    "fashion_ldm_w4a4": ("32a0ac437ff3f621", "a94334d5c6727d71", "77ab8fcd3d054af9"),
+    "fashion_ldm_w4a6": ("4df40e66edb645f7", "a94334d5c6727d71", "e6f131b185421692"),
+    "fashion_ldm_w4a8": ("654ed8e0c36a127d", "a94334d5c6727d71", "84a2f4a139787dd9"),
+    "fashion_ldm_w8a8": ("605ea8a3a6d5da56", "a94334d5c6727d71", "6c40ad238b6b9770"),
+    "flux_dev_w4a6": ("c2ed2c76e6c142bb", "33ebc1ac95f7b974", "1a868d52ca3f1b3b"),
+    "flux_dev_w4a8": ("807198eb99bb66c8", "33ebc1ac95f7b974", "2cea30148ecdeb47"),
+    "flux_dev_w8a8": ("cd36bb519edd4c6c", "33ebc1ac95f7b974", "17c66965fec3feb9"),
+    "ldm4_w4a6": ("f4bd8acec2f46c54", "abb2843bd6c9c038", "adf8feef5496a6d4"),
+    "ldm4_w4a8": ("0490a41ba0b30737", "abb2843bd6c9c038", "1b9f3828ec246888"),
+    "ldm4_w4a8_paper": ("589f1eea5f040b61", "54ed4723a5bcbd52", "5fc27a455da0a19e"),
+    "ldm4_w8a8": ("ced486085da027ab", "abb2843bd6c9c038", "89bdd273e0186b1f"),
+    "lsun_bedrooms_w4a6": ("8f465d9908963dcc", "6d9111b6c3538a6b", "4d6ff1971548956d"),
+    "lsun_bedrooms_w4a8": ("27aeae96c41b88bc", "6d9111b6c3538a6b", "ee823bb1f297b8e7"),
+    "lsun_bedrooms_w4a8_paper": ("4a4a040cf1b47987", "aca6b04f64afbe7b", "1b9212d886714a2a"),
+    "lsun_bedrooms_w8a8": ("5c2b622c1d48e9c2", "6d9111b6c3538a6b", "82dea9954aae9b2c"),
+    "lsun_churches_w4a6": ("42080936cc9f7d3f", "5b97da82be71dc86", "63b8117005e7b558"),
+    "lsun_churches_w4a8": ("e22392a3324a7caf", "5b97da82be71dc86", "16d3475ee5a48619"),
+    "lsun_churches_w4a8_paper": ("ca21f195bea798c5", "b9880a0a022dd5c3", "c67a59009995575f"),
+    "lsun_churches_w8a8": ("b4584c3839c626b5", "5b97da82be71dc86", "40b956b1ac13af5a"),
+    "pixart_sigma_w4a6": ("fab1c9c937a4b023", "445b14a0e721d055", "329b63d8f6444f5d"),
+    "pixart_sigma_w4a8": ("d717aa506af62232", "445b14a0e721d055", "91e7c6345caf07f8"),
+    "pixart_sigma_w8a8": ("7b81649e60b3fd97", "445b14a0e721d055", "699476dcbd1bde15"),
+    "sd14_w4a6": ("2b94c4546ca67f98", "24fbaa61ab6c7b7d", "b4deb7469724d6e8"),
+    "sd14_w4a8": ("3688683c0a03ea33", "24fbaa61ab6c7b7d", "7e79d1edbb61c787"),
+    "sd14_w4a8_paper": ("02dfb21f907fe692", "4c1e3a4e2f6af2d0", "42124fbf76a681ef"),
+    "sd14_w8a8": ("cca92f19f368c267", "24fbaa61ab6c7b7d", "04607cd3341c230d"),
+    "sd3_w4a6": ("0e3131b42b65cd5c", "c5d5471a9aee6f91", "84ee587da123f6fb"),
+    "sd3_w4a8": ("67a719c4d01c1158", "c5d5471a9aee6f91", "7eeb608b45eeaef9"),
+    "sd3_w8a8": ("740329e652f1a987", "c5d5471a9aee6f91", "c8f307a50ead0016"),
+    "sdxl_w4a6": ("e180df497f868ff1", "fec4611a0c9b055c", "00f6b4eb22f26f4e"),
+    "sdxl_w4a8": ("10be7141c8c84f97", "fec4611a0c9b055c", "b4bc16eb6a73e018"),
+    "sdxl_w8a8": ("cbd3dc678a6a5b9e", "fec4611a0c9b055c", "4bffa046d1f4901b"),
 }
 
 
@@ -67,7 +68,8 @@ WITH_WIDTHS = {
 def test_a_name_with_widths_is_the_configuration_that_it_always_was(name):
     config = load_config(name)
     stages = config.stage_digest("calibrate"), config.stage_digest("quantize")
-    assert (digest_of(config.to_dict()), *stages) == WITH_WIDTHS[name]
+    said = config.model_dump(mode="json", exclude_defaults=True)
+    assert (digest_of(said), *stages) == WITH_WIDTHS[name]
     assert load_config(f"{name}.yaml") == config
     assert Wanted(name).folder.name == name
 
