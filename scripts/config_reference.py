@@ -28,8 +28,8 @@ the model's own files. Relative paths are looked for in the current folder, then
 `~` is the home folder. The defaults below are those without a preset (`preset: null`).
 
 Editors that know YAML schemas complete and check these keys by
-[config.schema.json](config.schema.json), once a file's first line names it:
-`# yaml-language-server: $schema=PATH/config.schema.json`."""
+[config.schema.json](config.schema.json), once a file's first line names it, as those in `configs/`
+do: `# yaml-language-server: $schema=PATH/config.schema.json`."""
 
 
 def _default(key: Key) -> str:

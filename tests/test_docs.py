@@ -98,8 +98,11 @@ SCHEMA = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="u
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
-def test_shipped_configurations_set_keys_that_the_schema_knows(path):
-    tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+def test_shipped_configurations_name_the_schema_and_set_keys_that_it_knows(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.match(r"# yaml-language-server: \$schema=(\S+)\n", text)
+    assert named and (path.parent / named[1]).resolve() == ROOT / "docs" / "config.schema.json"
+    tree = yaml.safe_load(text)
     assert [key for key in keys_of(tree) if property_of(*key) is None] == []
 
 
