@@ -159,7 +159,15 @@ DOORS: dict[str, list[str]] = {
         "cli.starter",
     ],
     "huggingface_hub": ["config.model_card (inside)"],
-    "pydantic": ["config.schema", "config.loading", "config.keys"],
+    "pydantic": [
+        "config.section",
+        "config.sampling",
+        "config.quantization",
+        "config.correction",
+        "config.schema",
+        "config.loading",
+        "config.keys",
+    ],
     "torch_fidelity": ["metrics.fidelity"],
     "torch": [
         "machine",

@@ -18,7 +18,9 @@ from pydantic import BaseModel, ValidationError
 from ..errors import ConfigError
 from . import presets
 from .own_settings import Download, ask_model, place_model, place_of, section_of
-from .schema import Config, LayerOverride, SamplingConfig
+from .quantization import LayerOverride
+from .sampling import SamplingConfig
+from .schema import Config
 from .shipped import find_config, shortened
 
 _ALTERNATIVES = ("literal[", "tuple[")

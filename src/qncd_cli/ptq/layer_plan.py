@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config.schema import Config, LayerOverride
+from ..config.quantization import LayerOverride
+from ..config.schema import Config
 from ..models.topology import is_conditioning_layer, is_outer_layer, time_layers, weight_layers
 from ..spec import FLOAT_BITS
 

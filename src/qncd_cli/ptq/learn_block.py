@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.reference import forget_weight, simulate_with
-from ..config.schema import WeightsConfig
+from ..config.quantization import WeightsConfig
 from ..progress import Tick
 from ..quant.adaround import SoftRounding, undecided
 from ..quant.affine import QParams

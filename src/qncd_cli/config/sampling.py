@@ -1,0 +1,122 @@
+"""The sections `model`, `sampling` and `calibration` of the configuration: how images are drawn."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .section import MAX_STEPS, Section
+
+MAX_GUIDANCE = 100
+"""Published uses stay below 20; far above, every image is saturated or not finite."""
+NOISE_TRAJECTORIES = 32
+
+
+class ModelConfig(Section):
+    """The model, and how it is read."""
+
+    source: str = Field(description="zoo:NAME, a diffusers folder or hub id, a CompVis checkpoint")
+    compvis_config: str | None = Field(
+        None, description="of a CompVis checkpoint: the YAML that was published with it"
+    )
+    tokenizer: str | None = Field(
+        None, description="of a Stable Diffusion checkpoint: a folder or hub id with CLIP's"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="precision of what stays unquantized"
+    )
+
+
+class SamplingConfig(Section):
+    """How images are drawn, for calibration too; null: the model's own."""
+
+    scheduler: Literal[
+        "ddim", "ddpm", "pndm", "plms", "dpmsolver++", "euler", "unipc", "flow-euler"
+    ] = Field(
+        "ddim",
+        description="default: the model's own; flow-euler is of rectified flows (SD3, FLUX), and "
+        "of no others",
+    )
+    steps: int = Field(
+        20, ge=1, le=MAX_STEPS, description="denoising steps (default: of the model's pipeline)"
+    )
+    eta: float = Field(0.0, ge=0, le=1, description="stochasticity of DDIM (1: DDPM's variance)")
+    guidance_scale: float = Field(
+        3.0,
+        ge=0,
+        le=MAX_GUIDANCE,
+        description="classifier-free guidance (default: of the model's pipeline); off at 1, in "
+        "diffusers' own pipelines at anything up to 1 (0 keeps the prompt); of class-conditional "
+        "models 0 is the null class alone, whatever the class; FLUX.1-dev reads it as an input",
+    )
+    seed: int = Field(0, ge=0, description="seed of the first sample; the next ones count up")
+    classes: Literal["all"] | tuple[int, ...] = Field(
+        "all", description="class labels (prompts by number), taken in turn by seed"
+    )
+    prompts: tuple[str, ...] | None = Field(
+        None, description="of a text model: a list, or a file with one a line; in turn by seed"
+    )
+    negative_prompt: str = Field("", description="what guidance leads a text model away from")
+    image_size: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="of a text model, height and width in pixels, if not its own"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_a_tuple(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        lists = {k: tuple(v) for k in ("classes", "prompts") if isinstance(v := data.get(k), list)}
+        data = {**data, **lists}
+        if isinstance(data.get("prompts"), tuple):
+            data["prompts"] = tuple(_without_mark(text) for text in data["prompts"])
+        return {**data, "negative_prompt": _without_mark(data.get("negative_prompt", ""))}
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        if self.classes == ():
+            raise ValueError("classes must not be empty; 'all' takes every class in turn")
+        if self.prompts == ():
+            raise ValueError("prompts must not be empty")
+        for key in ("negative_prompt", "image_size"):
+            if getattr(self, key) and self.prompts is None:
+                raise ValueError(f"{key} belongs to text models, which need prompts")
+        if self.eta > 0 and self.scheduler != "ddim":
+            raise ValueError(f"eta applies to the ddim scheduler, not to {self.scheduler}")
+        return self
+
+
+class CalibrationConfig(Section):
+    """What is observed in full precision before anything is quantized."""
+
+    trajectories: int = Field(128, ge=1, description="full-precision sampling trajectories")
+    batch_size: int = Field(
+        32, ge=1, description="trajectories drawn together; fewer need less memory"
+    )
+    seed: int = Field(
+        1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
+    )
+    noise_trajectories: int = Field(
+        NOISE_TRAJECTORIES,
+        ge=1,
+        description="how many of them also measure the quantization noise (default: 32, or all)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_many_as_there_are(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("trajectories"), int):
+            return data
+        return {"noise_trajectories": min(NOISE_TRAJECTORIES, data["trajectories"]), **data}
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrationConfig:
+        if self.noise_trajectories > self.trajectories:
+            raise ValueError("noise_trajectories cannot exceed trajectories")
+        return self
+
+
+def _without_mark(text: Any) -> Any:
+    """A text without byte order marks, which editors put at the beginning of files."""
+    return text.replace("\ufeff", "") if isinstance(text, str) else text
