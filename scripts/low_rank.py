@@ -33,9 +33,9 @@ from qncd_cli.ptq.reconstruct import exact_weights, quantized_layers
 from qncd_cli.ptq.smoothing_choice import factors_of
 from qncd_cli.quant.affine import QParams
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.runtime.denoiser import Denoiser, full_denoiser, guided_predict, quantized_denoiser
-from qncd_cli.sampling.noise import chunks, generators_for
-from qncd_cli.sampling.samplers import denoise, make_scheduler
+from qncd_cli.runtime import trajectory
+from qncd_cli.runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser
+from qncd_cli.sampling.noise import chunks
 from qncd_cli.store import artifacts
 from qncd_cli.store.run_dir import find_run
 
@@ -53,17 +53,11 @@ class Drawing:
     count: int
 
     def latents(self, denoiser: Denoiser) -> Tensor:
-        sampling, model = self.config.sampling, self.model
-        scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
-        seeds = range(sampling.seed, sampling.seed + self.count)
-        parts = []
-        for batch in chunks(list(seeds), BATCH):
-            labels = model.labels(batch, sampling.classes)
-            predict = guided_predict(model, denoiser, labels, sampling.guidance_scale)
-            noise = generators_for(batch)
-            shape = model.latent_shape
-            parts.append(denoise(predict, scheduler, sampling.steps, noise, shape))
-        return torch.cat(parts)
+        first = self.config.sampling.seed
+        batches = chunks(list(range(first, first + self.count)), BATCH)
+        return torch.cat(
+            [trajectory.draw(self.config, self.model, denoiser, batch) for batch in batches]
+        )
 
 
 def best_branch(residual: Tensor, hessian: Tensor, rank: int) -> Tensor:

@@ -13,8 +13,8 @@ from qncd_cli.models.topology import skip_boundaries
 from qncd_cli.progress import no_progress
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.ptq.smoothing_choice import Described, Factors, choose_factors, factors_of
+from qncd_cli.runtime import trajectory
 from qncd_cli.runtime.denoiser import full_denoiser
-from qncd_cli.stages.calibrate import sampler_timesteps
 from qncd_cli.store.artifacts import Artifact
 
 
@@ -27,7 +27,7 @@ def choose(model: DiffusionModel, intra: str, **changes) -> tuple[Factors, Descr
     quick = {"sampling__steps": 2, "calibration": {"trajectories": 2, "noise_trajectories": 2}}
     tree = tiny_config(model.source, **quick, correction__intra=intra, **changes)
     config = parse_config(tree, "test")
-    timesteps = sampler_timesteps(config, model)
+    timesteps = trajectory.timesteps(config, model)
     return choose_factors(config, model, full_denoiser(model), timesteps, no_progress)
 
 

@@ -26,11 +26,9 @@ from ..models.topology import weight_layers
 from ..progress import Track, counted
 from ..quant.attention import AttentionProducts
 from ..quant.layers import QuantizedLayer
-from ..runtime.denoiser import Denoiser, guided_predict, quantized_denoiser, ticking
+from ..runtime import trajectory
+from ..runtime.denoiser import Denoiser, quantized_denoiser
 from ..runtime.exported_graph import TARGETS, SessionDenoiser, example_of, write_graph
-from ..sampling.levels import with_timesteps
-from ..sampling.noise import generators_for
-from ..sampling.samplers import denoise, make_scheduler
 from ..store.artifacts import Artifact
 from ..store.files import write_json
 
@@ -167,36 +165,23 @@ def compare(
     the images that both come to from the same noise (None: they are identical).
     """
     sampling = config.sampling
-    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
     seeds = list(range(sampling.seed, sampling.seed + samples))
-    labels = model.labels(seeds, sampling.classes)
-    denoisers = simulated, SessionDenoiser(simulated, session)
-    reference, graph = (
-        guided_predict(model, denoiser, labels, sampling.guidance_scale) for denoiser in denoisers
-    )
+    graph = SessionDenoiser(simulated, session)
+    predict = trajectory.predict_for(config, model, graph, seeds)
     largest = difference = 0.0
 
     def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
         nonlocal largest, difference
-        off = (graph(x, t) - prediction).abs().max().item()
+        off = (predict(x, t) - prediction).abs().max().item()
         difference = max(difference, off) if off == off else float("inf")
         largest = max(largest, prediction.abs().max().item())
 
     images = []
-    runs = [(reference, record), (graph, None)]
-    calls = len(runs) * len(with_timesteps(scheduler, sampling.steps, sampling.eta).timesteps)
+    runs = [(simulated, record), (graph, None)]
+    calls = len(runs) * len(trajectory.timesteps(config, model))
     what = "comparing with the simulation"
-    for (predict, on_step), tick in counted(track, runs, what, calls, "calls"):
-        latents = denoise(
-            ticking(predict, tick),
-            scheduler,
-            sampling.steps,
-            generators_for(seeds),
-            model.latent_shape,
-            eta=sampling.eta,
-            seeds=seeds,
-            on_step=on_step,
-        )
+    for (denoiser, on_step), tick in counted(track, runs, what, calls, "calls"):
+        latents = trajectory.draw(config, model, denoiser, seeds, on_step=on_step, tick=tick)
         with torch.no_grad():
             images.append(model.decode(latents))
     psnr = psnr_db(*images)

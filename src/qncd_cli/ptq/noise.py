@@ -15,12 +15,13 @@ from ..correction.statistics import NoiseStatistics, timestep_key
 from ..errors import ConfigError
 from ..machine import keeps
 from ..models.loading import DiffusionModel
-from ..progress import Track, counted
-from ..runtime.denoiser import full_denoiser, guided_predict, quantized_denoiser, ticking
-from ..sampling.levels import StepInfo, plan_steps, with_timesteps
+from ..progress import Tick, Track, counted
+from ..runtime import trajectory
+from ..runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser
+from ..sampling.levels import StepInfo, plan_steps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.parametrization import prediction_type, to_corrected
-from ..sampling.samplers import OnStep, Predict, denoise, make_scheduler
+from ..sampling.samplers import OnStep, Predict
 from ..store.artifacts import KINDS, Artifact, torch_type
 
 CALLS_PER_STEP = 5
@@ -40,12 +41,10 @@ def measure_noise(
     the velocity). Where corrections have no meaning (`plan_steps`) the artifact holds no timestep,
     and its body says why.
     """
-    sampling = config.sampling
-    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
+    scheduler = trajectory.timed_scheduler(config, model)
     body = noise_body(config, model.latent_shape[0], 0)
-    timed = with_timesteps(scheduler, sampling.steps, sampling.eta)
     try:
-        plan = plan_steps(timed, sampling.eta)
+        plan = plan_steps(scheduler, config.sampling.eta)
     except ConfigError as refused:
         body["refused"] = refused.message
         layout = KINDS["noise_stats"].layout(body)
@@ -54,7 +53,7 @@ def measure_noise(
             for name, (type_, shape) in layout.items()
         }
     else:
-        tensors = _measure(config, model, quantized, scheduler, plan, track)
+        tensors = _measure(config, model, quantized, prediction_type(scheduler), plan, track)
         body["steps"] = len(tensors["timesteps"])
     parents = {"quantized": quantized.digest}
     digest = config.stage_digest("quantize")
@@ -81,54 +80,30 @@ def _measure(
     config: Config,
     model: DiffusionModel,
     quantized: Artifact,
-    scheduler: Any,
+    kind: str,
     plan: Sequence[StepInfo],
     track: Track,
 ) -> dict[str, Tensor]:
-    """The artifact's tensors, from the first calibration seeds."""
-    sampling, calibration = config.sampling, config.calibration
+    """The artifact's tensors, from the first calibration seeds. kind: what the model predicts."""
+    calibration = config.calibration
     full = full_denoiser(model)
     cache = config.quantization.cache_time_embeddings
     simulated = quantized_denoiser(
         model, quantized, "simulate", cache, low_memory=not keeps(model.denoiser_bytes())
     )
-    statistics, kind = NoiseStatistics(), prediction_type(scheduler)
+    statistics = NoiseStatistics()
     own: list[Estimate] = []
     readings: list[tuple[list[Estimate], list[StepError]]] = []
     seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
     batches = chunks(seeds, calibration.batch_size)
     calls = len(batches) * (CALLS_PER_STEP * len(plan) - 2)
     for batch, tick in counted(track, batches, "measuring quantization noise", calls, "calls"):
-        labels = model.labels(batch, sampling.classes)
-        predict_full, predict_quantized = (
-            ticking(guided_predict(model, denoiser, labels, sampling.guidance_scale), tick)
-            for denoiser in (full, simulated)
-        )
-
-        def estimates(
-            predict: Predict, batch: list[int] = batch, on_step: OnStep | None = None
-        ) -> list[Estimate]:
-            """The estimator's readings along one batch of trajectories of the model."""
-            target = config.correction.inter.target
-            generators = generators_for(batch, "baseline")
-            estimator = RuntimeCorrection(generators, target=target, interval=1, apply=False)
-            denoise(
-                predict,
-                scheduler,
-                sampling.steps,
-                generators_for(batch),
-                model.latent_shape,
-                eta=sampling.eta,
-                seeds=batch,
-                correction=estimator,
-                on_step=on_step,
-            )
-            return estimator.estimates
-
         errors: list[StepError] = []
+        predict_full = trajectory.predict_for(config, model, full, batch, tick)
         record = pair_recorder(statistics, errors, plan, kind, predict_full)
-        readings.append((estimates(predict_quantized, on_step=record), errors))
-        own += estimates(predict_full)
+        estimates = _estimates(config, model, simulated, batch, tick, on_step=record)
+        readings.append((estimates, errors))
+        own += _estimates(config, model, full, batch, tick)
     tensors = statistics.finish()
     baseline = EstimatorBaseline.of(own)
     gains = fit_gains(baseline, readings, SLOPE_RATIOS)
@@ -144,6 +119,24 @@ def _measure(
         rows = [table.get(t, default).float() for t in tensors["timesteps"].tolist()]
         tensors[f"runtime_{name}"] = torch.stack(rows)
     return tensors
+
+
+def _estimates(
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    seeds: list[int],
+    tick: Tick,
+    on_step: OnStep | None = None,
+) -> list[Estimate]:
+    """The run-time estimator's readings along one batch of trajectories of the denoiser."""
+    target = config.correction.inter.target
+    generators = generators_for(seeds, "baseline")
+    estimator = RuntimeCorrection(generators, target=target, interval=1, apply=False)
+    trajectory.draw(
+        config, model, denoiser, seeds, correction=estimator, on_step=on_step, tick=tick
+    )
+    return estimator.estimates
 
 
 def pair_recorder(

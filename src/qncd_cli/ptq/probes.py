@@ -12,9 +12,8 @@ from ..errors import NotFinite
 from ..models.loading import DiffusionModel
 from ..models.topology import capture_inputs
 from ..progress import Track, counted
-from ..runtime.denoiser import Denoiser, guided_predict, ticking
-from ..sampling.noise import generators_for
-from ..sampling.samplers import denoise, make_scheduler
+from ..runtime import trajectory
+from ..runtime.denoiser import Denoiser
 from .layer_plan import LayerPlan
 
 PROBE_TRAJECTORIES = 8
@@ -49,17 +48,15 @@ def collect_probes(
 
     The last step is among them: ranges are widest at either end of a trajectory.
     """
-    sampling, calibration = config.sampling, config.calibration
+    calibration = config.calibration
     count = min(PROBE_TRAJECTORIES, calibration.trajectories)
     seeds = list(range(calibration.seed, calibration.seed + count))
-    labels = model.labels(seeds, sampling.classes)
-    predict = guided_predict(model, denoiser, labels, sampling.guidance_scale)
     kept = {round(i * (steps - 1) / max(1, PROBE_STEPS - 1)) for i in range(PROBE_STEPS)}
     probes = {plan.name: Probe(plan.channel_axis, []) for plan in plans}
-    calls = 0
+    step = 0
 
     def receive(name: str, x: Tensor) -> None:
-        if calls not in kept:
+        if step not in kept:
             return
         rows = max(1, PROBE_ELEMENTS // PROBE_STEPS // x[0].numel())
         picked = x[:: max(1, -(-len(x) // rows))].detach().float().cpu().clone()
@@ -68,22 +65,11 @@ def collect_probes(
             raise NotFinite(f"the input of layer {name} is not finite at timestep {t:g}")
         probes[name].parts.append((denoiser.step.timestep, picked))
 
-    def numbered(x: Tensor, t: Tensor) -> Tensor:
-        nonlocal calls
-        prediction = predict(x, t)
-        calls += 1
-        return prediction
+    def predicted(index: int, *_: Tensor) -> None:
+        nonlocal step
+        step = index + 1
 
-    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
     with capture_inputs(model.denoiser, list(probes), receive):
         for batch, tick in counted(track, [seeds], "looking at layers' inputs", steps, "calls"):
-            denoise(
-                ticking(numbered, tick),
-                scheduler,
-                sampling.steps,
-                generators_for(batch),
-                model.latent_shape,
-                eta=sampling.eta,
-                seeds=batch,
-            )
+            trajectory.draw(config, model, denoiser, batch, on_step=predicted, tick=tick)
     return probes

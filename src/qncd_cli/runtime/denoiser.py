@@ -13,7 +13,6 @@ from ..config.schema import Config
 from ..errors import ArtifactError, ModelError
 from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, count_macs, replace_module, time_layers, weight_layers
-from ..progress import Tick
 from ..quant.attention import AttentionProducts
 from ..quant.layers import CachedTimestepLayer, QuantizedLayer, StepState
 from ..sampling.guidance import guided
@@ -90,17 +89,6 @@ def guided_predict(
             "set sampling.guidance_scale: 1",
         )
     return guided(denoiser, condition, null, guidance_scale)
-
-
-def ticking(predict: Predict, tick: Tick) -> Predict:
-    """The same predictions, each of them one tick."""
-
-    def counting(x: Tensor, t: Tensor) -> Tensor:
-        prediction = predict(x, t)
-        tick()
-        return prediction
-
-    return counting
 
 
 def full_denoiser(model: DiffusionModel) -> Denoiser:

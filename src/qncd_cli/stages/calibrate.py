@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -18,17 +16,10 @@ from ..ptq.smoothing_choice import Factors, choose_factors
 from ..quant.layers import StepState
 from ..quant.observers import RangeObserver
 from ..quant.smoothing import smooth
-from ..runtime.denoiser import (
-    Denoiser,
-    full_denoiser,
-    group_bounds,
-    guided_predict,
-    ticking,
-    timestep_group,
-)
-from ..sampling.levels import with_timesteps
-from ..sampling.noise import chunks, generators_for
-from ..sampling.samplers import denoise, make_scheduler
+from ..runtime import trajectory
+from ..runtime.denoiser import Denoiser, full_denoiser, group_bounds, timestep_group
+from ..sampling.noise import chunks
+from ..sampling.samplers import OnStep
 from ..spec import ATTENTION_OPERANDS
 from ..store.artifacts import Artifact, seal
 
@@ -44,7 +35,7 @@ def run(
     """
     digest = config.stage_digest("calibrate")
     denoiser = full_denoiser(model)
-    timesteps = sampler_timesteps(config, model)
+    timesteps = trajectory.timesteps(config, model)
     factors, described = choose_factors(config, model, denoiser, timesteps, track)
     smoothing = seal(
         Artifact(
@@ -120,45 +111,24 @@ def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
     }
 
 
-def sampler_timesteps(config: Config, model: DiffusionModel) -> list[float]:
-    """Every timestep that the configured sampler visits, in its order."""
-    scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
-    timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
-    return [float(t) for t in timed.timesteps]
-
-
 def _collect_rows(
     config: Config, model: DiffusionModel, denoiser: Denoiser, track: Track
 ) -> dict[str, Tensor]:
     """Run the trajectories; rows in the order of batch, step, seed."""
-    sampling, calibration = config.sampling, config.calibration
-    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
+    calibration = config.calibration
     seeds = list(range(calibration.seed, calibration.seed + calibration.trajectories))
     parts: dict[str, list[Tensor]] = {
         name: [] for name in ("x", "prediction", "timestep", "class", "seed")
     }
     batches = chunks(seeds, calibration.batch_size)
-    calls = len(batches) * len(sampler_timesteps(config, model))
+    calls = len(batches) * len(trajectory.timesteps(config, model))
     for batch, tick in counted(track, batches, "calibrating", calls, "calls"):
-        labels = model.labels(batch, sampling.classes)
-        record = _recorder(parts, batch, labels)
-        predict = guided_predict(model, denoiser, labels, sampling.guidance_scale)
-        denoise(
-            ticking(predict, tick),
-            scheduler,
-            sampling.steps,
-            generators_for(batch),
-            model.latent_shape,
-            eta=sampling.eta,
-            seeds=batch,
-            on_step=record,
-        )
+        record = _recorder(parts, batch, model.labels(batch, config.sampling.classes))
+        trajectory.draw(config, model, denoiser, batch, on_step=record, tick=tick)
     return {name: torch.cat(values) for name, values in parts.items()}
 
 
-def _recorder(
-    parts: dict[str, list[Tensor]], seeds: list[int], labels: Tensor
-) -> Callable[[int, Tensor, Tensor, Tensor], None]:
+def _recorder(parts: dict[str, list[Tensor]], seeds: list[int], labels: Tensor) -> OnStep:
     def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
         parts["x"].append(x.float().clone())
         parts["prediction"].append(prediction.float().clone())

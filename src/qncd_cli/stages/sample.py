@@ -25,11 +25,11 @@ from ..lineage.sample_sets import Drawing, identity_of
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
-from ..runtime.denoiser import guided_predict
+from ..runtime import trajectory
 from ..runtime.sampled_model import Subject
-from ..sampling.levels import plan_steps, supports_variance_deduction, with_timesteps
+from ..sampling.levels import plan_steps, supports_variance_deduction
 from ..sampling.noise import chunks, generators_for
-from ..sampling.samplers import Correction, denoise, make_scheduler
+from ..sampling.samplers import Correction
 from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import remove_temporaries, write_bytes, write_json
@@ -70,7 +70,7 @@ def run(
     beyond = sorted({*before.get("seeds", ())} - {*request.seeds})
     batches = chunks(request.seeds, request.batch_size) + chunks(beyond, request.batch_size)
     asked = {*request.seeds, *beyond, *before.get(sample_sets.ASKED, ())}
-    scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
+    scheduler = trajectory.timed_scheduler(config, model)
     unfinished = {
         "complete": False,
         "seeds": sorted(done),
@@ -80,8 +80,7 @@ def run(
     write_json(request.folder / sample_sets.MANIFEST, {**identity, **unfinished})
     remove_temporaries(request.folder)
     pending = [batch for batch in batches if not done.issuperset(batch)]
-    timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
-    calls = len(pending) * (len(timed.timesteps) + 1)  # the decoder's counts as one
+    calls = len(pending) * (len(scheduler.timesteps) + 1)  # the decoder's counts as one
     what = f"sampling {sum(map(len, pending))} images ({subject.kind})"
     for seeds, tick in counted(track, pending, what, calls, "calls"):
         part = request.folder / sample_sets.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
@@ -98,8 +97,7 @@ def check(config: Config, model: DiffusionModel, subject: Subject, request: Samp
     """
     model.labels(request.seeds, config.sampling.classes)
     _check_correction(config, subject)
-    scheduler = make_scheduler(config.sampling.scheduler, model.scheduler_config)
-    timed = with_timesteps(scheduler, config.sampling.steps, config.sampling.eta)
+    timed = trajectory.timed_scheduler(config, model)
     if subject.kind == "quantized" and config.correction.inter.method != "none":
         plan_steps(timed, config.sampling.eta)
 
@@ -198,27 +196,17 @@ def draw_batch(
 
     tick: called at every step, and when the images are decoded.
     """
-    sampling = config.sampling
-    labels = model.labels(seeds, sampling.classes)
     correction = make_correction(config, subject, scheduler, seeds)
     traced: list[Tensor] = []
-    keep = [i for i, seed in enumerate(seeds) if 0 <= seed - sampling.seed < TRACED]
+    keep = [i for i, seed in enumerate(seeds) if 0 <= seed - config.sampling.seed < TRACED]
 
     def trace(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
         traced.append(prediction[keep].float().clone())
         tick()
 
     with explained(model):
-        latents = denoise(
-            guided_predict(model, subject.denoiser, labels, sampling.guidance_scale),
-            scheduler,
-            sampling.steps,
-            generators_for(seeds),
-            model.latent_shape,
-            eta=sampling.eta,
-            correction=correction,
-            on_step=trace,
-            seeds=seeds,
+        latents = trajectory.draw(
+            config, model, subject.denoiser, seeds, correction=correction, on_step=trace
         )
     folder = part.parent.parent
     with torch.no_grad():
@@ -236,7 +224,7 @@ def draw_batch(
     tensors = {
         "latents": latents.float(),
         "seeds": torch.tensor(seeds, dtype=torch.int64),
-        "classes": labels,
+        "classes": model.labels(seeds, config.sampling.classes),
         "predictions": torch.stack(traced, dim=1),
         "prediction_seeds": torch.tensor([seeds[i] for i in keep], dtype=torch.int64),
     }
