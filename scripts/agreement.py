@@ -16,8 +16,8 @@ import torch
 
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.errors import ConfigError
+from qncd_cli.lineage.sample_set import read_set
 from qncd_cli.metrics.tensor import psnr_db, sqnr_db
-from qncd_cli.stages.evaluate import read_set
 from qncd_cli.store.run_dir import find_run
 
 

@@ -12,7 +12,7 @@ from conftest import Qncd, save_tiny_pipeline, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
-from qncd_cli.stages.evaluate import read_set
+from qncd_cli.lineage.sample_set import read_set
 
 SAMPLES = Path("runs/tiny/samples")
 EVAL = ("eval", "--reference", "reference")

@@ -26,6 +26,7 @@ from ..backends.base import AUTO, get_backend
 from ..config.schema import Config
 from ..errors import ArtifactError
 from ..lineage import sample_sets
+from ..lineage.sample_set import match_sets, read_set
 from ..metrics.protocol import Protocol, describe, prepared
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
@@ -222,7 +223,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
     if work.full is None:
         work.full = _full_set(config, work)
     with _clock(seconds, "evaluate"):
-        _, samples = evaluate_stage.matched(work.full.samples, evaluate_stage.read_set(folder))
+        _, samples = match_sets(work.full.samples, read_set(folder))
         measured = evaluate_stage.measure_set(samples, work.protocol, work.track)
         coverage = read_coverage(made.coverage, "qncd ablate")
         sizes = evaluate_stage.sizes(made.tensors("quantized"), coverage)
@@ -303,5 +304,5 @@ def _full_set(config: Config, work: _Work) -> Measured:
     folder = pipeline.full_precision_samples(
         request.folder.parent, config, work.model, seeds, request.batch(macs), work.track
     )
-    samples = evaluate_stage.cut(evaluate_stage.read_set(folder), seeds)
+    samples = read_set(folder).cut(seeds)
     return evaluate_stage.measure_set(samples, work.protocol, work.track)

@@ -72,10 +72,11 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         _show(console, run, found, f"eval: unchanged, skipped, {work.report}")
         settle(console, found["protocol"]["left_out"], options.wishes)
         return
+    from ..lineage.sample_set import read_set
     from ..stages import evaluate as stage
 
     protocol = protocol_of(options.wishes, config)
-    quantized_set = stage.read_set(run.samples(options.name))
+    quantized_set = read_set(run.samples(options.name))
     made_from = quantized_set.manifest["digests"].get("quantized")
     if made_from not in (None, read_stored(run.tensors("quantized"), "quantized").digest):
         raise ArtifactError(
@@ -88,7 +89,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
             f"{quantized_set.folder}: sampled from another model than {model.source} is now",
             'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
         )
-    full_set = stage.read_set(_full_folder(console, run, config, model, quantized_set))
+    full_set = read_set(_full_folder(console, run, config, model, quantized_set))
     coverage = read_coverage(run.coverage)
     sizes = stage.sizes(run.tensors("quantized"), coverage)
     metrics_path, report_path = _outputs(run, options.name)

@@ -1,9 +1,10 @@
-"""A sample set on disk as it grows: what is there already, and how its parts are joined."""
+"""A sample set on disk: what is there as it grows, how its parts are joined, how it is read."""
 
 from __future__ import annotations
 
 import io
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import ArtifactError
+from ..metrics.reference import read_images
 from ..report.page import contact_sheet
 from ..store import artifacts
 from ..store.artifacts import Artifact
-from ..store.files import write_bytes, write_json
+from ..store.files import read_json, write_bytes, write_json
 from .sample_sets import (
     LATENTS,
     MANIFEST,
@@ -28,6 +31,11 @@ from .sample_sets import (
 )
 
 SHEET_IMAGES = 64
+SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "batch_size")
+"""Keys of a manifest without which a set cannot be measured."""
+
+
+# ------------------------------------------------------------------ writing
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
@@ -127,3 +135,98 @@ def merge_latents(pieces: list[Artifact]) -> Artifact:
         "extra_calls": max(piece.body["extra_calls"] for piece in pieces),
     }
     return Artifact("latents", tensors, body, "", pieces[0].model)
+
+
+# ------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """images uint8 [N, 3, H, W], by seed; latents: the set's artifact."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    images: Tensor
+    latents: Artifact
+
+    @property
+    def seeds(self) -> list[int]:
+        return self.manifest["seeds"]
+
+    def cut(self, seeds: list[int]) -> SampleSet:
+        """The samples of these seeds alone, which the set has."""
+        if self.seeds == seeds:
+            return self
+        wanted = set(seeds)
+        rows = [i for i, seed in enumerate(self.seeds) if seed in wanted]
+        tensors = dict(self.latents.tensors)
+        for name in ("latents", "seeds", "classes"):
+            tensors[name] = tensors[name][rows]
+        manifest = {**self.manifest, "seeds": seeds}
+        manifest["classes"] = [self.manifest["classes"][i] for i in rows]
+        body = {**self.latents.body, "count": len(rows)}
+        latents = Artifact("latents", tensors, body, "", self.latents.model)
+        return SampleSet(self.folder, manifest, self.images[rows], latents)
+
+
+def read_set(folder: Path) -> SampleSet:
+    """The samples that the manifest names, in its order; other files in the folder are left out.
+
+    Raises ArtifactError when the set is missing, incomplete or does not fit its manifest.
+    """
+    manifest = read_json(folder / MANIFEST, "qncd sample")
+    if not manifest.get("complete"):
+        raise ArtifactError(f"{folder}: the sample set is incomplete", 'repeat "qncd sample"')
+    missing = [key for key in SET_KEYS if key not in manifest]
+    if missing:
+        raise ArtifactError(
+            f"{folder / MANIFEST}: damaged, without {', '.join(missing)}",
+            'repeat "qncd sample --force"',
+        )
+    seeds = manifest["seeds"]
+    lost = without_image(folder, seeds)
+    if lost or not seeds:
+        first = f", without {image_path(folder, lost[0]).name}" if lost else ""
+        raise ArtifactError(
+            f"{folder}: {len(seeds) - len(lost)} images, the manifest names {len(seeds)}{first}",
+            'repeat "qncd sample", which draws what is missing',
+        )
+    latents = artifacts.read(folder / LATENTS, "latents")
+    if latents.tensors["seeds"].tolist() != seeds:
+        raise ArtifactError(
+            f"{folder / LATENTS}: of other seeds than the manifest names",
+            'repeat "qncd sample --force"',
+        )
+    images = read_images([image_path(folder, seed) for seed in seeds])
+    _check_values(folder, seeds, images, latents)
+    return SampleSet(folder, manifest, images, latents)
+
+
+def _check_values(folder: Path, seeds: list[int], images: Tensor, latents: Artifact) -> None:
+    """Sets drawn before anything looked at values may hold black images of what was none."""
+    found = latents.tensors["latents"]
+    for seed, latent in zip(seeds, found, strict=False):
+        if not torch.isfinite(latent).all():
+            raise ArtifactError(
+                f"{folder}: the latents of seed {seed} are not finite, its image shows nothing",
+                'draw it again: "qncd sample --force"',
+            )
+    if not images.any():
+        raise ArtifactError(
+            f"{folder}: every image is black", 'draw them again: "qncd sample --force"'
+        )
+
+
+def match_sets(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSet]:
+    """Both sets cut down to the seeds they share. Raises ArtifactError."""
+    if full.manifest["sampling"] != quantized.manifest["sampling"]:
+        raise ArtifactError(
+            f"{full.folder} and {quantized.folder} were sampled with different settings",
+            "sample both with the same options",
+        )
+    if full.manifest["digests"]["model"] != quantized.manifest["digests"]["model"]:
+        raise ArtifactError(f"{full.folder} and {quantized.folder} are of different models")
+    shared = sorted(set(full.seeds) & set(quantized.seeds))
+    if not shared:
+        raise ArtifactError(f"{full.folder} and {quantized.folder} share no seed", "sample again")
+    return full.cut(shared), quantized.cut(shared)

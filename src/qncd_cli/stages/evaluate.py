@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..lineage.sample_sets import LATENTS, MANIFEST, image_path, without_image
+from ..lineage.sample_set import SampleSet, match_sets
+from ..lineage.sample_sets import image_path
 from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
     class_agreement,
@@ -29,7 +29,6 @@ from ..metrics.image import (
 from ..metrics.image_files import digest_of_files
 from ..metrics.protocol import Protocol, describe, prepared
 from ..metrics.record import grown
-from ..metrics.reference import read_images
 from ..metrics.rows import bits, short_name
 from ..metrics.tensor import (
     paired_fidelity,
@@ -43,76 +42,10 @@ from ..progress import Track, no_progress
 from ..report.page import Pair, html_report
 from ..sampling.noise import ranges
 from ..spec import Widths
-from ..store import artifacts
 from ..store.artifacts import Artifact
-from ..store.files import read_json
 
 WORST_PAIRS, TYPICAL_PAIRS = 12, 4
 """Images shown side by side in the report: those that differ most, and those at the median."""
-SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "batch_size")
-"""Keys of a manifest without which a set cannot be measured."""
-
-
-@dataclass(frozen=True)
-class SampleSet:
-    """images uint8 [N, 3, H, W], by seed; latents: the set's artifact."""
-
-    folder: Path
-    manifest: dict[str, Any]
-    images: Tensor
-    latents: Artifact
-
-    @property
-    def seeds(self) -> list[int]:
-        return self.manifest["seeds"]
-
-
-def read_set(folder: Path) -> SampleSet:
-    """The samples that the manifest names, in its order; other files in the folder are left out.
-
-    Raises ArtifactError when the set is missing, incomplete or does not fit its manifest.
-    """
-    manifest = read_json(folder / MANIFEST, "qncd sample")
-    if not manifest.get("complete"):
-        raise ArtifactError(f"{folder}: the sample set is incomplete", 'repeat "qncd sample"')
-    missing = [key for key in SET_KEYS if key not in manifest]
-    if missing:
-        raise ArtifactError(
-            f"{folder / MANIFEST}: damaged, without {', '.join(missing)}",
-            'repeat "qncd sample --force"',
-        )
-    seeds = manifest["seeds"]
-    lost = without_image(folder, seeds)
-    if lost or not seeds:
-        first = f", without {image_path(folder, lost[0]).name}" if lost else ""
-        raise ArtifactError(
-            f"{folder}: {len(seeds) - len(lost)} images, the manifest names {len(seeds)}{first}",
-            'repeat "qncd sample", which draws what is missing',
-        )
-    latents = artifacts.read(folder / LATENTS, "latents")
-    if latents.tensors["seeds"].tolist() != seeds:
-        raise ArtifactError(
-            f"{folder / LATENTS}: of other seeds than the manifest names",
-            'repeat "qncd sample --force"',
-        )
-    images = read_images([image_path(folder, seed) for seed in seeds])
-    _check_values(folder, seeds, images, latents)
-    return SampleSet(folder, manifest, images, latents)
-
-
-def _check_values(folder: Path, seeds: list[int], images: Tensor, latents: Artifact) -> None:
-    """Sets drawn before anything looked at values may hold black images of what was none."""
-    found = latents.tensors["latents"]
-    for seed, latent in zip(seeds, found, strict=False):
-        if not torch.isfinite(latent).all():
-            raise ArtifactError(
-                f"{folder}: the latents of seed {seed} are not finite, its image shows nothing",
-                'draw it again: "qncd sample --force"',
-            )
-    if not images.any():
-        raise ArtifactError(
-            f"{folder}: every image is black", 'draw them again: "qncd sample --force"'
-        )
 
 
 def images_only(source: Path, protocol: Protocol, track: Track = no_progress) -> dict[str, Any]:
@@ -228,7 +161,7 @@ def run(
     what else the report says of the measurement. Raises ArtifactError if the sets do not share
     settings or seeds.
     """
-    full, quantized = matched(full, quantized)
+    full, quantized = match_sets(full, quantized)
     protocol = prepared(protocol, len(full.seeds), track)
     sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
     metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
@@ -260,37 +193,6 @@ def _content(samples: SampleSet) -> dict[str, str]:
     """Digests of a set's identity and of the images that were measured."""
     paths = [image_path(samples.folder, seed) for seed in samples.seeds]
     return {"set": samples.manifest["digest"], "images": digest_of_files(paths)}
-
-
-def matched(full: SampleSet, quantized: SampleSet) -> tuple[SampleSet, SampleSet]:
-    """Both sets cut down to the seeds they share. Raises ArtifactError."""
-    if full.manifest["sampling"] != quantized.manifest["sampling"]:
-        raise ArtifactError(
-            f"{full.folder} and {quantized.folder} were sampled with different settings",
-            "sample both with the same options",
-        )
-    if full.manifest["digests"]["model"] != quantized.manifest["digests"]["model"]:
-        raise ArtifactError(f"{full.folder} and {quantized.folder} are of different models")
-    shared = sorted(set(full.seeds) & set(quantized.seeds))
-    if not shared:
-        raise ArtifactError(f"{full.folder} and {quantized.folder} share no seed", "sample again")
-    return cut(full, shared), cut(quantized, shared)
-
-
-def cut(samples: SampleSet, seeds: list[int]) -> SampleSet:
-    """The samples of these seeds alone, which the set has."""
-    if samples.seeds == seeds:
-        return samples
-    wanted = set(seeds)
-    rows = [i for i, seed in enumerate(samples.seeds) if seed in wanted]
-    tensors = dict(samples.latents.tensors)
-    for name in ("latents", "seeds", "classes"):
-        tensors[name] = tensors[name][rows]
-    manifest = {**samples.manifest, "seeds": seeds}
-    manifest["classes"] = [samples.manifest["classes"][i] for i in rows]
-    body = {**samples.latents.body, "count": len(rows)}
-    latents = Artifact("latents", tensors, body, "", samples.latents.model)
-    return SampleSet(samples.folder, manifest, samples.images[rows], latents)
 
 
 def _sqnr_steps(full: Artifact, quantized: Artifact) -> list[float]:
