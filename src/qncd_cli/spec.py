@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple
 
 FLOAT_BITS = 32
@@ -52,6 +53,23 @@ class Widths(NamedTuple):
     def described(self, mean: tuple[float, float] | None) -> str:
         """W4A8 (6.0 / 9.0), in brackets the mean bits over multiplications where it is known."""
         return self.label if mean is None else f"{self.label} ({mean[0]:.1f} / {mean[1]:.1f})"
+
+
+class Compile(Enum):
+    """Whether a denoiser is run as a compiled graph."""
+
+    YES = "yes"
+    NO = "no"
+    WHERE_IT_PAYS = "where it pays"
+
+    @classmethod
+    def of(cls, wish: bool | None) -> Compile:
+        """A wish that may have been left open."""
+        return cls.WHERE_IT_PAYS if wish is None else cls.YES if wish else cls.NO
+
+    def going_on(self, compiled: bool) -> Compile:
+        """For a sample set that began compiled, or not: it goes on so, unless told otherwise."""
+        return Compile.of(compiled) if self is Compile.WHERE_IT_PAYS else self
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ def timed(monkeypatch):
     """Every timing from now on, all worth it; simulate is the fastest as far as they go."""
     calls = []
 
-    def seconds(subject, inputs):
-        calls.append(subject.backend.name)
-        return {"int8": 2.0, "simulate": 1.0}[subject.backend.name]
+    def seconds(sampled, inputs):
+        calls.append(sampled.backend.name)
+        return {"int8": 2.0, "simulate": 1.0}[sampled.backend.name]
 
     monkeypatch.setattr(auto_backend, "WORTH_TIMING", 0)
     monkeypatch.setattr(auto_backend, "_seconds", seconds)

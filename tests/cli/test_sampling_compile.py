@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from qncd_cli.backends import int8
 from qncd_cli.backends.compiled import graph
 from qncd_cli.metrics.tensor import sqnr_db
-from qncd_cli.runtime import sampled_model
+from qncd_cli.runtime import preparation
 
 why = int8.why_unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(why), reason=why)
@@ -74,7 +74,7 @@ def test_without_a_compiler_only_a_wish_is_refused(own, monkeypatch):
     assert not (own.folder / "runs" / "tiny" / "samples" / "wished").exists()
     small = own("sample", "--num", "2", "--name", "small")
     assert "compile" not in small.stderr
-    monkeypatch.setattr(sampled_model, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(preparation, "WORTH_COMPILING", 0)
     worth_it = own("sample", "--num", "2", "--name", "large")
     assert worth_it.stderr.count("no-such-compiler") == 1
     assert "uncompiled" in worth_it.stderr
@@ -92,7 +92,7 @@ def test_only_integers_are_compiled(own):
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(bool(graph.why_unavailable()), reason=graph.why_unavailable())
 def test_full_precision_is_compiled_where_that_is_asked_for_only(own, monkeypatch):
-    monkeypatch.setattr(sampled_model, "WORTH_COMPILING", 0)
+    monkeypatch.setattr(preparation, "WORTH_COMPILING", 0)
     draw = ("sample", "--full-precision", "--batch-size", "4", "--num")
     plain = own(*draw, "4")
     assert "compiling" not in plain.stderr

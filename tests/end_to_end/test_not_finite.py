@@ -15,7 +15,7 @@ from qncd_cli.errors import ModelError, NotFinite
 from qncd_cli.models.adapters import to_uint8
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.text import Encoded, Prompts, check_encoded
-from qncd_cli.runtime.sampled_model import full_precision
+from qncd_cli.runtime.sampled_model import SampledModel
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
 from qncd_cli.stages import pipeline, sample
@@ -127,7 +127,7 @@ def test_sampling_names_step_and_seed_and_writes_no_image(tiny_model, tmp_path):
     request = sample.SampleRequest(tmp_path / "set", [7, 8], 2)
     said = "prediction is not finite at step 1 .timestep 751. for seeds 7, 8: float16 ends"
     with pytest.raises(ModelError, match=said):
-        sample.run(config, model, full_precision(model), request)
+        sample.run(config, model, SampledModel.full_precision(model), request)
     assert not list(tmp_path.rglob("*.png"))
 
 

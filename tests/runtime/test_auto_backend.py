@@ -15,16 +15,14 @@ from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.runtime import auto_backend
-from qncd_cli.runtime import sampled_model as subjects
-from qncd_cli.runtime.auto_backend import Place, chosen
+from qncd_cli.runtime.auto_backend import BackendCache, backend_of_set, choose_backend
+from qncd_cli.runtime.sampled_model import SampledModel
 from qncd_cli.stages import calibrate, quantize
 from qncd_cli.store import artifacts
 
 CPU = torch.device("cpu")
 why = int8.why_unavailable(CPU)
 pytestmark = pytest.mark.skipif(bool(why), reason=why)
-
-SEEDS = list(range(4))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +45,7 @@ def made(tiny_model):
 
 
 class Auto:
-    """`chosen` on the tiny model; said: what it told."""
+    """`choose_backend` on the tiny model; said: what it told."""
 
     def __init__(self, made, folder, monkeypatch):
         self.made, self.folder, self.said = made, folder, []
@@ -56,32 +54,34 @@ class Auto:
         monkeypatch.setattr(auto_backend, "WORTH_TIMING", 0)
         seconds = auto_backend._seconds
 
-        def watched(subject, inputs):
-            self.timed.append(subject.backend.name)
-            return seconds(subject, inputs)
+        def watched(sampled, inputs):
+            self.timed.append(sampled.backend.name)
+            return seconds(sampled, inputs)
 
         monkeypatch.setattr(auto_backend, "_seconds", watched)
 
     def pretend(self, **seconds):
         """What the next timings come to."""
 
-        def timed(subject, inputs):
-            self.timed.append(subject.backend.name)
-            return seconds[subject.backend.name]
+        def timed(sampled, inputs):
+            self.timed.append(sampled.backend.name)
+            return seconds[sampled.backend.name]
 
         self.monkeypatch.setattr(auto_backend, "_seconds", timed)
 
-    def subject(self, **options):
+    def untried(self, **options):
         _, model, artifact, noise_stats = self.made
-        return subjects.quantized(model, artifact, noise_stats, AUTO, **options)
+        return SampledModel.quantized(model, artifact, noise_stats, AUTO, **options)
 
-    def __call__(self, wish=False, low_memory=False, **digests):
-        config, model = self.made[:2]
+    def __call__(self, low_memory=False, **digests):
         self.timed.clear()
-        subject = self.subject(low_memory=low_memory)
-        how = subjects.Compiling(self.folder, self.said.append, 1, wish)
-        place = Place(self.folder, {**subject.digests, **digests}, low_memory)
-        return chosen(config, model, subject, SEEDS, 2, how, place)
+        sampled = self.untried(low_memory=low_memory)
+        cache = BackendCache(self.folder, {**sampled.digests, **digests}, low_memory)
+        return self.choose(sampled, cache)
+
+    def choose(self, sampled, cache):
+        model, tell = self.made[1], self.said.append
+        return choose_backend(model, sampled, cache, self.folder, tell, batch=4, ahead=16)
 
     @property
     def file(self):
@@ -93,13 +93,13 @@ def auto(made, tmp_path, monkeypatch):
     return Auto(made, tmp_path, monkeypatch)
 
 
-def call(made, subject):
+def call(made, sampled):
     x, t, condition = auto_backend._inputs(made[1], 3)
-    return subject.denoiser(x, t, condition)
+    return sampled.denoiser(x, t, condition)
 
 
-def kept(subject, name):
-    layers = [m for m in subject.denoiser.module.modules() if isinstance(m, QuantizedLayer)]
+def kept(sampled, name):
+    layers = [m for m in sampled.denoiser.module.modules() if isinstance(m, QuantizedLayer)]
     return any(name in layer.__dict__ for layer in layers)
 
 
@@ -126,28 +126,28 @@ def test_it_is_timed_once_and_remembered(auto):
 def test_the_fastest_computes_and_the_other_lets_go(auto, made, winner, keeps, lets_go):
     seconds = {"int8": 2.0, "simulate": 2.0, winner: 1.0}
     auto.pretend(**seconds)
-    subject = auto()
-    assert subject.backend.name == winner
-    layers = [m for m in subject.denoiser.module.modules() if isinstance(m, QuantizedLayer)]
+    sampled = auto()
+    assert sampled.backend.name == winner
+    layers = [m for m in sampled.denoiser.module.modules() if isinstance(m, QuantizedLayer)]
     assert {layer.compute for layer in layers} == {BACKENDS[winner].compute}
-    expected = call(made, auto.subject())
-    assert torch.equal(call(made, subject), expected)
-    assert kept(subject, keeps) and not kept(subject, lets_go)
+    expected = call(made, auto.untried())
+    assert torch.equal(call(made, sampled), expected)
+    assert kept(sampled, keeps) and not kept(sampled, lets_go)
     assert auto().backend.name == winner
 
 
 def test_what_was_overtaken_lets_go_of_its_kernels_at_once(auto):
-    subject = auto()
-    lost = {"int8": "_simulated_parts", "simulate": "_int8_kernel"}[subject.backend.name]
-    assert not kept(subject, lost)
+    sampled = auto()
+    lost = {"int8": "_simulated_parts", "simulate": "_int8_kernel"}[sampled.backend.name]
+    assert not kept(sampled, lost)
 
 
 def test_little_work_is_not_timed_but_follows_what_is_remembered(auto, monkeypatch):
     monkeypatch.setattr(auto_backend, "WORTH_TIMING", 10**6)
-    subject = auto()
+    sampled = auto()
     assert auto.timed == [] and not auto.file.exists()
-    assert subject.backend.name == "int8"
-    assert "too little work" in subject.backend.remark
+    assert sampled.backend.name == "int8"
+    assert "too little work" in sampled.backend.remark
     monkeypatch.setattr(auto_backend, "WORTH_TIMING", 0)
     auto.pretend(int8=2.0, simulate=1.0)
     auto()
@@ -194,16 +194,15 @@ def test_another_machine_or_artifact_is_measured_for_itself(auto, monkeypatch):
 
 def test_with_little_memory_nothing_is_kept(auto):
     auto()
-    subject = auto(low_memory=True)
+    sampled = auto(low_memory=True)
     assert len(auto.timed) == 2  # takes other times
-    assert not kept(subject, "_int8_kernel") and not kept(subject, "_simulated_parts")
+    assert not kept(sampled, "_int8_kernel") and not kept(sampled, "_simulated_parts")
 
 
 def test_where_there_is_no_choice_nothing_is_timed(auto, monkeypatch):
-    assert auto(wish=True).backend.name == "int8"
     monkeypatch.setenv(int8.SWITCH, "1")
-    subject = auto()
-    assert subject.backend.name == "simulate"
+    sampled = auto()
+    assert sampled.backend.name == "simulate"
     assert auto.timed == [] and not auto.file.exists()
 
 
@@ -211,7 +210,7 @@ def test_where_there_is_no_choice_nothing_is_timed(auto, monkeypatch):
     bool(BACKENDS["openvino"].why_unavailable(CPU)), reason="needs the extra openvino"
 )
 def test_a_graph_that_cannot_be_loaded_is_passed_over(auto):
-    graph = auto_backend.openvino_graph(auto.folder, auto.subject().digests)
+    graph = auto_backend.openvino_graph(auto.folder, auto.untried().digests)
     graph.parent.mkdir(parents=True)
     graph.write_text("<net")
     auto.pretend(int8=2.0, simulate=1.0)
@@ -221,10 +220,8 @@ def test_a_graph_that_cannot_be_loaded_is_passed_over(auto):
 
 
 def test_full_precision_has_no_backend(auto):
-    config, model = auto.made[:2]
-    subject = subjects.full_precision(model)
-    how = subjects.Compiling(auto.folder, auto.said.append, 1)
-    assert chosen(config, model, subject, SEEDS, 2, how, Place(auto.folder, {})) is subject
+    sampled = SampledModel.full_precision(auto.made[1])
+    assert auto.choose(sampled, BackendCache(auto.folder, {})) is sampled
 
 
 @pytest.mark.parametrize(
@@ -240,14 +237,11 @@ def test_full_precision_has_no_backend(auto):
     ],
 )
 def test_a_set_goes_on_with_what_it_began_with(manifest, low_memory, backend):
-    assert auto_backend.of_set(AUTO, manifest, CPU, low_memory=low_memory) == backend
-    assert auto_backend.of_set("int8", manifest, CPU, low_memory=low_memory) == "int8"
+    assert backend_of_set(AUTO, manifest, CPU, low_memory=low_memory) == backend
+    assert backend_of_set("int8", manifest, CPU, low_memory=low_memory) == "int8"
 
 
 def test_a_set_of_a_backend_that_is_missing_here_is_not_gone_on_with(monkeypatch):
     monkeypatch.setenv(int8.SWITCH, "1")
-    assert auto_backend.of_set(AUTO, {"backend": "int8"}, CPU, low_memory=False) == AUTO
-    assert (
-        auto_backend.of_set(AUTO, {"backend": "int8"}, torch.device("cuda"), low_memory=False)
-        == AUTO
-    )
+    assert backend_of_set(AUTO, {"backend": "int8"}, CPU, low_memory=False) == AUTO
+    assert backend_of_set(AUTO, {"backend": "int8"}, torch.device("cuda"), low_memory=False) == AUTO

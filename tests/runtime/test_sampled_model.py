@@ -13,8 +13,8 @@ from qncd_cli.config.loading import parse_config
 from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import load_model
-from qncd_cli.runtime import sampled_model as subjects
 from qncd_cli.runtime.denoiser import guided_predict
+from qncd_cli.runtime.sampled_model import SampledModel
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
@@ -49,14 +49,14 @@ def config_for(folder, inter="none", **changes):
 
 
 def quantized(folder, **scheduler_config):
-    """The tiny model with another scheduler configuration, and its quantized subject."""
+    """The tiny model with another scheduler configuration, and the quantized one."""
     model = load_model(str(folder))
     model = replace(model, scheduler_config={**model.scheduler_config, **scheduler_config})
     config = config_for(folder)
     calibration, smoothing = calibrate.run(config, model)
     result = quantize.run(config, model, calibration, smoothing)
     noise_stats = artifacts.seal(result.noise_stats)
-    return model, subjects.quantized(model, result.quantized, noise_stats)
+    return model, SampledModel.quantized(model, result.quantized, noise_stats)
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +73,22 @@ def request(folder):
     return sample.SampleRequest(folder, [0, 1], 2)
 
 
-def latents(folder, name, tiny_model, model, subject, **changes):
+def check(tree, model, sampled):
+    sample.check(parse_config(tree, "test"), model, sampled.noise_stats, [0, 1])
+
+
+def latents(folder, name, tiny_model, model, sampled, **changes):
     config = config_for(tiny_model, name, **changes)
-    sample.run(config, model, subject, request(folder))
+    sample.run(config, model, sampled, request(folder))
     return artifacts.read(folder / "latents.safetensors", "latents").tensors["latents"]
 
 
 def test_noise_is_measured_in_eps_along_the_quantized_trajectory(v_model):
-    model, subject = v_model
-    measured = subject.noise_stats
+    model, sampled = v_model
+    measured = sampled.noise_stats
     labels = model.labels([0, 1], "all")
-    full = guided_predict(model, subjects.full_precision(model).denoiser, labels, GUIDANCE)
-    simulated = guided_predict(model, subject.denoiser, labels, GUIDANCE)
+    full = guided_predict(model, SampledModel.full_precision(model).denoiser, labels, GUIDANCE)
+    simulated = guided_predict(model, sampled.denoiser, labels, GUIDANCE)
     scheduler = make_scheduler("ddim", model.scheduler_config)
     abar = [step.abar_t for step in plan_steps(with_timesteps(scheduler, STEPS))]
     seeds = generators_for(config_seeds(model))
@@ -150,17 +154,17 @@ def test_a_correction_prepared_for_other_sampling_is_refused(
 
 
 @pytest.mark.parametrize("name", ["runtime", "runtime slope"])
-def test_a_baseline_of_the_other_target_is_refused(tmp_path, tiny_model, v_model, name):
+def test_a_baseline_of_the_other_target_is_refused(tiny_model, v_model, name):
     tree = config_for(tiny_model, name).to_dict()
     tree["correction"]["inter"]["target"] = "injected"
     with pytest.raises(ConfigError, match="measured for target total, not injected"):
-        sample.check(parse_config(tree, "test"), *v_model, request(tmp_path))
+        check(tree, *v_model)
 
 
-def test_the_run_time_correction_alone_needs_no_preparation(tmp_path, tiny_model, v_model):
+def test_the_run_time_correction_alone_needs_no_preparation(tiny_model, v_model):
     tree = config_for(tiny_model, "runtime alone").to_dict()
     tree["sampling"] |= {"steps": 2, "eta": 0.5}
-    sample.check(parse_config(tree, "test"), *v_model, request(tmp_path))
+    check(tree, *v_model)
 
 
 @pytest.mark.parametrize("name", [n for n in INTER if n != "none"])

@@ -30,20 +30,18 @@ from ..lineage.sample_set import match_sets, read_set
 from ..metrics.protocol import Protocol, describe, prepared
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
-from ..runtime import auto_backend
-from ..runtime import compiled as graphs
+from ..runtime.auto_backend import BackendCache, backend_of_table
+from ..runtime.compiled_graph import GRAPHS_FOLDER
 from ..runtime.denoiser import denoiser_costs
-from ..runtime.sampled_model import Compiling, compiled, quantized
+from ..runtime.preparation import Preparation, prepare
 from ..sampling.noise import ranges
-from ..stages import evaluate as evaluate_stage
-from ..stages import pipeline
-from ..stages import sample as sample_stage
+from ..stages import evaluate, pipeline, sample
 from ..stages.evaluate import Measured
 from ..store import artifacts
 from ..store.digests import digest_of
 from ..store.files import read_json, write_json
 from ..store.run_dir import RunDir, read_coverage
-from . import rendering as ablation
+from . import rendering
 from .variants import Variant
 
 Tell = Callable[[str], None]
@@ -80,7 +78,7 @@ class AblateRequest:
 
 
 @dataclass
-class _Work:
+class _Ablation:
     """What the rows of one call share.
 
     backend: the one of all rows, auto until a row has been drawn or found; redone: folders that
@@ -117,37 +115,37 @@ def run(
     protocol = prepared(protocol, request.count, track)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
-    work = _Work(request, model, protocol, tell, track, request.backend)
-    if work.backend == AUTO:
-        work.backend = auto_backend.of_table(_place(work), model.device)
-    table = _table(variants[0].config, work)
+    ablation = _Ablation(request, model, protocol, tell, track, request.backend)
+    if ablation.backend == AUTO:
+        ablation.backend = backend_of_table(_cache(ablation), model.device)
+    table = _table(variants[0].config, ablation)
     for number, variant in enumerate(variants, start=1):
-        identity = identify(variant.config, work)
+        identity = identify(variant.config, ablation)
         row = None if request.force else _finished(request.row(variant), identity)
         tell(
             f"row {number} of {len(variants)}: {variant.name} at {variant.widths}"
             + (": unchanged" if row else "")
         )
         if row is None:
-            row = _measure(variant, identity, work)
+            row = _measure(variant, identity, ablation)
             write_json(request.row(variant), row)
             tell(f"  done in {row['row']['seconds']:.1f} s")
-        work.backend = get_backend(work.backend, model.device).name
+        ablation.backend = get_backend(ablation.backend, model.device).name
         table["full"] = row["full"]
         table["rows"].append(row["row"])
         write_json(request.table, table)
     return table
 
 
-def identify(config: Config, work: _Work) -> dict[str, Any]:
+def identify(config: Config, ablation: _Ablation) -> dict[str, Any]:
     """Everything that decides a row, as digests and values."""
-    network, reference = work.protocol.network, work.protocol.reference
+    network, reference = ablation.protocol.network, ablation.protocol.reference
     inter = config.correction.inter.identity()
     if config.correction.inter.depends_on_batch:
-        inter["batch_size"] = work.request.batch_size
-    backend = get_backend(work.backend, work.model.device).name
+        inter["batch_size"] = ablation.request.batch_size
+    backend = get_backend(ablation.backend, ablation.model.device).name
     identity = {
-        "model": work.model.digest,
+        "model": ablation.model.digest,
         "calibrate": config.stage_digest("calibrate"),
         "quantize": config.stage_digest("quantize"),
         "sample": digest_of(
@@ -155,11 +153,11 @@ def identify(config: Config, work: _Work) -> dict[str, Any]:
         ),
         "protocol": digest_of(
             {
-                "num_samples": work.request.count,
+                "num_samples": ablation.request.count,
                 "network": network.sha256 if network else None,
                 "reference": reference.digest if reference else None,
-                "metrics": work.protocol.metrics,
-                "seed": work.protocol.seed,
+                "metrics": ablation.protocol.metrics,
+                "seed": ablation.protocol.seed,
                 "version": __version__,
             }
         ),
@@ -178,17 +176,17 @@ def _finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return found if found["row"].get("digests") == identity else None
 
 
-def _table(config: Config, work: _Work) -> dict[str, Any]:
+def _table(config: Config, ablation: _Ablation) -> dict[str, Any]:
     sampling = config.to_dict()["sampling"]
     more = {
-        "model": work.model.digest,
+        "model": ablation.model.digest,
         "first_seed": sampling.pop("seed"),
-        "seeds": ranges(work.request.seeds(config)),
+        "seeds": ranges(ablation.request.seeds(config)),
         "sampling": sampling,
     }
     return {
-        "model": work.model.source,
-        "protocol": describe(work.protocol, work.request.count, more),
+        "model": ablation.model.source,
+        "protocol": describe(ablation.protocol, ablation.request.count, more),
         "full": None,
         "rows": [],
     }
@@ -202,39 +200,40 @@ def sheet(request: AblateRequest, variant: Variant) -> Path:
 # ------------------------------------------------------------------ one row
 
 
-def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[str, Any]:
+def _measure(variant: Variant, identity: dict[str, Any], ablation: _Ablation) -> dict[str, Any]:
     """The row, and what was measured of full precision beside it."""
-    config, model, request = variant.config, work.model, work.request
+    config, model, request = variant.config, ablation.model, ablation.request
     seconds: dict[str, float] = {}
     with _clock(seconds, "calibrate"):
         shared = RunDir(request.folder / "calibration" / identity["calibrate"])
         calibration, smoothing, calibrated = pipeline.calibrate(
-            shared, config, model, work.track, force=work.force(shared.path)
+            shared, config, model, ablation.track, force=ablation.force(shared.path)
         )
     with _clock(seconds, "quantize"):
         made = RunDir(request.folder / "quantized" / identity["quantize"])
-        force = work.force(made.path)
+        force = ablation.force(made.path)
         reused = pipeline.quantize(
-            made, config, model, calibration, smoothing, work.track, force=force
+            made, config, model, calibration, smoothing, ablation.track, force=force
         )
     with _clock(seconds, "sample"):
-        folder = _sample(variant, made, work)
-        identity = identify(config, work)  # the first row may have settled the backend
-    if work.full is None:
-        work.full = _full_set(config, work)
+        folder = _sample(variant, made, ablation)
+        identity = identify(config, ablation)  # the first row may have settled the backend
+    if ablation.full is None:
+        ablation.full = _full_set(config, ablation)
     with _clock(seconds, "evaluate"):
-        _, samples = match_sets(work.full.samples, read_set(folder))
-        measured = evaluate_stage.measure_set(samples, work.protocol, work.track)
+        _, samples = match_sets(ablation.full.samples, read_set(folder))
+        measured = evaluate.measure_set(samples, ablation.protocol, ablation.track)
         coverage = read_coverage(made.coverage, "qncd ablate")
-        sizes = evaluate_stage.sizes(made.tensors("quantized"), coverage)
-        metrics = evaluate_stage.compare(work.full, measured, sizes, work.protocol, work.track)
+        sizes = evaluate.sizes(made.tensors("quantized"), coverage)
+        protocol, track = ablation.protocol, ablation.track
+        metrics = evaluate.compare(ablation.full, measured, sizes, protocol, track)
     quantization = variant.config.quantization
     row = {
         "preset": variant.name,
         "weights": quantization.weights.bits,
         "activations": quantization.activations.bits,
-        **ablation.fidelity(metrics["fidelity"]),
-        **ablation.distribution(metrics["quantized"]),
+        **rendering.fidelity(metrics["fidelity"]),
+        **rendering.distribution(metrics["quantized"]),
         "bytes": sizes["quantized"],
         "artifact_bytes": sizes["artifact"],
         **{key: coverage[key] for key in ("bit_operations", "mean_weight_bits", "mean_input_bits")},
@@ -244,7 +243,7 @@ def _measure(variant: Variant, identity: dict[str, Any], work: _Work) -> dict[st
         "reused": [n for n, was in (("calibrate", calibrated), ("quantize", reused)) if was],
         "digests": identity,
     }
-    full = ablation.distribution(metrics["full"])
+    full = rendering.distribution(metrics["full"])
     return {"row": row, "full": {**full, "bytes": sizes["full"]}}
 
 
@@ -255,37 +254,41 @@ def _clock(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = time.perf_counter() - start
 
 
-def _sample(variant: Variant, made: RunDir, work: _Work) -> Path:
+def _sample(variant: Variant, made: RunDir, ablation: _Ablation) -> Path:
     """Draw the row's images; those of other settings in its folder are removed first."""
-    config, request = variant.config, work.request
+    config, request = variant.config, ablation.request
     artifact = artifacts.read(made.tensors("quantized"), "quantized")
     noise_stats = artifacts.read(made.tensors("noise_stats"), "noise_stats")
-    subject = quantized(work.model, artifact, noise_stats, work.backend)
-    folder = request.samples(variant)
     macs = read_coverage(made.coverage, "qncd ablate")["macs"]
-    drawing = sample_stage.SampleRequest(folder, request.seeds(config), request.batch(macs))
-    sample_stage.check(config, work.model, subject, drawing)
+    folder, seeds, batch = request.samples(variant), request.seeds(config), request.batch(macs)
+    sample.check(config, ablation.model, noise_stats, seeds)
     begun = _manifest(folder)
-    was = bool(begun.get("compiled", False)) if begun else None
-    how = Compiling(made.path / graphs.FOLDER, work.tell, macs, begun=was)
-    subject = compiled(config, work.model, subject, drawing.seeds, how)
-    if work.backend == AUTO:
-        drawn = drawing.seeds, drawing.batch_size
-        subject = auto_backend.chosen(config, work.model, subject, *drawn, how, _place(work))
-    if subject.backend is not None and subject.backend.name != work.backend:
-        work.backend = subject.backend.name
-        work.tell(f"  backend {work.backend}: {subject.backend.remark}")
-    digest = sample_stage.identify(config, work.model, subject, drawing)["digest"]
-    if work.force(folder) or (begun is not None and begun.get("digest") != digest):
+    how = Preparation(
+        seeds,
+        batch,
+        macs,
+        made.path / GRAPHS_FOLDER,
+        ablation.tell,
+        ablation.backend,
+        begun=begun,
+        table=_cache(ablation),
+    )
+    sampled = prepare(config, ablation.model, (artifact, noise_stats), how)
+    if sampled.backend is not None and sampled.backend.name != ablation.backend:
+        ablation.backend = sampled.backend.name
+        ablation.tell(f"  backend {ablation.backend}: {sampled.backend.remark}")
+    drawing = sample.SampleRequest(folder, seeds, batch)
+    digest = sample.identify(config, ablation.model, sampled, drawing)["digest"]
+    if ablation.force(folder) or (begun is not None and begun.get("digest") != digest):
         sample_sets.clear(folder)
-    sample_stage.run(config, work.model, subject, drawing, work.track)
+    sample.run(config, ablation.model, sampled, drawing, ablation.track)
     return folder
 
 
-def _place(work: _Work) -> auto_backend.Place:
+def _cache(ablation: _Ablation) -> BackendCache:
     """What holds for all rows: they are compared with each other."""
-    folder = work.request.folder / graphs.FOLDER
-    return auto_backend.Place(folder, {"model": work.model.digest}, graphs=False)
+    folder = ablation.request.folder / GRAPHS_FOLDER
+    return BackendCache(folder, {"model": ablation.model.digest}, graphs=False)
 
 
 def _manifest(folder: Path) -> dict[str, Any] | None:
@@ -296,13 +299,13 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         return {}
 
 
-def _full_set(config: Config, work: _Work) -> Measured:
+def _full_set(config: Config, ablation: _Ablation) -> Measured:
     """Full-precision samples of the rows' seeds, shared with the runs beside this folder."""
-    request = work.request
+    request = ablation.request
     seeds = request.seeds(config)
-    macs = sum(cost.macs for cost in denoiser_costs(config, work.model))
+    macs = sum(cost.macs for cost in denoiser_costs(config, ablation.model))
     folder = pipeline.full_precision_samples(
-        request.folder.parent, config, work.model, seeds, request.batch(macs), work.track
+        request.folder.parent, config, ablation.model, seeds, request.batch(macs), ablation.track
     )
     samples = read_set(folder).cut(seeds)
-    return evaluate_stage.measure_set(samples, work.protocol, work.track)
+    return evaluate.measure_set(samples, ablation.protocol, ablation.track)

@@ -24,9 +24,9 @@ from ..errors import ConfigError, QncdError
 from ..models.denoiser_folder import load_denoiser
 from ..models.loading import DTYPES
 from ..quant.layers import StepState
-from ..runtime import compiled as graphs
+from ..runtime.compiled_graph import compile_denoiser
 from ..runtime.denoiser import Denoiser, with_artifact
-from ..runtime.exported_graph import ROWS, in_float32, in_openvino
+from ..runtime.exported_graph import EXAMPLE_ROWS, in_float32, in_openvino
 from ..spec import FLOAT_BITS, Widths
 from ..store import artifacts
 
@@ -156,13 +156,13 @@ def with_graph(row: Row, denoiser: Denoiser, inputs: Inputs, folder: Path) -> De
     """The denoiser run by its graph, kept in the folder; unchanged for rows without a graph."""
     if row.backend is not None and BACKENDS[row.backend].whole:
         rows = in_float32({"x": inputs.x, **inputs.condition})
-        two = {n: v[:1].expand(ROWS, *v.shape[1:]) for n, v in rows.items()}
+        two = {n: v[:1].expand(EXAMPLE_ROWS, *v.shape[1:]) for n, v in rows.items()}
         digests, dtype = {"row": row.name}, DTYPES[row.dtype]
         return in_openvino(denoiser, digests, (two.pop("x"), two), folder, dtype, _silent)
     if row.backend is None or not row.compiled:
         return denoiser
     digests = {"row": row.name}
-    return graphs.compiled(denoiser, digests, (inputs.x, inputs.condition), folder, _silent)
+    return compile_denoiser(denoiser, digests, (inputs.x, inputs.condition), folder, _silent)
 
 
 def _silent(line: str) -> None:

@@ -33,7 +33,7 @@ from ..errors import BackendUnavailable
 from ..models.denoiser_folder import save_denoiser
 from ..models.loading import DTYPES, DiffusionModel
 from ..progress import Track, no_progress
-from ..runtime.compiled import FOLDER
+from ..runtime.compiled_graph import GRAPHS_FOLDER
 from ..runtime.denoiser import Denoiser, denoiser_costs
 from ..stages import calibrate as calibrate_stage
 from ..stages import quantize as quantize_stage
@@ -78,7 +78,7 @@ class BenchRequest:
 
 
 @dataclass
-class _Work:
+class _Bench:
     """What the rows of one call share.
 
     floats: the denoiser by dtype; calibrated: calibration and smoothing; made: by widths, the
@@ -122,25 +122,25 @@ def run(
     with tempfile.TemporaryDirectory(prefix="qncd-bench-") as name, _compile_cache(Path(name)):
         inputs = _inputs(config, model, request.batch_size)
         floats = {"float32": model.denoiser}
-        work = _Work(config, model, request, inputs, Path(name), tell, track, floats)
+        bench = _Bench(config, model, request, inputs, Path(name), tell, track, floats)
         for row in request.rows:
             if why := row.why_unavailable():
-                work.drop(row, why)
-        for row in work.available():
-            _prepare(row, work)
-        alone = _measure_alone(work) if request.alone else {}
-        denoisers = _warm(work)
-        guests = _prepare_guests(work)
+                bench.drop(row, why)
+        for row in bench.available():
+            _prepare(row, bench)
+        alone = _measure_alone(bench) if request.alone else {}
+        denoisers = _warm(bench)
+        guests = _prepare_guests(bench)
         if not denoisers and not guests:
-            name, why = next(iter(work.unavailable.items()))
+            name, why = next(iter(bench.unavailable.items()))
             raise BackendUnavailable(f"no row can be measured here; {name}: {why}")
-        rows = work.available()
+        rows = bench.available()
         calls = {row.name: inputs.call(denoisers[row.name]) for row in rows} | guests
         timed = [*rows, *(guest.row for guest in request.guests if guest.row.name in guests)]
         seconds, rates = time_rows(timed, calls, request.rounds, track)
         table = timings(timed, seconds, rates, 2 * macs * request.batch_size)
         for row, entry in zip(timed, table, strict=True):
-            sizes = dict.fromkeys(SIZES) if row.name in guests else _sizes(row, work)
+            sizes = dict.fromkeys(SIZES) if row.name in guests else _sizes(row, bench)
             entry |= sizes | alone.get(row.name, dict.fromkeys(FACTS))
         profile = _profiles(rows, denoisers, calls) if request.profile else None
     return {
@@ -152,7 +152,7 @@ def run(
         "machine": machine.described(),
         "rates": rates,
         "rows": table,
-        "unavailable": work.unavailable,
+        "unavailable": bench.unavailable,
         "profile": profile,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -183,22 +183,22 @@ def _inputs(config: Config, model: DiffusionModel, batch_size: int) -> Inputs:
         return Inputs(x, TIMESTEP, model.condition(labels))
 
 
-def _prepare(row: Row, work: _Work) -> None:
+def _prepare(row: Row, bench: _Bench) -> None:
     """The denoiser in the row's dtype, and its artifact."""
-    if row.dtype not in work.floats:
-        module = copy.deepcopy(work.model.denoiser)
-        work.floats[row.dtype] = module.to(DTYPES[row.dtype])
-    if row.widths is not None and row.widths not in work.made:
-        work.made[row.widths] = _quantize(row.widths, work)
+    if row.dtype not in bench.floats:
+        module = copy.deepcopy(bench.model.denoiser)
+        bench.floats[row.dtype] = module.to(DTYPES[row.dtype])
+    if row.widths is not None and row.widths not in bench.made:
+        bench.made[row.widths] = _quantize(row.widths, bench)
 
 
-def _quantize(widths: tuple[int, int], work: _Work) -> tuple[Artifact, float]:
-    """An entry of work.made; the artifact is on disk. All widths share one calibration."""
-    config = quick_config(work.config, widths)
-    if work.calibrated is None:
-        work.calibrated = calibrate_stage.run(config, work.model, work.track)
-    result = quantize_stage.run(config, work.model, *work.calibrated, work.track)
-    path = work.folder / f"w{widths[0]}a{widths[1]}.safetensors"
+def _quantize(widths: tuple[int, int], bench: _Bench) -> tuple[Artifact, float]:
+    """An entry of bench.made; the artifact is on disk. All widths share one calibration."""
+    config = quick_config(bench.config, widths)
+    if bench.calibrated is None:
+        bench.calibrated = calibrate_stage.run(config, bench.model, bench.track)
+    result = quantize_stage.run(config, bench.model, *bench.calibrated, bench.track)
+    path = bench.folder / f"w{widths[0]}a{widths[1]}.safetensors"
     return artifacts.write(path, result.quantized), result.coverage["integer_macs_share"]
 
 
@@ -220,15 +220,15 @@ def quick_config(config: Config, widths: tuple[int, int]) -> Config:
     return parse_config(presets.filled(quick, 1), "bench")
 
 
-def _sizes(row: Row, work: _Work) -> dict[str, Any]:
+def _sizes(row: Row, bench: _Bench) -> dict[str, Any]:
     """disk_bytes: of everything that the row's denoiser is read from.
 
     A quantized row needs its packed artifact and, in row.dtype, what the artifact leaves out.
     """
-    tensors = work.floats[row.dtype].state_dict()
+    tensors = bench.floats[row.dtype].state_dict()
     stored, share = 0, None
     if row.widths is not None:
-        artifact, share = work.made[row.widths]
+        artifact, share = bench.made[row.widths]
         assert artifact.path is not None
         stored = artifact.path.stat().st_size
         replaced = artifact.body["layers"]
@@ -240,27 +240,27 @@ def _sizes(row: Row, work: _Work) -> dict[str, Any]:
 # ------------------------------------------------------------------ alone
 
 
-def _measure_alone(work: _Work) -> dict[str, dict[str, Any]]:
+def _measure_alone(bench: _Bench) -> dict[str, dict[str, Any]]:
     """measure_alone's facts by row, one process after the other; a row that fails is dropped."""
-    path = work.folder / "inputs.pt"
-    work.inputs.save(path)
-    for dtype in {row.dtype: None for row in work.available()}:
-        save_denoiser(work.floats[dtype], work.folder / dtype)
+    path = bench.folder / "inputs.pt"
+    bench.inputs.save(path)
+    for dtype in {row.dtype: None for row in bench.available()}:
+        save_denoiser(bench.floats[dtype], bench.folder / dtype)
     facts = {}
-    rows = work.available()
-    for row in work.track(rows, "loading each row alone", len(rows), "rows"):
-        made = work.made[row.widths][0].path if row.widths is not None else None
-        cached = work.config.quantization.cache_time_embeddings
+    rows = bench.available()
+    for row in bench.track(rows, "loading each row alone", len(rows), "rows"):
+        made = bench.made[row.widths][0].path if row.widths is not None else None
+        cached = bench.config.quantization.cache_time_embeddings
         threads = torch.get_num_threads()
-        graphs = work.folder / FOLDER
-        job = Alone(row, work.folder / row.dtype, made, path, graphs, cached, threads)
+        graphs = bench.folder / GRAPHS_FOLDER
+        job = Alone(row, bench.folder / row.dtype, made, path, graphs, cached, threads)
         try:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 found = pool.submit(measure_alone, job).result()
         except BrokenProcessPool:
             found = {"why": "its process was killed (out of memory?)"}
         if "why" in found:
-            work.drop(row, found["why"])
+            bench.drop(row, found["why"])
         else:
             facts[row.name] = found
     return facts
@@ -269,41 +269,41 @@ def _measure_alone(work: _Work) -> dict[str, dict[str, Any]]:
 # ------------------------------------------------------------------ together
 
 
-def _warm(work: _Work) -> dict[str, Denoiser]:
+def _warm(bench: _Bench) -> dict[str, Denoiser]:
     """Every row's denoiser, prepared by its first calls; a row that fails is dropped."""
     denoisers = {}
-    rows = work.available()
-    for row in work.track(rows, "preparing rows", len(rows), "rows"):
-        module = work.floats[row.dtype]
-        if row.channels_last and module is work.model.denoiser:
+    rows = bench.available()
+    for row in bench.track(rows, "preparing rows", len(rows), "rows"):
+        module = bench.floats[row.dtype]
+        if row.channels_last and module is bench.model.denoiser:
             module = copy.deepcopy(module)  # the baseline keeps its own layout
-        artifact = work.made[row.widths][0] if row.widths is not None else None
-        cached = work.config.quantization.cache_time_embeddings
+        artifact = bench.made[row.widths][0] if row.widths is not None else None
+        cached = bench.config.quantization.cache_time_embeddings
         try:
             denoiser = build(row, module, artifact, cached)
-            denoiser = with_graph(row, denoiser, work.inputs, work.folder / FOLDER)
+            denoiser = with_graph(row, denoiser, bench.inputs, bench.folder / GRAPHS_FOLDER)
             for _ in range(WARM_UP):
-                work.inputs.call(denoiser)()
+                bench.inputs.call(denoiser)()
         except Exception as error:  # as when the row runs alone
-            work.drop(row, reason(error))
+            bench.drop(row, reason(error))
             continue
         denoisers[row.name] = denoiser
     return denoisers
 
 
-def _prepare_guests(work: _Work) -> dict[str, Callable[[], Any]]:
+def _prepare_guests(bench: _Bench) -> dict[str, Callable[[], Any]]:
     """Their calls by name, warm; one that fails is listed with the reason."""
     calls = {}
-    guests = work.request.guests
-    for guest in work.track(guests, "preparing guests", len(guests), "rows"):
-        folder = work.folder / guest.row.name
+    guests = bench.request.guests
+    for guest in bench.track(guests, "preparing guests", len(guests), "rows"):
+        folder = bench.folder / guest.row.name
         folder.mkdir()
         try:
-            call = guest.prepare(copy.deepcopy(work.model.denoiser), work.inputs, folder)
+            call = guest.prepare(copy.deepcopy(bench.model.denoiser), bench.inputs, folder)
             for _ in range(WARM_UP):
                 call()
         except Exception as error:  # whatever somebody else's tool can stumble over
-            work.drop(guest.row, reason(error))
+            bench.drop(guest.row, reason(error))
             continue
         calls[guest.row.name] = call
     return calls

@@ -166,7 +166,7 @@ def _full_folder(
     console: Console, run: RunDir, config: Config, model: Any, quantized_set: Any
 ) -> Path:
     """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
-    from ..runtime.sampled_model import full_precision
+    from ..runtime.sampled_model import SampledModel
     from ..stages import pipeline
     from ..stages import sample as stage
 
@@ -174,8 +174,8 @@ def _full_folder(
     seeds = quantized_set.seeds
     tree["sampling"] = {**quantized_set.manifest["sampling"], "seed": seeds[0]}
     config = parse_config(tree, str(quantized_set.folder))
-    subject = full_precision(model)
-    digest = stage.identify(config, model, subject)["digest"]
+    sampled = SampledModel.full_precision(model)
+    digest = stage.identify(config, model, sampled)["digest"]
     own = run.samples("full")
     if own.is_dir():
         manifest = read_json(own / "manifest.json", "qncd sample --full-precision")

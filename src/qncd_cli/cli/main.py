@@ -170,16 +170,18 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, deb
 @options.json_output
 def sample(**options):
     """Draw images from the quantized model; a repeated command resumes."""
+    from ..spec import Compile
     from . import plan as planning
     from . import sampling
 
     console = Console(options.pop("as_json"))
     options.pop("debug")
+    compiled = options.pop("compiled")
     plan = options.pop("plan")
     if plan and options["full_precision"]:
         raise click.UsageError("--plan is about the quantized model: leave out --full-precision")
     others = {
-        "--compile": options["compiled"],
+        "--compile": compiled,
         "--full-precision": options["full_precision"],
         "--backend openvino": options["backend"] == "openvino",
     }
@@ -187,7 +189,7 @@ def sample(**options):
         other = next(name for name, given in others.items() if given)
         raise click.UsageError(f"--low-memory is about packed weights: leave it or {other} out")
     draw = planning.of_samples if plan else sampling.sample
-    draw(console, sampling.SampleOptions(**options))
+    draw(console, sampling.SampleOptions(**options, compile=Compile.of(compiled)))
 
 
 @cli.command(

@@ -12,6 +12,7 @@ from ..config.schema import Config
 from ..errors import ConfigError
 from ..lineage import sample_sets
 from ..lineage.stages import State
+from ..spec import Compile
 from ..store.run_dir import RunDir, find_run, read_coverage
 from . import states
 from .console import Console, keeping
@@ -34,7 +35,7 @@ class SampleOptions:
     inter: str | None = None
     full_precision: bool = False
     backend: str = "auto"
-    compiled: bool | None = None
+    compile: Compile = Compile.WHERE_IT_PAYS
     low_memory: bool = False
     name: str | None = None
     overrides: tuple[str, ...] = ()
@@ -95,8 +96,7 @@ def sample(console: Console, options: SampleOptions) -> Path:
     run = find_run(options.run_dir)
     own = load_config(str(run.config))
     config = sampling_config(_sampled_run(run, own, options.overrides), options)
-    in_full = "full_compiled" if options.compiled else "full"  # eval compares with the plain one
-    folder = run.samples(options.name or (in_full if options.full_precision else "quantized"))
+    folder = run.samples(options.name or _set_name(options))
     state = _set_state(run, own, config, folder, options)
     there = sample_sets.begun(folder) if state is not None and state.holds else None
     manifest = there or _draw(console, run, own, config, folder, options)
@@ -117,6 +117,13 @@ def sample(console: Console, options: SampleOptions) -> Path:
     return folder
 
 
+def _set_name(options: SampleOptions) -> str:
+    if not options.full_precision:
+        return "quantized"
+    # eval compares with the plain one
+    return "full_compiled" if options.compile is Compile.YES else "full"
+
+
 def _set_state(
     run: RunDir, own: Config, config: Config, folder: Path, options: SampleOptions
 ) -> State | None:
@@ -134,7 +141,7 @@ def _set_state(
         range(seed, seed + (options.num or DEFAULT_NUM)),
         options.batch_size,
         backend=None if options.backend == "auto" else options.backend,
-        compiled=False if options.low_memory else options.compiled,
+        compile=Compile.NO if options.low_memory else options.compile,
     )
 
 
@@ -147,66 +154,59 @@ def _draw(
     options: SampleOptions,
 ) -> dict[str, Any]:
     """Draw what is missing of the set; its manifest."""
-    from ..backends.base import AUTO
-    from ..runtime import auto_backend
-    from ..runtime import sampled_model as subjects
-    from ..runtime.compiled import FOLDER
+    from ..runtime.compiled_graph import GRAPHS_FOLDER
+    from ..runtime.preparation import Preparation, prepare
     from ..stages import sample as stage
     from ..store import artifacts
 
-    quantized = noise_stats = None
+    quantized = None
     if not options.full_precision:
-        quantized = artifacts.read(run.tensors("quantized"), "quantized")
-        noise_stats = artifacts.read(run.tensors("noise_stats"), "noise_stats")
+        kinds = "quantized", "noise_stats"
+        artifact, noise_stats = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
+        quantized = artifact, noise_stats
     begun = None if options.force else sample_sets.begun(folder)
     model = open_model(config, options.device, run.path)
-    little = options.low_memory
-    backend = auto_backend.of_set(options.backend, begun, model.device, low_memory=little)
-    if quantized is None or noise_stats is None:
-        subject = subjects.full_precision(model)
-    else:
-        subject = subjects.quantized(
-            model, quantized, noise_stats, backend, low_memory=little, in_place=True
-        )
     if config.sampling != own.sampling:
         note_sampling(console, config, model)
-    macs = _macs(run, config, model, subject.kind)
     first, count = config.sampling.seed, options.num or DEFAULT_NUM
+    seeds = list(range(first, first + count))
+    stage.check(config, model, quantized[1] if quantized else None, seeds)
+    macs = _macs(run, config, model, full_precision=options.full_precision)
     batch_size = options.batch_size or sample_sets.default_batch(macs)
-    request = stage.SampleRequest(folder, list(range(first, first + count)), batch_size)
-    if options.force:
-        stage.check(config, model, subject, request)
-        sample_sets.clear(folder)
-    how = subjects.Compiling(
-        run.path / FOLDER,
-        console.note,
+    how = Preparation(
+        seeds,
+        batch_size,
         macs,
-        False if little else options.compiled,
-        bool(begun.get("compiled", False)) if begun else None,
+        run.path / GRAPHS_FOLDER,
+        console.note,
+        options.backend,
+        options.compile,
+        low_memory=options.low_memory,
+        in_place=True,
+        begun=begun,
     )
-    subject = subjects.compiled(config, model, subject, request.seeds, how)
-    if backend == AUTO:
-        place = auto_backend.Place(how.folder, subject.digests, little, graphs=not little)
-        drawn = request.seeds, request.batch_size
-        subject = auto_backend.chosen(config, model, subject, *drawn, how, place)
-    _note_backend(console, subject)
+    sampled = prepare(config, model, quantized, how)
+    _note_backend(console, sampled)
+    if options.force:
+        sample_sets.clear(folder)
+    request = stage.SampleRequest(folder, seeds, batch_size)
     with keeping("images of finished batches are kept, the same command goes on with the next"):
-        return stage.run(config, model, subject, request, console.track)
+        return stage.run(config, model, sampled, request, console.track)
 
 
-def _macs(run: RunDir, config: Config, model: Any, kind: str) -> int:
+def _macs(run: RunDir, config: Config, model: Any, *, full_precision: bool) -> int:
     """MACs of one denoiser call on one sample."""
     from ..runtime.denoiser import denoiser_costs
 
-    if kind == "quantized" or run.coverage.is_file():
+    if not full_precision or run.coverage.is_file():
         return int(read_coverage(run.coverage)["macs"])
     return sum(cost.macs for cost in denoiser_costs(config, model))
 
 
-def _note_backend(console: Console, subject: Any) -> None:
-    if subject.backend is None:
+def _note_backend(console: Console, sampled: Any) -> None:
+    if sampled.backend is None:
         return
-    console.note(f"backend {subject.backend.name}: {subject.backend.remark}")
-    fallbacks = subject.fallbacks()
+    console.note(f"backend {sampled.backend.name}: {sampled.backend.remark}")
+    fallbacks = sampled.fallbacks()
     for name, why in list(fallbacks.items())[:1]:
         console.note(f"{len(fallbacks)} layers are simulated in float32 (first: {name}: {why})")

@@ -15,6 +15,7 @@ from ..lineage import sample_sets
 from ..lineage import stages as fresh
 from ..lineage.stages import State
 from ..models.digest import known_digest
+from ..spec import Compile
 from ..store.artifact_files import Stored, check_lineage, read_stored
 from ..store.run_dir import RunDir
 from .console import Console
@@ -83,11 +84,11 @@ def set_state(
     batch_size: int | None,
     *,
     backend: str | None,
-    compiled: bool | None,
+    compile: Compile,
 ) -> State:
     """The sample set of these seeds. digests: of the model, and of what is quantized.
 
-    batch_size: None for whatever the set was drawn in; backend, compiled: None for what it began
+    batch_size: None for whatever the set was drawn in; backend: None for what it began
     with. Raises ArtifactError where the folder holds a set made with other settings.
     """
     manifest = sample_sets.begun(folder)
@@ -98,7 +99,7 @@ def set_state(
         kind,
         dict(digests),
         None if kind == "full" else backend or manifest.get("backend"),
-        bool(manifest.get("compiled")) if compiled is None else compiled,
+        compile.going_on(bool(manifest.get("compiled"))) is Compile.YES,
         manifest.get("guidance") == "off",
         seeds.start,
         len(seeds),

@@ -19,22 +19,22 @@ from typing import Any
 import torch
 
 from ..backends.base import AUTO, BACKENDS, Backend
-from ..config.schema import Config
 from ..errors import ArtifactError, BackendUnavailable
 from ..machine import described
 from ..models.loading import DiffusionModel
 from ..quant.layers import QuantizedLayer
 from ..store.digests import digest_of
 from ..store.files import read_json, write_json
+from .compiled_graph import Tell
 from .denoiser import compute_with
 from .exported_graph import in_float32, in_openvino, openvino_graph
-from .sampled_model import Compiling, Subject, copies
+from .sampled_model import SampledModel
 
 FILE = "backend.json"
 """Beside the graphs. Whatever in it cannot be read is measured again."""
-ROWS = 8
+TIMED_ROWS = 8
 """Rows of a timed call; more take longer and do not change which backend is fastest."""
-CALLS = 2
+TIMED_CALLS = 2
 """Timed calls of each candidate, the shortest of which counts; one before them warms up."""
 WORTH_TIMING = 2000
 """Calls of that size that must lie ahead for backends to be timed; larger: timed less often.
@@ -45,7 +45,7 @@ of the work, once.
 
 
 @dataclass(frozen=True)
-class Place:
+class BackendCache:
     """Where a choice is remembered, and what it holds for: digests of what is computed with.
 
     graphs: whether the graphs of other runtimes that earlier runs have left are tried as well.
@@ -66,7 +66,7 @@ class Place:
         return seconds if sound else None
 
     def remember(self, seconds: dict[str, float]) -> None:
-        entry = {**self._holds_for(list(seconds)), "seconds": seconds, "chosen": best(seconds)}
+        entry = {**self._holds_for(list(seconds)), "seconds": seconds, "chosen": fastest(seconds)}
         write_json(self.folder / FILE, {**self._entries(), self._key(list(seconds)): entry})
 
     def _entries(self) -> dict[str, Any]:
@@ -88,11 +88,11 @@ class Place:
         return digest_of(self._holds_for(names))
 
 
-def best(seconds: Mapping[str, float]) -> str:
+def fastest(seconds: Mapping[str, float]) -> str:
     return min(seconds, key=lambda name: seconds[name])
 
 
-def of_set(
+def backend_of_set(
     asked: str, manifest: Mapping[str, Any] | None, device: torch.device, *, low_memory: bool
 ) -> str:
     """The backend for a set that may have begun: with auto the one that it began with.
@@ -106,50 +106,49 @@ def of_set(
     return asked if begun.whole and low_memory else begun.name
 
 
-def of_table(place: Place, device: torch.device) -> str:
+def backend_of_table(cache: BackendCache, device: torch.device) -> str:
     """auto, or the backend that is remembered for all rows of a table."""
-    seconds = place.remembered([backend.name for backend in _layer_by_layer(device)])
-    return AUTO if seconds is None else best(seconds)
+    seconds = cache.remembered([backend.name for backend in _layer_by_layer(device)])
+    return AUTO if seconds is None else fastest(seconds)
 
 
-def chosen(
-    config: Config,
+def choose_backend(
     model: DiffusionModel,
-    subject: Subject,
-    seeds: list[int],
-    batch_size: int,
-    how: Compiling,
-    place: Place,
-) -> Subject:
-    """The subject, compiled or not, on the backend that is fastest here; its remark says why.
+    sampled: SampledModel,
+    cache: BackendCache,
+    folder: Path,
+    tell: Tell,
+    *,
+    batch: int,
+    ahead: int,
+) -> SampledModel:
+    """The model, compiled or not, on the backend that is fastest here; its remark says why.
 
-    seeds: all that will be drawn. Where only one backend can be tried, or --compile has settled
-    it, the subject comes back as it is.
+    folder: of graphs; tell: hears what could not be tried; batch: rows of a call; ahead: of all
+    calls that will be made. Where only one backend can be tried, the model comes back as it is.
     """
-    names = _candidates(subject, model, how, place)
-    if len(names) < 2 or how.wish:
-        return subject
-    seconds = place.remembered(names)
+    candidates = _Candidates(model, sampled, folder, tell)
+    names = candidates.names(graphs=cache.graphs)
+    if len(names) < 2:
+        return sampled
+    seconds = cache.remembered(names)
     why = "the fastest as measured before"
     if seconds is None:
-        rows_of_sample = copies(config, model)
-        batch = rows_of_sample * min(len(seeds), batch_size)
-        rows = min(ROWS, batch)
-        ahead = rows_of_sample * config.sampling.steps * len(seeds)
+        rows = min(TIMED_ROWS, batch)
         if ahead < WORTH_TIMING * rows:
-            return _saying(subject, "the first available, too little work to time others")
-        seconds = _timed(names, rows, model, subject, how)
-        place.remember(seconds)
+            return _saying(sampled, "the first available, too little work to time others")
+        seconds = candidates.measure(names, rows)
+        cache.remember(seconds)
         why = "the fastest of those tried"
     figures = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
-    found = _on(best(seconds), model, subject, how)
+    found = candidates.on(fastest(seconds))
     return _saying(found, f"{why} (seconds a call: {figures})")
 
 
-def _saying(subject: Subject, why: str) -> Subject:
-    assert subject.backend is not None
-    remark = f"{subject.backend.remark}; {why}"
-    return replace(subject, backend=replace(subject.backend, remark=remark))
+def _saying(sampled: SampledModel, why: str) -> SampledModel:
+    assert sampled.backend is not None
+    remark = f"{sampled.backend.remark}; {why}"
+    return replace(sampled, backend=replace(sampled.backend, remark=remark))
 
 
 # ------------------------------------------------------------------ candidates
@@ -161,65 +160,74 @@ def _layer_by_layer(device: torch.device) -> list[Backend]:
     return [b for b in BACKENDS.values() if not b.whole and not b.why_unavailable(device)]
 
 
-def _candidates(subject: Subject, model: DiffusionModel, how: Compiling, place: Place) -> list[str]:
-    """Names of what can be tried, the subject's own first; none for full precision."""
-    if subject.backend is None:
-        return []
-    names = [subject.backend.name + _COMPILED * subject.compiled]
-    if not subject.compiled:
-        found = [backend.name for backend in _layer_by_layer(model.device)]
-        names += [name for name in found if name not in names]
-    graph = BACKENDS["openvino"]
-    kept = place.graphs and openvino_graph(how.folder, subject.digests).is_file()
-    if kept and not graph.why_unavailable(model.device):
-        names.append(graph.name)
-    return names
+@dataclass(frozen=True)
+class _Candidates:
+    """What a quantized model can be computed by. folder: of graphs."""
 
+    model: DiffusionModel
+    sampled: SampledModel
+    folder: Path
+    tell: Tell
 
-def _on(name: str, model: DiffusionModel, subject: Subject, how: Compiling) -> Subject:
-    """The subject computed by a candidate.
+    def names(self, *, graphs: bool) -> list[str]:
+        """What can be tried, the model's own backend first; none for full precision.
 
-    The layers of the subject's denoiser are switched, unless they are not what is called.
-    """
-    backend = BACKENDS[name.removesuffix(_COMPILED)]
-    if backend.whole:
-        inputs = _inputs(model, 1)
-        denoiser = in_openvino(
-            subject.denoiser,
-            subject.digests,
-            (inputs[0], inputs[2]),
-            how.folder,
-            model.dtype,
-            how.tell,
-        )
-        return replace(subject, denoiser=denoiser, backend=backend, compiled=False)
-    if subject.backend is not None and backend.name == subject.backend.name:
-        backend = subject.backend  # which may have more to say
-    compute_with(subject.denoiser.module, backend)
-    return replace(subject, backend=backend)
+        graphs: whether graphs of other runtimes that earlier runs have left are tried as well.
+        """
+        sampled = self.sampled
+        if sampled.backend is None:
+            return []
+        names = [sampled.backend.name + _COMPILED * sampled.compiled]
+        if not sampled.compiled:
+            found = [backend.name for backend in _layer_by_layer(self.model.device)]
+            names += [name for name in found if name not in names]
+        graph = BACKENDS["openvino"]
+        kept = graphs and openvino_graph(self.folder, sampled.digests).is_file()
+        if kept and not graph.why_unavailable(self.model.device):
+            names.append(graph.name)
+        return names
+
+    def on(self, name: str) -> SampledModel:
+        """The model computed by a candidate.
+
+        The layers of its denoiser are switched, unless they are not what is called.
+        """
+        sampled, backend = self.sampled, BACKENDS[name.removesuffix(_COMPILED)]
+        if backend.whole:
+            inputs = _inputs(self.model, 1)
+            denoiser = in_openvino(
+                sampled.denoiser,
+                sampled.digests,
+                (inputs[0], inputs[2]),
+                self.folder,
+                self.model.dtype,
+                self.tell,
+            )
+            return replace(sampled, denoiser=denoiser, backend=backend, compiled=False)
+        if sampled.backend is not None and backend.name == sampled.backend.name:
+            backend = sampled.backend  # which may have more to say
+        compute_with(sampled.denoiser.module, backend)
+        return replace(sampled, backend=backend)
+
+    def measure(self, names: Sequence[str], rows: int) -> dict[str, float]:
+        """Seconds of a call of so many rows, by candidate; one that fails is left out.
+
+        What the layers keep for a slower candidate is freed.
+        """
+        inputs, seconds = _inputs(self.model, rows), {}
+        for name in names:
+            try:
+                seconds[name] = _seconds(self.on(name), inputs)
+            except (ArtifactError, BackendUnavailable) as error:
+                self.tell(f"{name} was not tried: {error.message}")
+        for name in seconds:
+            backend = BACKENDS[name.removesuffix(_COMPILED)]
+            if name != fastest(seconds) and not backend.whole:
+                _forget(self.sampled, backend)
+        return seconds
 
 
 # ------------------------------------------------------------------ timing
-
-
-def _timed(
-    names: Sequence[str], rows: int, model: DiffusionModel, subject: Subject, how: Compiling
-) -> dict[str, float]:
-    """Seconds of a call of so many rows, by candidate; one that fails is left out.
-
-    What the layers keep for a slower candidate is freed.
-    """
-    inputs, seconds = _inputs(model, rows), {}
-    for name in names:
-        try:
-            seconds[name] = _seconds(_on(name, model, subject, how), inputs)
-        except (ArtifactError, BackendUnavailable) as error:
-            how.tell(f"{name} was not tried: {error.message}")
-    for name in seconds:
-        backend = BACKENDS[name.removesuffix(_COMPILED)]
-        if name != best(seconds) and not backend.whole:
-            _forget(subject, backend)
-    return seconds
 
 
 def _inputs(model: DiffusionModel, rows: int) -> tuple[Any, Any, Any]:
@@ -230,16 +238,16 @@ def _inputs(model: DiffusionModel, rows: int) -> tuple[Any, Any, Any]:
     return x, torch.tensor(0), in_float32(condition)
 
 
-def _seconds(subject: Subject, inputs: tuple[Any, Any, Any]) -> float:
+def _seconds(sampled: SampledModel, inputs: tuple[Any, Any, Any]) -> float:
     times = []
-    for _ in range(1 + CALLS):
+    for _ in range(1 + TIMED_CALLS):
         start = time.perf_counter()
-        subject.denoiser(*inputs)
+        sampled.denoiser(*inputs)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
 
-def _forget(subject: Subject, backend: Backend) -> None:
-    for layer in subject.denoiser.module.modules():
+def _forget(sampled: SampledModel, backend: Backend) -> None:
+    for layer in sampled.denoiser.module.modules():
         if isinstance(layer, QuantizedLayer):
             backend.forget(layer)

@@ -16,12 +16,12 @@ from ..errors import ArtifactError, BackendUnavailable
 from ..models.loading import DiffusionModel
 from ..store.digests import digest_of
 from ..store.files import replacing_folder
-from .compiled import Tell
+from .compiled_graph import Tell
 from .denoiser import Denoiser
 
 VERSION = 1
 """Version of what a kept graph contains and how it is called; another one exports it anew."""
-ROWS = 2
+EXAMPLE_ROWS = 2
 """Rows of the example that a graph is traced with; the graph takes any number."""
 
 
@@ -60,14 +60,14 @@ class SessionDenoiser(Denoiser):
 
 
 Example = tuple[Tensor, Mapping[str, Tensor]]
-"""x [ROWS, ...] and its condition, float32 but for labels."""
+"""x [EXAMPLE_ROWS, ...] and its condition, float32 but for labels."""
 
 
 def example_of(model: DiffusionModel) -> Example:
     """An example of what the model's graph is called with: zeros, class or prompt 0."""
     with torch.no_grad():
-        condition = model.condition(torch.zeros(ROWS, dtype=torch.int64))
-    return torch.zeros(ROWS, *model.latent_shape), in_float32(condition)
+        condition = model.condition(torch.zeros(EXAMPLE_ROWS, dtype=torch.int64))
+    return torch.zeros(EXAMPLE_ROWS, *model.latent_shape), in_float32(condition)
 
 
 def in_float32(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from ..lineage import stages as fresh
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
-from ..runtime.sampled_model import full_precision
+from ..runtime.sampled_model import SampledModel
 from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import remove_temporaries, write_json
@@ -84,8 +84,8 @@ def full_precision_samples(
     They belong to the model and the sampler, not to one run, so that runs beside each other
     share them: <runs>/full-precision/<digest>.
     """
-    subject = full_precision(model)
-    folder = runs / "full-precision" / sample_stage.identify(config, model, subject)["digest"]
+    sampled = SampledModel.full_precision(model)
+    folder = runs / "full-precision" / sample_stage.identify(config, model, sampled)["digest"]
     request = sample_stage.SampleRequest(folder, seeds, batch_size)
-    sample_stage.run(config, model, subject, request, track)
+    sample_stage.run(config, model, sampled, request, track)
     return folder

@@ -26,7 +26,7 @@ from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
 from ..runtime import trajectory
-from ..runtime.sampled_model import Subject
+from ..runtime.sampled_model import SampledModel
 from ..sampling.levels import plan_steps, supports_variance_deduction
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction
@@ -50,7 +50,7 @@ class SampleRequest:
 def run(
     config: Config,
     model: DiffusionModel,
-    subject: Subject,
+    sampled: SampledModel,
     request: SampleRequest,
     track: Track = no_progress,
 ) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def run(
     Raises ArtifactError when the folder holds another set than the one asked for, ConfigError
     when the correction was prepared for other sampling settings.
     """
-    identity = identify(config, model, subject, request)
-    check(config, model, subject, request)
+    identity = identify(config, model, sampled, request)
+    check(config, model, sampled.noise_stats, request.seeds)
     before = sample_sets.begun(request.folder) or {}
     drawn = sample_set.finished(request.folder, identity)
     done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
@@ -81,39 +81,44 @@ def run(
     remove_temporaries(request.folder)
     pending = [batch for batch in batches if not done.issuperset(batch)]
     calls = len(pending) * (len(scheduler.timesteps) + 1)  # the decoder's counts as one
-    what = f"sampling {sum(map(len, pending))} images ({subject.kind})"
+    what = f"sampling {sum(map(len, pending))} images ({sampled.kind})"
     for seeds, tick in counted(track, pending, what, calls, "calls"):
         part = request.folder / sample_sets.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
         if not part.is_file():
-            draw_batch(config, model, subject, scheduler, seeds, part, tick)
+            draw_batch(config, model, sampled, scheduler, seeds, part, tick)
     return sample_set.assemble(request.folder, identity, drawn, request.batch_size)
 
 
-def check(config: Config, model: DiffusionModel, subject: Subject, request: SampleRequest) -> None:
-    """Check a request before anything is drawn or replaced. Raises ModelError, ConfigError.
+def check(
+    config: Config, model: DiffusionModel, noise_stats: Artifact | None, seeds: list[int]
+) -> None:
+    """Check a request before anything is prepared, drawn or replaced.
 
-    Refused are schedulers and numbers of steps that the model cannot have, and a correction that
-    was prepared for other sampling or is left without meaning by the scheduler (`plan_steps`).
+    noise_stats: of the quantized model, None for full precision. Refused are schedulers and
+    numbers of steps that the model cannot have, and a correction that was prepared for other
+    sampling or is left without meaning by the scheduler (`plan_steps`). Raises ModelError,
+    ConfigError.
     """
-    model.labels(request.seeds, config.sampling.classes)
-    _check_correction(config, subject)
+    model.labels(seeds, config.sampling.classes)
+    if noise_stats is not None:
+        _check_correction(config, noise_stats)
     timed = trajectory.timed_scheduler(config, model)
-    if subject.kind == "quantized" and config.correction.inter.method != "none":
+    if noise_stats is not None and config.correction.inter.method != "none":
         plan_steps(timed, config.sampling.eta)
 
 
 def identify(
     config: Config,
     model: DiffusionModel,
-    subject: Subject,
+    sampled: SampledModel,
     request: SampleRequest | None = None,
 ) -> dict[str, Any]:
-    """What decides the images of the subject's set; request: where they depend on the batches."""
+    """What decides the images of the model's set; request: where they depend on the batches."""
     drawing = Drawing(
-        subject.kind,
-        subject.digests,
-        subject.backend.name if subject.backend is not None else None,
-        subject.compiled,
+        sampled.kind,
+        sampled.digests,
+        sampled.backend.name if sampled.backend is not None else None,
+        sampled.compiled,
         config.sampling.guidance_scale < 1 and not model.interpolates,
         *((request.seeds[0], len(request.seeds), request.batch_size) if request else ()),
     )
@@ -123,15 +128,14 @@ def identify(
 # ------------------------------------------------------------------ corrections
 
 
-def _check_correction(config: Config, subject: Subject) -> None:
+def _check_correction(config: Config, stats: Artifact) -> None:
     """Statistics hold for the sampler they were measured with, and for no other."""
-    inter, stats = config.correction.inter, subject.noise_stats
+    inter = config.correction.inter
     needs = inter.method in ("ptqd", "affine") or (
         inter.method == "runtime" and inter.baseline == "full_precision"
     )
-    if subject.kind == "full" or not needs:
+    if not needs:
         return
-    assert stats is not None
     prepared = stats.body["sampling"]
     asked = {key: getattr(config.sampling, key) for key in prepared}
     differing = [f"{k} {prepared[k]}, now {asked[k]}" for k in prepared if prepared[k] != asked[k]]
@@ -150,16 +154,16 @@ def _check_correction(config: Config, subject: Subject) -> None:
 
 
 def make_correction(
-    config: Config, subject: Subject, scheduler: Any, seeds: list[int]
+    config: Config, sampled: SampledModel, scheduler: Any, seeds: list[int]
 ) -> Correction | None:
     """A fresh correction for one batch, None where nothing is to be corrected.
 
     The variance of the noise is deducted where the scheduler's own noise is of known size.
     """
     inter = config.correction.inter
-    if subject.kind == "full" or inter.method == "none":
+    if sampled.kind == "full" or inter.method == "none":
         return None
-    statistics = subject.noise_stats.tensors if subject.noise_stats else {}
+    statistics = sampled.noise_stats.tensors if sampled.noise_stats else {}
     deduct = supports_variance_deduction(scheduler, config.sampling.eta)
     if inter.method == "ptqd":
         return PtqdCorrection(statistics, deduct_variance=deduct)
@@ -186,7 +190,7 @@ def make_correction(
 def draw_batch(
     config: Config,
     model: DiffusionModel,
-    subject: Subject,
+    sampled: SampledModel,
     scheduler: Any,
     seeds: list[int],
     part: Path,
@@ -196,7 +200,7 @@ def draw_batch(
 
     tick: called at every step, and when the images are decoded.
     """
-    correction = make_correction(config, subject, scheduler, seeds)
+    correction = make_correction(config, sampled, scheduler, seeds)
     traced: list[Tensor] = []
     keep = [i for i, seed in enumerate(seeds) if 0 <= seed - config.sampling.seed < TRACED]
 
@@ -206,7 +210,7 @@ def draw_batch(
 
     with explained(model):
         latents = trajectory.draw(
-            config, model, subject.denoiser, seeds, correction=correction, on_step=trace
+            config, model, sampled.denoiser, seeds, correction=correction, on_step=trace
         )
     folder = part.parent.parent
     with torch.no_grad():

@@ -13,7 +13,7 @@ from qncd_cli.errors import ArtifactError, BackendUnavailable
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.runtime import compiled as graphs
+from qncd_cli.runtime.compiled_graph import compile_denoiser, graph_path
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.stages import calibrate, quantize
 
@@ -68,12 +68,12 @@ def folder(made, tmp_path_factory):
     compile_into(folder, made, said)
     assert len(said) == 1 and "compiling" in said[0]
     made_there = sorted(path.suffix for path in folder.iterdir())
-    assert graphs.graph_path(folder, DIGESTS).is_file() and made_there in ([".pt2"], ALONE)
+    assert graph_path(folder, DIGESTS).is_file() and made_there in ([".pt2"], ALONE)
     return folder
 
 
 def compile_into(folder, made, said, rows=4, digests=DIGESTS):
-    return graphs.compiled(eager(made), digests, rows_of(made[0], rows), folder, said.append)
+    return compile_denoiser(eager(made), digests, rows_of(made[0], rows), folder, said.append)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 63, 70])
@@ -106,7 +106,7 @@ def test_tracing_leaves_the_eager_layers_as_they_were(made, folder):
     plain = eager(made)
     x, condition = rows_of(made[0], 2)
     before = plain(x, STEPS[0], condition)
-    graphs.compiled(plain, DIGESTS, rows_of(made[0], 2), folder, print)
+    compile_denoiser(plain, DIGESTS, rows_of(made[0], 2), folder, print)
     layers = [m for m in plain.module.modules() if isinstance(m, QuantizedLayer)]
     assert layers and all(m.compute is int8.compute and m.weight.numel() for m in layers)
     assert torch.equal(plain(x, STEPS[0], condition), before)
@@ -114,7 +114,7 @@ def test_tracing_leaves_the_eager_layers_as_they_were(made, folder):
 
 def test_other_artifacts_and_models_have_graphs_of_their_own(tmp_path):
     paths = {
-        graphs.graph_path(tmp_path, digests)
+        graph_path(tmp_path, digests)
         for digests in (DIGESTS, {**DIGESTS, "quantized": "c"}, {**DIGESTS, "model": "c"})
     }
     assert len(paths) == 3
@@ -122,14 +122,14 @@ def test_other_artifacts_and_models_have_graphs_of_their_own(tmp_path):
 
 def test_another_cpu_has_a_graph_of_its_own(tmp_path, monkeypatch):
     """It may lack instructions that this one has."""
-    here = graphs.graph_path(tmp_path, DIGESTS)
+    here = graph_path(tmp_path, DIGESTS)
     other = {**native.machine(), "instructions": "flags : fpu"}
     monkeypatch.setattr(native, "machine", lambda: other)
-    assert graphs.graph_path(tmp_path, DIGESTS) != here
+    assert graph_path(tmp_path, DIGESTS) != here
 
 
 def test_a_damaged_graph_is_named(made, tmp_path):
-    path = graphs.graph_path(tmp_path, DIGESTS)
+    path = graph_path(tmp_path, DIGESTS)
     path.write_bytes(b"no graph")
     with pytest.raises(ArtifactError, match="damaged") as refused:
         compile_into(tmp_path, made, [])
@@ -152,6 +152,6 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line(made, tmp_path, mo
 
     monkeypatch.setattr(denoiser.module, "forward", forward)
     with pytest.raises(BackendUnavailable, match="cannot be compiled") as refused:
-        graphs.compiled(denoiser, DIGESTS, rows_of(made[0], 2), tmp_path, lambda line: None)
+        compile_denoiser(denoiser, DIGESTS, rows_of(made[0], 2), tmp_path, lambda line: None)
     assert "\n" not in refused.value.message
     assert list(tmp_path.glob("*.pt2")) == []

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends.compiled import graph, native
-from ..backends.compiled import ops as traced
+from ..backends.compiled import graph, native, ops
 from ..errors import ArtifactError, BackendUnavailable
 from ..quant.layers import QuantizedLayer
 from ..store.digests import digest_of
@@ -19,7 +18,7 @@ from .denoiser import Denoiser
 
 VERSION = 8
 """Version of what a graph contains and how it is called; another one compiles it anew."""
-FOLDER = "compiled"
+GRAPHS_FOLDER = "compiled"
 """Below the run directory. What lies there is machine code: it is run, like the package itself."""
 Tell = Callable[[str], None]
 
@@ -52,14 +51,14 @@ class GraphDenoiser(Denoiser):
         return self._run(x, t.to(torch.float32), row, condition)[:rows]
 
 
-def compiled(
+def compile_denoiser(
     eager: Denoiser,
     digests: Mapping[str, str],
     example: tuple[Tensor, Mapping[str, Tensor]],
     folder: Path,
     tell: Tell,
 ) -> GraphDenoiser:
-    """The denoiser compiled: from `folder`, else made there.
+    """The denoiser as a compiled graph: from `folder`, else made there.
 
     digests: of what its constants come from; example: x [N, ...] and condition; tell hears when
     it is compiled. The module of `eager` must not be called elsewhere meanwhile.
@@ -70,7 +69,7 @@ def compiled(
     key = _key(digests)
     modules = eager.module.named_modules()
     layers = {f"{key}:{n}": layer for n, layer in modules if isinstance(layer, QuantizedLayer)}
-    traced.register(layers)
+    ops.register(layers)
     path = graph_path(folder, digests)
     missing = not path.is_file()
     if (missing or native.missing(folder)) and (why := graph.why_unavailable()):

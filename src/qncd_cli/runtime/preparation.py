@@ -1,0 +1,178 @@
+"""Preparation of a model for sampling: which denoiser, on which backend, compiled or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..backends.base import AUTO
+from ..config.schema import Config
+from ..errors import BackendUnavailable
+from ..models.loading import DiffusionModel
+from ..spec import Compile
+from ..store.artifacts import Artifact
+from .auto_backend import BackendCache, backend_of_set, choose_backend
+from .compiled_graph import compile_denoiser, graph_path
+from .exported_graph import example_of, in_openvino
+from .sampled_model import SampledModel
+
+WORTH_COMPILING = 2e4
+"""Gain (see compiling_gain) that wins back the minutes of compiling; larger: fewer graphs are
+compiled."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is known of the samples that a model will draw, and what was asked for.
+
+    seeds: all that will be drawn, `batch_size` of them in a call.
+    macs: of one call on one sample, as the coverage of the quantized model says.
+    folder: where graphs are kept, and what backends took.
+    tell: hears what a user should know.
+    backend: a name or auto.
+    compile: where it pays, a graph that lies in the folder is used, and a new one is made where
+        that is worth it.
+    low_memory: weights are unpacked at every call and not kept; nothing is compiled.
+    in_place: the model's own denoiser becomes the quantized one, and its weights are freed.
+    begun: manifest of the set that is gone on with, None for a new one. It goes on as it began
+        where nothing else is asked for.
+    table: of a row of a table, where the backend that all its rows share is remembered.
+    """
+
+    seeds: Sequence[int]
+    batch_size: int
+    macs: int
+    folder: Path
+    tell: Callable[[str], None]
+    backend: str = AUTO
+    compile: Compile = Compile.WHERE_IT_PAYS
+    low_memory: bool = False
+    in_place: bool = False
+    begun: Mapping[str, Any] | None = None
+    table: BackendCache | None = None
+
+
+def prepare(
+    config: Config,
+    model: DiffusionModel,
+    quantized: tuple[Artifact, Artifact] | None,
+    how: Preparation,
+) -> SampledModel:
+    """The model that the samples are drawn from, ready to be called.
+
+    quantized: the quantized artifact and its noise statistics, None for full precision.
+    Raises BackendUnavailable where what was asked for by name cannot be had here, ArtifactError
+    for artifacts that do not belong together and for damaged graphs.
+    """
+    if quantized is None:
+        sampled = SampledModel.full_precision(model)
+        return _compiled(config, model, sampled, how)
+    backend = how.backend
+    if how.table is None:
+        backend = backend_of_set(backend, how.begun, model.device, low_memory=how.low_memory)
+    sampled = SampledModel.quantized(
+        model, *quantized, backend, low_memory=how.low_memory, in_place=how.in_place
+    )
+    assert sampled.backend is not None
+    if sampled.backend.whole and how.compile is not Compile.YES:
+        sampled = _exported(model, sampled, how)
+    else:
+        sampled = _compiled(config, model, sampled, how)
+    if backend != AUTO or how.compile is Compile.YES:
+        return sampled
+    cache = how.table or BackendCache(
+        how.folder, sampled.digests, how.low_memory, graphs=not how.low_memory
+    )
+    return choose_backend(
+        model,
+        sampled,
+        cache,
+        how.folder,
+        how.tell,
+        batch=rows_per_sample(config, model) * min(how.batch_size, len(how.seeds)),
+        ahead=_rows_ahead(config, model, how),
+    )
+
+
+def rows_per_sample(config: Config, model: DiffusionModel) -> int:
+    """Rows of a sample in a call of the denoiser: two with guidance."""
+    return 2 if model.guides(config.sampling.guidance_scale) else 1
+
+
+def _rows_ahead(config: Config, model: DiffusionModel, how: Preparation) -> int:
+    """Rows of all calls that the samples take, those of corrections aside."""
+    return rows_per_sample(config, model) * config.sampling.steps * len(how.seeds)
+
+
+def compiling_gain(rows: int, macs: int) -> float:
+    """Gain of a graph over so many rows of so many MACs each, in arbitrary units.
+
+    rows: samples times calls, both halves of guidance counted; macs: of one row. Larger models do
+    more arithmetic per value, so that a row gains less than in proportion to it: about with its
+    square root, fitted by eye to the packaged models and LDM-4 (docs/results.md, Speed).
+    """
+    return rows * math.sqrt(macs / 1e9)
+
+
+def _exported(model: DiffusionModel, sampled: SampledModel, how: Preparation) -> SampledModel:
+    """Run by the graph of a backend that runs whole graphs."""
+    denoiser = in_openvino(
+        sampled.denoiser,
+        sampled.digests,
+        example_of(model),
+        how.folder,
+        model.dtype,
+        how.tell,
+    )
+    return replace(sampled, denoiser=denoiser)
+
+
+def _compiled(
+    config: Config, model: DiffusionModel, sampled: SampledModel, how: Preparation
+) -> SampledModel:
+    """With its denoiser compiled, or as it is where that is not wanted.
+
+    Full precision, which others are measured against, is compiled only where that is asked for.
+    """
+    asked = how.compile is Compile.YES
+    if sampled.backend is not None and sampled.backend.name != "int8":
+        if asked:
+            raise BackendUnavailable(
+                f"--compile: backend {sampled.backend.name} has no graph", "only int8 has one"
+            )
+        return sampled
+    if not _wants_graph(config, model, sampled, how):
+        return sampled
+    with torch.no_grad():
+        condition = model.condition(model.labels([*how.seeds[:1]], config.sampling.classes))
+    row = torch.zeros(1, *model.latent_shape, dtype=model.dtype), condition
+    try:
+        graph = compile_denoiser(sampled.denoiser, sampled.digests, row, how.folder, how.tell)
+    except BackendUnavailable as error:
+        if asked:
+            raise
+        how.tell(f"{error.message}; it runs uncompiled, more slowly")
+        return sampled
+    return replace(sampled, denoiser=graph, compiled=True)
+
+
+def _wants_graph(
+    config: Config, model: DiffusionModel, sampled: SampledModel, how: Preparation
+) -> bool:
+    wish = how.compile
+    if how.low_memory:
+        wish = Compile.NO
+    elif how.begun:
+        wish = wish.going_on(bool(how.begun.get("compiled")))
+    if wish is not Compile.WHERE_IT_PAYS:
+        return wish is Compile.YES
+    if sampled.backend is None:
+        return False
+    if graph_path(how.folder, sampled.digests).is_file():
+        return True
+    return compiling_gain(_rows_ahead(config, model, how), how.macs) >= WORTH_COMPILING

@@ -1,0 +1,122 @@
+"""What a model is prepared with for sampling: which backend, a graph or none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_config
+
+from qncd_cli.backends import int8
+from qncd_cli.backends.base import AUTO
+from qncd_cli.config.loading import parse_config
+from qncd_cli.errors import BackendUnavailable
+from qncd_cli.models.loading import load_model
+from qncd_cli.runtime import preparation
+from qncd_cli.runtime.auto_backend import BackendCache
+from qncd_cli.runtime.preparation import Preparation, prepare
+from qncd_cli.spec import Compile
+from qncd_cli.stages import calibrate, quantize
+from qncd_cli.store import artifacts
+
+why = int8.why_unavailable(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(bool(why), reason=why)
+
+YES, NO, WHERE_IT_PAYS = Compile
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model):
+    """Configuration, model, its quantized artifact with its noise statistics."""
+    model = load_model(str(tiny_model))
+    tree = tiny_config(
+        tiny_model,
+        sampling__steps=2,
+        calibration={"trajectories": 2, "batch_size": 2, "noise_trajectories": 2},
+        quantization__weights={"bits": 4, "rounding": "nearest"},
+        quantization__activations__observer="minmax",
+    )
+    config = parse_config(tree, "test")
+    result = quantize.run(config, model, *calibrate.run(config, model))
+    quantized = artifacts.seal(result.quantized)
+    noise_stats = replace(result.noise_stats, parents={"quantized": quantized.digest})
+    return config, model, (quantized, artifacts.seal(noise_stats))
+
+
+@pytest.fixture
+def prepared(made, tmp_path):
+    """`prepare` for four samples, and what it told."""
+
+    def call(full_precision=False, **options):
+        said = []
+        config, model, quantized = made
+        how = Preparation([0, 1, 2, 3], 2, 10**6, tmp_path, said.append, **options)
+        return prepare(config, model, None if full_precision else quantized, how), said
+
+    return call
+
+
+GRAPH, EAGER = {"compiled": True}, {"backend": "int8"}
+
+
+@pytest.mark.parametrize(
+    ("pays", "options", "tried"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (True, {"compile": NO}, False),
+        (True, {"begun": EAGER}, False),
+        (False, {"begun": GRAPH}, True),
+        (False, {"begun": {}}, False),
+        (True, {"begun": {}}, True),
+        (True, {"begun": GRAPH, "compile": NO}, False),
+        (True, {"low_memory": True}, False),
+        (True, {"begun": GRAPH, "low_memory": True}, False),
+        (True, {"backend": "simulate"}, False),
+        (True, {"full_precision": True}, False),
+        (False, {"full_precision": True, "begun": GRAPH}, True),
+    ],
+)
+def test_a_graph_is_made_where_it_pays_or_the_set_began_with_one(
+    prepared, monkeypatch, pays, options, tried
+):
+    """Without a compiler, trying leaves a line and the denoiser as it is."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(preparation, "WORTH_COMPILING", 0 if pays else float("inf"))
+    sampled, said = prepared(**options)
+    assert len(said) == tried and all("it runs uncompiled" in line for line in said)
+    assert not sampled.compiled
+
+
+@pytest.mark.parametrize("options", [{}, {"full_precision": True}, {"begun": EAGER}])
+def test_a_graph_that_was_asked_for_and_cannot_be_had_is_refused(prepared, monkeypatch, options):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailable, match="no-such-compiler"):
+        prepared(compile=YES, **options)
+    assert YES.going_on(False) is YES and NO.going_on(True) is NO
+    assert WHERE_IT_PAYS.going_on(True) is YES and WHERE_IT_PAYS.going_on(False) is NO
+
+
+def test_a_backend_without_graphs_is_not_compiled(prepared):
+    with pytest.raises(BackendUnavailable, match="simulate has no graph"):
+        prepared(compile=YES, backend="simulate")
+
+
+def test_a_set_keeps_its_backend_and_a_row_has_that_of_its_table(prepared, made, tmp_path):
+    begun = {"backend": "simulate"}
+    assert prepared(begun=begun)[0].backend.name == "simulate"
+    assert prepared(begun=begun, backend="int8")[0].backend.name == "int8"
+    cache = BackendCache(tmp_path / "table", {"model": made[1].digest}, graphs=False)
+    assert prepared(begun=begun, table=cache)[0].backend.name == "int8"
+    cache.remember({"int8": 2.0, "simulate": 1.0})
+    row, _ = prepared(table=cache, backend=AUTO)
+    assert row.backend.name == "simulate" and "as measured before" in row.backend.remark
+    assert prepared(table=cache, backend="int8")[0].backend.name == "int8"
+
+
+def test_full_precision_has_no_backend_and_its_own_denoiser(prepared, made):
+    sampled, said = prepared(full_precision=True)
+    assert sampled.kind == "full" and sampled.backend is None and said == []
+    assert sampled.denoiser.module is made[1].denoiser
+    assert sampled.digests == {"model": made[1].digest}
