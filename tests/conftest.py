@@ -48,6 +48,15 @@ def save_tiny_pipeline(folder: Path, seed: int = 0, **unet_options) -> None:
     )
 
 
+SHALLOW: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
+"""Options of a U-Net with one level: a third of the layers, where every layer costs compiling or
+thousands of calls and it is the command that is tested."""
+
+
 def tiny_vqvae() -> nn.Module:
     """A first stage with random weights: latents [3, n, n], images [1, 2n, 2n]."""
     from diffusers import VQModel
@@ -176,6 +185,12 @@ def packaged(model: Path) -> Iterator[str]:
         yield "zoo:tiny"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: processes that share the files then end together."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 class Qncd:
     """Runs the command line in one folder; results have exit_code, stdout, stderr and data."""
 
@@ -213,9 +228,22 @@ def qncd(tmp_path, tiny_model) -> Qncd:
 @pytest.fixture(scope="session")
 def sampled(tmp_path_factory, tiny_model) -> Path:
     """A folder in which the tiny model is calibrated, quantized, sampled. Copy before changing."""
-    folder = tmp_path_factory.mktemp("sampled")
+    return sampled_in(tmp_path_factory.mktemp("sampled"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def sampled_shallow(tmp_path_factory) -> Path:
+    """The same as `sampled`, of a model with one level."""
+    folder = tmp_path_factory.mktemp("shallow")
+    save_tiny_pipeline(folder / "model", **SHALLOW)
+    return sampled_in(folder / "work", folder / "model")
+
+
+def sampled_in(folder: Path, model: Path) -> Path:
+    """The folder, in which the model's first three stages have run."""
+    folder.mkdir(exist_ok=True)
     runner = Qncd(folder)
-    runner.write_config(tiny_config(tiny_model))
+    runner.write_config(tiny_config(model))
     runner("calibrate", "--config", "tiny.yaml")
     runner("quantize")
     runner("sample", "--num", "6", "--batch-size", "4")
@@ -248,11 +276,18 @@ def refused(minimal: str, *overrides: str) -> str:
 
 @pytest.fixture(scope="session")
 def operators(tmp_path_factory):
-    """torch.ops.qncd with the operators of graphs, compiled for this session."""
+    """torch.ops.qncd with the operators of graphs, compiled once for all processes of a session."""
+    import fcntl
+
     from qncd_cli.backends import int8
     from qncd_cli.backends.compiled import graph, native
 
     if why := int8.why_unavailable(torch.device("cpu")) or graph.why_unavailable():
         pytest.skip(why)
-    native.load(tmp_path_factory.mktemp("operators"))
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    base = tmp_path_factory.getbasetemp()
+    shared = base if alone else base.parent
+    with (shared / "operators.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other process waits for what this one compiles
+        native.load(shared / "operators")
     return torch.ops.qncd

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import diffusers_pipelines as tiny
 import pytest
-from conftest import Qncd
+from conftest import SHALLOW, Qncd
+from diffusers import UNet2DConditionModel
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 
@@ -35,7 +36,9 @@ def test_the_section_is_as_short_as_it_says():
 def test_your_own_model(tmp_path):
     text = section("Your own model")
     commands = re.findall(r"^    (qncd .*)$", text, flags=re.MULTILINE)
-    tiny.save("StableDiffusionPipeline", tmp_path / "models" / "my-model")
+    unet = tiny.save("StableDiffusionPipeline", tmp_path / "models" / "my-model") / "unet"
+    options = {**UNet2DConditionModel.load_config(unet), **SHALLOW}
+    UNet2DConditionModel.from_config(options).save_pretrained(unet)
     (tmp_path / "prompts.txt").write_text("red\nblue\n")
     (tmp_path / "my.yaml").write_text(block(text, "yaml"))
     qncd = Qncd(tmp_path)

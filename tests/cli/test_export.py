@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -50,6 +51,18 @@ def exported(tmp_path, config):
     said = work("export", "--to", "diffusers", "out", "--json").data
     assert said["folder"] == "out"
     return work
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, tiny_model):
+    """The tiny model with EVERYTHING, exported to out. Do not change."""
+    return exported(tmp_path_factory.mktemp("exported"), tiny_config(tiny_model, **EVERYTHING))
+
+
+@pytest.fixture
+def own(everything, tmp_path):
+    """A copy of our own."""
+    return Qncd(shutil.copytree(everything.folder, tmp_path / "own"))
 
 
 def images_of(work):
@@ -157,40 +170,38 @@ def test_rectified_flows_are_exported(tmp_path, name):
     assert difference.abs().max() <= 1
 
 
-def test_a_scale_survives_half_precision(tmp_path, tiny_model):
+def test_a_scale_survives_half_precision(everything):
     from diffusers import DiffusionPipeline
 
     import qncd_cli.exported  # noqa: F401
 
-    exported(tmp_path, tiny_config(tiny_model, **EVERYTHING))
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+    folder = everything.folder / "out"
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16)
     layer = pipeline.unet.conv_out
-    exact = tensors_of(tmp_path / "out", "unet")["qncd.conv_out.weight_scale"]
+    exact = tensors_of(folder, "unet")["qncd.conv_out.weight_scale"]
     assert torch.equal(layer.weight_scale, exact)
     assert pipeline.unet.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="quantized model"):
         pipeline.to(torch.float16)
 
 
-def test_what_is_wrong_is_one_line(tmp_path, tiny_model, tiny_pixel_model):
-    work = exported(tmp_path, tiny_config(tiny_model, **EVERYTHING))
-    assert "is there already" in work("export", "--to", "diffusers", "out", ok=False).stderr
-    work("export", "--to", "diffusers", "out", "--force")
-    config = tmp_path / "runs" / "tiny" / "config.yaml"
+def test_what_is_wrong_is_one_line(own, tiny_model, tiny_pixel_model):
+    assert "is there already" in own("export", "--to", "diffusers", "out", ok=False).stderr
+    own("export", "--to", "diffusers", "out", "--force")
+    config = own.folder / "runs" / "tiny" / "config.yaml"
     config.write_text(config.read_text().replace(str(tiny_model), str(tiny_pixel_model)))
-    other = work("export", "--to", "diffusers", "new", ok=False)
+    other = own("export", "--to", "diffusers", "new", ok=False)
     assert other.exit_code == 4
-    assert not (tmp_path / "new").exists()
+    assert not (own.folder / "new").exists()
 
 
-def test_a_damaged_folder_is_refused(tmp_path, tiny_model):
+def test_a_damaged_folder_is_refused(own):
     from diffusers import DiffusionPipeline
 
     import qncd_cli.exported  # noqa: F401
     from qncd_cli.errors import ArtifactError
 
-    exported(tmp_path, tiny_config(tiny_model, **EVERYTHING))
-    path = next((tmp_path / "out" / "unet").glob("*.safetensors"))
+    path = next((own.folder / "out" / "unet").glob("*.safetensors"))
     content = bytearray(path.read_bytes())
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
@@ -198,4 +209,4 @@ def test_a_damaged_folder_is_refused(tmp_path, tiny_model):
     content[start] ^= 1
     path.write_bytes(content)
     with pytest.raises(ArtifactError, match="damaged"):
-        DiffusionPipeline.from_pretrained(tmp_path / "out")
+        DiffusionPipeline.from_pretrained(own.folder / "out")

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(bool(why), reason=why)
 
 
 @pytest.fixture
-def own(tmp_path, sampled):
+def own(tmp_path, sampled_shallow):
     """A run of our own, with six samples that no graph drew."""
     folder = tmp_path / "own"
-    shutil.copytree(sampled, folder)
+    shutil.copytree(sampled_shallow, folder)
     return Qncd(folder)
 
 
@@ -36,7 +36,7 @@ def set_of(runner, name):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(bool(graph.why_unavailable()), reason=graph.why_unavailable())
-def test_a_graph_is_compiled_once_and_a_set_goes_on_as_it_began(own):
+def test_a_graph_is_compiled_once_and_a_set_goes_on_as_it_began(own, operators):
     draw = ("sample", "--num", "6", "--batch-size", "4")
     first = own(*draw, "--compile", "--name", "graph")
     assert first.stderr.count("compiling the denoiser") == 1
@@ -91,7 +91,7 @@ def test_only_integers_are_compiled(own):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(bool(graph.why_unavailable()), reason=graph.why_unavailable())
-def test_full_precision_is_compiled_where_that_is_asked_for_only(own, monkeypatch):
+def test_full_precision_is_compiled_where_that_is_asked_for_only(own, operators, monkeypatch):
     monkeypatch.setattr(preparation, "WORTH_COMPILING", 0)
     draw = ("sample", "--full-precision", "--batch-size", "4", "--num")
     plain = own(*draw, "4")

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import Qncd, tiny_config
+from conftest import SHALLOW, Qncd, save_tiny_pipeline, tiny_config
 from safetensors.torch import load_file
 
 from qncd_cli.backends import base
@@ -20,16 +20,16 @@ DRAW = ("sample", "--num", "6", "--batch-size", "4", "--backend", "openvino")
 
 
 @pytest.fixture
-def own(tmp_path, sampled):
+def own(tmp_path, sampled_shallow):
     folder = tmp_path / "own"
-    shutil.copytree(sampled, folder)
+    shutil.copytree(sampled_shallow, folder)
     return Qncd(folder)
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory, sampled):
+def exported(tmp_path_factory, sampled_shallow):
     """A run with its graph and the set "graph". Do not change."""
-    runner = Qncd(shutil.copytree(sampled, tmp_path_factory.mktemp("exported") / "own"))
+    runner = Qncd(shutil.copytree(sampled_shallow, tmp_path_factory.mktemp("exported") / "own"))
     said = runner(*DRAW, "--name", "graph").stderr
     assert said.count("exporting the denoiser") == 1
     return runner
@@ -75,9 +75,10 @@ def test_a_set_goes_on_with_its_own_backend(exported, tmp_path):
     assert torch.equal(set_of(runner, "graph")[1][:6], set_of(exported, "graph")[1])
 
 
-def test_in_bfloat16_a_kept_graph_draws_what_the_new_one_drew(tmp_path, tiny_model):
+def test_in_bfloat16_a_kept_graph_draws_what_the_new_one_drew(tmp_path):
+    save_tiny_pipeline(tmp_path / "model", **SHALLOW)
     runner = Qncd(tmp_path)
-    runner.write_config(tiny_config(tiny_model, model__dtype="bfloat16"))
+    runner.write_config(tiny_config(tmp_path / "model", model__dtype="bfloat16"))
     runner("calibrate", "--config", "tiny.yaml")
     runner("quantize")
     assert "exporting" in runner(*DRAW, "--name", "first").stderr

@@ -6,11 +6,19 @@ import json
 
 import diffusers_pipelines as tiny
 import pytest
-from conftest import Qncd, save_tiny_pipeline, tiny_config
+from conftest import SHALLOW, Qncd, save_tiny_pipeline, tiny_config
 
 from qncd_cli.errors import ModelError
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.text import Prompts
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A U-Net that takes the guidance scale, as latent consistency models do."""
+    folder = tmp_path_factory.mktemp("distilled") / "model"
+    save_tiny_pipeline(folder, time_cond_proj_dim=8, **SHALLOW)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -23,12 +31,10 @@ from qncd_cli.models.text import Prompts
     ids=["best", "budget", "outputs"],
 )
 @pytest.mark.parametrize("intra", ["none", "smoothquant", "auto"])
-def test_a_layer_that_no_input_reaches_stays_in_float(tmp_path, quantization, intra):
-    """time_cond_proj_dim: the guidance scale as an input, of latent consistency models."""
-    save_tiny_pipeline(tmp_path / "model", time_cond_proj_dim=8)
+def test_a_layer_that_no_input_reaches_stays_in_float(tmp_path, distilled, quantization, intra):
     work = Qncd(tmp_path)
     few = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1}
-    tree = tiny_config(tmp_path / "model", calibration=few, correction__intra=intra)
+    tree = tiny_config(distilled, calibration=few, correction__intra=intra)
     tree["sampling"]["steps"] = 2
     work.write_config({**tree, "quantization": quantization})
     plan = work("calibrate", "--config", "tiny.yaml", "--plan", "--json").data

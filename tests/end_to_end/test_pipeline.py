@@ -313,7 +313,7 @@ def test_a_killed_process_leaves_a_set_that_can_be_completed(work):
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 500  # a busy machine takes minutes to import torch
     while len(list(parts.glob("*.safetensors"))) < 2 and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -236,7 +236,11 @@ STAGED = [*tiny.TEXT, *tiny.FLUX, *tiny.CLASSES, *tiny.UNCONDITIONAL]
 @pytest.mark.parametrize("name", STAGED)
 def test_four_stages(folder, name, tmp_path):
     guided = name not in tiny.UNCONDITIONAL
-    changes = {"sampling__steps": 2, "sampling__guidance_scale": 2.0 if guided else 1.0}
+    changes = {
+        "sampling__steps": 2,
+        "sampling__guidance_scale": 2.0 if guided else 1.0,
+        "calibration": {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1},
+    }
     if name in tiny.FLUX:
         changes |= {
             "sampling__image_size": 16,

@@ -21,12 +21,8 @@ from qncd_cli.forecast import (
 from qncd_cli.forecast import (
     memory as footprint,
 )
-from qncd_cli.forecast import (
-    plan as forecast,
-)
 from qncd_cli.forecast.memory import Foreseen, Machine
 from qncd_cli.forecast.shapes import Shapes, model_shapes
-from qncd_cli.lineage.sample_sets import default_batch
 from qncd_cli.models.loading import load_model
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.quant.affine import QParams
@@ -131,18 +127,3 @@ def test_memory_follows_what_the_phases_hold(tmp_path):
     assert small["GPTQ of the widest layers"] - held > (1 + footprint.GPTQ_MATRICES) * 4 * widest**2
     drawn = footprint.sample_phases(shapes, held, sizes, work, machine, 50)
     assert drawn["denoising"] > held + sizes.quantized + work.weights + 100 * work.simulated
-
-
-def test_available_memory_is_less_than_the_machine_has():
-    total = 1024 * int(Path("/proc/meminfo").read_text().split()[1])
-    assert 0 < forecast.available_memory() < total
-
-
-def test_available_disk_is_that_of_the_nearest_folder(tmp_path):
-    there, to_be = tmp_path, tmp_path / "not" / "yet"
-    assert forecast.available_disk(to_be) == pytest.approx(forecast.available_disk(there), rel=0.1)
-
-
-def test_large_models_draw_fewer_samples_together():
-    macs = {"fashion-ldm": 200e6, "ldm4": 104e9, "sdxl": 3.4e12}
-    assert [default_batch(int(m)) for m in macs.values()] == [50, 9, 1]

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from qncd_cli.lineage.sample_set import read_set
+from qncd_cli.lineage.sample_sets import default_batch
 
 SAMPLES = Path("runs/tiny/samples")
 EVAL = ("eval", "--reference", "reference")
@@ -147,3 +148,8 @@ def test_weights_exchanged_behind_a_link_make_every_stage_run_again(tmp_path):
     stored = load_file(tmp_path / "runs/tiny/quantized.safetensors")["conv_in.bias"]
     found = load_file(tmp_path / "second/unet/diffusion_pytorch_model.safetensors")["conv_in.bias"]
     assert (stored == found).all()
+
+
+def test_large_models_draw_fewer_samples_together():
+    macs = {"fashion-ldm": 200e6, "ldm4": 104e9, "sdxl": 3.4e12}
+    assert [default_batch(int(m)) for m in macs.values()] == [50, 9, 1]

@@ -16,7 +16,6 @@ from qncd_cli.backends import int8
 from qncd_cli.config.loading import parse_config
 from qncd_cli.forecast import memory as footprint
 from qncd_cli.forecast.shapes import model_shapes
-from qncd_cli.machine import available_memory
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import weight_layers
 from qncd_cli.progress import no_progress
@@ -149,58 +148,3 @@ def test_in_place_the_models_weights_are_let_go(made, tiny_model):
     gc.collect()
     assert [weight() for weight in weights] == [None] * len(weights)
     assert torch.equal(quantized(*rows_of(model)), expected)
-
-
-# ---- the machine --------------------------------------------------------------------------------
-
-
-def system(root: Path, cgroup: str, **files: str) -> Path:
-    """A system with 8 GB free. files: by their place below /sys/fs/cgroup, "__" for "/"."""
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/meminfo").write_text("MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n")
-    (root / "proc/self/cgroup").write_text(cgroup)
-    for name, text in files.items():
-        folder, _, last = name.rpartition("__")
-        path = root / "sys/fs/cgroup" / folder.replace("__", "/") / last.replace("_0_", ".")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
-
-
-FREE = 8_192_000_000
-
-
-def test_without_limits_memory_is_what_the_system_has(tmp_path):
-    assert available_memory(system(tmp_path, "")) == FREE
-    assert available_memory(tmp_path / "other") is None  # no /proc
-
-
-@pytest.mark.parametrize("limit", ["max\n", "900000000000\n"])
-def test_a_wide_limit_changes_nothing(tmp_path, limit):
-    files = {"memory_0_max": limit, "memory_0_current": "5", "memory_0_stat": "inactive_file 1"}
-    found = system(tmp_path, "0::/\n", **{f"job__{name}": text for name, text in files.items()})
-    assert available_memory(found) == FREE
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "folder", "names", "idle"),
-    [
-        ("0::/job/step\n", "job", ("memory_0_max", "memory_0_current"), "inactive_file"),
-        ("0::/\n", "", ("memory_0_max", "memory_0_current"), "inactive_file"),
-        (
-            "9:cpu:/\n4:memory:/job\n0::/\n",
-            "memory__job",
-            ("memory_0_limit_in_bytes", "memory_0_usage_in_bytes"),
-            "inactive_file 1\ntotal_inactive_file",
-        ),
-    ],
-    ids=["a group above", "a container", "first version"],
-)
-def test_a_control_groups_limit_counts_and_file_pages_can_be_given_up(
-    tmp_path, cgroup, folder, names, idle
-):
-    files = dict(zip(names, ("3000000000\n", "1500000000\n"), strict=True))
-    files["memory_0_stat"] = f"anon 5\n{idle} 400000000\n"
-    below = f"{folder}__" if folder else ""
-    root = system(tmp_path, cgroup, **{f"{below}{name}": text for name, text in files.items()})
-    assert available_memory(root) == 1_900_000_000

@@ -8,12 +8,15 @@ import warnings
 import bench_peers
 import pytest
 from click.testing import CliRunner
+from conftest import SHALLOW, save_tiny_pipeline
 
 pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.slow
-def test_peers_are_timed_beside_our_rows(tiny_model, tmp_path, monkeypatch):
+def test_peers_are_timed_beside_our_rows(tmp_path, monkeypatch):
+    save_tiny_pipeline(tmp_path / "model", **SHALLOW)
+
     def broken(denoiser, inputs, folder):
         raise RuntimeError("no such kernel")
 
@@ -22,7 +25,7 @@ def test_peers_are_timed_beside_our_rows(tiny_model, tmp_path, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
         result = CliRunner().invoke(
-            bench_peers.main, [str(tiny_model), *asked, "--out", str(tmp_path)]
+            bench_peers.main, [str(tmp_path / "model"), *asked, "--out", str(tmp_path)]
         )
     assert result.exit_code == 0, result.output
     report = json.loads((tmp_path / "bench.json").read_text())

@@ -159,7 +159,10 @@ def test_safetensors_half_precision_and_averages(first):
 
 def test_it_is_calibrated_quantized_and_sampled(first, qncd):
     tree = tiny_config(
-        Path(first.checkpoint), model__compvis_config=first.config, sampling__prompts=list(TEXTS)
+        Path(first.checkpoint),
+        model__compvis_config=first.config,
+        sampling={"steps": 2, "guidance_scale": 2.0, "prompts": list(TEXTS)},
+        calibration={"trajectories": 2, "batch_size": 2, "noise_trajectories": 1},
     )
     tree["model"]["tokenizer"] = first.tokenizer
     qncd.write_config(tree)
