@@ -10,13 +10,12 @@ import math
 
 import pytest
 import torch
+from analytic import BIAS, LDM, SHAPE, gaussian, runtime
 
 from qncd_cli.errors import ConfigError
 from qncd_cli.sampling.levels import plan_steps, with_timesteps
 from qncd_cli.sampling.noise import generators_for, initial_noise
 from qncd_cli.sampling.samplers import denoise, make_scheduler
-
-from .analytic import BIAS, LDM, SHAPE, gaussian, runtime
 
 SEEDS = [3, 4]
 MODEL = gaussian(0.8, bias=BIAS, k=0.03)
