@@ -172,3 +172,41 @@ def test_the_total_target_does_not_look_at_a_latent_without_noise():
 def test_a_first_step_before_the_trajectory_is_refused():
     with pytest.raises(ConfigError, match="first"):
         runtime(first=-1)
+
+
+def early(bias):
+    """The exact denoiser, with a shift of its prediction in the first six steps alone."""
+    exact, shifted = gaussian(0.8), gaussian(0.8, bias=bias)
+    last = plan_steps(with_timesteps(make_scheduler("ddim", LDM), 20))[5].t
+    return lambda x, t: (shifted if float(t) >= last else exact)(x, t)
+
+
+def test_an_estimate_takes_the_drift_of_earlier_steps_for_noise_of_the_opposite_sign():
+    """E[q] = w sqrt(abar_t / abar_s) delta / sqrt(1 - abar_t) where the step itself has no error."""
+    seeds, bias, v = range(8), 0.3, 0.8**2
+    plan = plan_steps(with_timesteps(make_scheduler("ddim", LDM), 20))
+
+    def draw(predict, correction=None):
+        seen, scheduler = [], make_scheduler("ddim", LDM)
+        options = {"correction": correction, "on_step": lambda i, t, x, p: seen.append(x)}
+        return denoise(predict, scheduler, 20, generators_for(seeds), SHAPE, **options), seen
+
+    exact, exact_inputs = draw(gaussian(0.8))
+    plain, inputs = draw(early(bias))
+    drift = float((inputs[7] - exact_inputs[7]).double().mean())
+    assert drift < -0.1, "eps enters the latent with a negative coefficient"
+    results = {}
+    for first in (0, 6):
+        estimate = runtime(seeds, **PUBLISHED, first=first, repeat=True)
+        results[first], _ = draw(early(bias), estimate)
+        results[first, "read"] = float(estimate.estimates[0].mean.double().mean())
+    step = plan[6]
+    a, ratio = step.abar_t, step.abar_t / step.abar_next
+    w = (1 - a) / (a * v + 1 - a)
+    chance = 1 / math.sqrt(exact.numel())
+    expected = w * math.sqrt(ratio) * drift / math.sqrt(1 - a)
+    assert results[6, "read"] == pytest.approx(expected, abs=4 * chance)
+    assert results[6, "read"] < 0 < results[0, "read"]
+    distances = {k: float((x - exact).norm()) for k, x in results.items() if k in (0, 6)}
+    before = float((plain - exact).norm())
+    assert distances[0] < 0.8 * before < before < distances[6]
