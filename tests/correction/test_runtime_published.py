@@ -182,7 +182,7 @@ def early(bias):
 
 
 def test_an_estimate_takes_the_drift_of_earlier_steps_for_noise_of_the_opposite_sign():
-    """E[q] = w sqrt(abar_t / abar_s) delta / sqrt(1 - abar_t) where the step has no error itself."""
+    """E[q] = w sqrt(abar_t / abar_s) delta / sqrt(1 - abar_t) where the step itself is exact."""
     seeds, bias, v = range(8), 0.3, 0.8**2
     plan = plan_steps(with_timesteps(make_scheduler("ddim", LDM), 20))
 
