@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import load_config
+from ..runs.measuring import Wishes, protocol_of, settle
 from ..store.files import write_bytes
 from .console import Console, keeping
-from .measuring import Wishes, explain, protocol_of, settle
-from .shared import open_model
+from .shared import explain, open_model
 
 TERMINAL = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
@@ -75,7 +75,7 @@ def ablate(console: Console, options: AblateOptions) -> None:
         print(f"ablate: done in {console.lap():.1f} s, {page}")
 
     console.result({**table, "run_dir": str(folder)}, render)
-    settle(console, table["protocol"]["left_out"], wishes)
+    settle(console.note, table["protocol"]["left_out"], wishes)
 
 
 def _listed(text: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import sys
 import textwrap
@@ -126,6 +125,8 @@ class Console:
 
     def result(self, payload: dict[str, Any], render: Callable[[], None]) -> None:
         """payload as JSON, or whatever render prints for people."""
+        from ..store.files import finite
+
         if self.as_json:
             click.echo(json.dumps(finite(payload), sort_keys=True, allow_nan=False))
         else:
@@ -165,14 +166,3 @@ class Console:
 def show(value: Any) -> str:
     """A value in a table: numbers as everywhere, text as it is."""
     return number(value) if value is None or isinstance(value, int | float) else str(value)
-
-
-def finite(value: Any) -> Any:
-    """The same tree with NaN and infinities as null, for JSON."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..runs.model import silence_diffusers
 from ..vocabulary import megabytes
 from .console import Console
-from .shared import silence_diffusers
 
 
 def convert(

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.loading import load_config, parse_config
+from ..runs.model import silence_diffusers
 from ..store import artifacts
 from ..store.files import check_folder, replacing_folder
 from ..store.run_dir import find_run
 from . import usage
 from .console import Console
-from .shared import open_model, silence_diffusers
+from .shared import open_model
 
 
 def export_graph(

@@ -11,12 +11,13 @@ from typing import Any
 from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ModelError
+from ..runs.model import silence_diffusers
+from ..runs.sample import DEFAULT_NUM
 from ..store.run_dir import RunDir, find_run
 from ..vocabulary import megabytes
 from .console import Console
 from .progress import duration
-from .sampling import DEFAULT_NUM, SampleOptions, sampling_config
-from .shared import silence_diffusers
+from .sampling import SampleOptions, sampling_config
 from .wanted import Wanted
 
 STAGES = ("calibrate", "quantize", "sample")

@@ -12,11 +12,11 @@ from ..config.schema import Config
 from ..errors import ArtifactError, QncdError
 from ..lineage import sample_sets
 from ..lineage import stages as fresh
+from ..runs.model import model_digest
 from ..store.files import read_json
 from ..store.run_dir import RunDir
 from ..vocabulary import MISSING, heading
 from ..vocabulary import cell as said
-from . import states
 from .console import Console
 
 KINDS = {"calibrate": ("smoothing", "calibration"), "quantize": ("quantized", "noise_stats")}
@@ -61,7 +61,7 @@ def inspect(console: Console, folder: Path) -> None:
 def _model(config: Config) -> tuple[str | None, str]:
     """The model's digest as it is now, or None and why it is not known."""
     try:
-        digest = states.model_digest(config)
+        digest = model_digest(config)
     except QncdError as error:
         return None, error.message
     return digest, "" if digest is not None else "only loading it tells whether it changed"

@@ -2,63 +2,40 @@
 
 from __future__ import annotations
 
-from functools import partial
+import shutil
+import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import click
-
 from ..config.schema import Config
+from ..runs.model import open_model as open_configured
+from ..runs.model import silence_diffusers
+from ..runs.watch import Watch
 from ..store.run_dir import RunDir
-from ..vocabulary import phrase
-from .console import Console
+from ..vocabulary import DIRECTIONS, phrase, terms
+from .console import Console, keeping
 from .process import collect_as_usual
+from .states import say
 
 UNSAID = ("because", "keys")
 """Keys of a stage's payload that were told before it began."""
 
 
-def open_model(config: Config, device: str = "auto", folder: Path | None = None) -> Any:
-    """The configured model, with diffusers silenced: what it has to say is said by our errors.
-
-    folder: of a run, where encoded prompts are kept.
-    """
-    from ..models.loading import load_model
-    from ..models.prompt_cache import PromptCache
-    from ..models.text import Prompts
-
-    silence_diffusers()
-    collect_as_usual()
-    model, sampling = config.model, config.sampling
-    prompts = None
-    if sampling.prompts is not None:
-        prompts = Prompts(
-            sampling.prompts,
-            sampling.negative_prompt,
-            image_size=sampling.image_size,
-            guidance_scale=sampling.guidance_scale,
-        )
-    return load_model(
-        model.source,
-        model.dtype,
-        device,
-        compvis_config=model.compvis_config,
-        tokenizer=model.tokenizer,
-        prompts=prompts,
-        cache=PromptCache(folder / "prompts") if folder is not None else None,
-        tell=partial(click.echo, err=True),
-        track=Console().track,
+def watching(console: Console) -> Watch:
+    """What a console shows of a stage."""
+    return Watch(
+        console.track,
+        console.note,
+        lambda state, force: say(console, state, force=force),
+        keeping,
+        collect_as_usual,
     )
 
 
-def note_sampling(console: Console, config: Config, model: Any) -> None:
-    """Say what of the way of sampling may surprise."""
-    from ..models.schedule import distilled
-
-    if remark := distilled(model.scheduler_config):
-        console.note(f"{model.source}: {remark}")
-    if model.interpolates and config.sampling.guidance_scale == 0:
-        console.note("guidance 0: every image is of the null class, whatever sampling.classes says")
+def open_model(config: Config, device: str = "auto", folder: Path | None = None) -> Any:
+    """The configured model, as `runs.model.open_model` opens it, with its remarks and progress."""
+    return open_configured(config, device, folder, watching(Console()))
 
 
 def download(source: str) -> None:
@@ -67,14 +44,6 @@ def download(source: str) -> None:
 
     silence_diffusers()
     find_folder(source)
-
-
-def silence_diffusers() -> None:
-    """Silence diffusers for the rest of this process."""
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def done(console: Console, stage: str, run: RunDir, **more: Any) -> None:
@@ -89,3 +58,10 @@ def done(console: Console, stage: str, run: RunDir, **more: Any) -> None:
         print(f"{stage}: {what}" + (f" ({', '.join(details)})" if details else ""))
 
     console.result(payload, render)
+
+
+def explain(headings: Iterable[str]) -> None:
+    """Below a table: which way is better, and a sentence for each of its words that need one."""
+    says = [DIRECTIONS, *(f"{term}: {text}" for term, text in terms(headings).items())]
+    width = shutil.get_terminal_size((120, 24)).columns
+    print(*(textwrap.fill(line, width) for line in says), sep="\n")

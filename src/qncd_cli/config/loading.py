@@ -44,12 +44,24 @@ class _UniqueKeys(_Loader):
         return super().construct_mapping(node, deep)
 
 
-def load_config(name: str, overrides: Sequence[str] = (), **others: Any) -> Config:
-    """Read a configuration file, by path or shipped name; overrides, others: as `resolved` takes.
+def load_config(
+    name: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    prompts: Sequence[str] = (),
+    download: Download | None = None,
+) -> Config:
+    """Read a configuration: a YAML file, or a shipped one by name (fashion_ldm, fashion_ldm_w4a6).
+
+    overrides: "key.path=value", values in YAML, the last one wins. prompts: of a text model whose
+    configuration has none. download: brings a model of the hub whose own settings are needed.
 
     Raises ConfigError naming the file, the dotted key and the nearest known key.
+
+    >>> load_config("fashion_ldm_w4a8", ["sampling.steps=10"]).sampling.steps
+    10
     """
-    found = find_config(name)
+    found = find_config(str(name))
     path = found.path
     try:
         tree = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
@@ -60,7 +72,7 @@ def load_config(name: str, overrides: Sequence[str] = (), **others: Any) -> Conf
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
     overrides = (*found.overrides, *overrides)
-    return resolved(tree, str(path), path.parent, overrides, **others)
+    return resolved(tree, str(path), path.parent, overrides, prompts=prompts, download=download)
 
 
 def resolved(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -141,3 +142,14 @@ def read_json(path: Path, command: str) -> Any:
         raise ArtifactError(f"{path}: missing", f'make it with "{command}"') from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path}: damaged: {error}", f'repeat "{command}"') from error
+
+
+def finite(value: Any) -> Any:
+    """The same tree with NaN and infinities as null, for JSON."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

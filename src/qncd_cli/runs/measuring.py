@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
 from ..errors import ArtifactError, BackendUnavailable, ConfigError
-from ..vocabulary import DIRECTIONS, terms
-from .console import Console
 
 ZOO = "zoo"
 PACKAGED = "zoo:"
@@ -140,7 +136,9 @@ def _inception(wishes: Wishes) -> tuple[Any, str]:
         return None, str(error)
 
 
-def settle(console: Console, left_out: Mapping[str, Sequence[str]], wishes: Wishes) -> None:
+def settle(
+    note: Callable[[str], object], left_out: Mapping[str, Sequence[str]], wishes: Wishes
+) -> None:
     """Say what was left out and why, once everything else is written.
 
     Raises BackendUnavailable, exit code 6, where it was asked for by name.
@@ -155,11 +153,4 @@ def settle(console: Console, left_out: Mapping[str, Sequence[str]], wishes: Wish
         )
     if left_out:
         what = "distances" if "distance" in left_out else "the distance to data"
-        console.note(f"{what} left out: {reasons}")
-
-
-def explain(headings: Iterable[str]) -> None:
-    """Below a table: which way is better, and a sentence for each of its words that need one."""
-    says = [DIRECTIONS, *(f"{term}: {text}" for term, text in terms(headings).items())]
-    width = shutil.get_terminal_size((120, 24)).columns
-    print(*(textwrap.fill(line, width) for line in says), sep="\n")
+        note(f"{what} left out: {reasons}")
