@@ -14,10 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
-def qncd(*arguments: str) -> None:
-    """One command of the tool, in a process of its own."""
-    subprocess.run([sys.executable, "-m", "qncd_cli", *arguments], check=True)
+from qncd_cli import calibrate, load_config, quantize, sample
 
 
 def configuration(options: argparse.Namespace) -> dict[str, Any]:
@@ -58,11 +55,12 @@ def main() -> None:
     config = run / "my.yaml"
     config.write_text(json.dumps(configuration(options), indent=2))  # JSON is YAML
 
-    qncd("calibrate", "--config", str(config), "--run-dir", str(run))
-    qncd("quantize", "--run-dir", str(run))
-    qncd("sample", "--run-dir", str(run), "--num", str(options.num))
-    qncd("export", "--to", "diffusers", str(options.out), "--run-dir", str(run), "--force")
-    print(f"images: {run}/samples/quantized_sheet.png")
+    calibrate(load_config(config), run)
+    quantize(run)
+    drawn = sample(run, num=options.num)
+    export = ["export", "--to", "diffusers", str(options.out), "--run-dir", str(run), "--force"]
+    subprocess.run([sys.executable, "-m", "qncd_cli", *export], check=True)
+    print(f"images: {drawn.contact_sheet}")
     print(f"load it: python examples/load_in_diffusers.py {options.out}")
 
 
