@@ -28,6 +28,7 @@ from qncd_cli.config.schema import Config
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.ptq.hessians import collect_hessians
+from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.ptq.reconstruct import exact_weights, quantized_layers
 from qncd_cli.ptq.smoothing_choice import factors_of
@@ -37,6 +38,7 @@ from qncd_cli.runtime import trajectory
 from qncd_cli.runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser
 from qncd_cli.sampling.noise import chunks
 from qncd_cli.store import artifacts
+from qncd_cli.store.layer_entry import layer_entries
 from qncd_cli.store.run_dir import find_run
 
 BATCH = 16
@@ -83,9 +85,9 @@ def main(run_dir: str | None, count: int, ranks: tuple[int, ...], num: int) -> N
     calibration = artifacts.read(run.tensors("calibration"), "calibration")
     quantized = artifacts.read(run.tensors("quantized"), "quantized")
     factors = factors_of(artifacts.read(run.tensors("smoothing"), "smoothing"))
-    entries = quantized.body["layers"]
-    estimates = {n: e["estimated_error"] for n, e in entries.items() if "estimated_error" in e}
-    errors = {n: e["weight"] for n, e in estimates.items() if e["weight"] is not None}
+    entries = layer_entries(quantized.body)
+    estimates = {name: entry.estimated_error for name, entry in entries.items()}
+    errors = {name: found.weight for name, found in estimates.items() if found is not None}
     if not errors:
         raise click.ClickException(f"{run.path}: no estimated errors (preset best has them)")
     worst = sorted(errors, key=lambda name: -errors[name])[:count]
@@ -99,11 +101,13 @@ def main(run_dir: str | None, count: int, ranks: tuple[int, ...], num: int) -> N
         if plan.name in layers
     ]
     qparams = {n: QParams(la.input_scale, la.input_zero_point) for n, la in layers.items()}
-    hessians = collect_hessians(model, config, calibration, plans, qparams, factors)
+    hessians = collect_hessians(
+        QuantizationJob(config, model, calibration, plans, factors), qparams
+    )
 
     drawing = Drawing(config, model, num)
     reference = drawing.latents(full_denoiser(model))
-    total = sum(torch.Size(e["weight_shape"]).numel() for e in entries.values())
+    total = sum(entry.weights for entry in entries.values())
     coded = {name: layer.float_weight() for name, layer in layers.items()}
     click.echo(f"{model.source}, {num} samples; layers: {', '.join(worst)}")
     click.echo("| weights of these layers | extra bits in the mean | SQNR, dB |\n|---|---|---|")

@@ -23,7 +23,7 @@ from qncd_cli.models.topology import (
     capture_inputs,
     float_attention,
 )
-from qncd_cli.quant.attention import QuantizedJointAttnProcessor
+from qncd_cli.quant.attention_processors import QuantizedJointAttnProcessor
 from qncd_cli.quant.layers import StepState
 from qncd_cli.runtime.denoiser import denoiser_costs, full_denoiser, guided_predict
 from qncd_cli.sampling.noise import generators_for

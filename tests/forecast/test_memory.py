@@ -26,9 +26,11 @@ from qncd_cli.forecast.shapes import Shapes, model_shapes
 from qncd_cli.models.loading import load_model
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.quant.affine import QParams
+from qncd_cli.quant.smoothing import IDENTITY
 from qncd_cli.stages import calibrate, quantize
 from qncd_cli.store import artifacts
 from qncd_cli.store.artifacts import Artifact
+from qncd_cli.store.layer_entry import bodies
 
 FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1}
 NEAREST = {"bits": 4, "rounding": "nearest"}
@@ -90,12 +92,12 @@ def test_bytes_of_a_packaged_model(tmp_path):
     tensors, entries = {}, {}
     for plan in plan_layers(config, model.denoiser):
         qparams = QParams(torch.ones(groups), torch.zeros(groups, dtype=torch.int32))
-        found, entries[plan.name] = quantize.quantize_layer(plan, qparams, None, None)
+        found, entries[plan.name] = quantize.quantize_layer(plan, qparams, IDENTITY, None)
         tensors |= {f"{plan.name}.{key}": value for key, value in found.items()}
     for name in predicted.tensors.keys() - tensors.keys():  # of attention
         like = predicted.tensors[name]
         tensors[name] = torch.zeros(like.shape, dtype=like.dtype)
-    real = replace(predicted, tensors=tensors, body={**predicted.body, "layers": entries})
+    real = replace(predicted, tensors=tensors, body={**predicted.body, "layers": bodies(entries)})
     assert foreseen.result_bytes(config, shapes, predicted) == pytest.approx(
         written(tmp_path, real)[0], rel=0.001
     )

@@ -15,7 +15,7 @@ from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import attention_sites, capture_attention
 from qncd_cli.ptq.attention import operand_observers, quantize_attention
 from qncd_cli.ptq.coverage import coverage
-from qncd_cli.quant.attention import QuantizedAttnProcessor
+from qncd_cli.quant.attention_processors import QuantizedAttnProcessor
 from qncd_cli.quant.layers import StepState
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.runtime.install import install_attention

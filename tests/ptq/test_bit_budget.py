@@ -20,7 +20,8 @@ from qncd_cli.errors import ConfigError
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.progress import no_progress
 from qncd_cli.ptq import bit_budget
-from qncd_cli.ptq.bit_budget import WIDTHS, allocate, probe_rows
+from qncd_cli.ptq.bit_budget import WIDTHS, allocate, tried_rows
+from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import has_own_weight_bits, plan_layers
 from qncd_cli.ptq.smoothing_choice import factors_of
 from qncd_cli.quant.rounding import round_nearest
@@ -99,10 +100,10 @@ def test_bits_go_where_they_help():
 
 
 @pytest.mark.parametrize(("steps", "per_step"), [(1, 6), (4, 6), (20, 1), (32, 1), (50, 1)])
-def test_probe_rows_cover_the_timesteps_alike(steps, per_step):
+def test_tried_rows_cover_the_timesteps_alike(steps, per_step):
     times = torch.arange(steps, 0, -1).float()
     timestep = torch.cat([times.repeat_interleave(3), times.repeat_interleave(3)])
-    rows = probe_rows(timestep)
+    rows = tried_rows(timestep)
     assert len(set(rows.tolist())) == len(rows)
     seen = timestep[rows].tolist()
     assert {seen.count(t) for t in seen} == {per_step}
@@ -238,9 +239,10 @@ def test_sensitivity_is_the_error_of_the_whole_denoiser(calibrated):
     config = calibrated.config()
     (plan,) = [p for p in plan_layers(config, calibrated.model.denoiser) if p.name == name]
     smoothing = factors_of(calibrated.smoothing)[name]
-    found = bit_budget.measure_sensitivity(
-        config, calibrated.model, calibrated.calibration, [plan], {name: smoothing}, no_progress
-    )[name]
+    job = QuantizationJob(
+        config, calibrated.model, calibrated.calibration, [plan], {name: smoothing}
+    )
+    found = bit_budget.measure_sensitivity(job, no_progress)[name]
     full = calibrated.predictions(full_denoiser(calibrated.model)).double().flatten(1)
     exact, scale = plan.layer.weight.data.clone(), smoothing.factor.reshape(1, -1, 1, 1)
     for bits in (2, 4):

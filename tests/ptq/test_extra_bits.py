@@ -17,6 +17,7 @@ from qncd_cli.config.schema import Config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
 from qncd_cli.ptq.extra_bits import ROWS_PER_STEP, Sensitivity, refine, sensitivity, spend
+from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import LayerPlan, plan_layers
 from qncd_cli.ptq.smoothing_choice import Factors, factors_of
 from qncd_cli.quant.affine import QParams, fake_quantize
@@ -45,12 +46,15 @@ class Calibrated:
     def plans(self) -> list[LayerPlan]:
         return plan_layers(self.config(), self.model.denoiser)
 
+    def job(self, **changes) -> QuantizationJob:
+        config = self.config(**changes)
+        return QuantizationJob(config, self.model, self.calibration, self.plans, self.factors)
+
     def estimate(self) -> Sensitivity:
-        return sensitivity(self.config(), self.model, self.calibration, self.plans, self.factors)
+        return sensitivity(self.job())
 
     def refined(self, **changes) -> list[LayerPlan]:
-        config = self.config(**changes)
-        return refine(config, self.model, self.calibration, self.plans, self.factors)[0]
+        return refine(self.job(**changes))[0]
 
     def predictions(self) -> Tensor:
         """Guided predictions [n, values] at the first rows of every timestep."""
@@ -110,7 +114,7 @@ def with_rounded_weight(subject: Calibrated, plan: LayerPlan, full: Tensor) -> f
 
 def with_rounded_input(subject: Calibrated, plan: LayerPlan, full: Tensor) -> float:
     """The error with the layer's input, and no other tensor, really rounded."""
-    qparams = input_qparams(plan, subject.calibration, subject.config(), None)
+    qparams = input_qparams(subject.job(), plan, None)
     assert qparams is not None
     factor, spec = subject.factors.get(plan.name), activation_spec(plan.activation_bits)
     bounds = tuple(subject.calibration.body["group_bounds"])

@@ -14,6 +14,7 @@ from qncd_cli.backends import int8
 from qncd_cli.config.loading import parse_config
 from qncd_cli.config.schema import Config
 from qncd_cli.models.loading import load_model
+from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import LayerPlan
 from qncd_cli.ptq.output_ranges import CLIP_WEIGHT, LayerOutput
 from qncd_cli.ptq.probes import Probe
@@ -21,7 +22,7 @@ from qncd_cli.quant.affine import QParams, choose_qparams, fake_quantize
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.quant.observers import RangeObserver, choose_range
 from qncd_cli.quant.rounding import round_nearest
-from qncd_cli.quant.smoothing import SmoothingFactor, fold, smooth
+from qncd_cli.quant.smoothing import IDENTITY, SmoothingFactor, fold, smooth
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.spec import activation_spec, weight_spec
 from qncd_cli.stages import calibrate, quantize
@@ -52,7 +53,7 @@ def inputs_of(kind: str, group: int) -> Tensor:
 
 
 def output_of(
-    plan: LayerPlan, inputs: dict[int, Tensor], factor: SmoothingFactor | None = None
+    plan: LayerPlan, inputs: dict[int, Tensor], factor: SmoothingFactor = IDENTITY
 ) -> LayerOutput:
     probe = Probe(plan.channel_axis, [(TIMES[group], x) for group, x in inputs.items()])
     return LayerOutput(plan, probe, factor, BOUNDS)
@@ -121,9 +122,9 @@ def test_the_short_end_of_silu_is_kept(bits):
 def test_corrected_outputs_have_no_mean_error(kind, smoothed):
     plan = plan_of(kind)
     inputs = {group: inputs_of(kind, group) for group in (0, 2)}
-    factor = SmoothingFactor(torch.linspace(0.5, 2, 6), 0, None) if smoothed else None
+    factor = SmoothingFactor(torch.linspace(0.5, 2, 6), 0, None) if smoothed else IDENTITY
     exact = plan.layer.weight.detach()
-    folded = exact if factor is None else fold(exact, factor.factor)
+    folded = fold(exact, factor.factor)
     codes, (scale, zero), _ = round_nearest(folded, weight_spec(4))
     shape = [-1] + [1] * (exact.ndim - 1)
     weight = (codes - zero.reshape(shape)) * scale.reshape(shape)
@@ -134,7 +135,7 @@ def test_corrected_outputs_have_no_mean_error(kind, smoothed):
     assert torch.equal(correction[1], torch.zeros(5))
     axis = 1 if kind == "conv" else -1
     for group, x in inputs.items():
-        y = x if factor is None else smooth(x, factor.factor, axis)
+        y = smooth(x, factor.factor, axis)
         at_group = QParams(qparams.scale[group], qparams.zero_point[group])
         lost = plan.apply(x, exact) - plan.apply(fake_quantize(y, at_group, spec), weight)
         mean = lost.movedim(axis, 0).flatten(1).mean(1)
@@ -196,7 +197,10 @@ def test_wide_inputs_reach_beyond_all_groups(tiny_model, bits):
     state = state_of(plan, seen)
     tensors = {f"layer.input_{name}": value for name, value in state.items()}
     calibration = Artifact("calibration", tensors, {}, "c" * 16, "m" * 16)
-    found = input_qparams(plan, calibration, config_of(tiny_model), None)
+    job = QuantizationJob(
+        config_of(tiny_model), load_model(str(tiny_model)), calibration, [plan], {}
+    )
+    found = input_qparams(job, plan, None)
     assert found is not None
     least = min(float(x.min()) for x in seen.values())
     most = max(float(x.max()) for x in seen.values())

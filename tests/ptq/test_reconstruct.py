@@ -17,6 +17,7 @@ from qncd_cli.models.topology import reconstruction_blocks, weight_layers
 from qncd_cli.progress import no_progress
 from qncd_cli.ptq import learn_block, reconstruct
 from qncd_cli.ptq.block_calls import BlockCalls, CalibrationRows, record
+from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.quant.packing import unpack
 from qncd_cli.runtime.denoiser import full_denoiser
 from qncd_cli.spec import weight_spec
@@ -68,7 +69,8 @@ def scratch(tmp_path, monkeypatch) -> Path:
 
 
 def learn(config, model, calibrated, start) -> Artifact:
-    return reconstruct.reconstruct(config, model, calibrated[0], start, no_progress)
+    job = QuantizationJob(config, model, calibrated[0], [], {})
+    return reconstruct.reconstruct(job, start, no_progress)
 
 
 def blocks_of(artifact: Artifact) -> dict[str, dict]:

@@ -14,7 +14,8 @@ from qncd_cli.backends import int8
 from qncd_cli.models.topology import attention_sites
 from qncd_cli.quant import attention
 from qncd_cli.quant.affine import choose_qparams, quantize
-from qncd_cli.quant.attention import QuantizedAttnProcessor, probabilities_qparams
+from qncd_cli.quant.attention import probabilities_qparams
+from qncd_cli.quant.attention_processors import QuantizedAttnProcessor
 from qncd_cli.quant.layers import StepState
 from qncd_cli.spec import activation_spec
 

@@ -42,6 +42,8 @@ def quantized() -> Artifact:
     """A 4-bit convolution with shift and bias correction, an 8-bit linear layer, a layer in
     floating point; attention modules with quantized and with floating-point operands."""
     entry = {
+        "kind": "conv",
+        "observer": "mse",
         "activation_bits": 8,
         "smoothed": False,
         "shifted": False,

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..config.loading import load_config
 from ..errors import ArtifactError
-from ..spec import Widths
 from ..store.artifact_files import TYPES, Stored, read_stored
 from ..store.files import read_json
+from ..store.layer_entry import layer_entries
 from ..vocabulary import MISSING, NUMBERS, megabytes, number, said
 from .console import Console
 
@@ -75,7 +74,7 @@ def _artifact(console: Console, path: Path, tensors: bool) -> None:
         named += [(f"made from {name}", digest[:16]) for name, digest in stored.parents.items()]
         named += [*_body(stored), ("parts", _parts(stored))]
         console.pairs(named)
-        if worst := _sensitive(stored.body):
+        if worst := _sensitive(stored):
             print("layers whose rounding matters most, by estimated error:")
             console.pairs(worst)
         if tensors:
@@ -98,8 +97,9 @@ def _body(stored: Stored) -> list[tuple[str, str]]:
         if entries:
             found.append((name, number(len(entries))))
     if layers and stored.kind == "quantized":
+        described = layer_entries(stored.body).values()
         for what in ("weight_bits", "activation_bits", "rounding"):
-            counts = Counter(entry[what] for entry in layers.values())
+            counts = Counter(getattr(entry, what) for entry in described)
             text = ", ".join(f"{value} in {count}" for value, count in sorted(counts.items()))
             found.append((what.replace("_", " "), f"{text} layers"))
     return found
@@ -117,22 +117,17 @@ def _parts(stored: Stored) -> str:
     return ", ".join(f"{part} {megabytes(size)}" for part, size in most)
 
 
-def _sensitive(body: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _sensitive(stored: Stored) -> list[tuple[str, str]]:
     """Layers whose rounding was estimated to matter most, where that was measured."""
-    layers = body.get("layers")
-    entries = layers.items() if isinstance(layers, Mapping) else ()
+    if stored.kind != "quantized":
+        return []
     errors = {
-        name: sum(entry["estimated_error"].values())
-        for name, entry in entries
-        if isinstance(entry, Mapping) and "estimated_error" in entry
+        name: (estimated.input + estimated.weight, entry.widths.label)
+        for name, entry in layer_entries(stored.body).items()
+        if (estimated := entry.estimated_error) is not None
     }
-    worst = sorted(errors, key=lambda name: -errors[name])[:SENSITIVE]
-    found = []
-    for name in worst:
-        entry = dict(entries)[name]
-        bits = Widths(entry["weight_bits"], entry["activation_bits"]).label
-        found.append((name, f"{errors[name]:.2g}, {bits}"))
-    return found
+    worst = sorted(errors.items(), key=lambda item: -item[1][0])[:SENSITIVE]
+    return [(name, f"{error:.2g}, {label}") for name, (error, label) in worst]
 
 
 # ------------------------------------------------------------------ JSON and YAML

@@ -7,6 +7,7 @@ SOME_FLOAT takes as many characters.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from ..config.schema import Config
 from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import attention_sites, skip_boundaries
 from ..ptq.attention import quantized_sites
-from ..ptq.layer_plan import LayerPlan, has_own_weight_bits, plan_layers, range_observer
+from ..ptq.bit_budget import WIDTHS
+from ..ptq.layer_plan import LayerPlan, has_own_weight_bits, plan_layers
 from ..ptq.noise import noise_body
 from ..runtime.denoiser import group_bounds
 from ..spec import FLOAT_BITS
 from ..store.artifacts import KINDS, Artifact, description, torch_type
+from ..store.layer_entry import EstimatedError, LayerEntry, Reconstruction, bodies
 from .shapes import Shapes
 
 SOME_FLOAT = 0.012345678901234567
@@ -93,16 +96,9 @@ def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Art
         for plan in plan_layers(config, shapes.denoiser)
         if not plan.stays_float or plan.name in smoothed
     ]
-    attention = config.quantization.attention
-    products = quantized_sites(config, calibrated.body["attention"])
-    entry = {
-        "bits": attention.bits,
-        "probabilities_bits": attention.probabilities_bits,
-        "observer": range_observer(config.quantization.activations.observer),
-    }
     body = {
-        "layers": {plan.name: _entry(config, plan, smoothed.get(plan.name)) for plan in plans},
-        "attention": {name: dict(entry) for name in products},
+        "layers": bodies({p.name: _entry(config, p, smoothed.get(p.name)) for p in plans}),
+        "attention": bodies(quantized_sites(config, calibrated.body["attention"])),
         "groups": calibrated.body["groups"],
         "group_bounds": calibrated.body["group_bounds"],
         "cache_time_embeddings": config.quantization.cache_time_embeddings,
@@ -111,39 +107,24 @@ def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Art
     return _blank("quantized", body, {"calibration": CONTENT, "smoothing": CONTENT})
 
 
-def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> dict[str, Any]:
-    """Description of one layer in the quantized artifact, as stages.quantize writes it."""
+def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> LayerEntry:
+    """One layer's entry in the quantized artifact, with SOME_FLOAT for what is measured."""
     q = config.quantization
-    float_weight = plan.weight_bits == FLOAT_BITS
-    gptq = q.weights.rounding != "nearest" and not float_weight
     shifted = factor is not None and factor["shifted"]
-    entry: dict[str, Any] = {
-        "kind": "conv" if plan.is_conv else "linear",
-        "weight_shape": list(plan.layer.weight.shape),
-        "in_channels": plan.in_channels,
-        "weight_bits": plan.weight_bits,
-        "activation_bits": plan.activation_bits,
-        "observer": plan.observer,
-        "smoothed": factor is not None,
-        "shifted": shifted,
-        "bias": plan.layer.bias is not None or shifted,  # a shift moves into the bias
-        "bias_corrected": q.bias_correction,
-        "rounding": "none" if float_weight else "gptq" if gptq else "nearest",
-        "note": "",
-    }
-    if gptq:
-        entry["relative_output_error"] = SOME_FLOAT
+    entry = plan.entry(smoothed=factor is not None, shifted=shifted)
+    entry = replace(entry, bias_corrected=q.bias_correction)
     if refined(config) and min(plan.weight_bits, plan.activation_bits) <= 8:
-        entry["estimated_error"] = {"input": SOME_FLOAT, "weight": SOME_FLOAT}
+        entry = replace(entry, estimated_error=EstimatedError(SOME_FLOAT, SOME_FLOAT))
     if q.weights.budget is not None and not has_own_weight_bits(plan, config):
-        entry["sensitivity"] = dict.fromkeys(map(str, (2, 3, 4, 6, 8)), SOME_FLOAT)
-    if q.weights.rounding in ("adaround", "brecq") and not float_weight:
-        entry["reconstruction"] = {
-            "block": plan.name,
-            "relative_output_error_before": SOME_FLOAT,
-            "relative_output_error_after": SOME_FLOAT,
-            "kept": True,
-        }
+        entry = replace(entry, sensitivity=dict.fromkeys(WIDTHS, SOME_FLOAT))
+    if plan.weight_bits == FLOAT_BITS:
+        return entry
+    if q.weights.rounding == "nearest":
+        return replace(entry, rounding="nearest")
+    entry = replace(entry, rounding="gptq", relative_output_error=SOME_FLOAT)
+    if q.weights.rounding in ("adaround", "brecq"):
+        learnt = Reconstruction(plan.name, SOME_FLOAT, SOME_FLOAT, kept=True)
+        entry = replace(entry, reconstruction=learnt)
     return entry
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..quant.attention import InsteadOfAttention
+from ..quant.attention_processors import InsteadOfAttention
 
 
 class Meter(TorchDispatchMode):

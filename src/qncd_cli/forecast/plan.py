@@ -28,8 +28,10 @@ from ..ptq.reconstruct import CACHE_BYTES
 from ..sampling.levels import with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
+from ..spec import FLOAT_BITS
 from ..stages.sample import TRACED
 from ..store.artifacts import Artifact
+from ..store.layer_entry import layer_entries
 from ..vocabulary import megabytes
 from . import (
     activations as call_memory,
@@ -141,10 +143,8 @@ def _result(
     """quantized.safetensors, with the bits that quantization.sensitive or a budget spends, and
     what the denoiser needs beside it."""
     spent = foreseen.extra_weight_bits(config, plan_layers(config, shapes.denoiser))
-    entries = quantized.body["layers"]
-    codes = sum(
-        torch.Size(e["weight_shape"]).numel() for e in entries.values() if e["weight_bits"] != 32
-    )
+    entries = layer_entries(quantized.body).values()
+    codes = sum(entry.weights for entry in entries if entry.weight_bits != FLOAT_BITS)
     average = covered["average_weight_bits"]
     whole = foreseen.result_bytes(config, shapes, quantized)
     weights = covered["weight_code_bytes"] + spent // 8

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..config.schema import Config
 from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import LayerCost
-from ..ptq.bit_budget import PROBE_ROWS, WIDTHS
+from ..ptq.bit_budget import TRIED_ROWS, WIDTHS
 from ..ptq.extra_bits import PROJECTIONS, ROWS_PER_STEP
 from ..ptq.extra_bits import STEPS as SENSITIVITY_STEPS
 from ..ptq.hessians import HESSIAN_CALLS, HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT, hessian_groups
@@ -96,7 +96,7 @@ def quantize_work(
         work += Work(_probed(config, machine) * calls * macs + tried * ranges)
     if weights.budget is not None:
         tried = len(WIDTHS) * len(plans)
-        work += Work(tried * PROBE_ROWS * macs, tried * ROUNDING_PASSES * sum(sizes.values()))
+        work += Work(tried * TRIED_ROWS * macs, tried * ROUNDING_PASSES * sum(sizes.values()))
     batch = min(config.calibration.batch_size, config.calibration.trajectories)
     if weights.rounding != "nearest":
         rows = min(HESSIAN_CALLS, calls) * batch * machine.copies

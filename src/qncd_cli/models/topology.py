@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
-from ..quant.attention import JointProcessor
+from ..quant.attention_processors import JointProcessor
 from ..spec import ATTENTION_OPERANDS
 
 _TIME_LAYERS = re.compile(r"(^|\.)(time_embedding|timestep_embedder)\.linear_[12]$")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 
@@ -11,8 +10,9 @@ from ..config.schema import Config
 from ..models.topology import AttentionSite
 from ..quant.affine import choose_qparams
 from ..quant.observers import RangeObserver, choose_range
-from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, activation_spec
+from ..spec import ATTENTION_OPERANDS, FLOAT_BITS, Widths, activation_spec
 from ..store.artifacts import Artifact, tensors_below
+from ..store.layer_entry import AttentionEntry, attention_entries
 from .layer_plan import override_of, range_observer
 
 
@@ -27,52 +27,50 @@ def operand_observers(sites: list[AttentionSite], groups: int) -> dict[str, Rang
 
 def quantize_attention(
     config: Config, calibration: Artifact
-) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
+) -> tuple[dict[str, Tensor], dict[str, AttentionEntry]]:
     """The quantized artifact's tensors and entries of every attention module.
 
     Both are empty where q, k, v and the probabilities all stay in floating point.
     """
-    attention, activations = config.quantization.attention, config.quantization.activations
-    names = quantized_sites(config, calibration.body["attention"])
-    observer = range_observer(activations.observer)
+    entries = quantized_sites(config, calibration.body["attention"])
+    percentile = config.quantization.activations.percentile
     tensors: dict[str, Tensor] = {}
-    for name in names if attention.bits != FLOAT_BITS else ():
-        spec = activation_spec(attention.bits)
+    for name, entry in entries.items():
+        if entry.bits == FLOAT_BITS:
+            continue
+        spec = activation_spec(entry.bits)
         for operand in ATTENTION_OPERANDS:
             prefix = f"{name}.{operand}_"
             state = tensors_below(prefix, calibration.tensors)
-            low, high = choose_range(state, observer, spec, activations.percentile)
+            low, high = choose_range(state, entry.observer, spec, percentile)
             qparams = choose_qparams(low, high, spec)
             tensors[f"{prefix}scale"], tensors[f"{prefix}zero_point"] = qparams
-    entry = {
-        "bits": attention.bits,
-        "probabilities_bits": attention.probabilities_bits,
-        "observer": observer,
-    }
-    return tensors, {name: dict(entry) for name in names}
+    return tensors, entries
 
 
-def quantized_sites(config: Config, sites: Iterable[str]) -> list[str]:
-    """The attention modules, of these, whose products take quantized operands.
+def quantized_sites(config: Config, sites: Iterable[str]) -> dict[str, AttentionEntry]:
+    """Entries of the attention modules, of these, whose products take quantized operands.
 
     None where both bits say floating point; else all but those whose name an override leaves in
     floating point (activations of 32 bits).
     """
     attention = config.quantization.attention
     if attention.bits == attention.probabilities_bits == FLOAT_BITS:
-        return []
+        return {}
+    observer = range_observer(config.quantization.activations.observer)
+    entry = AttentionEntry(attention.bits, attention.probabilities_bits, observer)
     overrides = ((name, override_of(name, config.quantization.overrides)) for name in sites)
-    return [n for n, found in overrides if not found or found.activations.bits != FLOAT_BITS]
+    names = [n for n, found in overrides if not found or found.activations.bits != FLOAT_BITS]
+    return dict.fromkeys(names, entry)
 
 
-def product_entries(artifact: Artifact) -> dict[str, dict[str, int]]:
+def product_widths(artifact: Artifact) -> dict[str, Widths]:
     """Bits of both products by the names of their costs (topology.count_macs).
 
-    weight_bits: of the key or the value; activation_bits: of the query or the probabilities.
+    Those of weights: of the key or the value; of activations: of the query or the probabilities.
     """
     found = {}
-    for name, entry in artifact.body["attention"].items():
-        bits, p_bits = entry["bits"], entry["probabilities_bits"]
-        found[f"{name}.query_key"] = {"weight_bits": bits, "activation_bits": bits}
-        found[f"{name}.probabilities_value"] = {"weight_bits": bits, "activation_bits": p_bits}
+    for name, entry in attention_entries(artifact.body).items():
+        found[f"{name}.query_key"] = Widths(entry.bits, entry.bits)
+        found[f"{name}.probabilities_value"] = Widths(entry.bits, entry.probabilities_bits)
     return found

@@ -18,26 +18,26 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ..config.schema import Config
 from ..errors import ConfigError
 from ..models.loading import DiffusionModel
 from ..progress import Track
 from ..quant.affine import dequantize
 from ..quant.rounding import round_nearest
-from ..quant.smoothing import SmoothingFactor, fold
+from ..quant.smoothing import SmoothingFactor
 from ..spec import FLOAT_BITS, weight_spec
 from ..store.artifacts import Artifact
+from .job import QuantizationJob
 from .layer_plan import LayerPlan, has_own_weight_bits
-from .smoothing_choice import Factors
 
 WIDTHS = (2, 3, 4, 6, 8)
 """Bits that a layer may get, ascending."""
-PROBE_ROWS = 32
+TRIED_ROWS = 32
 """Calibration rows that every width of every layer is tried on."""
 MAX_UNITS = 1 << 16
 """Finest division of the spare bits in the allocation; a coarser one leaves a few unspent."""
 
-Widths = dict[int, float]
+ErrorByBits = dict[int, float]
+"""What rounding one layer to so many bits does."""
 
 
 @dataclass(frozen=True)
@@ -48,26 +48,19 @@ class BitAssignment:
     """
 
     bits: dict[str, int]
-    sensitivity: dict[str, Widths]
+    sensitivity: dict[str, ErrorByBits]
 
 
-def assign_bits(
-    config: Config,
-    model: DiffusionModel,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    factors: Factors,
-    track: Track,
-) -> BitAssignment:
+def assign_bits(job: QuantizationJob, track: Track) -> BitAssignment:
     """Bits for every layer without bits of its own, so that the average stays in the budget.
 
-    The average is over all weights that are quantized, outer layers included. factors: smoothing
-    factors [C_in] by layer. Raises ConfigError where no assignment meets the budget.
+    The average is over all weights that are quantized, outer layers included. Raises ConfigError
+    where no assignment meets the budget.
     """
-    quantized = [p for p in plans if p.weight_bits != FLOAT_BITS]
-    free = [p for p in quantized if not has_own_weight_bits(p, config)]
-    spare = spare_bits(config.quantization.weights.budget, quantized, free)
-    sensitivity = measure_sensitivity(config, model, calibration, free, factors, track)
+    quantized = [p for p in job.plans if p.weight_bits != FLOAT_BITS]
+    free = [p for p in quantized if not has_own_weight_bits(p, job.config)]
+    spare = spare_bits(job.config.quantization.weights.budget, quantized, free)
+    sensitivity = measure_sensitivity(job.planned(free), track)
     sizes = [p.layer.weight.numel() for p in free]
     widths = allocate(sizes, [sensitivity[p.name] for p in free], spare)
     return BitAssignment({p.name: b for p, b in zip(free, widths, strict=True)}, sensitivity)
@@ -101,38 +94,32 @@ def spare_bits(budget: float | None, quantized: list[LayerPlan], free: list[Laye
 # ------------------------------------------------------------------ sensitivity
 
 
-def measure_sensitivity(
-    config: Config,
-    model: DiffusionModel,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    factors: Factors,
-    track: Track,
-) -> dict[str, Widths]:
+def measure_sensitivity(job: QuantizationJob, track: Track) -> dict[str, ErrorByBits]:
     """Relative squared error of the prediction by layer and width; activations stay float."""
-    rows = probe_rows(calibration.tensors["inputs.timestep"])
-    predict = _conditional(model, calibration, rows, 2 * config.calibration.batch_size)
+    rows = tried_rows(job.calibration.tensors["inputs.timestep"])
+    rows_per_call = 2 * job.config.calibration.batch_size
+    predict = _conditional(job.model, job.calibration, rows, rows_per_call)
     exact = predict({})
     power = exact.square().sum(1).clamp(min=1e-30)
-    found: dict[str, Widths] = {}
-    for plan in track(plans, "measuring sensitivity", len(plans), "layers"):
+    found: dict[str, ErrorByBits] = {}
+    for plan in track(job.plans, "measuring sensitivity", len(job.plans), "layers"):
         found[plan.name] = {}
         for bits in WIDTHS:
-            weight = rounded_weight(plan, factors.get(plan.name), bits)
+            weight = rounded_weight(plan, job.factor(plan.name), bits)
             error = (predict({f"{plan.name}.weight": weight}) - exact).square().sum(1)
             found[plan.name][bits] = float((error / power).mean())
     return found
 
 
-def probe_rows(timestep: Tensor) -> Tensor:
-    """About PROBE_ROWS row indices: as many from each timestep [R] of the calibration rows.
+def tried_rows(timestep: Tensor) -> Tensor:
+    """About TRIED_ROWS row indices: as many from each timestep [R] of the calibration rows.
 
-    A sampler with more timesteps is represented by PROBE_ROWS of them, evenly spaced. The rows
+    A sampler with more timesteps is represented by TRIED_ROWS of them, evenly spaced. The rows
     move through the trajectories, so that classes vary.
     """
     times = sorted(set(timestep.tolist()), reverse=True)
-    count = min(len(times), PROBE_ROWS)
-    per_time = PROBE_ROWS // count
+    count = min(len(times), TRIED_ROWS)
+    per_time = TRIED_ROWS // count
     rows: list[int] = []
     for i in range(count):
         at = (timestep == times[i * (len(times) - 1) // max(1, count - 1)]).nonzero().flatten()
@@ -171,24 +158,19 @@ def _conditional(
     return predict
 
 
-def rounded_weight(plan: LayerPlan, factor: SmoothingFactor | None, bits: int) -> Tensor:
+def rounded_weight(plan: LayerPlan, factor: SmoothingFactor, bits: int) -> Tensor:
     """The layer's weight as nearest rounding to `bits` leaves it, smoothing taken out again."""
     exact = plan.layer.weight.detach()
-    weight = exact.float().cpu()
-    if factor is not None:
-        weight = fold(weight, factor.factor)
+    weight = factor.fold(exact.float().cpu())
     spec = weight_spec(bits)
     rounded = round_nearest(weight, spec)
-    weight = dequantize(rounded.codes, rounded.qparams, spec)
-    if factor is not None:
-        weight = fold(weight, 1 / factor.factor)
-    return weight.to(exact)
+    return factor.unfold(dequantize(rounded.codes, rounded.qparams, spec)).to(exact)
 
 
 # ------------------------------------------------------------------ allocation
 
 
-def allocate(sizes: list[int], errors: list[Widths], spare: int) -> list[int]:
+def allocate(sizes: list[int], errors: list[ErrorByBits], spare: int) -> list[int]:
     """One width per layer with the least summed error, for at most `spare` bits in all.
 
     sizes: weights per layer; errors: per layer, by width; spare: bits beyond the narrowest width

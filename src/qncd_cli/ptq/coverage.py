@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Container
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config.presets import excluded_by
@@ -16,7 +15,8 @@ from ..quant.packing import narrowed
 from ..runtime.denoiser import denoiser_costs
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, Widths
 from ..store.artifacts import Artifact, packed_width
-from .attention import product_entries
+from ..store.layer_entry import layer_entries
+from .attention import product_widths
 
 
 def coverage(config: Config, model: DiffusionModel, quantized: Artifact) -> dict[str, Any]:
@@ -36,10 +36,10 @@ def coverage_of(
 
     element_bytes: of one number of what stays unquantized; None looks at the numbers.
     """
-    entries = quantized.body["layers"]
+    entries = layer_entries(quantized.body)
     cached = config.quantization.cache_time_embeddings
     timed = time_layers(denoiser)
-    known = {**entries, **product_entries(quantized)}
+    known = {name: entry.widths for name, entry in entries.items()} | product_widths(quantized)
     reasons = float_attention(denoiser)
     rows = [
         _coverage_row(
@@ -57,15 +57,14 @@ def coverage_of(
     for row in rows:
         key = Widths(row["weight_bits"], row["activation_bits"]).label
         per_precision[key] = per_precision.get(key, 0.0) + row["macs"] / total
-    shapes = {name: entry["weight_shape"] for name, entry in entries.items()}
     code_bytes, code_bits, codes = 0, 0, 0
-    for name, (out, *rest) in shapes.items():
-        width = torch.Size(rest).numel()
-        bits = entries[name]["weight_bits"]
-        code_bytes += out * (4 * width if bits == FLOAT_BITS else packed_width(width, bits))
-        if bits != FLOAT_BITS:
-            codes += out * width
-            code_bits += out * width * bits
+    for entry in entries.values():
+        if entry.weight_bits == FLOAT_BITS:
+            code_bytes += 4 * entry.weights
+            continue
+        code_bytes += entry.weight_shape[0] * packed_width(entry.in_features, entry.weight_bits)
+        codes += entry.weights
+        code_bits += entry.weights * entry.weight_bits
     return {
         "layers": rows,
         "integer_macs_share": integer / total,
@@ -107,25 +106,24 @@ def rest_bytes(
     return sum(narrowed(tensor).nbytes for tensor in rest)
 
 
-def _kernel(cost: LayerCost, weight_bits: int, activation_bits: int) -> str:
+def _kernel(cost: LayerCost, widths: Widths) -> str:
     """What computes integers where the backend int8 can be used."""
     if cost.kind == "matmul":
         return "int8, or float where the product is small"
-    passes = (1 + (weight_bits > 8)) * (1 + (activation_bits > 8))
+    passes = (1 + (widths.weights > 8)) * (1 + (widths.activations > 8))
     return "int8" if passes == 1 else f"int8, {passes} passes"
 
 
 def _coverage_row(
-    cost: LayerCost, entry: dict[str, Any] | None, timed: bool, cached: bool, reason: str | None
+    cost: LayerCost, known: Widths | None, timed: bool, cached: bool, reason: str | None
 ) -> dict[str, Any]:
-    weight_bits = entry["weight_bits"] if entry else FLOAT_BITS
-    activation_bits = entry["activation_bits"] if entry else FLOAT_BITS
+    widths = known or Widths(FLOAT_BITS, FLOAT_BITS)
     widest = 8 if cost.kind == "matmul" else MAX_ACTIVATION_BITS  # two passes: layers only
-    integer = weight_bits <= WIDE_WEIGHT_BITS and activation_bits <= widest
+    integer = widths.weights <= WIDE_WEIGHT_BITS and widths.activations <= widest
     why = ""
     if cost.kind == "matmul" and reason:
         why = reason
-    elif timed and entry is None:
+    elif timed and known is None:
         why = "depends on the timestep alone: full precision"
         why += ", evaluated once per sampler step" if cached else ""
     elif not integer:
@@ -134,9 +132,9 @@ def _coverage_row(
         "name": cost.name,
         "kind": cost.kind,
         "macs": cost.macs,
-        "weight_bits": weight_bits,
-        "activation_bits": activation_bits,
+        "weight_bits": widths.weights,
+        "activation_bits": widths.activations,
         "integer": integer,
-        "kernel": _kernel(cost, weight_bits, activation_bits) if integer else "float",
+        "kernel": _kernel(cost, widths) if integer else "float",
         "why_not_integer": why,
     }

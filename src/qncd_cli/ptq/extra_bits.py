@@ -22,12 +22,12 @@ from ..progress import Track, counted, no_progress
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
 from ..quant.rounding import weight_qparams
-from ..quant.smoothing import fold, smooth
+from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import denoiser_costs, timestep_group
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, activation_spec, weight_spec
-from ..store.artifacts import Artifact, tensors_below
+from ..store.artifacts import Artifact
+from .job import QuantizationJob
 from .layer_plan import LayerPlan, range_observer
-from .smoothing_choice import Factors
 
 WEIGHT_WIDTHS = (4, 6, 8, WIDE_WEIGHT_BITS)
 ACTIVATION_WIDTHS = (4, 6, 8, MAX_ACTIVATION_BITS)
@@ -46,20 +46,14 @@ class Sensitivity:
     weights: dict[str, float] = field(default_factory=dict)
 
 
-def refine(
-    config: Config,
-    model: DiffusionModel,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    factors: Factors,
-    track: Track = no_progress,
-) -> tuple[list[LayerPlan], Sensitivity]:
+def refine(job: QuantizationJob, track: Track = no_progress) -> tuple[list[LayerPlan], Sensitivity]:
     """The plans, the most sensitive layers with more bits for their weights or inputs; and what
     decided it, empty where nothing is to be spent.
 
     Bits are spent where they remove most error per weight (per MAC for the inputs), up to
     quantization.sensitive's mean extra bits. A budget of bits decides about the weights by itself.
     """
+    config, plans = job.config, job.plans
     extra = config.quantization.sensitive
     budgeted = config.quantization.weights.budget is not None
     extra_weight_bits = 0.0 if budgeted else extra.weight_bits
@@ -68,10 +62,10 @@ def refine(
     if not (extra_weight_bits and coarse) and not (extra.activation_bits and narrow):
         return plans, Sensitivity()
     concerned = [p for p in plans if p.name in coarse or p.name in narrow]
-    found = sensitivity(config, model, calibration, concerned, factors, track)
+    found = sensitivity(job.planned(concerned), track)
     sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
     finer = spend(found.weights, coarse, sizes, WEIGHT_WIDTHS, extra_weight_bits)
-    macs = {cost.name: cost.macs for cost in denoiser_costs(config, model)}
+    macs = {cost.name: cost.macs for cost in denoiser_costs(config, job.model)}
     wider = spend(found.inputs, narrow, macs, ACTIVATION_WIDTHS, extra.activation_bits)
     result = []
     for plan in plans:
@@ -121,24 +115,18 @@ def spend(
     return result
 
 
-def sensitivity(
-    config: Config,
-    model: DiffusionModel,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    factors: Factors,
-    track: Track = no_progress,
-) -> Sensitivity:
+def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity:
     """What rounding each layer's inputs and weight does to the guided prediction.
 
     To first order the error is J e, J the Jacobian of the prediction and e the rounding error
     (nearest, for weights); E[(v J e)^2] = ||J e||^2 over random v (Hutchinson), and one backward
     pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows.
     """
+    model, calibration, plans = job.model, job.calibration, job.plans
     roundings, differences = {}, {}
     for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
-        roundings[p.name] = _InputError(config, calibration, p, factors)
-        differences[p.name] = _weight_error(p, factors)
+        roundings[p.name] = _InputError(job, p)
+        differences[p.name] = _weight_error(p, job.factor(p.name))
     timestep = calibration.tensors["inputs.timestep"]
     times = sorted(set(timestep.tolist()), reverse=True)
     picked = sorted({times[round(i * (len(times) - 1) / (STEPS - 1))] for i in range(STEPS)})
@@ -152,7 +140,7 @@ def sensitivity(
         for t, tick in counted(track, picked, "measuring sensitivity", passes, "passes"):
             rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
             with torch.enable_grad(), _own_inputs(model.denoiser, list(roundings)) as inputs:
-                prediction = _prediction(config, model, calibration, rows, t)
+                prediction = _prediction(job.config, model, calibration, rows, t)
             norm = prediction.detach().flatten(1).norm(dim=1).clamp(min=1e-15)
             norm = norm.reshape(-1, *[1] * (prediction.ndim - 1))
             errors = {name: roundings[name](x.detach(), t) for name, x in inputs.items()}
@@ -207,19 +195,14 @@ def _own_inputs(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Ten
             handle.remove()
 
 
-def _weight_error(plan: LayerPlan, factors: Factors) -> Tensor:
+def _weight_error(plan: LayerPlan, factor: SmoothingFactor) -> Tensor:
     """What nearest rounding adds to a layer's weight, smoothing taken out again."""
     if plan.weight_bits == FLOAT_BITS:
         return torch.zeros_like(plan.layer.weight)
-    weight = plan.layer.weight.detach().float().cpu()
-    factor = factors.get(plan.name)
-    if factor is not None:
-        weight = fold(weight, factor.factor)
+    weight = factor.fold(plan.layer.weight.detach().float().cpu())
     spec = weight_spec(plan.weight_bits)
     error = fake_quantize(weight, weight_qparams(weight, spec), spec) - weight
-    if factor is not None:
-        error = fold(error, 1 / factor.factor)
-    return error.to(plan.layer.weight)
+    return factor.unfold(error).to(plan.layer.weight)
 
 
 def _prediction(
@@ -247,27 +230,23 @@ def _prediction(
 class _InputError:
     """(input of a layer, timestep) -> rounding error of that input, in its own units."""
 
-    def __init__(self, config: Config, calibration: Artifact, plan: LayerPlan, factors: Factors):
-        self.plan, self.factor = plan, factors.get(plan.name)
-        self.bounds = tuple(calibration.body["group_bounds"])
+    def __init__(self, job: QuantizationJob, plan: LayerPlan):
+        self.plan, self.factor = plan, job.factor(plan.name)
+        self.bounds = job.group_bounds
         self.spec = activation_spec(min(plan.activation_bits, MAX_ACTIVATION_BITS))
         self.exact = plan.activation_bits == FLOAT_BITS
-        state = tensors_below(f"{plan.name}.input_", calibration.tensors)
-        percentile = config.quantization.activations.percentile
-        ends = choose_range(state, range_observer(plan.observer), self.spec, percentile)
+        percentile = job.config.quantization.activations.percentile
+        ends = choose_range(
+            job.observed(plan.name), range_observer(plan.observer), self.spec, percentile
+        )
         self.qparams = choose_qparams(*ends, self.spec)
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         if self.exact:
             return torch.zeros_like(x)
         group = timestep_group(t, self.bounds)
-        at_group = QParams(
-            self.qparams.scale[group].to(x.device), self.qparams.zero_point[group].to(x.device)
-        )
-        y = x.float()
-        if self.factor is not None:
-            y = smooth(y, self.factor.factor, self.plan.channel_axis, self.factor.shift)
+        at_group = QParams(*(part.to(x.device) for part in self.qparams.at(group)))
+        axis = self.plan.channel_axis
+        y = self.factor.apply(x.float(), axis)
         error = fake_quantize(y, at_group, self.spec) - y
-        if self.factor is not None:
-            error = smooth(error, 1 / self.factor.factor, self.plan.channel_axis)
-        return error.to(x.dtype)
+        return self.factor.scaled_back(error, axis).to(x.dtype)

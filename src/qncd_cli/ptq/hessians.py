@@ -7,18 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..config.schema import Config
-from ..models.loading import DiffusionModel
 from ..models.topology import capture_inputs
 from ..progress import Track, no_progress
 from ..quant.affine import QParams, fake_quantize
 from ..quant.gptq import HessianAccumulator
-from ..quant.smoothing import smooth
 from ..runtime.denoiser import full_denoiser, guided_predict, timestep_group
 from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact
+from .job import QuantizationJob
 from .layer_plan import LayerPlan
-from .smoothing_choice import Factors
 
 HESSIAN_MEMORY = 2 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
@@ -30,22 +27,15 @@ HESSIAN_ROWS_PER_INPUT = 3
 
 
 def with_hessians(
-    model: DiffusionModel,
-    config: Config,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    qparams: dict[str, QParams | None],
-    factors: Factors,
-    gptq: bool,
-    track: Track,
+    job: QuantizationJob, qparams: dict[str, QParams | None], gptq: bool, track: Track
 ) -> Iterator[tuple[LayerPlan, Tensor | None]]:
     """Every layer with its Hessian, or with None where rounding is to be nearest."""
-    rounded = [p for p in plans if gptq and p.weight_bits != FLOAT_BITS]
+    rounded = [p for p in job.plans if gptq and p.weight_bits != FLOAT_BITS]
     for group in hessian_groups(rounded):
-        hessians = collect_hessians(model, config, calibration, group, qparams, factors, track)
+        hessians = collect_hessians(job.planned(group), qparams, track)
         for plan in group:
             yield plan, hessians.pop(plan.name)
-    yield from ((plan, None) for plan in plans if plan not in rounded)
+    yield from ((plan, None) for plan in job.plans if plan not in rounded)
 
 
 def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
@@ -63,31 +53,23 @@ def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
 
 
 def collect_hessians(
-    model: DiffusionModel,
-    config: Config,
-    calibration: Artifact,
-    plans: list[LayerPlan],
-    qparams: dict[str, QParams | None],
-    factors: Factors,
-    track: Track = no_progress,
+    job: QuantizationJob, qparams: dict[str, QParams | None], track: Track = no_progress
 ) -> dict[str, Tensor]:
     """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
-    by_name = {plan.name: plan for plan in plans}
+    config, model, calibration = job.config, job.model, job.calibration
+    by_name = {plan.name: plan for plan in job.plans}
     batches = hessian_batches(calibration, config.calibration.batch_size)
-    accumulators = {p.name: HessianAccumulator(p.in_features) for p in plans}
+    accumulators = {p.name: HessianAccumulator(p.in_features) for p in job.plans}
     denoiser = full_denoiser(model)
-    bounds = tuple(calibration.body["group_bounds"])
+    bounds = job.group_bounds
 
     def receive(name: str, x: Tensor) -> None:
         plan, parameters = by_name[name], qparams[name]
         rows = rows_per_call(plan, len(batches))
-        x = thinned(x, plan, rows).float()
-        if name in factors:
-            x = smooth(x, factors[name].factor, plan.channel_axis, factors[name].shift)
+        x = job.factor(name).apply(thinned(x, plan, rows).float(), plan.channel_axis)
         if parameters is not None:
             group = timestep_group(denoiser.step.timestep, bounds)
-            at_group = QParams(parameters.scale[group], parameters.zero_point[group])
-            x = fake_quantize(x, at_group, activation_spec(plan.activation_bits))
+            x = fake_quantize(x, parameters.at(group), activation_spec(plan.activation_bits))
         accumulators[name].update(x, plan.layer, rows)
 
     with capture_inputs(model.denoiser, list(by_name), receive):

@@ -10,7 +10,7 @@ from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.gptq import conditional_variances, input_vectors
 from ..quant.observers import RangeObserver, choose_range
 from ..quant.rounding import weight_qparams
-from ..quant.smoothing import SmoothingFactor, fold, smooth
+from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import timestep_group
 from ..spec import FLOAT_BITS, activation_spec, weight_spec
 from .layer_plan import LayerPlan, range_observer
@@ -47,12 +47,9 @@ class LayerError:
 
     def of(self, factor: SmoothingFactor) -> float:
         """(||f(x^ - x, W)||^2 + STEADY_WEIGHT ||f(x^, W^ - W)||^2) / ||f(x, W)||^2."""
-        weight = fold(self.weight, factor.factor)
+        weight = factor.fold(self.weight)
         parts = [
-            (
-                timestep_group(t, self.bounds),
-                smooth(x, factor.factor, self.plan.channel_axis, factor.shift),
-            )
+            (timestep_group(t, self.bounds), factor.apply(x, self.plan.channel_axis))
             for t, x in self.probe.parts
         ]
         quantized = self._quantized(parts)
@@ -79,10 +76,7 @@ class LayerError:
         chosen_by = range_observer(self.plan.observer)
         low, high = choose_range(observer.state(), chosen_by, spec, self.percentile)
         qparams = choose_qparams(low, high, spec)
-        return [
-            fake_quantize(x, QParams(qparams.scale[g], qparams.zero_point[g]), spec)
-            for g, x in parts
-        ]
+        return [fake_quantize(x, qparams.at(group), spec) for group, x in parts]
 
     def _predicted_weight_error(self, factor: SmoothingFactor, qparams: QParams) -> float:
         shifted = factor.shift is not None
@@ -91,8 +85,8 @@ class LayerError:
             vectors, count = [], 0
             for _, x in self.probe.parts:
                 if factor.shift is not None:
-                    ones = torch.ones_like(factor.factor)
-                    x = smooth(x, ones, self.plan.channel_axis, factor.shift)
+                    unscaled = factor._replace(factor=torch.ones_like(factor.factor))
+                    x = unscaled.apply(x, self.plan.channel_axis)
                 found = input_vectors(x, self.plan.layer, rows)
                 vectors.append(found)
                 count += len(input_vectors(x[:1], self.plan.layer)) * len(x)
@@ -100,8 +94,8 @@ class LayerError:
             hessian = total.T @ total * (count / len(total))
             self._variances[shifted] = conditional_variances(hessian)
         repeats = self.weight[0, 0].numel()
-        inverse = factor.factor.double().pow(-2).repeat_interleave(repeats)
-        per_column = (self._variances[shifted] * inverse).sum()
+        inverse = factor.factor.double().pow(-2).expand(self.plan.in_channels)
+        per_column = (self._variances[shifted] * inverse.repeat_interleave(repeats)).sum()
         return float(per_column * qparams.scale.double().square().sum() / 12)
 
     def _energy(self, x: Tensor, weight: Tensor) -> float:

@@ -12,6 +12,7 @@ from ..config.quantization import LayerOverride
 from ..config.schema import Config
 from ..models.topology import is_conditioning_layer, is_outer_layer, time_layers, weight_layers
 from ..spec import FLOAT_BITS
+from ..store.layer_entry import LayerEntry
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,20 @@ class LayerPlan:
     @property
     def stays_float(self) -> bool:
         return self.weight_bits == self.activation_bits == FLOAT_BITS
+
+    def entry(self, *, smoothed: bool, shifted: bool) -> LayerEntry:
+        """The layer's entry in the artifact before its weight is rounded."""
+        return LayerEntry(
+            kind="conv" if self.is_conv else "linear",
+            weight_shape=tuple(self.layer.weight.shape),
+            in_channels=self.in_channels,
+            weight_bits=self.weight_bits,
+            activation_bits=self.activation_bits,
+            observer=self.observer,
+            smoothed=smoothed,
+            shifted=shifted,
+            bias=self.layer.bias is not None or shifted,  # a shift moves into the bias
+        )
 
 
 def plan_layers(config: Config, denoiser: nn.Module) -> list[LayerPlan]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -124,14 +124,22 @@ class Block:
         ) / len(samples)
 
 
+class Learnt(NamedTuple):
+    """Errors of a block's output on held-out samples, relative to the output's power, and whether
+    what was learnt stayed."""
+
+    before: float
+    after: float
+    kept: bool
+
+
 def learn_block(
     block: Block, settings: WeightsConfig, held_out: Tensor, seed: int, tick: Tick
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, Tensor]], Learnt]:
     """Learn the rounding of a block's layers; leaves the better of start and result in them.
 
     held_out: [K] bool, samples that judge and do not teach; tick: called at every iteration.
-    Returns the layers' learnt tensors by name, and a report: relative_output_error_{before,
-    after} on the held-out samples, kept.
+    Returns the layers' learnt tensors by name, and a report.
     """
     indices = torch.arange(len(held_out))
     judges, teaching = indices[held_out], indices[~held_out]
@@ -147,11 +155,7 @@ def learn_block(
         after = block.mean_error(judges)
         if not after < before:
             _load(block.layers, start)
-    return learnt, {
-        "relative_output_error_before": before / power,
-        "relative_output_error_after": min(after, before) / power,
-        "kept": after < before,
-    }
+    return learnt, Learnt(before / power, min(after, before) / power, after < before)
 
 
 def _buffers(layer: QuantizedLayer) -> dict[str, Tensor]:

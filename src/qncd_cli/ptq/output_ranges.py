@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
-from ..quant.smoothing import SmoothingFactor, fold, smooth
+from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import timestep_group
 from ..spec import activation_spec
 from .layer_plan import LayerPlan
@@ -26,17 +26,14 @@ class LayerOutput:
     """
 
     def __init__(
-        self, plan: LayerPlan, probe: Probe, factor: SmoothingFactor | None, bounds: tuple
+        self, plan: LayerPlan, probe: Probe, factor: SmoothingFactor, bounds: tuple[float, ...]
     ):
         self.plan = plan
-        self.weight = plan.layer.weight.detach().float().cpu()
+        self.weight = factor.fold(plan.layer.weight.detach().float().cpu())
         self.parts: dict[int, list[Tensor]] = {}
-        if factor is not None:
-            self.weight = fold(self.weight, factor.factor)
         for t, x in probe.parts:
-            if factor is not None:
-                x = smooth(x, factor.factor, plan.channel_axis, factor.shift)
-            self.parts.setdefault(timestep_group(t, bounds), []).append(x)
+            smoothed = factor.apply(x, plan.channel_axis)
+            self.parts.setdefault(timestep_group(t, bounds), []).append(smoothed)
 
     def ranges(self, state: dict[str, Tensor], percentile: float) -> tuple[Tensor, Tensor]:
         """(x_min, x_max), [G] each: per group the range with the least error of the output.
@@ -76,13 +73,11 @@ class LayerOutput:
         sec. 4.2, here per group of timesteps.
         """
         correction = torch.zeros(groups, len(weight))
-        axis = 1 if self.plan.is_conv else -1
         for group, parts in self.parts.items():
             x = torch.cat(parts)
             y = x
             if qparams is not None:
-                at_group = QParams(qparams.scale[group], qparams.zero_point[group])
-                y = fake_quantize(x, at_group, activation_spec(self.plan.activation_bits))
+                y = fake_quantize(x, qparams.at(group), activation_spec(self.plan.activation_bits))
             lost = self.plan.apply(x, self.weight) - self.plan.apply(y, weight)
-            correction[group] = lost.movedim(axis, 0).flatten(1).mean(1)
+            correction[group] = lost.movedim(self.plan.channel_axis, 0).flatten(1).mean(1)
         return correction

@@ -20,42 +20,41 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config.schema import Config
-from ..models.loading import DiffusionModel
 from ..models.topology import reconstruction_blocks, weight_layers
 from ..progress import Track, counted
 from ..quant.layers import QuantizedLayer
-from ..quant.smoothing import fold
 from ..runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser, timestep_group
 from ..spec import FLOAT_BITS
 from ..store.artifacts import Artifact
+from ..store.layer_entry import Reconstruction, bodies, layer_entries
 from .block_calls import BlockCalls, CalibrationRows, record
+from .job import QuantizationJob
 from .learn_block import Block, learn_block
 
 CACHE_BYTES = 2 << 30
 """Disk for the full-precision calls of several blocks; more blocks take more passes."""
 
 
-def reconstruct(
-    config: Config, model: DiffusionModel, calibration: Artifact, start: Artifact, track: Track
-) -> Artifact:
+def reconstruct(job: QuantizationJob, start: Artifact, track: Track) -> Artifact:
     """The artifact with codes (as configured, biases and input scales too) that were learnt.
 
     start: a complete quantized artifact, sealed or not. Entries of its layers get a key
     `reconstruction`: block, relative_output_error_{before, after} of the block on held-out
     trajectories, and whether the result was kept. Deterministic for equal inputs.
     """
+    config, model = job.config, job.model
     settings = config.quantization.weights
     simulated = quantized_denoiser(model, start, "simulate", cache_time_embeddings=False)
     student = Denoiser(simulated.module.float(), simulated.step, simulated.group_bounds)
     teacher = full_denoiser(model)
-    names = [n for n, e in start.body["layers"].items() if e["weight_bits"] != FLOAT_BITS]
+    entries = layer_entries(start.body)
+    names = [n for n, entry in entries.items() if entry.weight_bits != FLOAT_BITS]
     grouped = {name: [name] for name in names}
     if settings.rounding == "brecq":
         grouped = reconstruction_blocks(model.denoiser, names)
-    rows = CalibrationRows(config, model, calibration, settings.reconstruction_rows)
+    rows = CalibrationRows(config, model, job.calibration, settings.reconstruction_rows)
     group = torch.tensor([timestep_group(t, student.group_bounds) for t in rows.timestep.tolist()])
-    tensors, entries = dict(start.tensors), dict(start.body["layers"])
+    tensors = dict(start.tensors)
     with tempfile.TemporaryDirectory(prefix="qncd-reconstruct-") as name:
         pairs = recorded_blocks(
             rows, teacher, student, grouped, Path(name), settings.rounding, track
@@ -77,11 +76,11 @@ def reconstruct(
                 block, settings, rows.held_out, config.calibration.seed, tick
             )
             for n in layers:
-                entries[n] = {**entries[n], "reconstruction": {"block": block_name, **report}}
-                if report["kept"]:
-                    entries[n]["rounding"] = settings.rounding
+                entries[n] = replace(entries[n], reconstruction=Reconstruction(block_name, *report))
+                if report.kept:
+                    entries[n] = replace(entries[n], rounding=settings.rounding)
                     tensors |= {f"{n}.{key}": value for key, value in learnt[n].items()}
-    return replace(start, tensors=tensors, body={**start.body, "layers": entries})
+    return replace(start, tensors=tensors, body={**start.body, "layers": bodies(entries)})
 
 
 def quantized_layers(module: nn.Module, names: list[str]) -> dict[str, QuantizedLayer]:
@@ -93,8 +92,7 @@ def exact_weights(denoiser: nn.Module, layers: dict[str, QuantizedLayer]) -> dic
     """The full-precision weights of the layers with their smoothing folded in, float32."""
     originals = weight_layers(denoiser)
     weights = {name: originals[name].weight.detach().float() for name in layers}
-    factors = {name: layer.smoothing for name, layer in layers.items()}
-    return {n: w if (f := factors[n]) is None else fold(w, f) for n, w in weights.items()}
+    return {name: layers[name].factor.fold(weight) for name, weight in weights.items()}
 
 
 def recorded_blocks(

@@ -13,6 +13,7 @@ from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import skip_boundaries, step_embeddings
 from ..progress import Track
 from ..quant.smoothing import (
+    IDENTITY,
     SmoothingFactor,
     embedding_factor,
     modulation_factor,
@@ -134,11 +135,10 @@ def _least_error(
 ) -> tuple[tuple[str, SmoothingFactor], dict[str, float]]:
     bounds = group_bounds(timesteps, config.quantization.activations.timestep_groups)
     error = LayerError(config, plan, probe, bounds)
-    nothing = SmoothingFactor(torch.ones(plan.in_channels), 0)
     found = {name: error.of(factor) for name, factor in candidates.items()}
-    found["none"] = error.of(nothing)
+    found["none"] = error.of(IDENTITY)
     best = min(found, key=lambda name: (found[name], name != "none"))
-    return (best, {**candidates, "none": nothing}[best]), found
+    return (best, {**candidates, "none": IDENTITY}[best]), found
 
 
 def _describe(chosen: Chosen, errors: dict[str, dict[str, float]]) -> tuple[Factors, Described]:

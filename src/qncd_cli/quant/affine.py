@@ -25,6 +25,10 @@ class QParams(NamedTuple):
     scale: Tensor
     zero_point: Tensor
 
+    def at(self, group: int) -> QParams:
+        """The range of one timestep group, out of one for each, [G] -> []."""
+        return QParams(self.scale[group], self.zero_point[group])
+
 
 def choose_qparams(x_min: Tensor, x_max: Tensor, spec: QSpec) -> QParams:
     """Affine parameters so that [x_min, x_max] maps onto [qmin, qmax].

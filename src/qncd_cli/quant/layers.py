@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..spec import FLOAT_BITS, QSpec, activation_spec, weight_spec
 from .affine import QParams, dequantize
 from .packing import unpack
-from .smoothing import smooth
+from .smoothing import IDENTITY, SmoothingFactor
 
 Compute = Callable[["QuantizedLayer", Tensor], Tensor]
 
@@ -115,11 +115,16 @@ class QuantizedLayer(SteppedModule):
         """Input range of the current timestep group."""
         return QParams(self.now("input_scale"), self.now("input_zero_point"))
 
+    @property
+    def factor(self) -> SmoothingFactor:
+        """What smooths the layer's input."""
+        if self.smoothing is None:
+            return IDENTITY
+        return SmoothingFactor(self.smoothing, 0, self.shift)
+
     def smoothed(self, x: Tensor) -> Tensor:
         """(x - shift) / S along the channels ([N, C, H, W] or [..., C])."""
-        if self.smoothing is None:
-            return x
-        return smooth(x, self.smoothing, 1 if self.is_conv else -1, self.shift)
+        return self.factor.apply(x, 1 if self.is_conv else -1)
 
     def bias_now(self) -> Tensor | None:
         """bias and its correction at the current timestep group, [O]."""

@@ -31,6 +31,37 @@ class SmoothingFactor(NamedTuple):
     clamped: int
     shift: Tensor | None = None
 
+    def apply(self, x: Tensor, channel_axis: int) -> Tensor:
+        """(x - shift) / S along the channels: what the layer reads."""
+        return x if self is IDENTITY else smooth(x, self.factor, channel_axis, self.shift)
+
+    def scaled_back(self, x: Tensor, channel_axis: int) -> Tensor:
+        """x * S along the channels: a difference of smoothed inputs, in the input's own units."""
+        return x if self is IDENTITY else smooth(x, 1 / self.factor, channel_axis)
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """W * S along the input channels: what the layer multiplies with."""
+        return weight if self is IDENTITY else fold(weight, self.factor)
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """W / S along the input channels: fold taken back."""
+        return weight if self is IDENTITY else fold(weight, 1 / self.factor)
+
+    def bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The layer's bias with what the shift takes off. weight: before fold."""
+        return bias if self.shift is None else shifted_bias(weight, bias, self.shift)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What artifacts hold of it beside a layer's name; nothing of the identity."""
+        if self is IDENTITY:
+            return {}
+        shift = {} if self.shift is None else {"shift": self.shift}
+        return {"smoothing": self.factor, **shift}
+
+
+IDENTITY = SmoothingFactor(torch.ones(1), 0)
+"""The factor of layers that have none, for any number of channels: it returns what it is given."""
+
 
 def clamp_factor(raw: Tensor) -> SmoothingFactor:
     """Make any vector a valid factor: |raw|, finite, within MAX_RATIO of its median.

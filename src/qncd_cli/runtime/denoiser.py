@@ -17,6 +17,7 @@ from ..quant.attention import AttentionProducts
 from ..quant.layers import CachedTimestepLayer, QuantizedLayer, StepState
 from ..sampling.guidance import guided
 from ..store.artifacts import Artifact, tensors_by_module
+from ..store.layer_entry import layer_entries
 from .install import install_attention
 
 Predict = Callable[[Tensor, Tensor], Tensor]
@@ -169,9 +170,9 @@ def install(
     """
     step, layers = StepState(), weight_layers(module)
     tensors = tensors_by_module(artifact.tensors)
-    for name, entry in artifact.body["layers"].items():
+    for name, entry in layer_entries(artifact.body).items():
         layer = layers.get(name)
-        if layer is None or list(layer.weight.shape) != entry["weight_shape"]:
+        if layer is None or tuple(layer.weight.shape) != entry.weight_shape:
             raise ArtifactError(
                 f"{artifact.path}: layer {name} does not fit {source}",
                 'repeat "qncd quantize"',
@@ -179,8 +180,8 @@ def install(
         quantized = QuantizedLayer(
             layer,
             tensors[name],
-            entry["weight_bits"],
-            entry["activation_bits"],
+            entry.weight_bits,
+            entry.activation_bits,
             step,
             backend.compute,
             low_memory=low_memory,

@@ -8,9 +8,11 @@ from torch import nn
 
 from ..errors import ArtifactError
 from ..models.topology import attention_sites
-from ..quant.attention import Matmul, QuantizedAttnProcessor, QuantizedJointAttnProcessor
+from ..quant.attention import Matmul
+from ..quant.attention_processors import QuantizedAttnProcessor, QuantizedJointAttnProcessor
 from ..quant.layers import StepState
 from ..store.artifacts import Artifact, tensors_by_module
+from ..store.layer_entry import attention_entries
 
 
 def install_attention(
@@ -23,7 +25,7 @@ def install_attention(
     """
     sites = {site.name: site for site in attention_sites(denoiser)}
     tables = tensors_by_module(artifact.tensors)
-    for name, entry in artifact.body["attention"].items():
+    for name, entry in attention_entries(artifact.body).items():
         if name not in sites:
             raise ArtifactError(
                 f"{artifact.path}: attention {name} does not fit the model",
@@ -31,7 +33,7 @@ def install_attention(
             )
         site = sites[name]
         tensors = tables.get(name, {})  # none where both products stay in floating point
-        bits = entry["bits"], entry["probabilities_bits"]
+        bits = entry.bits, entry.probabilities_bits
         module: Any = denoiser.get_submodule(name)
         processor = (
             QuantizedJointAttnProcessor(

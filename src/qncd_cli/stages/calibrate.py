@@ -15,7 +15,7 @@ from ..ptq.layer_plan import plan_layers
 from ..ptq.smoothing_choice import Factors, choose_factors
 from ..quant.layers import StepState
 from ..quant.observers import RangeObserver
-from ..quant.smoothing import smooth
+from ..quant.smoothing import IDENTITY
 from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser, full_denoiser, group_bounds, timestep_group
 from ..sampling.noise import chunks
@@ -53,9 +53,7 @@ def run(
     }
 
     def observe(name: str, x: Tensor) -> None:
-        if name in factors:
-            factor = factors[name]
-            x = smooth(x, factor.factor, observers[name].channel_axis, factor.shift)
+        x = factors.get(name, IDENTITY).apply(x, observers[name].channel_axis)
         _update(observers[name], f"the input of layer {name}", x, denoiser.step, bounds)
 
     sites = attention_sites(model.denoiser)
@@ -103,11 +101,10 @@ def _update(
 
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
     """Each a copy: layers that read one tensor share a factor, safetensors shares no memory."""
-    tensors = {f"{name}.smoothing": factor.factor.clone() for name, factor in factors.items()}
-    return tensors | {
-        f"{name}.shift": factor.shift
+    return {
+        f"{name}.{part}": tensor.clone()
         for name, factor in factors.items()
-        if factor.shift is not None
+        for part, tensor in factor.tensors().items()
     }
 
 

@@ -6,7 +6,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 |---|---|---|
 | calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
-| quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: entry}, attention {name: entry}, groups, group_bounds |
+| quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T] | channels, steps, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 """
@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..spec import ATTENTION_OPERANDS
+from ..spec import ATTENTION_OPERANDS, FLOAT_BITS
+from .layer_entry import attention_entries, layer_entries
 
 HISTOGRAM_BINS = 2048
 FLOAT32, INT64, INT32, INT16 = "torch.float32", "torch.int64", "torch.int32", "torch.int16"
@@ -72,32 +73,29 @@ def _smoothing_layout(body: dict) -> Layout:
 def _quantized_layout(body: dict) -> Layout:
     groups = body["groups"]
     layout: Layout = {}
-    for name, entry in body["layers"].items():
-        out, *rest = entry["weight_shape"]
-        in_features = 1
-        for size in rest:
-            in_features *= size
-        bits = entry["weight_bits"]
-        if bits == 32:
-            layout[f"{name}.weight"] = (FLOAT32, (out, *rest))
+    for name, entry in layer_entries(body).items():
+        out, bits = entry.weight_shape[0], entry.weight_bits
+        channels = (FLOAT32, (entry.in_channels,))
+        if bits == FLOAT_BITS:
+            layout[f"{name}.weight"] = (FLOAT32, entry.weight_shape)
         else:
-            layout[f"{name}.weight"] = _code_layout(out, in_features, bits)
+            layout[f"{name}.weight"] = _code_layout(out, entry.in_features, bits)
             layout[f"{name}.weight_scale"] = (FLOAT32, (out,))
             if bits < 8:
                 layout[f"{name}.weight_zero_point"] = (UINT8, (out,))
-        if entry["activation_bits"] != 32:
+        if entry.activation_bits != FLOAT_BITS:
             layout[f"{name}.input_scale"] = (FLOAT32, (groups,))
             layout[f"{name}.input_zero_point"] = (INT32, (groups,))
-        if entry["smoothed"]:
-            layout[f"{name}.smoothing"] = (FLOAT32, (entry["in_channels"],))
-        if entry["shifted"]:
-            layout[f"{name}.shift"] = (FLOAT32, (entry["in_channels"],))
-        if entry["bias"]:
+        if entry.smoothed:
+            layout[f"{name}.smoothing"] = channels
+        if entry.shifted:
+            layout[f"{name}.shift"] = channels
+        if entry.bias:
             layout[f"{name}.bias"] = (FLOAT32, (out,))
-        if entry["bias_corrected"]:
+        if entry.bias_corrected:
             layout[f"{name}.bias_correction"] = (FLOAT32, (groups, out))
-    for name, entry in body["attention"].items():
-        for operand in ATTENTION_OPERANDS if entry["bits"] != 32 else ():
+    for name, products in attention_entries(body).items():
+        for operand in ATTENTION_OPERANDS if products.bits != FLOAT_BITS else ():
             layout[f"{name}.{operand}_scale"] = (FLOAT32, (groups,))
             layout[f"{name}.{operand}_zero_point"] = (INT32, (groups,))
     return layout

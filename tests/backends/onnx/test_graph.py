@@ -15,7 +15,7 @@ from qncd_cli.backends.onnx import runtimes
 from qncd_cli.backends.onnx.layers import Form
 from qncd_cli.backends.reference import simulate
 from qncd_cli.quant.affine import choose_qparams
-from qncd_cli.quant.attention import QuantizedAttnProcessor
+from qncd_cli.quant.attention_processors import QuantizedAttnProcessor
 from qncd_cli.quant.layers import StepState
 from qncd_cli.spec import ATTENTION_OPERANDS, activation_spec
 

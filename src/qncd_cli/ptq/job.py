@@ -1,0 +1,46 @@
+"""A quantization job: what all parts of the method are about."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from ..config.schema import Config
+from ..models.loading import DiffusionModel
+from ..quant.smoothing import IDENTITY, SmoothingFactor
+from ..store.artifacts import Artifact, tensors_below
+from .layer_plan import LayerPlan
+from .smoothing_choice import Factors
+
+
+@dataclass(frozen=True)
+class QuantizationJob:
+    """A model that is being quantized.
+
+    calibration: of this model and configuration. plans: what is to become of each layer; factors:
+    smoothing factors of the layers that have one.
+    """
+
+    config: Config
+    model: DiffusionModel
+    calibration: Artifact
+    plans: list[LayerPlan]
+    factors: Factors
+
+    def planned(self, plans: list[LayerPlan]) -> QuantizationJob:
+        """The same job with other plans."""
+        return replace(self, plans=plans)
+
+    def factor(self, name: str) -> SmoothingFactor:
+        """The smoothing factor of a layer."""
+        return self.factors.get(name, IDENTITY)
+
+    @property
+    def group_bounds(self) -> tuple[float, ...]:
+        """Descending timesteps between the groups that ranges are chosen for."""
+        return tuple(self.calibration.body["group_bounds"])
+
+    def observed(self, name: str) -> dict[str, Tensor]:
+        """What calibration saw of a layer's smoothed input: the state of its observer."""
+        return tensors_below(f"{name}.input_", self.calibration.tensors)
