@@ -156,7 +156,7 @@ def test_a_layer_is_what_the_simulation_says(
     assert output.dtype == torch.float32
     assert output.shape == expected.shape
     assert relative(output, expected) < 1e-6
-    assert "_int8_kernel" in layer.__dict__
+    assert int8.KERNEL in layer.prepared
 
 
 @needs_int8
@@ -175,7 +175,7 @@ def test_inputs_of_two_bytes_are_what_the_simulation_says(
     assert int(codes.max()) - int(codes.min()) > 150
     assert int8.why_not(layer) == ""
     assert relative(layer(x), simulate(layer, x)) < 1e-5
-    assert "_int8_kernel" in layer.__dict__
+    assert int8.KERNEL in layer.prepared
 
 
 @needs_int8
@@ -334,7 +334,7 @@ def test_threads_change_nothing():
             outputs = []
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                layer.__dict__.pop("_int8_kernel", None)
+                int8.forget_kernel(layer)
                 outputs.append(layer(x))
             assert torch.equal(*outputs)
     finally:

@@ -11,6 +11,8 @@ from conftest import tiny_config
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.base import AUTO, BACKENDS
+from qncd_cli.backends.int8 import KERNEL
+from qncd_cli.backends.reference import PARTS
 from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
@@ -100,7 +102,7 @@ def call(made, sampled):
 
 def kept(sampled, name):
     layers = [m for m in sampled.denoiser.module.modules() if isinstance(m, QuantizedLayer)]
-    return any(name in layer.__dict__ for layer in layers)
+    return any(name in layer.prepared for layer in layers)
 
 
 def test_it_is_timed_once_and_remembered(auto):
@@ -119,8 +121,8 @@ def test_it_is_timed_once_and_remembered(auto):
 @pytest.mark.parametrize(
     ("winner", "keeps", "lets_go"),
     [
-        ("int8", "_int8_kernel", "_simulated_parts"),
-        ("simulate", "_simulated_parts", "_int8_kernel"),
+        ("int8", KERNEL, PARTS),
+        ("simulate", PARTS, KERNEL),
     ],
 )
 def test_the_fastest_computes_and_the_other_lets_go(auto, made, winner, keeps, lets_go):
@@ -138,7 +140,7 @@ def test_the_fastest_computes_and_the_other_lets_go(auto, made, winner, keeps, l
 
 def test_what_was_overtaken_lets_go_of_its_kernels_at_once(auto):
     sampled = auto()
-    lost = {"int8": "_simulated_parts", "simulate": "_int8_kernel"}[sampled.backend.name]
+    lost = {"int8": PARTS, "simulate": KERNEL}[sampled.backend.name]
     assert not kept(sampled, lost)
 
 
@@ -196,7 +198,7 @@ def test_with_little_memory_nothing_is_kept(auto):
     auto()
     sampled = auto(low_memory=True)
     assert len(auto.timed) == 2  # takes other times
-    assert not kept(sampled, "_int8_kernel") and not kept(sampled, "_simulated_parts")
+    assert not kept(sampled, KERNEL) and not kept(sampled, PARTS)
 
 
 def test_where_there_is_no_choice_nothing_is_timed(auto, monkeypatch):

@@ -99,9 +99,8 @@ def rows_of(model):
 
 def kept_weights(module: torch.nn.Module) -> int:
     """Layers that hold a prepared weight beside their codes."""
-    names = ("_int8_kernel", "_simulated_parts", "_simulated_weight")
     layers = (m for m in module.modules() if isinstance(m, QuantizedLayer))
-    return sum(any(name in layer.__dict__ for name in names) for layer in layers)
+    return sum(bool(layer.prepared) for layer in layers)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

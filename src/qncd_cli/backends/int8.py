@@ -31,6 +31,8 @@ from .reference import simulate
 
 SWITCH = "QNCD_DISABLE_INT8"
 """Environment variable; 1 makes the backend unavailable."""
+KERNEL = "int8 kernel"
+"""Name under which a layer keeps what is prepared for it here."""
 WORTH_A_TRIAL = 2**20
 """Weights of a convolution from which its kernel is timed with outputs of both types."""
 Geometry = tuple[list[int], list[int], list[int], int]
@@ -228,7 +230,7 @@ def prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -
 def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
     """Prepared on first use, for inputs of x's shape (others work too), and kept unless memory is
     dear."""
-    kernel = layer.__dict__.get("_int8_kernel")
+    kernel: _Kernel | None = layer.prepared.get(KERNEL)
     if kernel is None:
         parts = weight_bytes(layer.integer_weight(), layer.weight_scale)
         scales, zero_points = layer.input_scale.tolist(), layer.input_zero_point.tolist()
@@ -236,13 +238,13 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)
         kernel = _Kernel(weights, zeros, scales, zero_points)
         if not layer.low_memory:
-            layer.__dict__["_int8_kernel"] = kernel
+            layer.prepared[KERNEL] = kernel
     return kernel
 
 
 def forget_kernel(layer: QuantizedLayer) -> None:
     """Free the layer's kernel; the next call prepares it again."""
-    layer.__dict__.pop("_int8_kernel", None)
+    layer.prepared.pop(KERNEL, None)
 
 
 # ------------------------------------------------------------------ this machine

@@ -23,6 +23,8 @@ from .onednn import scale_sums
 
 EXACT = 2.0**24
 """Below it float32 has every integer."""
+PARTS, WEIGHT = "simulated parts", "simulated weight"
+"""Names under which a layer keeps its integers in float32, and its dequantized weight."""
 LARGEST_CODE = 255.0
 """Largest absolute value of a one-byte code less its zero-point."""
 
@@ -113,11 +115,11 @@ def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
 def _weight_parts(layer: QuantizedLayer) -> list[_Part]:
     """One, or two for a weight of two bytes; made once per layer and kept beside its codes, unless
     memory is dear."""
-    parts = layer.__dict__.get("_simulated_parts")
+    parts: list[_Part] | None = layer.prepared.get(PARTS)
     if parts is None or parts[0].weight.device != layer.weight.device:
         parts = [_part(*part) for part in weight_bytes(layer.integer_weight(), layer.weight_scale)]
         if not layer.low_memory:
-            layer.__dict__["_simulated_parts"] = parts
+            layer.prepared[PARTS] = parts
     return parts
 
 
@@ -135,16 +137,16 @@ def _reach(weight: Tensor) -> float:
 
 def forget_weight(layer: QuantizedLayer) -> None:
     """Free what is kept of the layer's weight; to be called where its codes have changed."""
-    for name in ("_simulated_parts", "_simulated_weight"):
-        layer.__dict__.pop(name, None)
+    for name in (PARTS, WEIGHT):
+        layer.prepared.pop(name, None)
 
 
 def _float_weight(layer: QuantizedLayer) -> Tensor:
     """Dequantized once per layer and kept beside its codes, unless memory is dear."""
     if layer.low_memory:
         return layer.float_weight()
-    weight = layer.__dict__.get("_simulated_weight")
+    weight: Tensor | None = layer.prepared.get(WEIGHT)
     if weight is None or weight.device != layer.weight.device:
         weight = layer.float_weight()
-        layer.__dict__["_simulated_weight"] = weight
+        layer.prepared[WEIGHT] = weight
     return weight

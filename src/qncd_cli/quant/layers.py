@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class QuantizedLayer(SteppedModule):
     bias), bias [O] or None, bias_correction [G, O] or None (added at its timestep group).
     activation_bits above 8: codes of up to 16 bits, two 8-bit passes of an integer kernel over
     the high and the low byte. weight_bits 32: weight is float32 with the smoothing folded in.
-    low_memory: what a backend makes of the codes lives for one call, and is made again at the next.
+    prepared: what backends made of the codes and keep beside them, each under a name of its own.
+    low_memory: it lives for one call, and is made again at the next.
     """
 
     weight: Tensor
@@ -98,6 +100,7 @@ class QuantizedLayer(SteppedModule):
             self.padding = original.padding
             self.dilation, self.groups = original.dilation, original.groups
         self.compute = compute
+        self.prepared: dict[str, Any] = {}
         for name in ("weight", "weight_scale", "weight_zero_point", "smoothing", "shift", "bias"):
             self.register_buffer(name, tensors.get(name))
         for name in ("input_scale", "input_zero_point", "bias_correction"):

@@ -1,11 +1,11 @@
 // The operators of a compiled graph that stand for what the compiler is not good at. Their schemas
-// and shapes are in traced.py.
+// and shapes are in ops.py.
 
 #include <torch/library.h>
 
-#include "images.h"
-#include "products.h"
-#include "rows.h"
+#include "group_norm.h"
+#include "matmul.h"
+#include "row_ops.h"
 
 TORCH_LIBRARY_FRAGMENT(qncd, library) {
   library.def(

@@ -5,7 +5,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/_int_mm.h>
 
-#include "codes.h"
+#include "quantizer.h"
 
 namespace {
 

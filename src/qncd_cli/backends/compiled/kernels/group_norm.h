@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "codes.h"
+#include "quantizer.h"
 
 namespace {
 
@@ -90,7 +90,7 @@ struct Part {
 
 // Parameters float32, null where there is none: weight, bias [C]; embedding, multiplier, addend
 // [N, C]. Without a weight there is no norm, and none of the others.
-struct Work {
+struct GroupNorm {
   std::vector<Part> parts;
   int64_t images, positions, channels, groups, pieces;
   double eps;
@@ -109,7 +109,7 @@ void with_pointer(const Part& part, int64_t image, int64_t positions, F f) {
 }
 
 // Sums of one piece of an image: sums [2, C].
-void add_up(const Work& norm, int64_t image, int64_t piece, float* sums) {
+void add_up(const GroupNorm& norm, int64_t image, int64_t piece, float* sums) {
   if (!norm.weight) return;
   const int64_t from = piece * PIECE, to = std::min(norm.positions, from + PIECE);
   for (const Part& part : norm.parts)
@@ -124,7 +124,11 @@ float at_channel(const float* of_images, int64_t place, float otherwise) {
 
 // From sums [pieces, 2, C] of an image to factor and offset, each [C]: x factor + offset is
 // GN(x + embedding) * multiplier + addend (GN: Wu & He, arXiv 1803.08494, eq. 1 to 6).
-void finish(const Work& norm, int64_t image, const float* sums, float* factor, float* offset) {
+void factors_from_sums(const GroupNorm& norm,
+                       int64_t image,
+                       const float* sums,
+                       float* factor,
+                       float* offset) {
   const int64_t channels = norm.channels, start_of = image * channels;
   if (!norm.weight) {
     std::fill(factor, factor + channels, 1.0f);
@@ -165,7 +169,7 @@ void finish(const Work& norm, int64_t image, const float* sums, float* factor, f
 }
 
 // Codes of one piece of an image; low, high: of all images.
-void write_codes(const Work& norm,
+void write_codes(const GroupNorm& norm,
                  int64_t image,
                  int64_t piece,
                  const float* factor,
@@ -188,7 +192,7 @@ void write_codes(const Work& norm,
 }
 
 // Everything, by as many threads as torch has.
-void run(const Work& norm, const Quantizer& q, uint8_t* low, uint8_t* high) {
+void normalize_and_quantize(const GroupNorm& norm, const Quantizer& q, uint8_t* low, uint8_t* high) {
   const int64_t pieces = norm.pieces, channels = norm.channels, images = norm.images;
   const int64_t threads = at::get_num_threads();
   if (images >= 8 * threads || images % threads == 0) {
@@ -197,7 +201,7 @@ void run(const Work& norm, const Quantizer& q, uint8_t* low, uint8_t* high) {
       std::vector<float> sums(2 * pieces * channels), factor(channels), offset(channels);
       for (int64_t image = begin; image < end; ++image) {
         for (int64_t k = 0; k < pieces; ++k) add_up(norm, image, k, &sums[2 * k * channels]);
-        finish(norm, image, sums.data(), factor.data(), offset.data());
+        factors_from_sums(norm, image, sums.data(), factor.data(), offset.data());
         for (int64_t k = 0; k < pieces; ++k)
           write_codes(norm, image, k, factor.data(), offset.data(), q, low, high);
       }
@@ -211,8 +215,8 @@ void run(const Work& norm, const Quantizer& q, uint8_t* low, uint8_t* high) {
       add_up(norm, k / pieces, k % pieces, &sums[2 * k * channels]);
   });
   for (int64_t image = 0; image < images; ++image)
-    finish(norm, image, &sums[2 * image * pieces * channels], &factor[image * channels],
-           &offset[image * channels]);
+    factors_from_sums(norm, image, &sums[2 * image * pieces * channels],
+                      &factor[image * channels], &offset[image * channels]);
   at::parallel_for(0, images * pieces, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t image = k / pieces;
@@ -242,7 +246,8 @@ std::tuple<Tensor, Tensor> image_codes(const std::vector<Tensor>& given,
                                        const Tensor& scale,
                                        const Tensor& zero_point,
                                        int64_t bits) {
-  Work norm{{}, given[0].size(0), given[0].size(2) * given[0].size(3), 0, groups, 0, eps, silu};
+  const int64_t positions = given[0].size(2) * given[0].size(3);
+  GroupNorm norm{{}, given[0].size(0), positions, 0, groups, 0, eps, silu};
   for (const Tensor& part : given) {
     norm.parts.push_back(
         {part.contiguous(at::MemoryFormat::ChannelsLast), part.size(1), norm.channels});
@@ -258,7 +263,7 @@ std::tuple<Tensor, Tensor> image_codes(const std::vector<Tensor>& given,
   const Quantizer q{s, d, number(scale), number(zero_point), float(largest_code(bits)), bits > 8};
   const std::vector<int64_t> shape{norm.images, norm.channels, given[0].size(2), given[0].size(3)};
   auto [low, high] = empty_codes(shape, bits, at::MemoryFormat::ChannelsLast);
-  run(norm, q, low.mutable_data_ptr<uint8_t>(), high.mutable_data_ptr<uint8_t>());
+  normalize_and_quantize(norm, q, low.mutable_data_ptr<uint8_t>(), high.mutable_data_ptr<uint8_t>());
   return {low, high};
 }
 

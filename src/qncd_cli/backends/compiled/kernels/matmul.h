@@ -11,7 +11,7 @@
 #include <string>
 #include <unordered_map>
 
-#include "codes.h"
+#include "quantizer.h"
 
 namespace {
 
