@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from qncd_cli.quant.affine import choose_qparams, fake_quantize
 from qncd_cli.quant.rounding import round_nearest
 from qncd_cli.quant.smoothing import (
+    IDENTITY,
     MAX_RATIO,
     clamp_factor,
     embedding_factor,
@@ -201,3 +202,29 @@ def test_factors_do_not_depend_on_the_unit_of_inputs_or_weights(exponent):
         assert one.clamped == other.clamped
         ratio = other.factor / one.factor
         assert torch.allclose(ratio, ratio[:1].expand_as(ratio), rtol=1e-5)
+
+
+def test_the_identity_gives_back_what_it_is_given():
+    x, weight = torch.randn(2, 8, 3, 3), torch.randn(5, 8, 3, 3)
+    for made, given in (
+        (IDENTITY.apply(x, 1), x),
+        (IDENTITY.scaled_back(x, 1), x),
+        (IDENTITY.fold(weight), weight),
+        (IDENTITY.unfold(weight), weight),
+        (IDENTITY.bias(weight, x), x),
+    ):
+        assert made is given
+    assert IDENTITY.bias(weight, None) is None
+    assert IDENTITY.tensors() == {}
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_what_a_factor_applies_and_folds_it_takes_back(shifted):
+    factor = range_factor(torch.arange(8) - 9.0, torch.arange(8) + 2.0, 0.5, shifted=shifted)
+    x, weight = torch.randn(7, 8), torch.randn(5, 8)
+    assert torch.equal(factor.apply(x, -1), smooth(x, factor.factor, -1, factor.shift))
+    assert torch.allclose(factor.scaled_back(x / factor.factor, -1), x)
+    assert torch.allclose(factor.unfold(factor.fold(weight)), weight)
+    assert factor.tensors().keys() == ({"smoothing", "shift"} if shifted else {"smoothing"})
+    found = F.linear(factor.apply(x, -1), factor.fold(weight), factor.bias(weight, None))
+    assert torch.allclose(found, F.linear(x, weight), atol=1e-4)

@@ -84,7 +84,10 @@ def quantized() -> Artifact:
     for operand in ("query", "key", "value"):
         tensors[f"attn.{operand}_scale"] = torch.ones(2)
         tensors[f"attn.{operand}_zero_point"] = torch.zeros(2, dtype=torch.int32)
-    attention = {"attn": {"bits": 8}, "softmax_only": {"bits": 32}}
+    attention = {
+        "attn": {"bits": 8, "probabilities_bits": 8, "observer": "mse"},
+        "softmax_only": {"bits": 32, "probabilities_bits": 32, "observer": "mse"},
+    }
     body = {"layers": layers, "attention": attention, "groups": 2}
     return Artifact("quantized", tensors, body, "c" * 16, "m" * 16)
 
