@@ -20,6 +20,7 @@ from qncd_cli.quant.layers import StepState
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.runtime.install import install_attention
 from qncd_cli.store.artifacts import Artifact
+from qncd_cli.store.layer_entry import AttentionEntry, bodies
 
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 
@@ -62,8 +63,8 @@ def observed(model) -> Artifact:
     return Artifact("calibration", tensors, body, "", "")
 
 
-def holding(tensors: dict, entries: dict) -> Artifact:
-    body = {"layers": {}, "attention": entries, "groups": 2, "group_bounds": [400.0]}
+def holding(tensors: dict, entries: dict[str, AttentionEntry]) -> Artifact:
+    body = {"layers": {}, "attention": bodies(entries), "groups": 2, "group_bounds": [400.0]}
     return Artifact("quantized", tensors, body, "", "")
 
 
@@ -119,7 +120,7 @@ def test_modules_that_an_override_leaves_in_float_keep_their_products(model, tin
     sites = {site.name for site in attention_sites(model.denoiser)}
     inside = {name for name in sites if name.startswith("mid_block.")}
     assert inside and set(entries) == sites - inside
-    assert {entry["bits"] for entry in entries.values()} == {8}
+    assert {entry.bits for entry in entries.values()} == {8}
     assert not any(name.startswith("mid_block.") for name in tensors)
 
 
