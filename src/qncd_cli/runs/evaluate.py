@@ -1,0 +1,224 @@
+"""The fourth stage of a run: its images against full precision and, where there is one, a reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..config.loading import load_config, parse_config
+from ..config.schema import Config
+from ..errors import ArtifactError
+from ..lineage.measured import Measurement
+from ..store.artifact_files import read_stored
+from ..store.files import finite, read_json, write_bytes, write_json
+from ..store.run_dir import RunDir, find_run, read_coverage
+from .measuring import Wishes, protocol_of, settle
+from .model import model_digest, open_model
+from .watch import SILENT, Watch
+
+if TYPE_CHECKING:
+    from ..lineage.sample_set import SampleSet
+    from ..models.loading import DiffusionModel
+
+PARTS = {"protocol", "full", "quantized", "fidelity", "bytes"}
+"""Objects that metrics.json holds where it compares two sets."""
+CALLED = "qncd_cli.evaluate"
+"""What a report is said to be made by, where no command line made it."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """metrics: what metrics.json holds: protocol, full, quantized, fidelity, bytes (docs/numbers.md);
+    report: the page; skipped: whether both were there."""
+
+    run: RunDir
+    metrics: Mapping[str, Any]
+    report: Path
+    skipped: bool
+
+
+def evaluate(
+    run_dir: str | Path | None = None,
+    *,
+    metrics: Sequence[str] = (),
+    reference: str | Path | None = None,
+    network: str = "auto",
+    inception_weights: str | Path | None = None,
+    name: str = "quantized",
+    device: str = "auto",
+    command: str = CALLED,
+    watch: Watch = SILENT,
+    show: Callable[[Evaluated], object] | None = None,
+) -> Evaluated:
+    """Measure a set of images against a reference and against full precision on the same seeds.
+
+    Draws the full-precision images that are missing; writes metrics.json and report.html. run_dir:
+    a sampled run, None for the current one. metrics: of fid, isc, kid, prc; none for fid where it
+    can be had. reference: a folder of images, an .npz or statistics file, or zoo. network: auto,
+    fashion or inception; inception_weights: its file. name: of the set. command: for the report.
+    show: hears the result before what could not be had is raised.
+
+    Raises BackendUnavailable where a metric that is named cannot be had, with all else written;
+    ArtifactError for a set or a reference that is missing or damaged; ConfigError, ModelError.
+
+    >>> evaluate("runs/mine").metrics["fidelity"]["psnr_db"]
+    """
+    run = find_run(None if run_dir is None else str(run_dir))
+    config = load_config(str(run.config))
+    reference, weights = (None if p is None else str(p) for p in (reference, inception_weights))
+    wishes = Wishes(tuple(metrics), reference, network, weights)
+    work = _measurement(run, config, wishes, name)
+    found = work.still_holds() if work is not None else None
+    if work is not None and found is not None:
+        done = Evaluated(run, found, work.report, True)
+    else:
+        done = _evaluate(run, config, wishes, name, device, command, work, watch)
+    if show is not None:
+        show(done)
+    settle(watch.note, done.metrics["protocol"]["left_out"], wishes)
+    return done
+
+
+def _evaluate(
+    run: RunDir,
+    config: Config,
+    wishes: Wishes,
+    name: str,
+    device: str,
+    command: str,
+    work: Measurement | None,
+    watch: Watch,
+) -> Evaluated:
+    from ..lineage.sample_set import read_set
+    from ..stages import evaluate as stage
+
+    protocol = protocol_of(wishes, config)
+    quantized_set = read_set(run.samples(name))
+    made_from = quantized_set.manifest["digests"].get("quantized")
+    if made_from not in (None, read_stored(run.tensors("quantized"), "quantized").digest):
+        raise ArtifactError(
+            f"{quantized_set.folder}: sampled from another quantized model than this run's",
+            'repeat "qncd sample" with --force',
+        )
+    model = open_model(config, device, run.path, watch)
+    if quantized_set.manifest["digests"]["model"] != model.digest:
+        raise ArtifactError(
+            f"{quantized_set.folder}: sampled from another model than {model.source} is now",
+            'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
+        )
+    full_set = read_set(_full_folder(run, config, model, quantized_set, watch))
+    coverage = read_coverage(run.coverage)
+    sizes = stage.sizes(run.tensors("quantized"), coverage)
+    metrics_path, report_path = _outputs(run, name)
+    earlier = _earlier(metrics_path)
+    with watch.keeping("all images are kept, the same command measures them again"):
+        metrics, report = stage.run(
+            full_set,
+            quantized_set,
+            sizes,
+            protocol,
+            watch.track,
+            earlier,
+            made=_made(config, coverage),
+            facts=_facts(command),
+        )
+    write_json(metrics_path, finite(metrics))
+    write_bytes(report_path, report.encode())
+    if work is not None:
+        work.note(full_set.folder)
+    return Evaluated(run, metrics, report_path, False)
+
+
+def _outputs(run: RunDir, name: str) -> tuple[Path, Path]:
+    """metrics.json and the report of a sample set."""
+    suffix = "" if name == "quantized" else f"_{name}"
+    metrics, report = f"metrics{suffix}.json", f"report{suffix}.html"
+    return run.metrics.with_name(metrics), run.report.with_name(report)
+
+
+def _measurement(run: RunDir, config: Config, wishes: Wishes, name: str) -> Measurement | None:
+    """None where only loading the model tells which one it is."""
+    model = model_digest(config)
+    if model is None:
+        return None
+    asked = {**asdict(wishes), "source": config.model.source, "config": config.to_yaml()}
+    weights = Path(wishes.inception_weights) if wishes.inception_weights else None
+    reference = wishes.reference or config.evaluation.reference
+    return Measurement(
+        run,
+        name,
+        asked,
+        model,
+        reference,
+        weights,
+        wishes.insists,
+        *_outputs(run, name),
+    )
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    """metrics.json as it is, empty where it is missing or damaged: it is replaced then."""
+    try:
+        found = read_json(path, "qncd eval")
+    except ArtifactError:
+        return {}
+    return found if is_whole(found) else {}
+
+
+def is_whole(metrics: Any) -> bool:
+    """Whether it is the metrics.json of two sets."""
+    return isinstance(metrics, dict) and all(isinstance(metrics.get(k), dict) for k in PARTS)
+
+
+def _full_folder(
+    run: RunDir, config: Config, model: DiffusionModel, quantized_set: SampleSet, watch: Watch
+) -> Path:
+    """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
+    from ..runtime.sampled_model import SampledModel
+    from ..stages import pipeline
+    from ..stages import sample as stage
+
+    tree = config.to_dict()
+    seeds = quantized_set.seeds
+    tree["sampling"] = {**quantized_set.manifest["sampling"], "seed": seeds[0]}
+    config = parse_config(tree, str(quantized_set.folder))
+    sampled = SampledModel.full_precision(model)
+    digest = stage.identify(config, model, sampled)["digest"]
+    own = run.samples("full")
+    if own.is_dir():
+        manifest = read_json(own / "manifest.json", "qncd sample --full-precision")
+        if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
+            return own
+    batch_size = quantized_set.manifest["batch_size"]
+    with watch.keeping("images of finished batches are kept, the same command goes on with the next"):
+        return pipeline.full_precision_samples(
+            run.path.parent, config, model, seeds, batch_size, watch.track
+        )
+
+
+def _made(config: Config, coverage: dict[str, Any]) -> dict[str, Any]:
+    """How the model was quantized, for metrics.json: preset, the label's bits, and where
+    coverage.json has them the means over all multiplications and bit operations."""
+    known = ("mean_weight_bits", "mean_input_bits", "bit_operations")
+    return {
+        "preset": config.quantization.preset,
+        "weights": config.quantization.weights.bits,
+        "activations": config.quantization.activations.bits,
+        **{key: coverage.get(key) for key in known},
+    }
+
+
+def _facts(command: str) -> dict[str, Any]:
+    """Facts about the measurement, for the report."""
+    from .. import machine
+
+    return {
+        "version": f"qncd {__version__}",
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "CPU": machine.described()["cpu"],
+        "command": command,
+    }

@@ -1,0 +1,72 @@
+"""The configured model of a run: what is known of it beforehand, and how it is opened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.schema import Config
+from ..models.digest import known_digest
+from .watch import SILENT, Watch
+
+if TYPE_CHECKING:
+    from ..models.loading import DiffusionModel
+
+
+def model_digest(config: Config) -> str | None:
+    """Digest of the configured model; None where only loading it tells."""
+    model = config.model
+    return known_digest(model.source, model.compvis_config, model.tokenizer)
+
+
+def open_model(
+    config: Config, device: str = "auto", folder: Path | None = None, watch: Watch = SILENT
+) -> DiffusionModel:
+    """The configured model, with diffusers silenced: what it has to say is said by our errors.
+
+    folder: of a run, where encoded prompts are kept. Raises ModelError.
+    """
+    from ..models.loading import load_model
+    from ..models.prompt_cache import PromptCache
+    from ..models.text import Prompts
+
+    silence_diffusers()
+    watch.imported()
+    model, sampling = config.model, config.sampling
+    prompts = None
+    if sampling.prompts is not None:
+        prompts = Prompts(
+            sampling.prompts,
+            sampling.negative_prompt,
+            image_size=sampling.image_size,
+            guidance_scale=sampling.guidance_scale,
+        )
+    return load_model(
+        model.source,
+        model.dtype,
+        device,
+        compvis_config=model.compvis_config,
+        tokenizer=model.tokenizer,
+        prompts=prompts,
+        cache=PromptCache(folder / "prompts") if folder is not None else None,
+        tell=watch.note,
+        track=watch.track,
+    )
+
+
+def note_sampling(watch: Watch, config: Config, model: DiffusionModel) -> None:
+    """Say what of the way of sampling may surprise."""
+    from ..models.schedule import distilled
+
+    if remark := distilled(model.scheduler_config):
+        watch.note(f"{model.source}: {remark}")
+    if model.interpolates and config.sampling.guidance_scale == 0:
+        watch.note("guidance 0: every image is of the null class, whatever sampling.classes says")
+
+
+def silence_diffusers() -> None:
+    """Silence diffusers for the rest of this process."""
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,103 @@
+"""The second stage of a run: integer weights, ranges of activations, statistics of the noise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config.loading import load_config
+from ..config.schema import Config
+from ..errors import ArtifactError
+from ..lineage import stages as fresh
+from ..lineage.stages import State
+from ..store.artifact_files import check_lineage, read_stored
+from ..store.run_dir import RunDir, find_run, read_coverage
+from .calibrate import keep_config
+from .model import model_digest, open_model
+from .watch import SILENT, Watch
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """artifact_bytes: of quantized.safetensors; coverage: coverage.json, bits and kernel of every
+    layer; skipped, state: as of Calibrated."""
+
+    run: RunDir
+    artifact_bytes: int
+    coverage: Mapping[str, Any]
+    skipped: bool
+    state: State | None
+
+
+def quantize(
+    run_dir: str | Path | None = None,
+    config: Config | None = None,
+    *,
+    device: str = "auto",
+    force: bool = False,
+    watch: Watch = SILENT,
+) -> Quantized:
+    """Round the weights to integers, set activation ranges, measure the quantization noise.
+
+    run_dir: a calibrated run, None for the one that the command line calibrated last; it gets
+    quantized.safetensors, noise_stats.safetensors and coverage.json. config: instead of the run's
+    config.yaml, which it replaces: the same calibration at other bits. device, force: as calibrate
+    takes them.
+
+    Raises ArtifactError where the calibration is missing, damaged, or of other settings than
+    config's (the message says which); ModelError, BackendUnavailable.
+
+    >>> quantize("runs/mine").coverage["mean_weight_bits"]
+    """
+    run = find_run(None if run_dir is None else str(run_dir))
+    wanted = load_config(str(run.config)) if config is None else config
+    digest = model_digest(wanted)
+    _check_parents(run, wanted, digest)
+    state = fresh.of_run(run, wanted, digest)[1] if digest is not None else None
+    skipped = state is not None and state.holds and not force
+    if skipped:
+        fresh.note_settings(run, "quantize", wanted)
+    else:
+        skipped = _quantize(run, wanted, device, state, force, watch)
+    if config is not None:
+        keep_config(run, config)
+    size = run.tensors("quantized").stat().st_size
+    return Quantized(run, size, read_coverage(run.coverage), skipped, None if skipped else state)
+
+
+def _quantize(
+    run: RunDir, config: Config, device: str, state: State | None, force: bool, watch: Watch
+) -> bool:
+    """Whether the outputs were there already."""
+    watch.reason(state, force)
+    from ..stages import pipeline
+    from ..store import artifacts
+
+    kept = "calibrate is kept, nothing of quantize is; the same command begins it again"
+    with watch.keeping(kept):
+        model = open_model(config, device, run.path, watch)
+        _check_parents(run, config, model.digest)
+        if state is None:
+            watch.reason(fresh.of_run(run, config, model.digest)[1], force)
+        smoothing = artifacts.read(run.tensors("smoothing"), "smoothing")
+        calibration = artifacts.read(run.tensors("calibration"), "calibration")
+        return pipeline.quantize(
+            run, config, model, calibration, smoothing, watch.track, force=force
+        )
+
+
+def _check_parents(run: RunDir, config: Config, model: str | None) -> None:
+    """What quantize reads is there and of this configuration and model. Raises ArtifactError."""
+    smoothing, calibration = (
+        read_stored(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
+    )
+    calibrated = fresh.calibrated(run, config, model or smoothing.model)
+    if calibrated.changed:
+        hint = 'repeat "qncd calibrate" with these settings'
+        raise ArtifactError(f"{run.path}: {calibrated.sentence()}", hint)
+    digest = config.stage_digest("calibrate")
+    check_lineage(smoothing, config=digest, model=model)
+    parents = {"smoothing": smoothing.digest}
+    check_lineage(calibration, config=digest, model=model, parents=parents)

@@ -1,0 +1,37 @@
+"""What the caller of a stage hears while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from ..lineage.stages import State
+from ..progress import Track, no_progress
+
+
+def _unheard(*what: object) -> None:
+    pass
+
+
+def _uninterrupted(kept: str) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Hooks of a caller; without them a stage works in silence.
+
+    track: progress (progress.py); note: remarks, a line each; reason: the state of a stage before
+    it runs, and whether it was forced; keeping: a context that knows what is kept of the work where
+    it is interrupted; imported: called once everything large is imported.
+    """
+
+    track: Track = no_progress
+    note: Callable[[str], None] = _unheard
+    reason: Callable[[State | None, bool], object] = _unheard
+    keeping: Callable[[str], AbstractContextManager[None]] = _uninterrupted
+    imported: Callable[[], object] = _unheard
+
+
+SILENT = Watch()
