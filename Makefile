@@ -2,8 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-# What is tested is tiny: two processes help, more threads only wait for each other. In the order of the
-# files, those that compile come early; by number of tests they would come last and alone.
+# What is tested is tiny: two processes help, more threads only wait for each other. tests/conftest.py puts
+# files with slow tests first; by number of tests those that compile would come last and alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 BITS := w8a8 w4a8 w4a6
 NUM ?= 300

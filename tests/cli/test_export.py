@@ -83,6 +83,7 @@ def tensors_of(folder, part):
 
 # best's ranges for every step, bias corrections, smoothing and two-byte inputs: all that there is
 EVERYTHING = {
+    "calibration": {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1},
     "quantization__activations": {"bits": 8, "observer": "minmax", "timestep_groups": 4},
     "quantization__bias_correction": True,
     "quantization__first_last_activation_bits": 16,
