@@ -1,4 +1,4 @@
-"""The fourth stage of a run: its images against full precision and, where there is one, a reference."""
+"""The fourth stage of a run: its images against full precision, and against a reference."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ CALLED = "qncd_cli.evaluate"
 
 @dataclass(frozen=True)
 class Evaluated:
-    """metrics: what metrics.json holds: protocol, full, quantized, fidelity, bytes (docs/numbers.md);
-    report: the page; skipped: whether both were there."""
+    """metrics: what metrics.json holds, by protocol, full, quantized, fidelity and bytes
+    (docs/numbers.md); report: the page; skipped: whether both were there."""
 
     run: RunDir
     metrics: Mapping[str, Any]
@@ -194,7 +194,9 @@ def _full_folder(
         if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
             return own
     batch_size = quantized_set.manifest["batch_size"]
-    with watch.keeping("images of finished batches are kept, the same command goes on with the next"):
+    with watch.keeping(
+        "images of finished batches are kept, the same command goes on with the next"
+    ):
         return pipeline.full_precision_samples(
             run.path.parent, config, model, seeds, batch_size, watch.track
         )

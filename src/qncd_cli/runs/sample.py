@@ -94,9 +94,7 @@ def sample(
     run = find_run(None if run_dir is None else str(run_dir))
     own = load_config(str(run.config))
     config = own if config is None else _of_run(config, own)
-    wishes = _Wishes(
-        num, batch_size, full_precision, backend, compile, low_memory, device, force
-    )
+    wishes = _Wishes(num, batch_size, full_precision, backend, compile, low_memory, device, force)
     folder = run.samples(name or wishes.set_name)
     state = _set_state(run, own, config, folder, wishes)
     there = sample_sets.begun(folder) if state is not None and state.holds else None
@@ -113,7 +111,8 @@ def check_settled(own: Config, config: Config, what: str) -> None:
     same = [own.calibration == config.calibration, own.quantization == config.quantization]
     if not all(same) or own.correction.intra != config.correction.intra:
         raise ConfigError(
-            f"{what}: calibration, quantization and correction.intra were settled by earlier stages",
+            f"{what}: calibration, quantization and correction.intra were settled by earlier "
+            "stages",
             'set them for "qncd calibrate" or "qncd quantize"',
         )
 
@@ -122,7 +121,10 @@ def _of_run(config: Config, own: Config) -> Config:
     """The run's own configuration with what sampling can follow of another; fewer steps have fewer
     groups of timesteps. Raises ConfigError for what sampling cannot follow."""
     tree, wanted = own.to_dict(), config.to_dict()
-    tree["sampling"], tree["correction"]["inter"] = wanted["sampling"], wanted["correction"]["inter"]
+    tree["sampling"], tree["correction"]["inter"] = (
+        wanted["sampling"],
+        wanted["correction"]["inter"],
+    )
     groups = tree["quantization"]["activations"]
     groups["timestep_groups"] = min(groups["timestep_groups"], config.sampling.steps)
     check_settled(parse_config(tree, "sample"), config, "config")
