@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import SHALLOW, save_tiny_pipeline
+from conftest import save_tiny_dit_pipeline
 from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -261,7 +261,7 @@ def test_a_denoiser_comes_back_from_disk_in_the_dtype_asked_for(tiny_model, tmp_
 @pytest.mark.timeout(1200)  # three compilations
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools")
 def test_every_row_in_a_process_of_its_own(tmp_path):
-    save_tiny_pipeline(tmp_path / "model", **{**SHALLOW, "block_out_channels": (64,)})
+    save_tiny_dit_pipeline(tmp_path / "model", layers=1)  # few layers: each is compiled twice
     names = (*FLOATS, "float32-compiled", "simulate-w4a8", *GRAPH)
     report = benched(tmp_path / "model", names, rounds=2, alone=True)
     assert report["unavailable"] == {}
