@@ -31,8 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qncd_cli.bench import rendering as benchmark
-from qncd_cli.bench import table as bench
+from qncd_cli.bench import rendering, table
 from qncd_cli.bench.row import Guest, Inputs, Row, parse_rows
 from qncd_cli.cli.console import Console, ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
@@ -161,15 +160,15 @@ def main(source: str, rows: str, peers: str, batch_size: int, rounds: int, out: 
         raise ConfigError(f"--peers {unknown[0]}: unknown", f"known: {', '.join(PEERS)}")
     guests = [Guest(Row(name, "float32", "int8"), PEERS[name]) for name in names]
     own = parse_rows([name for name in rows.split(",") if name])
-    request = bench.BenchRequest(own, batch_size, rounds, alone=False, guests=guests)
+    request = table.BenchRequest(own, batch_size, rounds, alone=False, guests=guests)
     config = parse_config({"model": {"source": source}}, "bench_peers")
     model = open_model(config, "cpu")
-    report = bench.run(config, model, request, lambda line: click.echo(line, err=True))
+    report = table.run(config, model, request, lambda line: click.echo(line, err=True))
     files.write_json(out / "bench.json", report)
-    page = benchmark.markdown(report, f"{source} beside other tools")
+    page = rendering.markdown(report, f"{source} beside other tools")
     files.write_bytes(out / "bench.md", page.encode())
-    Console().table(benchmark.COLUMNS, [list(row.values()) for row in benchmark.cells(report)])
-    for line in benchmark.missing(report):
+    Console().table(rendering.COLUMNS, [list(row.values()) for row in rendering.cells(report)])
+    for line in rendering.missing(report):
         click.echo(line)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.reference import simulate
-from qncd_cli.bench import table as bench
+from qncd_cli.bench import table
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.cli.shared import open_model
 from qncd_cli.config.loading import parse_config
@@ -75,7 +75,7 @@ def compare(model: DiffusionModel, config: Config) -> Found:
     x = torch.randn(ROWS, *model.latent_shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         condition = model.condition(model.labels(list(range(ROWS)), config.sampling.classes))
-        denoiser(x, bench.TIMESTEP, condition)
+        denoiser(x, table.TIMESTEP, condition)
     return found
 
 
@@ -92,7 +92,7 @@ def main(sources: tuple[str, ...], bits: str) -> None:
         for text in bits.split(","):
             if (widths := parse_widths(text)) is None:
                 raise ConfigError(f"--bits {text}: nothing is quantized", "widths like w4a8")
-            found = compare(model, bench.quick_config(config, widths))
+            found = compare(model, table.quick_config(config, widths))
             click.echo(
                 f"{source} {text}: {found.compared} layers, {found.equal} equal in every bit, "
                 f"largest relative difference {found.largest:.1e} ({found.worst}), "

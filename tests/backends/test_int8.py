@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from qncd_cli.backends import base, int8
-from qncd_cli.backends.compiled import graph
-from qncd_cli.backends.compiled import ops as traced
+from qncd_cli.backends.compiled import graph, ops
 from qncd_cli.backends.reference import simulate
 from qncd_cli.errors import BackendUnavailable
 from qncd_cli.quant.affine import QParams, quantize, quantize_two_bytes, quantize_uint8
@@ -250,15 +249,15 @@ def test_what_a_graph_is_traced_from_is_what_the_layer_computes(
     layer = layer_of(original, bits, activation_bits, zero_points, smoothing=factor, **extras)
     x, layers = random(*shape) * 2, {f"test:{id(layer)}": layer}
     x = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
-    traced.register(layers)
+    ops.register(layers)
     codes, tables = layer.weight, graph.Tables(layer)
     for group in (0, 1):
         layer.step.group = group
         expected = layer(x)
         layer.step.traced = tables.cut(tables.values[group])
-        assert torch.equal(traced._traced(*layers)(layer, x), expected)
+        assert torch.equal(ops._traced(*layers)(layer, x), expected)
         fakes = FakeTensorMode(allow_non_fake_inputs=True)
-        with traced.traceable(layer, layers), fakes:
+        with ops.traceable(layer, layers), fakes:
             fake = layer(fakes.from_tensor(x))
         layer.step.traced = None
         assert fake.shape == expected.shape

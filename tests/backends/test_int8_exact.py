@@ -13,7 +13,7 @@ from torch import nn
 
 from qncd_cli.backends import int8, reference
 from qncd_cli.backends.reference import simulate
-from qncd_cli.bench import table as bench
+from qncd_cli.bench import table
 from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.affine import choose_qparams
@@ -85,7 +85,7 @@ def test_sums_are_exact_whatever_their_size(inputs):
 def test_a_packaged_model_draws_the_same_latents(widths):
     model = load_model("zoo:fashion-ldm")
     source = parse_config({"model": {"source": model.source}}, "test")
-    config = bench.quick_config(source, widths)
+    config = table.quick_config(source, widths)
     artifact = quantize.run(config, model, *calibrate.run(config, model)).quantized
     scheduler, seeds = make_scheduler("ddim", model.scheduler_config), list(range(4))
     drawn = []

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qncd_cli.backends import int8
-from qncd_cli.backends.roofline import probes
-from qncd_cli.bench import table as bench
-from qncd_cli.bench.profile import KINDS, profiled
+from qncd_cli.backends.roofline import microbenchmarks
+from qncd_cli.bench import table
+from qncd_cli.bench.profile import KINDS, profile_calls
 from qncd_cli.bench.row import FACTS, Alone, Inputs, measure_alone, parse_rows
 from qncd_cli.bench.timing import spread
 from qncd_cli.config.loading import parse_config
@@ -34,7 +34,7 @@ def benched(folder, rows, **options):
     config = parse_config({"model": {"source": str(folder)}}, "test")
     request = {"batch_size": 2, "rounds": 3, "alone": False, **options}
     model = load_model(str(folder))
-    return bench.run(config, model, bench.BenchRequest(parse_rows(rows), **request), lambda _: None)
+    return table.run(config, model, table.BenchRequest(parse_rows(rows), **request), lambda _: None)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_rows_are_timed_in_turn(tiny_model):
     last = called[-12:]
     assert len(set(last[:3])) == 3
     assert last == last[:3] * 4
-    assert called[-18:-12] == [m for m in last[:3] for _ in range(bench.WARM_UP)]
+    assert called[-18:-12] == [m for m in last[:3] for _ in range(table.WARM_UP)]
 
 
 # ---- rows that cannot be measured ---------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_profiling_leaves_no_hooks_and_counts_a_layer_inside_attention_as_a_laye
             return self.to_q(x) @ x.transpose(0, 1)
 
     module = Attention()
-    shares = profiled(module, lambda: module(torch.ones(64, 64)))["shares"]
+    shares = profile_calls(module, lambda: module(torch.ones(64, 64)))["shares"]
     assert shares["float layers"] > 0
     assert shares["attention products"] > 0
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in module.modules())
@@ -216,9 +216,9 @@ def test_profiling_leaves_no_hooks_and_counts_a_layer_inside_attention_as_a_laye
 @pytest.mark.parametrize(
     "arithmetic", ["float32", "bfloat16", pytest.param("int8", marks=needs_int8)]
 )
-def test_probes_multiply_what_they_say(arithmetic):
+def test_microbenchmarks_multiply_what_they_say(arithmetic):
     """Of ones: every output is the number of products in it."""
-    conv, linear = probes(arithmetic)
+    conv, linear = microbenchmarks(arithmetic)
     out = conv.call().float()
     inner = out[..., 1:-1, 1:-1]
     assert (inner == inner.flatten()[0]).all()

@@ -9,8 +9,8 @@ import re
 import click
 import pytest
 
-from qncd_cli.ablation import rendering as ablation
-from qncd_cli.bench import rendering as benchmark
+from qncd_cli.ablation.rendering import cells
+from qncd_cli.bench.rendering import KEYS
 from qncd_cli.cli import bench, evaluation, tables
 from qncd_cli.cli.console import Console
 from qncd_cli.cli.main import cli
@@ -212,9 +212,8 @@ def test_an_ablation_is_printed_whole(width, capsys):
     row |= {"feature_distance_to_full": entry, "feature_distance_to_reference": entry}
     row |= {"bytes": 4_321_000, "bit_operations": 10**12, "extra_calls": 4, "seconds": 65.4}
     full = {"feature_distance_to_reference": entry, "class_agreement": 1.0, "bytes": 43_440_000}
-    lines = ablation.cells({"full": full, "rows": [row] * 12})
-    cells = [list(line.values()) for line in lines]
-    Console().table(list(lines[0]), cells, keys=2)
+    lines = cells({"full": full, "rows": [row] * 12})
+    Console().table(list(lines[0]), [list(line.values()) for line in lines], keys=2)
     text = capsys.readouterr().out
     whole(
         text, width, "best+brecq", "W4A8 (5.9 / 9.1)", "12.35 [10.12, 14.57]", "identical", "1,000"
@@ -223,7 +222,7 @@ def test_an_ablation_is_printed_whole(width, capsys):
 
 def test_a_bench_is_printed_whole(width, capsys):
     names = ["float32-eager", "bfloat16-compiled", "int8-w4a8-compiled"]
-    numbers = dict.fromkeys(benchmark.KEYS, 1234.567) | {"peak_bytes": 1_234_567_890}
+    numbers = dict.fromkeys(KEYS, 1234.567) | {"peak_bytes": 1_234_567_890}
     shares = {"convolution": 0.61234, "other": 0.38766}
     report = {
         "rows": [{"name": name, **numbers} for name in names],

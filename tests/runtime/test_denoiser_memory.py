@@ -14,12 +14,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from qncd_cli import machine
 from qncd_cli.backends import int8
 from qncd_cli.config.loading import parse_config
-from qncd_cli.forecast import memory as footprint
+from qncd_cli.forecast import memory
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import weight_layers
 from qncd_cli.progress import no_progress
-from qncd_cli.ptq import noise as measure_noise
+from qncd_cli.ptq import noise
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.stages import calibrate, quantize
@@ -69,8 +69,8 @@ def test_weights_are_read_from_the_file_where_they_are_used_as_stored(
     taken = own_memory() - before
     assert taken > 0.9 * size if copied else taken < 0.3 * size
     shapes = model_shapes(str(stored_bfloat16), model.dtype)
-    assert footprint.mapped(shapes) == (0 if copied else shapes.parts["unet"].stored)
-    assert footprint.loading(shapes) >= (size if copied else 0)
+    assert memory.mapped(shapes) == (0 if copied else shapes.parts["unet"].stored)
+    assert memory.loading(shapes) >= (size if copied else 0)
 
 
 # ---- packed weights -----------------------------------------------------------------------------
@@ -121,16 +121,16 @@ def test_low_memory_computes_the_same_and_keeps_only_codes(made, tiny_model, bac
 def test_noise_is_measured_alike_where_weights_are_not_kept(made, tiny_model, monkeypatch):
     config, result = made
     model, kept = load_model(str(tiny_model)), []
-    original = measure_noise.quantized_denoiser
+    original = noise.quantized_denoiser
 
     def watched(*args, **kwargs):
         kept.append(not kwargs["low_memory"])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(measure_noise, "quantized_denoiser", watched)
+    monkeypatch.setattr(noise, "quantized_denoiser", watched)
     for free in (1 << 40, 1000):
         monkeypatch.setattr(machine, "available_memory", lambda free=free: free)
-        again = measure_noise.measure_noise(config, model, result.quantized, no_progress)
+        again = noise.measure_noise(config, model, result.quantized, no_progress)
         for name, tensor in result.noise_stats.tensors.items():
             assert torch.equal(again.tensors[name], tensor), name
     assert kept == [True, False]

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from qncd_cli.backends import int8
-from qncd_cli.bench import table as bench
+from qncd_cli.bench import table
 from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 
@@ -19,7 +19,7 @@ needs_int8 = pytest.mark.skipif(bool(why), reason=why)
 
 def compared(source):
     config = parse_config({"model": {"source": str(source)}}, "test")
-    return layer_agreement.compare(load_model(str(source)), bench.quick_config(config, (4, 8)))
+    return layer_agreement.compare(load_model(str(source)), table.quick_config(config, (4, 8)))
 
 
 @needs_int8

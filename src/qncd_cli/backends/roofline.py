@@ -18,12 +18,12 @@ from .onednn import output_as
 
 FLOAT_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHANNELS, SIDE, IMAGES = 256, 64, 2  # of the 3 x 3 convolution
-ROWS, WIDTH = 4096, 1024  # of the matrix product [ROWS, WIDTH] x [WIDTH, WIDTH]
+LENGTH, WIDTH = 4096, 1024  # of the matrix product [LENGTH, WIDTH] x [WIDTH, WIDTH]
 GEOMETRY = ([1, 1], [1, 1], [1, 1], 1)  # stride, padding, dilation, groups
 
 
 @dataclass(frozen=True)
-class Probe:
+class Microbenchmark:
     """One product; operations: multiplications and additions of one call."""
 
     name: str
@@ -31,7 +31,7 @@ class Probe:
     call: Callable[[], Tensor]
 
 
-def probes(arithmetic: str) -> list[Probe]:
+def microbenchmarks(arithmetic: str) -> list[Microbenchmark]:
     """A convolution and a matrix product in float32, bfloat16 or int8."""
     if arithmetic in FLOAT_TYPES:
         dtype = FLOAT_TYPES[arithmetic]
@@ -40,8 +40,8 @@ def probes(arithmetic: str) -> list[Probe]:
         conv, linear = _int8_conv(), _int8_linear()
     macs = IMAGES * SIDE * SIDE * CHANNELS * CHANNELS * 9
     return [
-        Probe(f"{arithmetic} convolution", 2 * macs, conv),
-        Probe(f"{arithmetic} matrix product", 2 * ROWS * WIDTH * WIDTH, linear),
+        Microbenchmark(f"{arithmetic} convolution", 2 * macs, conv),
+        Microbenchmark(f"{arithmetic} matrix product", 2 * LENGTH * WIDTH * WIDTH, linear),
     ]
 
 
@@ -54,7 +54,7 @@ def _float_conv(dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def _float_linear(dtype: torch.dtype) -> Callable[[], Tensor]:
-    x, weight = torch.ones(ROWS, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
+    x, weight = torch.ones(LENGTH, WIDTH, dtype=dtype), torch.ones(WIDTH, WIDTH, dtype=dtype)
     return lambda: F.linear(x, weight)
 
 
@@ -69,8 +69,11 @@ def _int8_conv() -> Callable[[], Tensor]:
 
 
 def _int8_linear() -> Callable[[], Tensor]:
-    x, weight = torch.ones(ROWS, WIDTH, dtype=torch.uint8), torch.ones(WIDTH, WIDTH).to(torch.int8)
+    x, weight = (
+        torch.ones(LENGTH, WIDTH, dtype=torch.uint8),
+        torch.ones(WIDTH, WIDTH).to(torch.int8),
+    )
     scale, zeros = torch.ones(WIDTH), torch.zeros(WIDTH, dtype=torch.int64)
-    packed = torch.ops.onednn.qlinear_prepack(weight, [ROWS, WIDTH])
+    packed = torch.ops.onednn.qlinear_prepack(weight, [LENGTH, WIDTH])
     operands = (x, 1.0, 0, packed, scale, zeros, None, *output_as(torch.float32))
     return lambda: torch.ops.onednn.qlinear_pointwise(*operands)

@@ -33,7 +33,7 @@ _GRAPH = "AOTIModelContainerRunner"
 _ACTIVATIONS = ("SiLU", "GELU", "GEGLU", "ApproximateGELU", "SwiGLU", "Mish", "ReLU")
 
 
-def profiled(module: nn.Module, call: Callable[[], Tensor], calls: int = 3) -> dict[str, Any]:
+def profile_calls(module: nn.Module, call: Callable[[], Tensor], calls: int = 3) -> dict[str, Any]:
     """Mean time of a call in seconds, and the share of each of KINDS in it; adds up to 1.
 
     module: what call runs, already prepared. Only the calling thread is recorded: an operator

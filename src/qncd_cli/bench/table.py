@@ -39,7 +39,7 @@ from ..stages import calibrate as calibrate_stage
 from ..stages import quantize as quantize_stage
 from ..store import artifacts
 from ..store.artifacts import Artifact
-from .profile import profiled
+from .profile import profile_calls
 from .row import (
     BASELINE,
     FACTS,
@@ -314,4 +314,4 @@ def _profiles(
 ) -> dict[str, dict[str, Any]]:
     """Profiles of the baseline and the int8 rows: compiled code does not say which module it is."""
     chosen = [row.name for row in rows if row.name == BASELINE or row.backend == "int8"]
-    return {name: profiled(denoisers[name].module, calls[name]) for name in chosen}
+    return {name: profile_calls(denoisers[name].module, calls[name]) for name in chosen}

@@ -1,4 +1,4 @@
-"""Timing of the benchmark: rows and probes in turn, and what that says of each row."""
+"""Timing of the benchmark: rows and microbenchmarks in turn, and what that says of each row."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..backends.roofline import probes
+from ..backends.roofline import microbenchmarks
 from ..progress import Track, no_progress
 from .row import BASELINE, Row
 
@@ -16,19 +16,19 @@ def time_rows(
     rows: Sequence[Row], calls: Mapping[str, Callable], rounds: int, track: Track
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of every round by row, and the best operations per second by kind of arithmetic."""
-    known = {kind: probes(kind) for kind in {row.arithmetic: None for row in rows}}
-    probing = {probe.name: probe.call for found in known.values() for probe in found}
-    for call in probing.values():
+    known = {kind: microbenchmarks(kind) for kind in {row.arithmetic: None for row in rows}}
+    peaks = {peak.name: peak.call for found in known.values() for peak in found}
+    for call in peaks.values():
         call()
-    seconds = interleaved({**calls, **probing}, rounds, track)
+    seconds = time_in_turn({**calls, **peaks}, rounds, track)
     rates = {
-        kind: max(probe.operations / min(seconds[probe.name]) for probe in found)
+        kind: max(peak.operations / min(seconds[peak.name]) for peak in found)
         for kind, found in known.items()
     }
     return {name: seconds[name] for name in calls}, rates
 
 
-def interleaved(
+def time_in_turn(
     calls: Mapping[str, Callable], rounds: int, track: Track = no_progress
 ) -> dict[str, list[float]]:
     """Seconds of each call in every round; a round makes all calls once, in their order."""
@@ -47,7 +47,10 @@ def timings(
     rates: Mapping[str, float],
     operations: int,
 ) -> list[dict[str, Any]]:
-    """The part of every row that time decides. operations: of one call, as probes count them."""
+    """The part of every row that time decides.
+
+    operations: multiplications and additions of one call.
+    """
     medians = {name: statistics.median(seconds) for name, seconds in timed.items()}
     baseline = medians.get(BASELINE)
     table = []

@@ -39,8 +39,7 @@ class AblateOptions:
 
 
 def ablate(console: Console, options: AblateOptions) -> None:
-    from ..ablation import rendering as ablation
-    from ..ablation import table as stage
+    from ..ablation import rendering, table
     from ..ablation.variants import variants
 
     config = load_config(options.config_name, options.overrides)
@@ -54,28 +53,28 @@ def ablate(console: Console, options: AblateOptions) -> None:
     name = Path(options.config_name).stem
     folder = Path(options.run_dir) if options.run_dir else Path("runs") / f"ablate_{name}"
     count = options.num or config.evaluation.num_samples
-    request = stage.AblateRequest(folder, count, options.batch_size, options.force, options.backend)
+    request = table.AblateRequest(folder, count, options.batch_size, options.force, options.backend)
     wishes = Wishes((), options.reference, options.network, options.inception_weights)
     protocol = protocol_of(wishes, config)
     model = open_model(config, options.device, folder)
     with keeping("finished rows are kept, the same command goes on with the next"):
-        table = stage.run(rows, model, request, protocol, _teller(), console.track)
+        measured = table.run(rows, model, request, protocol, _teller(), console.track)
     title = f"Variants of {name}"
     page = folder / "ablation.html"
-    sheets = [(row.label, stage.sheet(request, row)) for row in rows]
+    sheets = [(row.label, table.sheet(request, row)) for row in rows]
     there = [(label, path) for label, path in sheets if path.is_file()]
-    write_bytes(folder / "ablation.md", ablation.markdown(table, title).encode())
-    write_bytes(page, ablation.html(table, title, there, folder).encode())
+    write_bytes(folder / "ablation.md", rendering.markdown(measured, title).encode())
+    write_bytes(page, rendering.html(measured, title, there, folder).encode())
 
     def render() -> None:
-        lines = ablation.cells(table, TERMINAL)
+        lines = rendering.cells(measured, TERMINAL)
         cells = [list(line.values()) for line in lines]
-        console.table(list(lines[0]), cells, _caption(table), keys=2)
+        console.table(list(lines[0]), cells, _caption(measured), keys=2)
         explain(lines[0])
         print(f"ablate: done in {console.lap():.1f} s, {page}")
 
-    console.result({**table, "run_dir": str(folder)}, render)
-    settle(console.note, table["protocol"]["left_out"], wishes)
+    console.result({**measured, "run_dir": str(folder)}, render)
+    settle(console.note, measured["protocol"]["left_out"], wishes)
 
 
 def _listed(text: str) -> list[str]:

@@ -31,8 +31,7 @@ class BenchOptions:
 
 
 def bench(console: Console, options: BenchOptions) -> None:
-    from ..bench import rendering as benchmark
-    from ..bench import table as stage
+    from ..bench import rendering, table
     from ..bench.row import parse_rows
 
     if options.config_name is not None:
@@ -41,7 +40,7 @@ def bench(console: Console, options: BenchOptions) -> None:
         config = parse_config({"model": {"source": options.source}}, "bench")
         name = re.sub(r"[^\w.-]+", "-", config.model.source).strip("-.") or "model"
     names = [part.strip().lower() for part in options.rows.split(",") if part.strip()]
-    request = stage.BenchRequest(
+    request = table.BenchRequest(
         parse_rows(names, config.model.dtype),
         options.batch_size,
         options.rounds,
@@ -50,16 +49,16 @@ def bench(console: Console, options: BenchOptions) -> None:
     )
     folder = Path(options.out) if options.out else Path("runs") / f"bench_{name}"
     model = open_model(_in_float32(config), "cpu")
-    report = stage.run(config, model, request, _teller(), console.track)
+    report = table.run(config, model, request, _teller(), console.track)
     files.write_json(folder / "bench.json", report)
     page = folder / "bench.md"
-    files.write_bytes(page, benchmark.markdown(report, f"Bench of {name}").encode())
+    files.write_bytes(page, rendering.markdown(report, f"Bench of {name}").encode())
 
     def render() -> None:
         tables(console, report)
-        for line in benchmark.missing(report):
+        for line in rendering.missing(report):
             print(line)
-        print(benchmark.conditions(report))
+        print(rendering.conditions(report))
         print(f"bench: done in {report['seconds']:.1f} s, {page}")
 
     console.result({**report, "out": str(folder)}, render)
@@ -67,13 +66,13 @@ def bench(console: Console, options: BenchOptions) -> None:
 
 def tables(console: Console, report: Mapping[str, Any]) -> None:
     """Print the rows of a report, and where their time goes where that was measured."""
-    from ..bench import rendering as benchmark
+    from ..bench import rendering
 
-    found = [list(line.values()) for line in benchmark.cells(report)]
-    console.table(benchmark.COLUMNS, found)
+    found = [list(line.values()) for line in rendering.cells(report)]
+    console.table(rendering.COLUMNS, found)
     if report["profile"]:
-        shares = [list(line.values()) for line in benchmark.profile_cells(report)]
-        console.table(benchmark.profile_columns(report), shares)
+        shares = [list(line.values()) for line in rendering.profile_cells(report)]
+        console.table(rendering.profile_columns(report), shares)
 
 
 def _in_float32(config: Config) -> Config:

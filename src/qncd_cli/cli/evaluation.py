@@ -53,7 +53,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         from ..stages import evaluate as stage
 
         protocol = protocol_of_images(options.wishes)
-        metrics = stage.images_only(Path(options.images), protocol, console.track)
+        metrics = stage.measure_images(Path(options.images), protocol, console.track)
         title = f"{metrics['protocol']['num_samples']} images"
         console.result(metrics, lambda: render(console, metrics, title))
         settle(console.note, metrics["protocol"]["left_out"], options.wishes)

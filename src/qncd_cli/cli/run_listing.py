@@ -10,9 +10,9 @@ from typing import Any
 from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ArtifactError, QncdError
-from ..lineage import sample_sets
-from ..lineage import stages as fresh
+from ..lineage import freshness, sample_sets
 from ..runs.model import model_digest
+from ..store.artifact_files import read_stored
 from ..store.files import read_json
 from ..store.run_dir import RunDir
 from ..vocabulary import MISSING, heading
@@ -32,7 +32,7 @@ def inspect(console: Console, folder: Path) -> None:
         )
     config = load_config(str(run.config))
     model, unknown = _model(config)
-    found = fresh.of_run(run, config, model or _model_of(run))
+    found = freshness.of_run(run, config, model or _model_of(run))
     stages = [
         _stage(state.stage, state.why or "holds", [run.tensors(k) for k in KINDS[state.stage]])
         for state in found
@@ -71,7 +71,7 @@ def _model_of(run: RunDir) -> str:
     """The digest of the model that the run was made from, where nothing else is known."""
     for kind in ("quantized", "calibration"):
         try:
-            return fresh.read_stored(run.tensors(kind), kind).model
+            return read_stored(run.tensors(kind), kind).model
         except ArtifactError:
             continue
     return ""

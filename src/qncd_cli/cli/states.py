@@ -8,9 +8,8 @@ from typing import Any
 
 from ..config.schema import Config
 from ..errors import ArtifactError
-from ..lineage import sample_sets
-from ..lineage import stages as fresh
-from ..lineage.stages import State
+from ..lineage import freshness, sample_sets
+from ..lineage.freshness import State
 from ..store.run_dir import RunDir
 from .console import Console
 
@@ -43,7 +42,7 @@ def plan(
     sampled: the folder of its sample set. Raises ArtifactError for a set that the new settings
     would not fit, before any work is done for it.
     """
-    states = fresh.of_run(run, config, model)
+    states = freshness.of_run(run, config, model)
     for state in (s for s in states if not s.new):  # a first time needs no reason
         console.note(state.sentence() if not force else f"{state.stage}: again, because {FORCED}")
     changed = _once(key for state in states for key in state.changed)

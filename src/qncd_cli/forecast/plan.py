@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..backends.base import get_backend
-from ..backends.roofline import probes
+from ..backends.roofline import microbenchmarks
 from ..config.schema import Config
 from ..errors import BackendUnavailable
 from ..lineage.sample_set import SHEET_IMAGES
@@ -247,7 +247,7 @@ def _decoding_macs(shapes: Shapes) -> int:
 
 def measured_rates() -> tuple[float, float]:
     """MACs and elements per second of this machine in float32, each in well under a second."""
-    products = probes("float32")
+    products = microbenchmarks("float32")
     macs = max(p.operations / 2 / _fastest(p.call) for p in products)
     x = torch.ones(ELEMENTS)
     return macs, ELEMENTS / _fastest(lambda: x * 2.0)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ..config.loading import load_config
 from ..config.schema import Config
-from ..lineage import stages as fresh
-from ..lineage.stages import State
+from ..lineage import freshness
+from ..lineage.freshness import State
 from ..store.files import write_bytes
 from ..store.run_dir import RunDir
 from .model import model_digest, note_sampling, open_model
@@ -50,11 +50,11 @@ def calibrate(
         config = load_config(str(config))
     run = RunDir(Path(run_dir))
     digest = model_digest(config)
-    state = fresh.calibrated(run, config, digest) if digest is not None else None
+    state = freshness.calibrated(run, config, digest) if digest is not None else None
     skipped = state is not None and state.holds and not force
     if state is not None and skipped:
         body = state.found["calibration"].body
-        fresh.note_settings(run, "calibrate", config)
+        freshness.note_settings(run, "calibrate", config)
     else:
         watch.reason(state, force)
         from ..stages import pipeline
@@ -63,7 +63,7 @@ def calibrate(
             model = open_model(config, device, run.path, watch)
             note_sampling(watch, config, model)
             if state is None:
-                watch.reason(fresh.calibrated(run, config, model.digest), force)
+                watch.reason(freshness.calibrated(run, config, model.digest), force)
             made, _, skipped = pipeline.calibrate(run, config, model, watch.track, force=force)
         body = made.body
     keep_config(run, config)

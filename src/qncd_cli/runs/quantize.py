@@ -10,8 +10,8 @@ from typing import Any
 from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ArtifactError
-from ..lineage import stages as fresh
-from ..lineage.stages import State
+from ..lineage import freshness
+from ..lineage.freshness import State
 from ..store.artifact_files import check_lineage, read_stored
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .calibrate import keep_config
@@ -55,10 +55,10 @@ def quantize(
     wanted = load_config(str(run.config)) if config is None else config
     digest = model_digest(wanted)
     _check_parents(run, wanted, digest)
-    state = fresh.of_run(run, wanted, digest)[1] if digest is not None else None
+    state = freshness.of_run(run, wanted, digest)[1] if digest is not None else None
     skipped = state is not None and state.holds and not force
     if skipped:
-        fresh.note_settings(run, "quantize", wanted)
+        freshness.note_settings(run, "quantize", wanted)
     else:
         skipped = _quantize(run, wanted, device, state, force, watch)
     if config is not None:
@@ -80,7 +80,7 @@ def _quantize(
         model = open_model(config, device, run.path, watch)
         _check_parents(run, config, model.digest)
         if state is None:
-            watch.reason(fresh.of_run(run, config, model.digest)[1], force)
+            watch.reason(freshness.of_run(run, config, model.digest)[1], force)
         smoothing = artifacts.read(run.tensors("smoothing"), "smoothing")
         calibration = artifacts.read(run.tensors("calibration"), "calibration")
         return pipeline.quantize(
@@ -93,7 +93,7 @@ def _check_parents(run: RunDir, config: Config, model: str | None) -> None:
     smoothing, calibration = (
         read_stored(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
     )
-    calibrated = fresh.calibrated(run, config, model or smoothing.model)
+    calibrated = freshness.calibrated(run, config, model or smoothing.model)
     if calibrated.changed:
         hint = 'repeat "qncd calibrate" with these settings'
         raise ArtifactError(f"{run.path}: {calibrated.sentence()}", hint)

@@ -11,7 +11,7 @@ from ..config.loading import load_config, parse_config
 from ..config.schema import Config
 from ..errors import ArtifactError, ConfigError
 from ..lineage import sample_sets
-from ..lineage.stages import State
+from ..lineage.freshness import State
 from ..spec import Compile
 from ..store.artifact_files import Stored, check_lineage, read_stored
 from ..store.run_dir import RunDir, find_run, read_coverage

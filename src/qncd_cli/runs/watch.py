@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from ..lineage.stages import State
+from ..lineage.freshness import State
 from ..progress import Track, no_progress
 
 

@@ -136,16 +136,16 @@ def choose_backend(
     if seconds is None:
         rows = min(TIMED_ROWS, batch)
         if ahead < WORTH_TIMING * rows:
-            return _saying(sampled, "the first available, too little work to time others")
+            return _with_remark(sampled, "the first available, too little work to time others")
         seconds = candidates.measure(names, rows)
         cache.remember(seconds)
         why = "the fastest of those tried"
     figures = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
     found = candidates.on(fastest(seconds))
-    return _saying(found, f"{why} (seconds a call: {figures})")
+    return _with_remark(found, f"{why} (seconds a call: {figures})")
 
 
-def _saying(sampled: SampledModel, why: str) -> SampledModel:
+def _with_remark(sampled: SampledModel, why: str) -> SampledModel:
     assert sampled.backend is not None
     remark = f"{sampled.backend.remark}; {why}"
     return replace(sampled, backend=replace(sampled.backend, remark=remark))

@@ -35,7 +35,7 @@ class GraphDenoiser(Denoiser):
         self._tables = graph.Tables(eager.module).values
 
     def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        parts, size = [], math.ceil(len(x) / math.ceil(len(x) / graph.ROWS[1]))
+        parts, size = [], math.ceil(len(x) / math.ceil(len(x) / graph.BATCH_RANGE[1]))
         for start in range(0, len(x), size):
             part = slice(start, start + size)
             cut = {name: value[part] for name, value in condition.items()}
@@ -44,7 +44,7 @@ class GraphDenoiser(Denoiser):
 
     def _part(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         rows = len(x)
-        if rows < graph.ROWS[0]:
+        if rows < graph.BATCH_RANGE[0]:
             x, t = _filled(x), _filled(t)
             condition = {name: _filled(value) for name, value in condition.items()}
         row = self._tables[self.step.group]
@@ -104,4 +104,4 @@ def _key(digests: Mapping[str, str]) -> str:
 
 def _filled(value: Tensor) -> Tensor:
     """Its first row, as many times as a graph needs at least."""
-    return value[:1].expand(graph.ROWS[0], *value.shape[1:]).contiguous()
+    return value[:1].expand(graph.BATCH_RANGE[0], *value.shape[1:]).contiguous()

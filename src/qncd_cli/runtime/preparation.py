@@ -71,7 +71,7 @@ def prepare(
     """
     if quantized is None:
         sampled = SampledModel.full_precision(model)
-        return _compiled(config, model, sampled, how)
+        return _compile(config, model, sampled, how)
     backend = how.backend
     if how.table is None:
         backend = backend_of_set(backend, how.begun, model.device, low_memory=how.low_memory)
@@ -80,9 +80,9 @@ def prepare(
     )
     assert sampled.backend is not None
     if sampled.backend.whole and how.compile is not Compile.YES:
-        sampled = _exported(model, sampled, how)
+        sampled = _export(model, sampled, how)
     else:
-        sampled = _compiled(config, model, sampled, how)
+        sampled = _compile(config, model, sampled, how)
     if backend != AUTO or how.compile is Compile.YES:
         return sampled
     cache = how.table or BackendCache(
@@ -119,7 +119,7 @@ def compiling_gain(rows: int, macs: int) -> float:
     return rows * math.sqrt(macs / 1e9)
 
 
-def _exported(model: DiffusionModel, sampled: SampledModel, how: Preparation) -> SampledModel:
+def _export(model: DiffusionModel, sampled: SampledModel, how: Preparation) -> SampledModel:
     """Run by the graph of a backend that runs whole graphs."""
     denoiser = in_openvino(
         sampled.denoiser,
@@ -132,7 +132,7 @@ def _exported(model: DiffusionModel, sampled: SampledModel, how: Preparation) ->
     return replace(sampled, denoiser=denoiser)
 
 
-def _compiled(
+def _compile(
     config: Config, model: DiffusionModel, sampled: SampledModel, how: Preparation
 ) -> SampledModel:
     """With its denoiser compiled, or as it is where that is not wanted.

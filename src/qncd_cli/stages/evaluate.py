@@ -48,7 +48,7 @@ WORST_PAIRS, TYPICAL_PAIRS = 12, 4
 """Images shown side by side in the report: those that differ most, and those at the median."""
 
 
-def images_only(source: Path, protocol: Protocol, track: Track = no_progress) -> dict[str, Any]:
+def measure_images(source: Path, protocol: Protocol, track: Track = no_progress) -> dict[str, Any]:
     """metrics.json of one set of images that qncd did not make: a folder, or an .npz.
 
     Raises ArtifactError for damaged images, and where no metric can be had for them.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..config.schema import Config
-from ..lineage import stages as fresh
+from ..lineage import freshness
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
@@ -32,17 +32,17 @@ def calibrate(
     force: bool = False,
 ) -> tuple[Artifact, Artifact, bool]:
     """calibration, smoothing, and whether both were there already."""
-    if not force and fresh.calibrated(run, config, model.digest).holds:
+    if not force and freshness.calibrated(run, config, model.digest).holds:
         kinds = ("calibration", "smoothing")
         calibration, smoothing = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
-        fresh.note_settings(run, "calibrate", config)
+        freshness.note_settings(run, "calibrate", config)
         return calibration, smoothing, True
     remove_temporaries(run.path)
     with explained(model):
         calibration, smoothing = calibrate_stage.run(config, model, track)
     smoothing = artifacts.write(run.tensors("smoothing"), smoothing)
     calibration = artifacts.write(run.tensors("calibration"), calibration)
-    fresh.note_settings(run, "calibrate", config)
+    freshness.note_settings(run, "calibrate", config)
     return calibration, smoothing, False
 
 
@@ -58,8 +58,8 @@ def quantize(
 ) -> bool:
     """Write quantized, noise_stats and coverage; whether they were there already."""
     parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
-    if not force and fresh.quantized_from(run, config, model.digest, parents).holds:
-        fresh.note_settings(run, "quantize", config)
+    if not force and freshness.quantized_from(run, config, model.digest, parents).holds:
+        freshness.note_settings(run, "quantize", config)
         return True
     remove_temporaries(run.path)
     with explained(model):
@@ -67,7 +67,7 @@ def quantize(
     artifacts.write(run.tensors("quantized"), result.quantized)
     artifacts.write(run.tensors("noise_stats"), result.noise_stats)
     write_json(run.coverage, result.coverage)
-    fresh.note_settings(run, "quantize", config)
+    freshness.note_settings(run, "quantize", config)
     return False
 
 

@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qncd_cli.backends import int8
-from qncd_cli.backends.compiled import fusion, graph, native, upsampled_conv
-from qncd_cli.backends.compiled import ops as traced
+from qncd_cli.backends.compiled import fusion, graph, native, ops, upsampled_conv
 from qncd_cli.quant.attention import softmax_codes
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
@@ -65,7 +64,7 @@ def test_images_are_normalized_and_quantized(operators, shape, parts, dtype, bit
     exact = torch.cat(x, 1).double() + embedding.to(dtype).double()
     exact = F.group_norm(exact, 8, weight.double(), bias.double(), EPS)
     exact = F.silu(exact * multiplier + addend).float()
-    expected = number_of(*traced.codes(exact, True, *smooth))
+    expected = number_of(*ops.codes(exact, True, *smooth))
     assert low.is_contiguous(memory_format=torch.channels_last)
     close(number_of(low, high), expected, 0.02 if bits == 16 else 1e-3)
 
@@ -77,7 +76,7 @@ def test_images_without_a_norm_have_the_very_codes(operators, bits, smoothed):
     x = [image(3, width, 9, 4) for width in (24, 40)]
     others = quantizer(bits, 64 if smoothed else 0)
     found = operators.image_codes(x, *fusion._NO_NORM, *others)
-    expected = traced.codes(torch.cat(x, 1), True, *others)
+    expected = ops.codes(torch.cat(x, 1), True, *others)
     assert torch.equal(number_of(*found), number_of(*expected))
 
 
@@ -89,7 +88,7 @@ def test_a_mean_far_from_zero_costs_no_digits(operators):
         [x], None, weight, bias, None, None, 4, EPS, False, *quantizer(8)
     )
     exact = F.group_norm(x.double(), 4, eps=EPS).float()
-    close(number_of(low, high), number_of(*traced.codes(exact, True, *quantizer(8))), 0.01)
+    close(number_of(low, high), number_of(*ops.codes(exact, True, *quantizer(8))), 0.01)
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])
@@ -99,7 +98,7 @@ def test_gated_rows_are_quantized(operators, dtype, bits):
     x = torch.randn(3, 11, 2 * 40).to(dtype)
     others = quantizer(bits, 40)
     first, second = x.double().chunk(2, -1)
-    expected = traced.codes((first * F.gelu(second)).float(), False, *others)
+    expected = ops.codes((first * F.gelu(second)).float(), False, *others)
     found = operators.gated_codes(x, *others)
     close(number_of(*found), number_of(*expected), 0.02 if bits == 16 else 1e-3)
 
@@ -122,7 +121,7 @@ def test_activation_functions_at_their_ends(operators, magnitude):
     scale = torch.tensor([magnitude / 2**14])
     others = (None, None, scale, torch.tensor([2.0**15]), 16)
     found = operators.gated_codes(torch.cat([torch.ones_like(x), x], -1), *others)
-    expected = traced.codes(F.gelu(x.double()).float(), False, *others)
+    expected = ops.codes(F.gelu(x.double()).float(), False, *others)
     close(number_of(*found), number_of(*expected), 0.1)
 
 
@@ -165,10 +164,10 @@ def test_pixels_doubled_later_give_the_same_bits(operators, bits, zero_point, ac
     torch.manual_seed(0)
     layer = quantized(nn.Conv2d(24, 20, 3, padding=1), bits, activation_bits, zero_point)
     key = f"doubled:{bits}:{zero_point}:{activation_bits}"
-    traced.register({key: layer})
+    ops.register({key: layer})
     x = image(3, 24, 7, 5)
     scale, zero = layer.input_scale, layer.input_zero_point.float()
-    low, high = traced.codes(x, True, None, None, scale, zero, activation_bits)
+    low, high = ops.codes(x, True, None, None, scale, zero, activation_bits)
     high = high if high.numel() else None
     assert upsampled_conv.doubles(layer)
     found = operators.multiply(low, high, scale, zero, layer.bias, key, torch.float32, True)
@@ -225,11 +224,11 @@ def program_of(module, inputs):
     step = StepState()
     for layer in layers.values():
         layer.step = step
-    traced.register(layers)
+    ops.register(layers)
     tables = graph.Tables(module)
     step.traced = tables.cut(tables.values[0])
     try:
-        with traced.traceable(module, layers), torch.no_grad():
+        with ops.traceable(module, layers), torch.no_grad():
             return tables, fusion.fused(torch.export.export(module, inputs, strict=False))
     finally:
         step.traced = None

@@ -27,7 +27,7 @@ from .ops import traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
 """(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""
-ROWS = (2, 63)
+BATCH_RANGE = (2, 63)
 """Smallest and largest batch that a graph serves. Larger ones are no faster: less of them is in the
 cache. diffusers' upsampling treats those from 64 on otherwise, which would be another graph."""
 
@@ -101,13 +101,13 @@ def compile_graph(
 ) -> bytes:
     """Trace the denoiser on x [N, ...] and its condition and compile it: the file's content.
 
-    N: within ROWS, as all batches that the graph serves; layers: registered, by the keys that
-    the graph will know them by. Raises whatever torch raises where a model cannot be traced.
+    N: within BATCH_RANGE, as all batches that the graph serves; layers: registered, by the keys
+    that the graph will know them by. Raises whatever torch raises where a model cannot be traced.
     """
     from .fusion import fused  # brings torch's tracer, of which loading needs nothing
 
     x, condition = example
-    batch = {0: torch.export.Dim("batch", min=ROWS[0], max=ROWS[1])}
+    batch = {0: torch.export.Dim("batch", min=BATCH_RANGE[0], max=BATCH_RANGE[1])}
     denoiser = _Traced(module, step)
     inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))

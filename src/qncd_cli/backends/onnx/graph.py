@@ -27,7 +27,7 @@ from .layers import Form, Writer
 OPSET = 21
 DOMAIN = "qncd"
 SAMPLE, TIMESTEP, PREDICTION = "sample", "timestep", "prediction"
-ROWS = (2, 63)
+BATCH_RANGE = (2, 63)
 """Numbers of rows to trace for; the graph takes any. diffusers' upsampling has two ways to compute
 the same, and takes the other one from 64 rows on."""
 
@@ -73,7 +73,7 @@ def trace(
     a model cannot be traced.
     """
     x, condition = example
-    batch = {0: torch.export.Dim("batch", min=ROWS[0], max=ROWS[1])}
+    batch = {0: torch.export.Dim("batch", min=BATCH_RANGE[0], max=BATCH_RANGE[1])}
     shapes = {SAMPLE: batch, TIMESTEP: batch, "condition": dict.fromkeys(condition, batch)}
     for name, part in module.named_modules():
         if isinstance(part, QuantizedLayer):
