@@ -40,7 +40,7 @@ def models(console: Console) -> None:
         console.table(["packaged model", "trained", "size"], rows)
         cells = [[n, c["bits"], c["model"], c["sampler"]] for n, c in configs.items()]
         console.table(["configuration", "bits", "model", "sampler"], cells)
-        print("Other bits: --bits w8a8, or in the name, as in --config fashion_ldm_w8a8")
+        print("Other bits: --bits w8a8, or a name like fashion_ldm_w8a8")
         said = [[n, p["description"], p["left_in_float"]] for n, p in presets.items()]
         console.table(["preset", "what it is", "left in float, unless strict"], said)
 
