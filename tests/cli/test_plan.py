@@ -75,6 +75,71 @@ def test_quantize_is_planned_from_the_run(qncd, sampled, planned):
     assert report["result"]["average_weight_bits"] == 8
 
 
+def test_bits_of_sensitive_layers_are_told_beside_the_others(qncd, tiny_model):
+    """Which layers get them is not known yet: the means without them are said to be so."""
+    sensitive = {"weight_bits": 0.5, "activation_bits": 1.0}
+    tree = tiny_config(tiny_model, quantization__sensitive=sensitive)
+    qncd.write_config(tree, "more.yaml")
+    plain, more = (qncd(*PLAN[:2], name, "--plan") for name in ("tiny.yaml", "more.yaml"))
+    assert "sensitive layers" not in plain.stdout
+    for text in (
+        "before sensitive layers",
+        "bits added, mean over weights",
+        "0.50",
+        "over MACs",
+        "at most 1.00",
+    ):
+        assert text in more.stdout
+    result = qncd(*PLAN[:2], "more.yaml", "--plan", "--json").data["result"]
+    assert result["extra_weight_bits"] == pytest.approx(0.5, abs=0.01)
+    assert result["extra_input_bits"] == 1.0
+    budget = qncd(*PLAN, "--set", "quantization.weights.budget=4.5", "--json").data["result"]
+    assert budget["average_weight_bits"] == pytest.approx(4.5, abs=0.01)
+    assert budget["extra_weight_bits"] != 0
+    assert budget["extra_input_bits"] == 0
+
+
+# ---- what the stages refuse, a plan refuses -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (("run", "--config", "tiny.yaml", "--network", "fashion"), 3, "the packaged classifier"),
+        (("run", "--config", "tiny.yaml", "--reference", "zoo"), 3, "the packaged reference"),
+        (("run", "--config", "tiny.yaml", "--reference", "gone.npz"), 4, "no such file"),
+        (("run", "--config", "tiny.yaml", "--classes", "1,7,207"), 5, "class 7 is out of range"),
+        (("calibrate", "--config", "tiny.yaml", "--set", "sampling.classes=[4]"), 5, "class 4"),
+    ],
+    ids=lambda value: " ".join(value[3:]) if isinstance(value, tuple) else None,
+)
+def test_a_plan_of_what_would_be_refused_is_refused_alike(qncd, command, code, said):
+    lines = {qncd(*command, *plan, ok=False).stderr for plan in (("--plan",), ())}
+    (line,) = {text.strip().splitlines()[-1] for text in lines}
+    assert said in line
+    assert qncd(*command, "--plan", ok=False).exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        (("sample", "--set", "quantization.weights.bits=8"), 3, "settled by earlier stages"),
+        (("sample", "--classes", "4", "--name", "four"), 5, "class 4 is out of range"),
+        (
+            ("quantize", "--set", "calibration.trajectories=5"),
+            4,
+            "calibration.trajectories: 6 -> 5",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_so_is_one_of_a_run_that_is_there(qncd, sampled, command, code, said):
+    run = ("--run-dir", str(sampled / RUN))
+    for plan in (("--plan",), ()):
+        refused = qncd(*command, *run, *plan, ok=False)
+        assert (refused.exit_code, said in refused.stderr) == (code, True), refused.stderr
+
+
 # ---- what a person sees -------------------------------------------------------------------------
 
 

@@ -24,9 +24,11 @@ from qncd_cli.forecast import (
 from qncd_cli.forecast.memory import Foreseen, Machine
 from qncd_cli.forecast.shapes import Shapes, model_shapes
 from qncd_cli.models.loading import load_model
+from qncd_cli.ptq.coverage import coverage_of
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.quant.affine import QParams
 from qncd_cli.quant.smoothing import IDENTITY
+from qncd_cli.runtime.denoiser import denoiser_costs
 from qncd_cli.stages import calibrate, quantize
 from qncd_cli.store import artifacts
 from qncd_cli.store.artifacts import Artifact
@@ -77,6 +79,14 @@ def test_bytes_of_the_artifacts_at_any_setting(tiny_model, tmp_path, quantizatio
     quantized = quantize.run(config, model, calibration, smoothing).quantized
     shapes = shapes_of(config)
     found = foreseen_of(config, shapes)
+    costs = denoiser_costs(config, model)
+    bits = [
+        coverage_of(config, denoiser, costs, artifact, 4)["mean_input_bits"]
+        for denoiser, artifact in ((shapes.denoiser, found[2]), (model.denoiser, quantized))
+    ]
+    more = foreseen.extra_input_bits(config, plan_layers(config, shapes.denoiser))
+    assert bits[0] <= bits[1] <= bits[0] + more
+    assert bits[1] == pytest.approx(bits[0] + more, abs=0.05)
     bytes_found = [*map(foreseen.file_bytes, found[:2])]
     bytes_found.append(foreseen.result_bytes(config, shapes, found[2]))
     expected = written(tmp_path, calibration, smoothing, quantized)

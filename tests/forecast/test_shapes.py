@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import diffusers_pipelines
 import pytest
@@ -73,6 +74,27 @@ def test_folders_of_every_pipeline_class(name, tmp_path):
     encoders = [part for part in shapes.parts.values() if not part.stays]
     assert bool(encoders) == (prompts is not None)
     assert all(part.stored > 4 * part.parameters > 0 for part in encoders)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_a_folder_of_an_early_version_is_corrected_as_on_loading(scheduler, tmp_path):
+    """Its scheduler's offset and clipping, and the size of its images."""
+    folder = diffusers_pipelines.save("StableDiffusionPipeline", tmp_path / "model")
+    old = {"_class_name": scheduler, "_diffusers_version": "0.2.0", "clip_sample": True}
+    changed = {
+        "model_index.json": {"scheduler": ["diffusers", scheduler]},
+        "scheduler/scheduler_config.json": {**old, "steps_offset": 0},
+        "unet/config.json": {"_diffusers_version": "0.2.0"},
+    }
+    for name, more in changed.items():
+        tree = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**tree, **more}))
+    shapes = shapes_of(folder, prompts=1)
+    with pytest.warns(FutureWarning):
+        model = load_model(str(folder), prompts=Prompts(("a red",)))
+    assert shapes.latent_shape == model.latent_shape == (4, 64, 64)
+    assert shapes.scheduler == model.scheduler_config
+    assert shapes.scheduler["steps_offset"] == 1
 
 
 def test_a_checkpoint_needs_only_its_yaml(tmp_path):

@@ -250,13 +250,15 @@ def run(device, force, plan, as_json, debug, **options):
     """
     from . import commands
     from . import plan as planning
+    from .evaluation import EvalOptions
     from .wanted import NAMES, Wanted
 
     names = {name: options.pop(name) for name in NAMES}
     wanted = Wanted(**names, prompts=options["prompts"])
     if plan:
         drawing = {name: options[name] for name in commands.DRAWING}
-        planning.of_config(Console(as_json), wanted, planning.STAGES, drawing)
+        told = EvalOptions(**{k: v for k, v in options.items() if k not in commands.DRAWING})
+        planning.of_config(Console(as_json), wanted, planning.STAGES, drawing, told.wishes)
         return
     commands.run_all(Console(as_json), wanted, device, force=force, options=options)
 

@@ -11,8 +11,10 @@ from typing import Any
 from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ModelError
-from ..runs.model import silence_diffusers
-from ..runs.sample import DEFAULT_NUM
+from ..runs.measuring import Wishes, check
+from ..runs.model import model_digest, silence_diffusers
+from ..runs.quantize import check_parents
+from ..runs.sample import DEFAULT_NUM, check_settled
 from ..store.run_dir import RunDir, find_run
 from ..vocabulary import megabytes
 from .console import Console
@@ -28,11 +30,17 @@ def of_config(
     wanted: Wanted,
     stages: tuple[str, ...],
     drawing: dict[str, Any] | None = None,
+    measuring: Wishes | None = None,
 ) -> None:
-    """Print a forecast of stages from the first on. drawing: sampling options, None: defaults."""
+    """Print a forecast of stages from the first on. drawing: sampling options, None: defaults.
+
+    measuring: what eval is told, which is checked as the stages check it.
+    """
     options = SampleOptions(**{**_DEFAULTS, **(drawing or {})})
-    count = options.num or DEFAULT_NUM
-    _forecast(console, wanted.config(), options, wanted.folder, stages, count)
+    config, count = wanted.config(), options.num or DEFAULT_NUM
+    if measuring is not None:
+        check(measuring, config)
+    _forecast(console, config, options, wanted.folder, stages, count)
 
 
 def announce(
@@ -63,9 +71,10 @@ def announce(
 def of_run(
     console: Console, run_dir: str | None, overrides: Sequence[str], stages: tuple[str, ...]
 ) -> None:
-    """Print a forecast of stages of a run that is there already."""
+    """Print a forecast of quantize, and what else is named, in a run that is calibrated."""
     run = find_run(run_dir)
     config = load_config(str(run.config), overrides)
+    check_parents(run, config, model_digest(config))
     options = SampleOptions(**_DEFAULTS)
     _forecast(console, config, options, run.path, stages, DEFAULT_NUM)
 
@@ -73,6 +82,7 @@ def of_run(
 def of_samples(console: Console, options: SampleOptions) -> None:
     run = find_run(options.run_dir)
     config = load_config(str(run.config), options.overrides)
+    check_settled(load_config(str(run.config)), config, "--set")
     _forecast(console, config, options, run.path, ("sample",), options.num or DEFAULT_NUM)
 
 
@@ -138,7 +148,8 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             ["MACs of one call on one sample", covered["macs"]],
             ["of these in integers", f"{100 * covered['integer_macs_share']:.2f} %"],
             ["bits of a quantized weight, on average", None if bits is None else f"{bits:.2f}"],
-            ["bits of weights and inputs, mean over MACs", _mean_bits(covered)],
+            ["bits of weights and inputs, mean over MACs", _mean_bits(covered, result)],
+            *_extra_bits(result),
             ["result", megabytes(result["bytes"])],
             ["of these quantized weights", megabytes(result["weight_bytes"])],
             ["of these left unquantized", megabytes(result["rest_bytes"])],
@@ -175,8 +186,20 @@ def _render(console: Console, report: dict[str, Any]) -> None:
         )
 
 
-def _mean_bits(covered: dict[str, Any]) -> str:
-    return f"{covered['mean_weight_bits']:.1f} / {covered['mean_input_bits']:.1f}"
+def _mean_bits(covered: dict[str, Any], result: dict[str, Any]) -> str:
+    means = f"{covered['mean_weight_bits']:.1f} / {covered['mean_input_bits']:.1f}"
+    return f"{means} before sensitive layers" if _extra_bits(result) else means
+
+
+def _extra_bits(result: dict[str, Any]) -> list[list[str]]:
+    """Rows of the table where sensitive layers get bits of their own."""
+    weight, inputs = result["extra_weight_bits"], result["extra_input_bits"]
+    rows = []
+    if weight:
+        rows.append(["sensitive layers: bits added, mean over weights", f"{weight:.2f}"])
+    if inputs:
+        rows.append(["sensitive layers: bits of inputs added, over MACs", f"at most {inputs:.2f}"])
+    return rows
 
 
 def _quantized(rows: list[dict[str, Any]]) -> str:

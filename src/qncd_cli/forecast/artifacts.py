@@ -154,6 +154,12 @@ def extra_weight_bits(config: Config, plans: list[LayerPlan]) -> int:
     return round(q.sensitive.weight_bits * sum(sizes.values()))
 
 
+def extra_input_bits(config: Config, plans: list[LayerPlan]) -> float:
+    """Bits of an input that quantization.sensitive spends at most, mean over MACs."""
+    wider = any(p.activation_bits <= 8 for p in plans)
+    return config.quantization.sensitive.activation_bits if wider else 0.0
+
+
 def noise_stats(config: Config, shapes: Shapes, timesteps: list[float]) -> Artifact:
     body = noise_body(config, shapes.latent_shape[0], len(set(timesteps)))
     return _blank("noise_stats", body, {"quantized": CONTENT})

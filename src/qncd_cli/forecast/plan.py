@@ -20,7 +20,7 @@ from ..errors import BackendUnavailable
 from ..lineage.sample_set import SHEET_IMAGES
 from ..lineage.sample_sets import default_batch
 from ..machine import available_disk, available_memory
-from ..models.loading import DTYPES
+from ..models.loading import DTYPES, known_classes
 from ..models.topology import LayerCost, count_macs
 from ..ptq.coverage import coverage_of
 from ..ptq.layer_plan import plan_layers
@@ -73,7 +73,12 @@ class Request:
 
 
 def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
-    """The forecast as a tree for JSON: of main memory, with everything on the CPU."""
+    """The forecast as a tree for JSON: of main memory, with everything on the CPU.
+
+    Raises ModelError for classes that the model does not have.
+    """
+    for one in (config, request.sampling):
+        known_classes(shapes.source, shapes.classes or None, one.sampling.classes)
     times = _timesteps(config, shapes)
     calibration = foreseen.calibration(config, shapes, times)
     smoothing = foreseen.smoothing(config, shapes)
@@ -141,8 +146,13 @@ def _result(
     config: Config, shapes: Shapes, covered: dict[str, Any], quantized: Artifact
 ) -> dict[str, Any]:
     """quantized.safetensors, with the bits that quantization.sensitive or a budget spends, and
-    what the denoiser needs beside it."""
-    spent = foreseen.extra_weight_bits(config, plan_layers(config, shapes.denoiser))
+    what the denoiser needs beside it.
+
+    Which layers get those bits is measured while quantizing: of coverage's means over MACs they are
+    no part. extra_weight_bits: mean over weights; extra_input_bits: mean over MACs, at most.
+    """
+    plans = plan_layers(config, shapes.denoiser)
+    spent = foreseen.extra_weight_bits(config, plans)
     entries = layer_entries(quantized.body).values()
     codes = sum(entry.weights for entry in entries if entry.weight_bits != FLOAT_BITS)
     average = covered["average_weight_bits"]
@@ -157,6 +167,8 @@ def _result(
         "float32_bytes": covered["float_denoiser_bytes"],
         "share_of_float32": (whole + covered["rest_bytes"]) / covered["float_denoiser_bytes"],
         "average_weight_bits": None if average is None else average + spent / codes,
+        "extra_weight_bits": spent / codes if codes else 0.0,
+        "extra_input_bits": foreseen.extra_input_bits(config, plans),
     }
 
 

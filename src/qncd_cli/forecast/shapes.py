@@ -34,6 +34,7 @@ from ..models.folder_check import check_folder, read_index, reason
 from ..models.loading import FIRST_STAGES, UNUSED
 from ..models.pipelines import CLASS_CONDITIONAL, is_guided
 from ..models.random_models import RANDOM
+from ..models.schedule import corrected
 from ..models.weight_files import weight_files
 from ..models.zoo import zoo_path
 from .architectures import PUBLISHED
@@ -82,8 +83,8 @@ class Shapes:
 
     arguments: rows -> keyword arguments of the denoiser, tensors on the meta device. classes: of
     the model, 0 for none; guided: whether it has a null class or prompt, and interpolates: how,
-    as of DiffusionModel. image_shape: of one image.
-    scheduler: configuration, None where nothing says. dtype: of all but the first stage.
+    as of DiffusionModel. image_shape: of one image. scheduler: configuration, None where nothing
+    says. dtype: of all but the first stage.
     """
 
     source: str
@@ -133,8 +134,7 @@ def model_shapes(
     """dtype: of all but the first stage; prompts: how many of a text model; image_size: in pixels,
     None for the model's own.
 
-    Hub ids only where the files are here already, checkpoints from their YAML alone. Raises
-    ModelError.
+    Hub ids only where the files are here, checkpoints from their YAML alone. Raises ModelError.
     """
     scheduler: dict[str, Any] | None = None
     stored: dict[str, Stored] = {}
@@ -143,9 +143,9 @@ def model_shapes(
         modules, scheduler = _random(source.removeprefix("random:"))
     elif is_checkpoint(source):
         modules, scheduler = described_modules(source, compvis_config)
-        counts = {name: _parameters(module) for name, module in modules.items()}
         float32 = frozenset({"F32"})  # as those that CompVis published, and mapped as they are
-        stored = {name: Stored(4 * count, count, float32) for name, count in counts.items()}
+        counts = [(name, _parameters(module)) for name, module in modules.items()]
+        stored = {name: Stored(4 * count, count, float32) for name, count in counts}
     else:
         folder, is_folder = _find(source), True
         modules, scheduler, stored = _folder(folder, source)
@@ -283,14 +283,14 @@ def _folder(folder: Path, source: str) -> Found:
             if not isinstance(entry, list) or entry[0] is None or name in UNUSED:
                 continue
             if name == "scheduler":
-                text = (folder / name / "scheduler_config.json").read_text(encoding="utf-8")
-                scheduler = json.loads(text)
+                scheduler = json.loads((folder / name / "scheduler_config.json").read_bytes())
                 continue
             stored[name] = _weights(folder / name)
             kind = _module_class(*entry)
             if kind is not None:
                 with torch.device("meta"):
                     modules[name] = kind.from_config(kind.load_config(folder / name))
+        scheduler = scheduler and corrected(index["_class_name"], modules.get("unet"), scheduler)
     except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
         raise ModelError(
             f"{source}: cannot be read: {reason(error)}", "is the folder complete?"

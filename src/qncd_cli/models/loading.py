@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,19 +71,9 @@ class DiffusionModel:
 
     def labels(self, seeds: list[int], classes: str | tuple[int, ...]) -> Tensor:
         """One label per seed: classes in turn. Raises ModelError for a class out of range."""
+        known = known_classes(self.source, self.num_classes, classes)
         if self.num_classes is None:
-            if classes != "all":
-                raise ModelError(
-                    f"{self.source} is unconditional and takes no classes", "leave classes: all"
-                )
             return torch.zeros(len(seeds), dtype=torch.int64)
-        known = range(self.num_classes) if classes == "all" else classes
-        bad = [c for c in known if not 0 <= int(c) < self.num_classes]
-        if bad:
-            raise ModelError(
-                f"class {bad[0]} is out of range for {self.source}",
-                f"it has classes 0 to {self.num_classes - 1}",
-            )
         return torch.tensor([known[s % len(known)] for s in seeds], dtype=torch.int64)
 
     def guides(self, scale: float) -> bool:
@@ -93,6 +83,26 @@ class DiffusionModel:
     def denoiser_bytes(self) -> int:
         """Bytes of the denoiser's parameters in float32."""
         return 4 * sum(p.numel() for p in self.denoiser.parameters())
+
+
+def known_classes(source: str, count: int | None, classes: str | tuple[int, ...]) -> Sequence[int]:
+    """The classes that are asked of a model with so many; none of an unconditional one (None).
+
+    Raises ModelError for a class out of range.
+    """
+    if count is None:
+        if classes != "all":
+            raise ModelError(
+                f"{source} is unconditional and takes no classes", "leave classes: all"
+            )
+        return ()
+    known = range(count) if classes == "all" else classes
+    bad = [c for c in known if not 0 <= int(c) < count]
+    if bad:
+        raise ModelError(
+            f"class {bad[0]} is out of range for {source}", f"it has classes 0 to {count - 1}"
+        )
+    return [int(c) for c in known]
 
 
 def load_model(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from diffusers import DiffusionPipeline
+import diffusers
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 SD3_MAX_SHIFT, FLUX_MAX_SHIFT = 1.16, 1.15
 """The pipelines' own, where the scheduler has none."""
@@ -18,6 +20,28 @@ def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Its scheduler's configuration, the class of which it is among it."""
     scheduler = pipeline.scheduler
     return {**scheduler.config, "_class_name": type(scheduler).__name__}
+
+
+def corrected(kind: str, unet: Any, config: dict[str, Any]) -> dict[str, Any]:
+    """A folder's scheduler configuration as its pipeline of that class corrects it on loading.
+
+    StableDiffusionPipeline does so with folders of early versions, and with the size in the
+    configuration of their unet, which is put right as well.
+    """
+    if kind != "StableDiffusionPipeline":
+        return config
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what it corrects
+        pipeline = StableDiffusionPipeline(
+            **absent,
+            unet=unet,
+            scheduler=scheduler,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return schedule_of(pipeline)
 
 
 def distilled(config: dict[str, Any]) -> str:

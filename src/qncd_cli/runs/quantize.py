@@ -54,7 +54,7 @@ def quantize(
     run = find_run(None if run_dir is None else str(run_dir))
     wanted = load_config(str(run.config)) if config is None else config
     digest = model_digest(wanted)
-    _check_parents(run, wanted, digest)
+    check_parents(run, wanted, digest)
     state = freshness.of_run(run, wanted, digest)[1] if digest is not None else None
     skipped = state is not None and state.holds and not force
     if skipped:
@@ -78,7 +78,7 @@ def _quantize(
     kept = "calibrate is kept, nothing of quantize is; the same command begins it again"
     with watch.keeping(kept):
         model = open_model(config, device, run.path, watch)
-        _check_parents(run, config, model.digest)
+        check_parents(run, config, model.digest)
         if state is None:
             watch.reason(freshness.of_run(run, config, model.digest)[1], force)
         smoothing = artifacts.read(run.tensors("smoothing"), "smoothing")
@@ -88,7 +88,7 @@ def _quantize(
         )
 
 
-def _check_parents(run: RunDir, config: Config, model: str | None) -> None:
+def check_parents(run: RunDir, config: Config, model: str | None) -> None:
     """What quantize reads is there and of this configuration and model. Raises ArtifactError."""
     smoothing, calibration = (
         read_stored(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
