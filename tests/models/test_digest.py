@@ -63,6 +63,19 @@ def test_weights_behind_linked_files_count(tiny_model, tmp_path):
     assert folder_digest(main) != folder_digest(tiny_model)
 
 
+@pytest.mark.parametrize("name", ["merges.txt", "vocab.txt", "spiece.model"])
+def test_whatever_a_tokenizer_is_read_from_counts(linked, name):
+    """Another one makes other prompts of the same words, so those that are kept are not its."""
+    (linked / "tokenizer").mkdir()
+    (linked / "tokenizer" / name).write_text("r e\n")
+    before = folder_digest(linked)
+    (linked / "tokenizer" / name).write_text("e d\n")
+    after = folder_digest(linked)
+    assert after != before
+    (linked / "LICENSE.txt").write_text("mine")
+    assert folder_digest(linked) == after
+
+
 def test_a_link_to_a_folder_above_it_is_not_entered(linked):
     before = sorted(files_below(linked))
     for place in (linked / "self", linked / "unet" / "back"):

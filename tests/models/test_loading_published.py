@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qncd_cli.errors import ConfigError, ModelError
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model, open_pipeline
+from qncd_cli.models.prompt_cache import PromptCache
 from qncd_cli.models.text import Prompts
 from qncd_cli.models.weight_files import variant_of, variants, weight_files
 
@@ -260,6 +261,26 @@ def test_prompts_that_are_cut_are_told_with_what_is_dropped(plain):
     (line,) = said
     assert line.startswith("1 of 2 prompts is longer than the 9 tokens")
     assert LONG.replace(" ", "").endswith(line.rpartition("dropped: ")[2].replace(" ", ""))
+
+
+def test_a_negative_prompt_that_is_cut_is_told_as_well(plain):
+    said: list[str] = []
+    load_model(str(plain), prompts=Prompts(("a bag",), LONG), tell=said.append)
+    (line,) = said
+    assert LONG in line and "is dropped" in line
+
+
+def test_another_tokenizer_makes_the_prompts_anew(folder, tmp_path):
+    """Those that were kept are of the words as the former one split them."""
+    cache, found = PromptCache(tmp_path / "prompts"), []
+    own, vocabulary = folder / "tokenizer", json.loads((folder / "tokens/vocab.json").read_text())
+    (own / "tokenizer.json").unlink()  # published folders have the two files below
+    (own / "vocab.json").write_text(json.dumps({**vocabulary, "re": vocabulary["z"]}))
+    for merges in ("", "r e\n"):
+        (own / "merges.txt").write_text(f"#version: 0.2\n{merges}")
+        model = load_model(str(folder), prompts=TEXTS, cache=cache)
+        found.append(model.condition(torch.tensor([0]))["encoder_hidden_states"])
+    assert not torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])

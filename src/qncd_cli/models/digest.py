@@ -17,8 +17,10 @@ from ..errors import ModelError
 from ..store.file_stamps import remembered
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors")
-SUFFIXES = (".json", ".safetensors", ".bin")
+SUFFIXES = (".json", ".safetensors", ".bin", ".model")
 """Endings of the files that a pipeline is read from."""
+TOKENIZERS = ("merges.txt", "vocab.txt")
+"""Tokenizers' files of other endings."""
 RECORD = "training.json"
 """How a packaged model was trained; no part of it."""
 RANDOM_SEED = 0
@@ -86,7 +88,8 @@ def files_below(folder: Path) -> Iterator[Path]:
             else:
                 entered[here / subfolder] = above | {place}
         for file in names:
-            if Path(file).suffix in SUFFIXES and file != RECORD:
+            read = Path(file).suffix in SUFFIXES or file in TOKENIZERS
+            if read and file != RECORD:
                 yield here / file
 
 
