@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import diffusers_pipelines
 import pytest
 from conftest import Qncd, tiny_config
 
@@ -97,6 +98,21 @@ def test_bits_of_sensitive_layers_are_told_beside_the_others(qncd, tiny_model):
     assert budget["average_weight_bits"] == pytest.approx(4.5, abs=0.01)
     assert budget["extra_weight_bits"] != 0
     assert budget["extra_input_bits"] == 0
+
+
+def test_guidance_doubles_the_rows_where_the_pipeline_guides(qncd, tiny_model, tmp_path):
+    """Up to 1 it is off in diffusers' pipelines, at 1 alone in class-conditional ones."""
+    text = diffusers_pipelines.save("StableDiffusionPipeline", tmp_path / "text")
+    macs = {}
+    for name, scale in (("text", 0.0), ("text", 2.0), ("class", 0.5), ("class", 1.0)):
+        tree = tiny_config(text if name == "text" else tiny_model)
+        tree["sampling"] |= {"guidance_scale": scale}
+        tree["sampling"] |= {"prompts": ["a bag"]} if name == "text" else {}
+        qncd.write_config(tree)
+        report = qncd("run", "--config", "tiny.yaml", "--num", "3", "--plan", "--json").data
+        macs[name, scale] = by_stage(report)["sample"]["macs"]
+    assert macs["text", 0.0] < macs["text", 2.0]
+    assert macs["class", 1.0] < macs["class", 0.5]
 
 
 # ---- what the stages refuse, a plan refuses -----------------------------------------------------
