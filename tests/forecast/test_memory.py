@@ -12,24 +12,19 @@ from conftest import tiny_config
 
 from qncd_cli.config.loading import load_config
 from qncd_cli.config.schema import Config
-from qncd_cli.forecast import (
-    activations as call_memory,
-)
-from qncd_cli.forecast import (
-    artifacts as foreseen,
-)
-from qncd_cli.forecast import (
-    memory as footprint,
-)
-from qncd_cli.forecast.memory import Foreseen, Machine
+from qncd_cli.forecast import artifacts as foreseen
+from qncd_cli.forecast import memory
+from qncd_cli.forecast.memory import Foreseen
 from qncd_cli.forecast.shapes import Shapes, model_shapes
 from qncd_cli.models.loading import load_model
+from qncd_cli.ptq.cost import HEADROOM, Cost, DenoiserCall
 from qncd_cli.ptq.coverage import coverage_of
+from qncd_cli.ptq.layer import GPTQ_MATRICES, quantize_layer
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.quant.affine import QParams
 from qncd_cli.quant.smoothing import IDENTITY
 from qncd_cli.runtime.denoiser import denoiser_costs
-from qncd_cli.stages import calibrate, quantize
+from qncd_cli.stages import calibrate, quantize, sample
 from qncd_cli.store import artifacts
 from qncd_cli.store.artifacts import Artifact
 from qncd_cli.store.layer_entry import bodies
@@ -102,7 +97,7 @@ def test_bytes_of_a_packaged_model(tmp_path):
     tensors, entries = {}, {}
     for plan in plan_layers(config, model.denoiser):
         qparams = QParams(torch.ones(groups), torch.zeros(groups, dtype=torch.int32))
-        found, entries[plan.name] = quantize.quantize_layer(plan, qparams, IDENTITY, None)
+        found, entries[plan.name] = quantize_layer(plan, qparams, IDENTITY, None)
         tensors |= {f"{plan.name}.{key}": value for key, value in found.items()}
     for name in predicted.tensors.keys() - tensors.keys():  # of attention
         like = predicted.tensors[name]
@@ -119,23 +114,28 @@ def test_memory_follows_what_the_phases_hold(tmp_path):
     shapes = shapes_of(config)
     parts = foreseen_of(config, shapes)
     sizes = Foreseen.of(*parts)
-    work = call_memory.Activations(1e6, 2e6, 3e6, 4e6, 5e6, {})
-    held, machine = 10_000_000, Machine(2, integers=False)
+    call = DenoiserCall(2, 50, 1e6, 2e6, 3e6, 4e6, 1000, 10_000)
+    denoiser, held = shapes.denoiser, 10_000_000
 
     def phases(batch: int) -> dict[str, float]:
         settings = config.calibration.model_copy(
             update={"batch_size": batch, "noise_trajectories": 1000}
         )
         changed = config.model_copy(update={"calibration": settings})
-        known = (changed, shapes, held, sizes, work, machine)
-        return {**footprint.calibrate_phases(*known), **footprint.quantize_phases(*known)}
+        calibrating = calibrate.costs(changed, denoiser, shapes.classes, call)
+        quantizing = quantize.costs(changed, denoiser, call)
+        return {
+            **memory.calibrate_phases(shapes, held, sizes, calibrating),
+            **memory.quantize_phases(shapes, held, sizes, quantizing),
+        }
 
     small, large = phases(8), phases(108)
     grown = {name: large[name] - small[name] for name in small}
-    assert grown["trajectories"] == pytest.approx(footprint.HEADROOM * 200 * work.full)
-    assert grown["measuring noise"] == pytest.approx(footprint.HEADROOM * 200 * work.simulated)
+    assert grown["trajectories"] == pytest.approx(HEADROOM * 200 * call.full)
+    assert grown["measuring noise"] == pytest.approx(HEADROOM * 200 * call.simulated)
     assert grown["GPTQ of the widest layers"] == 0
-    widest = max(p.in_features for p in plan_layers(config, shapes.denoiser))
-    assert small["GPTQ of the widest layers"] - held > (1 + footprint.GPTQ_MATRICES) * 4 * widest**2
-    drawn = footprint.sample_phases(shapes, held, sizes, work, machine, 50)
-    assert drawn["denoising"] > held + sizes.quantized + work.weights + 100 * work.simulated
+    widest = max(p.in_features for p in plan_layers(config, denoiser))
+    assert small["GPTQ of the widest layers"] - held > (1 + GPTQ_MATRICES) * 4 * widest**2
+    drawing = sample.costs(call, Cost(), 50, 50, integers=False)
+    drawn = memory.sample_phases(shapes, held, sizes, call.weights, drawing)
+    assert drawn["denoising"] > held + sizes.quantized + call.weights + 100 * call.simulated

@@ -2,60 +2,69 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from ..backends.reference import simulate_with
 from ..config.schema import Config
 from ..models.adapters import DECODE_PIXELS
-from ..models.topology import capture_inputs, weight_layers
+from ..models.topology import LayerCost, capture_inputs, count_macs, weight_layers
+from ..ptq.cost import Cost, DenoiserCall
+from ..ptq.extra_bits import spends
 from ..quant.layers import QuantizedLayer
 from ..runtime.denoiser import with_artifact
 from ..store.artifacts import Artifact
-from .artifacts import refined
 from .metering import metered, peak_bytes
 from .shapes import Shapes
 
-ROWS = 2
+METERED_ROWS = 2
 """Rows of a metered call: with one, some transposed tensors would need no copy."""
 
 
-@dataclass(frozen=True)
-class Activations:
-    """Bytes per row of a denoiser call: full precision; simulated; with all that a backward pass
-    needs (0 where none is run). weights: of the simulated denoiser in float32; decoding: of one
-    call of the first stage; inputs: elements that each layer reads."""
+def meter(
+    config: Config, shapes: Shapes, quantized: Artifact, costs: list[LayerCost], steps: int
+) -> DenoiserCall:
+    """The denoiser's sizes, from one call each on the meta device.
 
-    full: float
-    simulated: float
-    graph: float
-    weights: float
-    decoding: float
-    inputs: dict[str, int]
-
-
-def meter(config: Config, shapes: Shapes, quantized: Artifact) -> Activations:
-    """One call each on the meta device."""
+    costs: of the denoiser on one row; steps: its calls per trajectory.
+    """
     inputs: dict[str, int] = {}
 
     def see(name: str, x: torch.Tensor) -> None:
         inputs.setdefault(name, x[0].numel())
 
-    names = list(weight_layers(shapes.denoiser))
-    with capture_inputs(shapes.denoiser, names, see):
-        full = peak_bytes(lambda: shapes.call(ROWS)) / ROWS
+    layers = weight_layers(shapes.denoiser)
+    with capture_inputs(shapes.denoiser, list(layers), see):
+        full = peak_bytes(lambda: shapes.call(METERED_ROWS)) / METERED_ROWS
     weights, simulated = _simulated(shapes, quantized)
-    pixels = shapes.image_shape[1] * shapes.image_shape[2]
-    at_once = max(1, DECODE_PIXELS // pixels)
-    return Activations(
+    graph = _graph(shapes, list(quantized.body["layers"])) if spends(config) else 0.0
+    return DenoiserCall(
+        copies(config, shapes),
+        steps,
         full,
         simulated,
-        _graph(shapes, list(quantized.body["layers"])) / ROWS if refined(config) else 0.0,
+        graph / METERED_ROWS,
         weights,
-        0 if shapes.first_stage is None else peak_bytes(lambda: shapes.decode(at_once)),
+        max(layer.weight.numel() for layer in layers.values()),
+        sum(cost.macs for cost in costs),
         inputs,
+        {cost.name: cost.macs for cost in costs},
     )
+
+
+def copies(config: Config, shapes: Shapes) -> int:
+    """Rows of a denoiser call per sample."""
+    return 2 if shapes.guides(config.sampling.guidance_scale) else 1
+
+
+def first_stage(shapes: Shapes) -> Cost:
+    """Bytes of one call, MACs of one image."""
+    if shapes.first_stage is None:
+        return Cost()
+    pixels = shapes.image_shape[1] * shapes.image_shape[2]
+    at_once = max(1, DECODE_PIXELS // pixels)
+    with torch.no_grad():
+        macs = sum(cost.macs for cost in count_macs(shapes.first_stage, lambda: shapes.decode(1)))
+    return Cost(peak_bytes(lambda: shapes.decode(at_once)), macs)
 
 
 def _simulated(shapes: Shapes, quantized: Artifact) -> tuple[float, float]:
@@ -74,11 +83,11 @@ def _simulated(shapes: Shapes, quantized: Artifact) -> tuple[float, float]:
     for layer in weights:
         layer.compute = compute
     kept = sum(weight.nbytes for weight in weights.values())
-    return kept, peak_bytes(lambda: shapes.call(ROWS, denoiser)) / ROWS
+    return kept, peak_bytes(lambda: shapes.call(METERED_ROWS, denoiser)) / METERED_ROWS
 
 
 def _graph(shapes: Shapes, names: list[str]) -> float:
-    """Peak bytes of the pass that measures extra bits, ROWS rows, without the weights' gradients.
+    """Peak bytes of measuring extra bits on METERED_ROWS rows, less the weights' gradients.
 
     That is: activations with their graph, every input's error and gradient.
     """
@@ -93,7 +102,7 @@ def _graph(shapes: Shapes, names: list[str]) -> float:
     try:
         with torch.enable_grad(), metered() as found:
             with capture_inputs(shapes.denoiser, names, see):
-                prediction = shapes.call(ROWS)
+                prediction = shapes.call(METERED_ROWS)
             errors = [torch.empty_like(x) for x in inputs]
             read = [x for x in inputs if x.requires_grad]
             v = torch.empty_like(prediction)

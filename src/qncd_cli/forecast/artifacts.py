@@ -17,6 +17,7 @@ from ..models.smoothing_sites import smoothing_sites
 from ..models.topology import attention_sites, skip_boundaries
 from ..ptq.attention import quantized_sites
 from ..ptq.bit_budget import WIDTHS
+from ..ptq.extra_bits import spends
 from ..ptq.layer_plan import LayerPlan, has_own_weight_bits, plan_layers
 from ..ptq.noise import noise_body
 from ..runtime.denoiser import group_bounds
@@ -113,7 +114,7 @@ def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> La
     shifted = factor is not None and factor["shifted"]
     entry = plan.entry(smoothed=factor is not None, shifted=shifted)
     entry = replace(entry, bias_corrected=q.bias_correction)
-    if refined(config) and min(plan.weight_bits, plan.activation_bits) <= 8:
+    if spends(config) and min(plan.weight_bits, plan.activation_bits) <= 8:
         entry = replace(entry, estimated_error=EstimatedError(SOME_FLOAT, SOME_FLOAT))
     if q.weights.budget is not None and not has_own_weight_bits(plan, config):
         entry = replace(entry, sensitivity=dict.fromkeys(WIDTHS, SOME_FLOAT))
@@ -135,13 +136,6 @@ def result_bytes(config: Config, shapes: Shapes, predicted: Artifact) -> int:
     """
     spent = extra_weight_bits(config, plan_layers(config, shapes.denoiser))
     return file_bytes(predicted) + spent // 8
-
-
-def refined(config: Config) -> bool:
-    """Whether quantization.sensitive has something to spend."""
-    q = config.quantization
-    weights = q.sensitive.weight_bits if q.weights.budget is None else 0.0
-    return bool(weights or q.sensitive.activation_bits)
 
 
 def extra_weight_bits(config: Config, plans: list[LayerPlan]) -> int:

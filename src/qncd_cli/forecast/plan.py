@@ -5,16 +5,13 @@ Everything follows from shapes: the denoiser is on the meta device, no weight is
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..backends.base import get_backend
-from ..backends.roofline import microbenchmarks
 from ..config.schema import Config
 from ..errors import BackendUnavailable
 from ..lineage.sample_set import SHEET_IMAGES
@@ -24,33 +21,20 @@ from ..models.loading import DTYPES, known_classes
 from ..models.topology import LayerCost, count_macs
 from ..ptq.coverage import coverage_of
 from ..ptq.layer_plan import plan_layers
-from ..ptq.reconstruct import CACHE_BYTES
 from ..sampling.levels import with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
 from ..spec import FLOAT_BITS
+from ..stages import calibrate, quantize, sample
 from ..stages.sample import TRACED
 from ..store.artifacts import Artifact
 from ..store.layer_entry import layer_entries
 from ..vocabulary import megabytes
-from . import (
-    activations as call_memory,
-)
-from . import (
-    artifacts as foreseen,
-)
-from . import (
-    memory as footprint,
-)
-from . import (
-    work as workload,
-)
-from .memory import Foreseen, Machine
+from . import activations, artifacts, memory
+from .memory import Foreseen
 from .shapes import DENOISERS, Shapes
+from .work import measured_rates
 
-RATE_SECONDS = 0.3
-"""Seconds that each rate of the machine is measured; longer: a steadier forecast."""
-ELEMENTS = 1 << 22
 SHEET_SCALE = 2  # of the contact sheet's pixels, per side
 
 
@@ -59,8 +43,8 @@ class Request:
     """What is to be run: stages, of which all are forecast and these have to fit.
 
     sampling: the configuration that samples are drawn with, count of them in batches (None: of the
-    default size); run_dir:
-    where all is written; imports: bytes of this process before it did anything.
+    default size); run_dir: where all is written; imports: bytes of this process before it did
+    anything.
     """
 
     stages: tuple[str, ...]
@@ -80,9 +64,9 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     for one in (config, request.sampling):
         known_classes(shapes.source, shapes.classes or None, one.sampling.classes)
     times = _timesteps(config, shapes)
-    calibration = foreseen.calibration(config, shapes, times)
-    smoothing = foreseen.smoothing(config, shapes)
-    quantized = foreseen.quantized(config, shapes, calibration, smoothing)
+    calibration = artifacts.calibration(config, shapes, times)
+    smoothing = artifacts.smoothing(config, shapes)
+    quantized = artifacts.quantized(config, shapes, calibration, smoothing)
     with torch.no_grad():
         costs = count_macs(shapes.denoiser, lambda: shapes.call(1))
     covered = coverage_of(
@@ -93,17 +77,17 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     backend = get_backend(request.backend, "cpu").name
     sizes = Foreseen.of(calibration, smoothing, quantized)
     stages = _stages(config, shapes, request, batch_size, backend, costs, sizes, quantized)
-    noise = foreseen.noise_stats(config, shapes, times)
+    noise = artifacts.noise_stats(config, shapes, times)
     disk = {
-        "calibrate": sum(map(foreseen.file_bytes, (calibration, smoothing))),
-        "quantize": result["artifact_bytes"] + foreseen.file_bytes(noise) + _temporary(config),
+        "calibrate": sum(map(artifacts.file_bytes, (calibration, smoothing))),
+        "quantize": result["artifact_bytes"] + artifacts.file_bytes(noise),
         "sample": _samples_bytes(shapes, request),
     }
     available = {"memory": available_memory(), "disk": available_disk(request.run_dir)}
     for stage in stages:
-        stage["disk_bytes"] = disk[stage["stage"]]
-        memory = available["memory"]
-        stage["fits"] = memory is None or stage["needed_bytes"] <= memory
+        stage["disk_bytes"] += disk[stage["stage"]]
+        free = available["memory"]
+        stage["fits"] = free is None or stage["needed_bytes"] <= free
     return {
         "source": shapes.source,
         "parameters": covered["float_denoiser_bytes"] // 4,
@@ -152,11 +136,11 @@ def _result(
     no part. extra_weight_bits: mean over weights; extra_input_bits: mean over MACs, at most.
     """
     plans = plan_layers(config, shapes.denoiser)
-    spent = foreseen.extra_weight_bits(config, plans)
+    spent = artifacts.extra_weight_bits(config, plans)
     entries = layer_entries(quantized.body).values()
     codes = sum(entry.weights for entry in entries if entry.weight_bits != FLOAT_BITS)
     average = covered["average_weight_bits"]
-    whole = foreseen.result_bytes(config, shapes, quantized)
+    whole = artifacts.result_bytes(config, shapes, quantized)
     weights = covered["weight_code_bytes"] + spent // 8
     return {
         "bytes": whole + covered["rest_bytes"],
@@ -168,7 +152,7 @@ def _result(
         "share_of_float32": (whole + covered["rest_bytes"]) / covered["float_denoiser_bytes"],
         "average_weight_bits": None if average is None else average + spent / codes,
         "extra_weight_bits": spent / codes if codes else 0.0,
-        "extra_input_bits": foreseen.extra_input_bits(config, plans),
+        "extra_input_bits": artifacts.extra_input_bits(config, plans),
     }
 
 
@@ -176,16 +160,10 @@ def _samples_bytes(shapes: Shapes, request: Request) -> int:
     """Images at a byte per value: what PNG takes at most. Their latents lie there twice for a
     moment: in the batches' files and in one."""
     steps = len(_timesteps(request.sampling, shapes))
-    latents = foreseen.latents(shapes, request.count, min(TRACED, request.count), steps)
+    latents = artifacts.latents(shapes, request.count, min(TRACED, request.count), steps)
     sheet = min(SHEET_IMAGES, request.count) * SHEET_SCALE**2
     images = (request.count + sheet) * torch.Size(shapes.image_shape).numel()
-    return images + 2 * foreseen.file_bytes(latents)
-
-
-def _temporary(config: Config) -> int:
-    """Bytes that learnt rounding keeps on disk: the calls of several blocks."""
-    learnt = config.quantization.weights.rounding in ("adaround", "brecq")
-    return CACHE_BYTES if learnt else 0
+    return images + 2 * artifacts.file_bytes(latents)
 
 
 # ------------------------------------------------------------------ stages
@@ -197,37 +175,37 @@ def _stages(
     request: Request,
     batch_size: int,
     backend: str,
-    costs: list[LayerCost],
+    macs: list[LayerCost],
     sizes: Foreseen,
     quantized: Artifact,
 ) -> list[dict[str, Any]]:
-    machine = Machine(_copies(config, shapes), backend == "int8")
-    drawing = Machine(_copies(request.sampling, shapes), backend == "int8")
-    work = call_memory.meter(config, shapes, quantized)
-    held = footprint.resident(shapes, DTYPES[config.model.dtype])
-    rest = footprint.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
-    known = (config, shapes, held, sizes, work, machine)
-    batch = min(request.count, batch_size)
-    phases = {
-        "calibrate": footprint.calibrate_phases(*known),
-        "quantize": footprint.quantize_phases(*known),
-        "sample": footprint.sample_phases(shapes, rest, sizes, work, drawing, batch),
-    }
     steps, drawn = (len(_timesteps(c, shapes)) for c in (config, request.sampling))
-    decoding = _decoding_macs(shapes)
-    amounts = {
-        "calibrate": workload.calibrate_work(config, shapes, costs, steps, machine),
-        "quantize": workload.quantize_work(config, shapes, costs, steps, machine, work),
-        "sample": workload.sample_work(costs, drawn, drawing, request.count, decoding),
+    call = activations.meter(config, shapes, quantized, macs, steps)
+    integers = backend == "int8"
+    weights = call.weights / 4 if integers else call.weights
+    held = memory.resident(shapes, DTYPES[config.model.dtype])
+    rest = memory.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
+    copies = activations.copies(request.sampling, shapes)
+    drawing = replace(call, copies=copies, steps=drawn)
+    decoder, batch = activations.first_stage(shapes), min(request.count, batch_size)
+    costs = {
+        "calibrate": calibrate.costs(config, shapes.denoiser, shapes.classes, call),
+        "quantize": quantize.costs(config, shapes.denoiser, call),
+        "sample": sample.costs(drawing, decoder, request.count, batch, integers=integers),
+    }
+    phases = {
+        "calibrate": memory.calibrate_phases(shapes, held, sizes, costs["calibrate"]),
+        "quantize": memory.quantize_phases(shapes, held, sizes, costs["quantize"]),
+        "sample": memory.sample_phases(shapes, rest, sizes, weights, costs["sample"]),
     }
     rates = measured_rates()
-    started = request.imports + round(footprint.KERNELS)
-    mapped = dict.fromkeys(phases, footprint.mapped(shapes))
-    mapped["sample"] = footprint.mapped(shapes, DENOISERS)
+    started = request.imports + round(memory.KERNELS)
+    mapped = dict.fromkeys(phases, memory.mapped(shapes))
+    mapped["sample"] = memory.mapped(shapes, DENOISERS)
     stages = []
     for name, found in phases.items():
         highest = max(found, key=lambda phase: found[phase])
-        needed = {p: size - (p != footprint.LOADING) * mapped[name] for p, size in found.items()}
+        needed = {p: size - (p != memory.LOADING) * mapped[name] for p, size in found.items()}
         neediest = max(needed, key=lambda phase: needed[phase])
         stages.append(
             {
@@ -238,56 +216,26 @@ def _stages(
                 "needed_bytes": started + round(needed[neediest]),
                 "needed_at": neediest,
                 "phases": {phase: started + round(size) for phase, size in found.items()},
-                "macs": round(amounts[name].macs),
-                "seconds": amounts[name].seconds(*rates),
+                "macs": round(sum(cost.macs for cost in costs[name].values())),
+                "seconds": rates.seconds(costs[name].values()),
+                "disk_bytes": sum(cost.disk for cost in costs[name].values()),
             }
         )
     return stages
-
-
-def _copies(config: Config, shapes: Shapes) -> int:
-    """Rows of a denoiser call per sample."""
-    return 2 if shapes.guides(config.sampling.guidance_scale) else 1
-
-
-def _decoding_macs(shapes: Shapes) -> int:
-    if shapes.first_stage is None:
-        return 0
-    with torch.no_grad():
-        return workload.total(count_macs(shapes.first_stage, lambda: shapes.decode(1)))
-
-
-def measured_rates() -> tuple[float, float]:
-    """MACs and elements per second of this machine in float32, each in well under a second."""
-    products = microbenchmarks("float32")
-    macs = max(p.operations / 2 / _fastest(p.call) for p in products)
-    x = torch.ones(ELEMENTS)
-    return macs, ELEMENTS / _fastest(lambda: x * 2.0)
-
-
-def _fastest(call: Callable[[], Any]) -> float:
-    """Seconds of the fastest of the calls within RATE_SECONDS, the first left out."""
-    call()
-    best, end = float("inf"), time.perf_counter() + RATE_SECONDS
-    while time.perf_counter() < end or best == float("inf"):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def _problems(
     asked: tuple[str, ...], stages: list[dict[str, Any]], available: dict[str, int | None]
 ) -> list[str]:
     stages = [stage for stage in stages if stage["stage"] in asked]
-    memory, free = available["memory"], available["disk"]
+    room, free = available["memory"], available["disk"]
     highest = max(stages, key=lambda stage: stage["needed_bytes"])
     disk = sum(stage["disk_bytes"] for stage in stages)
     problems = []
-    if memory is not None and not highest["fits"]:
+    if room is not None and not highest["fits"]:
         problems.append(
             f"{highest['stage']} takes about {megabytes(highest['needed_bytes'])} of memory "
-            f"({highest['needed_at']}), {megabytes(memory)} are available"
+            f"({highest['needed_at']}), {megabytes(room)} are available"
         )
     if free is not None and disk > free:
         problems.append(f"up to {megabytes(disk)} of disk are needed, {megabytes(free)} are free")

@@ -26,7 +26,9 @@ from ..quant.rounding import round_nearest
 from ..quant.smoothing import SmoothingFactor
 from ..spec import FLOAT_BITS, weight_spec
 from ..store.artifacts import Artifact
+from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
+from .layer import ROUNDING_PASSES
 from .layer_plan import LayerPlan, has_own_weight_bits
 
 WIDTHS = (2, 3, 4, 6, 8)
@@ -165,6 +167,13 @@ def rounded_weight(plan: LayerPlan, factor: SmoothingFactor, bits: int) -> Tenso
     spec = weight_spec(bits)
     rounded = round_nearest(weight, spec)
     return factor.unfold(dequantize(rounded.codes, rounded.qparams, spec)).to(exact)
+
+
+def cost(plans: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """Every width of every layer, rounded and tried. plans: of quantized weights."""
+    tried = len(WIDTHS) * len(plans)
+    sizes = sum(p.layer.weight.numel() for p in plans)
+    return Cost(macs=tried * TRIED_ROWS * call.macs, passes=tried * ROUNDING_PASSES * sizes)
 
 
 # ------------------------------------------------------------------ allocation

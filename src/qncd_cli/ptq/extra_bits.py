@@ -26,6 +26,7 @@ from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import denoiser_costs, timestep_group
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, activation_spec, weight_spec
 from ..store.artifacts import Artifact
+from .cost import HEADROOM, Cost, DenoiserCall
 from .job import QuantizationJob
 from .layer_plan import LayerPlan, range_observer
 
@@ -35,6 +36,8 @@ ROWS_PER_STEP = 4
 STEPS = 8
 PROJECTIONS = 4
 """Random directions of the output that are looked at per calibration row."""
+BACKWARD = 2.0
+"""Time of a backward pass over that of a forward one."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +57,18 @@ def refine(job: QuantizationJob, track: Track = no_progress) -> tuple[list[Layer
     quantization.sensitive's mean extra bits. A budget of bits decides about the weights by itself.
     """
     config, plans = job.config, job.plans
-    extra = config.quantization.sensitive
-    budgeted = config.quantization.weights.budget is not None
-    extra_weight_bits = 0.0 if budgeted else extra.weight_bits
+    extra_weight_bits = _extra_weight_bits(config)
+    extra_activation_bits = config.quantization.sensitive.activation_bits
     coarse = {p.name: p.weight_bits for p in plans if p.weight_bits <= 8}
     narrow = {p.name: p.activation_bits for p in plans if p.activation_bits <= 8}
-    if not (extra_weight_bits and coarse) and not (extra.activation_bits and narrow):
+    if not (extra_weight_bits and coarse) and not (extra_activation_bits and narrow):
         return plans, Sensitivity()
     concerned = [p for p in plans if p.name in coarse or p.name in narrow]
     found = sensitivity(job.planned(concerned), track)
     sizes = {p.name: p.layer.weight.numel() for p in plans if p.weight_bits != FLOAT_BITS}
     finer = spend(found.weights, coarse, sizes, WEIGHT_WIDTHS, extra_weight_bits)
     macs = {cost.name: cost.macs for cost in denoiser_costs(config, job.model)}
-    wider = spend(found.inputs, narrow, macs, ACTIVATION_WIDTHS, extra.activation_bits)
+    wider = spend(found.inputs, narrow, macs, ACTIVATION_WIDTHS, extra_activation_bits)
     result = []
     for plan in plans:
         plan = replace(plan, weight_bits=finer.get(plan.name, plan.weight_bits))
@@ -75,6 +77,17 @@ def refine(job: QuantizationJob, track: Track = no_progress) -> tuple[list[Layer
             plan = replace(plan, observer="minmax")
         result.append(plan)
     return result, found
+
+
+def spends(config: Config) -> bool:
+    """Whether there are extra bits, for weights or for inputs."""
+    return bool(_extra_weight_bits(config) or config.quantization.sensitive.activation_bits)
+
+
+def _extra_weight_bits(config: Config) -> float:
+    """Extra bits per weight; none where a budget decides."""
+    q = config.quantization
+    return q.sensitive.weight_bits if q.weights.budget is None else 0.0
 
 
 def spend(
@@ -250,3 +263,11 @@ class _InputError:
         y = self.factor.apply(x.float(), axis)
         error = fake_quantize(y, at_group, self.spec) - y
         return self.factor.scaled_back(error, axis).to(x.dtype)
+
+
+def cost(plans: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """One pass forward and PROJECTIONS back for each timestep. plans: of quantized weights."""
+    rows = call.copies * ROWS_PER_STEP
+    gradients = 2 * sum(p.layer.weight.nbytes for p in plans)  # and the weights' errors
+    macs = rows * min(STEPS, call.steps) * call.macs * (1 + BACKWARD * PROJECTIONS)
+    return Cost(gradients + rows * call.graph * HEADROOM, macs)

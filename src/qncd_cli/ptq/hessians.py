@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..config.schema import Config
 from ..models.topology import capture_inputs
 from ..progress import Track, no_progress
 from ..quant.affine import QParams, fake_quantize
@@ -14,6 +15,7 @@ from ..quant.gptq import HessianAccumulator
 from ..runtime.denoiser import full_denoiser, guided_predict, timestep_group
 from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact
+from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
 from .layer_plan import LayerPlan
 
@@ -82,7 +84,12 @@ def collect_hessians(
 
 def rows_per_call(plan: LayerPlan, calls: int) -> int:
     """Input vectors that one denoiser call adds to a layer's Hessian."""
-    return -(-max(HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT * plan.in_features) // calls)
+    return -(-wanted_rows(plan) // calls)
+
+
+def wanted_rows(plan: LayerPlan) -> int:
+    """Input vectors that are enough for a layer's Hessian."""
+    return max(HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT * plan.in_features)
 
 
 def thinned(x: Tensor, plan: LayerPlan, rows: int) -> Tensor:
@@ -102,3 +109,23 @@ def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float,
         parts = (timestep == t).nonzero().flatten().split(batch_size)
         batches.append((t, parts[i % len(parts)]))
     return batches
+
+
+def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """The calls, and the outer product of every input vector. plans: of quantized weights.
+
+    At the end each Hessian of a group is held twice, beside the last one of the group before.
+    """
+    batch = min(config.calibration.batch_size, config.calibration.trajectories)
+    rows = min(HESSIAN_CALLS, call.steps) * batch * call.copies
+    groups = hessian_groups(plans)
+    macs = float(len(groups) * rows * call.macs)
+    held = last = 0.0
+    for group in groups:
+        sizes = [4.0 * plan.in_features**2 for plan in group]
+        held, last = max(held, last + 2 * sum(sizes)), sizes[-1]
+        for plan in group:
+            positions = call.layer_macs.get(plan.name, 0) / plan.layer.weight.numel()
+            macs += min(rows * positions, wanted_rows(plan)) * plan.in_features**2
+    calling = held / 2 + call.full_bytes(batch * call.copies)
+    return Cost(max(held, calling), macs)

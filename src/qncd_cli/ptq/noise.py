@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.schema import Config
 from ..correction.baseline import Estimate, EstimatorBaseline, StepError, fit_gains
@@ -23,6 +23,7 @@ from ..sampling.noise import chunks, generators_for
 from ..sampling.parametrization import prediction_type, to_corrected
 from ..sampling.samplers import OnStep, Predict
 from ..store.artifacts import KINDS, Artifact, torch_type
+from .cost import SIMULATION, Cost, DenoiserCall
 
 CALLS_PER_STEP = 5
 """Calls of a denoiser per step, for progress: both models and their estimators (two fewer in all
@@ -158,3 +159,14 @@ def pair_recorder(
         errors.append(StepError.of(timestep_key(t), index, eps, eps_q))
 
     return record
+
+
+def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
+    """Trajectories of both models, the quantized one's weights kept where there is room."""
+    calibration = config.calibration
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    kept = call.weights if keeps(4 * parameters) else 0
+    batch = call.copies * min(calibration.batch_size, calibration.noise_trajectories)
+    rows = calibration.noise_trajectories * call.copies * call.steps
+    both_twice = 2 * SIMULATION + 3  # the estimator asks each step twice, and see CALLS_PER_STEP
+    return Cost(kept + call.first_bytes(batch), rows * call.macs * both_twice)

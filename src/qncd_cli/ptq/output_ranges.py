@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
+from ..config.schema import Config
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
 from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import timestep_group
 from ..spec import activation_spec
+from .cost import Cost, DenoiserCall
 from .layer_plan import LayerPlan
-from .probes import Probe
+from .probes import Probe, kept_rows
+from .probes import cost as probing_cost
 
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Fractions of the min-max range that are tried at either end, in all pairs."""
 CLIP_WEIGHT = 4.0
 """What clipping cuts off is cut off again at every step; rounding errors average out."""
+
+
+def judged_by_output(config: Config, plans: list[LayerPlan]) -> list[LayerPlan]:
+    """Those whose range or bias is chosen by what becomes of the layer's output."""
+    return [p for p in plans if p.observer == "output" or config.quantization.bias_correction]
 
 
 class LayerOutput:
@@ -81,3 +91,11 @@ class LayerOutput:
             lost = self.plan.apply(x, self.weight) - self.plan.apply(y, weight)
             correction[group] = lost.movedim(self.plan.channel_axis, 0).flatten(1).mean(1)
         return correction
+
+
+def cost(config: Config, judged: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """Probes of the layers that are judged, and each layer on its own at every pair of ends."""
+    tried = len(FRACTIONS) ** 2
+    macs = sum(tried * call.layer_macs.get(p.name, 0) * kept_rows(config, p, call) for p in judged)
+    probing = probing_cost(config, judged, call)
+    return replace(probing, macs=probing.macs + macs)

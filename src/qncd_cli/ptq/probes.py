@@ -14,6 +14,7 @@ from ..models.topology import capture_inputs
 from ..progress import Track, counted
 from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser
+from .cost import Cost, DenoiserCall
 from .layer_plan import LayerPlan
 
 PROBE_TRAJECTORIES = 8
@@ -49,8 +50,7 @@ def collect_probes(
     The last step is among them: ranges are widest at either end of a trajectory.
     """
     calibration = config.calibration
-    count = min(PROBE_TRAJECTORIES, calibration.trajectories)
-    seeds = list(range(calibration.seed, calibration.seed + count))
+    seeds = list(range(calibration.seed, calibration.seed + _trajectories(config)))
     kept = {round(i * (steps - 1) / max(1, PROBE_STEPS - 1)) for i in range(PROBE_STEPS)}
     probes = {plan.name: Probe(plan.channel_axis, []) for plan in plans}
     step = 0
@@ -58,8 +58,7 @@ def collect_probes(
     def receive(name: str, x: Tensor) -> None:
         if step not in kept:
             return
-        rows = max(1, PROBE_ELEMENTS // PROBE_STEPS // x[0].numel())
-        picked = x[:: max(1, -(-len(x) // rows))].detach().float().cpu().clone()
+        picked = x[:: _stride(len(x), x[0].numel())].detach().float().cpu().clone()
         if not torch.isfinite(picked).all():
             t = denoiser.step.timestep
             raise NotFinite(f"the input of layer {name} is not finite at timestep {t:g}")
@@ -73,3 +72,27 @@ def collect_probes(
         for batch, tick in counted(track, [seeds], "looking at layers' inputs", steps, "calls"):
             trajectory.draw(config, model, denoiser, batch, on_step=predicted, tick=tick)
     return probes
+
+
+def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """The trajectories, and what is kept of the plans' inputs."""
+    kept = sum(4 * kept_rows(config, plan, call) * call.inputs.get(plan.name, 0) for plan in plans)
+    rows = _trajectories(config) * call.copies
+    return Cost(kept + call.full_bytes(rows), rows * call.steps * call.macs, kept=kept)
+
+
+def kept_rows(config: Config, plan: LayerPlan, call: DenoiserCall) -> int:
+    """Rows of a layer's input that its probe holds."""
+    rows = _trajectories(config) * call.copies
+    picked = -(-rows // _stride(rows, call.inputs.get(plan.name, 1)))
+    return min(PROBE_STEPS, call.steps) * picked
+
+
+def _trajectories(config: Config) -> int:
+    return min(PROBE_TRAJECTORIES, config.calibration.trajectories)
+
+
+def _stride(rows: int, elements: int) -> int:
+    """Every so many rows of a call are kept. elements: of the input, per row."""
+    wanted = max(1, PROBE_ELEMENTS // PROBE_STEPS // elements)
+    return max(1, -(-rows // wanted))

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..config.schema import Config
 from ..models.topology import reconstruction_blocks, weight_layers
 from ..progress import Track, counted
 from ..quant.layers import QuantizedLayer
@@ -28,11 +29,18 @@ from ..spec import FLOAT_BITS
 from ..store.artifacts import Artifact
 from ..store.layer_entry import Reconstruction, bodies, layer_entries
 from .block_calls import BlockCalls, CalibrationRows, record
+from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
-from .learn_block import Block, learn_block
+from .layer_plan import LayerPlan
+from .learn_block import JUDGED_AT_ONCE, Block, learn_block
 
 CACHE_BYTES = 2 << 30
 """Disk for the full-precision calls of several blocks; more blocks take more passes."""
+LEARNING_WEIGHTS = 10
+"""Float32 copies of a weight while its rounding is learnt: weight, codes, logits, their gradient,
+Adam's two moments and the soft weight's parts."""
+LEARNING_PASSES = 3
+"""Forward and backward, of one gradient step."""
 
 
 def reconstruct(job: QuantizationJob, start: Artifact, track: Track) -> Artifact:
@@ -49,9 +57,7 @@ def reconstruct(job: QuantizationJob, start: Artifact, track: Track) -> Artifact
     teacher = full_denoiser(model)
     entries = layer_entries(start.body)
     names = [n for n, entry in entries.items() if entry.weight_bits != FLOAT_BITS]
-    grouped = {name: [name] for name in names}
-    if settings.rounding == "brecq":
-        grouped = reconstruction_blocks(model.denoiser, names)
+    grouped = learnt_together(settings.rounding, model.denoiser, names)
     rows = CalibrationRows(config, model, job.calibration, settings.reconstruction_rows)
     group = torch.tensor([timestep_group(t, student.group_bounds) for t in rows.timestep.tolist()])
     tensors = dict(start.tensors)
@@ -81,6 +87,13 @@ def reconstruct(job: QuantizationJob, start: Artifact, track: Track) -> Artifact
                     entries[n] = replace(entries[n], rounding=settings.rounding)
                     tensors |= {f"{n}.{key}": value for key, value in learnt[n].items()}
     return replace(start, tensors=tensors, body={**start.body, "layers": bodies(entries)})
+
+
+def learnt_together(rounding: str, denoiser: nn.Module, names: list[str]) -> dict[str, list[str]]:
+    """Layers by the block in which they are learnt."""
+    if rounding == "brecq":
+        return reconstruction_blocks(denoiser, names)
+    return {name: [name] for name in names}
 
 
 def quantized_layers(module: nn.Module, names: list[str]) -> dict[str, QuantizedLayer]:
@@ -142,3 +155,19 @@ def _parts(size: dict[str, int]) -> Iterator[list[str]]:
         used += bytes_
     if part:
         yield part
+
+
+def cost(config: Config, denoiser: nn.Module, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """Gradient steps over every block, the largest of them held. plans: of quantized weights."""
+    calibration, weights = config.calibration, config.quantization.weights
+    sizes = {p.name: p.layer.weight.numel() for p in plans}
+    grouped = learnt_together(weights.rounding, denoiser, list(sizes))
+    block = max((sum(sizes[n] for n in names) for names in grouped.values()), default=0)
+    batch = call.copies * min(calibration.batch_size, calibration.trajectories)
+    rows = max(batch, JUDGED_AT_ONCE)
+    samples = weights.iterations * weights.reconstruction_batch
+    return Cost(
+        call.weights + LEARNING_WEIGHTS * 4.0 * block + rows * call.simulated,
+        LEARNING_PASSES * samples * call.macs,
+        disk=CACHE_BYTES,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from ..quant.smoothing import (
 )
 from ..runtime.denoiser import Denoiser, group_bounds
 from ..store.artifacts import Artifact
+from .cost import Cost, DenoiserCall
 from .layer_error import LayerError
 from .layer_plan import LayerPlan, plan_layers
 from .probes import Probe, collect_probes
+from .probes import cost as probing_cost
 
 EMBEDDED_CLASSES = 16
 """Classes whose embeddings are looked at, where the class enters them."""
@@ -65,24 +68,17 @@ def choose_factors(
     Layers that read a skip connection and got no factor are split, where so configured.
     """
     intra = config.correction.intra
-    split = config.quantization.split_skip_connections
-    plans = {p.name: p for p in plan_layers(config, model.denoiser)}
-    if intra == "auto":  # the only choice that depends on the widths
-        plans = {name: plan for name, plan in plans.items() if not plan.stays_float}
-    boundaries = skip_boundaries(model.denoiser) if split else {}
+    boundaries = _boundaries(config, model.denoiser)
     embedded: Factors = {}
-    if intra in ("embedding", "auto"):
+    if reads_embeddings(config):
         embedded = embedding_factors(config, model, denoiser, timesteps, track)
-    if intra == "embedding" and not boundaries:
-        return _describe({name: ("embedding", f) for name, f in embedded.items()}, {})
-    if intra == "none" and not boundaries:
-        return {}, {}
-    names = list(plans) if intra not in ("none", "embedding") else [*boundaries]
-    wanted = [plans[name] for name in names if name in plans]
-    probes = collect_probes(config, model, denoiser, wanted, len(timesteps), track)
     chosen: Chosen = {}
     if intra == "embedding":
         chosen = {name: ("embedding", f) for name, f in embedded.items()}
+    wanted = looked_at(config, model.denoiser)
+    if not wanted:
+        return _describe(chosen, {})
+    probes = collect_probes(config, model, denoiser, wanted, len(timesteps), track)
     errors: dict[str, dict[str, float]] = {}
     for plan in track(wanted, "choosing smoothing factors", len(wanted), "layers"):
         probe = probes.pop(plan.name)
@@ -98,6 +94,27 @@ def choose_factors(
         elif candidates:
             chosen[plan.name] = next(iter(candidates.items()))
     return _describe(chosen, errors)
+
+
+def looked_at(config: Config, denoiser: nn.Module) -> list[LayerPlan]:
+    """Layers whose inputs decide about a factor: all of them, or those that are to be split."""
+    intra = config.correction.intra
+    plans = {p.name: p for p in plan_layers(config, denoiser)}
+    if intra == "auto":  # the only choice that depends on the widths
+        plans = {name: plan for name, plan in plans.items() if not plan.stays_float}
+    if intra not in ("none", "embedding"):
+        return list(plans.values())
+    return [plans[name] for name in _boundaries(config, denoiser) if name in plans]
+
+
+def reads_embeddings(config: Config) -> bool:
+    """Whether timestep embeddings give factors."""
+    return config.correction.intra in ("embedding", "auto")
+
+
+def _boundaries(config: Config, denoiser: nn.Module) -> dict[str, int]:
+    """Layers to be split, each with the channels of its first part."""
+    return skip_boundaries(denoiser) if config.quantization.split_skip_connections else {}
 
 
 def _candidates(
@@ -156,6 +173,11 @@ def _describe(chosen: Chosen, errors: dict[str, dict[str, float]]) -> tuple[Fact
     return {name: factor for name, (_, factor) in kept.items()}, described
 
 
+def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
+    """Probes, which are freed again. Not counted: candidates tried on one layer at a time."""
+    return replace(probing_cost(config, looked_at(config, denoiser), call), kept=0)
+
+
 def embedding_factors(
     config: Config,
     model: DiffusionModel,
@@ -167,7 +189,7 @@ def embedding_factors(
     sites = smoothing_sites(model.denoiser)
     if not sites:
         return {}
-    rows = min(model.num_classes or 1, EMBEDDED_CLASSES)
+    rows = _embedded_rows(model.num_classes)
     x = torch.zeros(rows, *model.latent_shape)
     condition = model.condition(model.labels(list(range(rows)), config.sampling.classes))
     times = sorted(set(timesteps), reverse=True)
@@ -192,3 +214,14 @@ def embedding_factors(
             factor = embedding_factor(embedding, norm.weight.cpu(), norm.num_groups, norm.eps)
         factors |= dict.fromkeys(site.layers, factor)
     return factors
+
+
+def embedding_cost(denoiser: nn.Module, classes: int | None, call: DenoiserCall) -> Cost:
+    """One call per step, of a row per class. classes: of the model."""
+    rows = _embedded_rows(classes)
+    macs = rows * call.steps * call.macs if smoothing_sites(denoiser) else 0
+    return Cost(call.full_bytes(rows), macs)
+
+
+def _embedded_rows(classes: int | None) -> int:
+    return min(classes or 1, EMBEDDED_CLASSES)

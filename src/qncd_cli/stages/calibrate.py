@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.schema import Config
 from ..errors import NotFinite
 from ..models.loading import DiffusionModel
 from ..models.topology import attention_sites, capture_attention, capture_inputs
 from ..progress import Track, counted, no_progress
+from ..ptq import smoothing_choice
 from ..ptq.attention import operand_observers
+from ..ptq.cost import Cost, DenoiserCall
 from ..ptq.layer_plan import plan_layers
 from ..ptq.smoothing_choice import Factors, choose_factors
 from ..quant.layers import StepState
@@ -22,6 +24,9 @@ from ..sampling.noise import chunks
 from ..sampling.samplers import OnStep
 from ..spec import ATTENTION_OPERANDS
 from ..store.artifacts import Artifact, seal
+
+TRAJECTORIES = "trajectories"
+"""The part in which the calibration is held."""
 
 
 def run(
@@ -88,6 +93,21 @@ def run(
     }
     parents = {"smoothing": smoothing.digest}
     return seal(Artifact("calibration", tensors, body, digest, model.digest, parents)), smoothing
+
+
+def costs(
+    config: Config, denoiser: nn.Module, classes: int | None, call: DenoiserCall
+) -> dict[str, Cost]:
+    """The parts of run by what they do, each with what it takes. classes: of the model."""
+    calibration = config.calibration
+    batch = min(calibration.batch_size, calibration.trajectories)
+    rows = calibration.trajectories * call.copies * call.steps
+    found = {TRAJECTORIES: Cost(call.full_bytes(batch * call.copies), rows * call.macs)}
+    if smoothing_choice.looked_at(config, denoiser):
+        found["choosing smoothing factors"] = smoothing_choice.cost(config, denoiser, call)
+    if smoothing_choice.reads_embeddings(config):
+        found["timestep embeddings"] = smoothing_choice.embedding_cost(denoiser, classes, call)
+    return found
 
 
 def _update(

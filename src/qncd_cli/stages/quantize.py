@@ -5,40 +5,37 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..backends.reference import simulate
 from ..config.schema import Config
 from ..machine import give_back
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
+from ..ptq import bit_budget, extra_bits, hessians, layer, noise, output_ranges, reconstruct
 from ..ptq.attention import quantize_attention
 from ..ptq.bit_budget import BitAssignment, assign_bits
+from ..ptq.cost import Cost, DenoiserCall
 from ..ptq.coverage import coverage
 from ..ptq.extra_bits import refine
 from ..ptq.hessians import with_hessians
 from ..ptq.job import QuantizationJob
+from ..ptq.layer import correct_bias, quantize_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
-from ..ptq.noise import measure_noise
-from ..ptq.output_ranges import LayerOutput
+from ..ptq.output_ranges import LayerOutput, judged_by_output
 from ..ptq.probes import collect_probes
-from ..ptq.reconstruct import reconstruct
 from ..ptq.smoothing_choice import factors_of
 from ..quant.affine import QParams, choose_qparams
-from ..quant.layers import QuantizedLayer, StepState
 from ..quant.observers import choose_range
-from ..quant.packing import pack
-from ..quant.rounding import hessian_error, round_gptq, round_nearest
-from ..quant.smoothing import IDENTITY, SmoothingFactor
 from ..runtime.denoiser import full_denoiser
-from ..spec import FLOAT_BITS, activation_spec, weight_spec
+from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact, seal
 from ..store.layer_entry import EstimatedError, LayerEntry, bodies
 
 MARGIN = 2.0
 """Inputs of more than 8 bits reach this much beyond what calibration saw: room to spare, and an
 outlier clipped in the first layer spoils its sample."""
+ROUNDING = "rounding weights"
+"""The part from which on the result is held."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def run(
     tensors: dict[str, Tensor] = {}
     entries: dict[str, LayerEntry] = {}
     work = with_hessians(job, qparams, gptq, track)
-    for plan, hessian in track(work, "rounding weights", len(plans), "layers"):
+    for plan, hessian in track(work, ROUNDING, len(plans), "layers"):
         name = plan.name
         layer_tensors, entry = quantize_layer(plan, qparams[name], job.factor(name), hessian)
         if config.quantization.bias_correction:
@@ -112,10 +109,32 @@ def run(
         {"calibration": calibration.digest, "smoothing": smoothing.digest},
     )
     if rounding in ("adaround", "brecq"):
-        unsealed = reconstruct(job, unsealed, track)
+        unsealed = reconstruct.reconstruct(job, unsealed, track)
     quantized = seal(unsealed)
-    noise_stats = measure_noise(config, model, quantized, track)
+    noise_stats = noise.measure_noise(config, model, quantized, track)
     return QuantizeResult(quantized, noise_stats, coverage(config, model, quantized))
+
+
+def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, Cost]:
+    """The parts of run by what they do, in their order, each with what it takes."""
+    plans = [p for p in plan_layers(config, denoiser) if not p.stays_float]
+    rounded = [p for p in plans if p.weight_bits != FLOAT_BITS]
+    weights = config.quantization.weights
+    found = {}
+    if weights.budget is not None:
+        found["assigning bits"] = bit_budget.cost(rounded, call)
+    if extra_bits.spends(config):
+        found["sensitivity"] = extra_bits.cost(rounded, call)
+    if judged := judged_by_output(config, plans):
+        found["activation ranges"] = output_ranges.cost(config, judged, call)
+    found[ROUNDING] = layer.cost(rounded)
+    if weights.rounding != "nearest":
+        found["Hessians"] = hessians.cost(config, rounded, call)
+        found["GPTQ of the widest layers"] = layer.gptq_cost(rounded)
+    if weights.rounding in ("adaround", "brecq"):
+        found["learning the rounding"] = reconstruct.cost(config, denoiser, rounded, call)
+    found["measuring noise"] = noise.cost(config, denoiser, call)
+    return found
 
 
 # ------------------------------------------------------------------ activations
@@ -130,7 +149,7 @@ def _extremes(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def layer_outputs(job: QuantizationJob, track: Track) -> dict[str, LayerOutput]:
     """What judges the output of each layer that asks for it (observer output, bias correction)."""
     config, model = job.config, job.model
-    asked = [p for p in job.plans if p.observer == "output" or config.quantization.bias_correction]
+    asked = judged_by_output(config, job.plans)
     if not asked:
         return {}
     steps = len(job.calibration.body["timesteps"])
@@ -156,69 +175,3 @@ def input_qparams(
         return choose_qparams(*output.ranges(state, percentile), spec)
     low, high = choose_range(state, plan.observer, spec, percentile)
     return choose_qparams(low, high, spec)
-
-
-# ------------------------------------------------------------------ weights
-
-
-def quantize_layer(
-    plan: LayerPlan,
-    qparams: QParams | None,
-    factor: SmoothingFactor,
-    hessian: Tensor | None,
-) -> tuple[dict[str, Tensor], LayerEntry]:
-    """The artifact's tensors of one layer (without its name) and its entry."""
-    layer = plan.layer
-    weight = layer.weight.detach().float().cpu()
-    bias = None if layer.bias is None else layer.bias.detach().float().cpu()
-    bias, weight = factor.bias(weight, bias), factor.fold(weight)
-    entry = plan.entry(smoothed=factor is not IDENTITY, shifted=factor.shift is not None)
-    tensors = {"weight": weight}
-    if plan.weight_bits != FLOAT_BITS:
-        tensors, entry = _round_weight(plan, weight, hessian, entry)
-    if qparams is not None:
-        tensors["input_scale"], tensors["input_zero_point"] = qparams
-    tensors |= factor.tensors()
-    if bias is not None:
-        tensors["bias"] = bias
-    return tensors, entry
-
-
-def correct_bias(
-    plan: LayerPlan, tensors: dict[str, Tensor], output: LayerOutput, groups: int
-) -> dict[str, Tensor]:
-    """The tensor that gives a layer back the mean of what its output lost, per timestep group.
-
-    tensors: the artifact's of the layer, without its name.
-    """
-    quantized = QuantizedLayer(
-        plan.layer, tensors, plan.weight_bits, plan.activation_bits, StepState(), simulate
-    )
-    scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
-    qparams = None if scale is None or zero_point is None else QParams(scale, zero_point)
-    correction = output.bias_correction(quantized.float_weight(), qparams, groups)
-    return {"bias_correction": correction}
-
-
-def _round_weight(
-    plan: LayerPlan, weight: Tensor, hessian: Tensor | None, entry: LayerEntry
-) -> tuple[dict[str, Tensor], LayerEntry]:
-    """Codes and their scales, and the entry with what rounding says of them."""
-    spec = weight_spec(plan.weight_bits)
-    if hessian is not None:
-        rounded = round_gptq(weight, spec, hessian)
-        flat = weight.reshape(len(weight), -1)
-        error = hessian_error(flat, rounded.codes.reshape(flat.shape), rounded.qparams, hessian)
-        power = ((flat @ hessian) * flat).sum(1).sum()
-        relative = float(error.sum() / power) if power > 0 else 0.0
-        entry = replace(entry, rounding="gptq", relative_output_error=relative)
-    else:
-        rounded = round_nearest(weight, spec)
-        entry = replace(entry, rounding="nearest")
-    tensors = {
-        "weight": pack(rounded.codes, plan.weight_bits),
-        "weight_scale": rounded.qparams.scale,
-    }
-    if plan.weight_bits < 8:
-        tensors["weight_zero_point"] = rounded.qparams.zero_point.to(torch.uint8)
-    return tensors, replace(entry, note=rounded.note)

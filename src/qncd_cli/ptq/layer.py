@@ -1,0 +1,115 @@
+"""One layer: from its weight to the tensors and the entry of the artifact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..backends.reference import simulate
+from ..quant.affine import QParams
+from ..quant.layers import QuantizedLayer, StepState
+from ..quant.packing import pack
+from ..quant.rounding import CLIP_FRACTIONS, hessian_error, round_gptq, round_nearest
+from ..quant.smoothing import IDENTITY, SmoothingFactor
+from ..spec import FLOAT_BITS, weight_spec
+from ..store.layer_entry import LayerEntry
+from .cost import Cost
+from .hessians import hessian_groups
+from .layer_plan import LayerPlan
+from .output_ranges import LayerOutput
+
+ROUNDING_PASSES = 8
+"""Passes over a weight for one fraction of the search by squared error (quant.rounding)."""
+NEAREST_WEIGHTS = 6
+"""Float32 copies of a weight while its scale is searched by squared error."""
+GPTQ_MATRICES = 6.3
+"""Matrices of a Hessian's size that GPTQ adds to it at its height (two orderings, dampening, two
+factorisations and LAPACK's copy): the most that scripts/gptq_memory.py showed (2,000 inputs)."""
+
+
+def quantize_layer(
+    plan: LayerPlan,
+    qparams: QParams | None,
+    factor: SmoothingFactor,
+    hessian: Tensor | None,
+) -> tuple[dict[str, Tensor], LayerEntry]:
+    """The artifact's tensors of one layer (without its name) and its entry."""
+    layer = plan.layer
+    weight = layer.weight.detach().float().cpu()
+    bias = None if layer.bias is None else layer.bias.detach().float().cpu()
+    bias, weight = factor.bias(weight, bias), factor.fold(weight)
+    entry = plan.entry(smoothed=factor is not IDENTITY, shifted=factor.shift is not None)
+    tensors = {"weight": weight}
+    if plan.weight_bits != FLOAT_BITS:
+        tensors, entry = _round_weight(plan, weight, hessian, entry)
+    if qparams is not None:
+        tensors["input_scale"], tensors["input_zero_point"] = qparams
+    tensors |= factor.tensors()
+    if bias is not None:
+        tensors["bias"] = bias
+    return tensors, entry
+
+
+def correct_bias(
+    plan: LayerPlan, tensors: dict[str, Tensor], output: LayerOutput, groups: int
+) -> dict[str, Tensor]:
+    """The tensor that gives a layer back the mean of what its output lost, per timestep group.
+
+    tensors: the artifact's of the layer, without its name.
+    """
+    quantized = QuantizedLayer(
+        plan.layer, tensors, plan.weight_bits, plan.activation_bits, StepState(), simulate
+    )
+    scale, zero_point = tensors.get("input_scale"), tensors.get("input_zero_point")
+    qparams = None if scale is None or zero_point is None else QParams(scale, zero_point)
+    correction = output.bias_correction(quantized.float_weight(), qparams, groups)
+    return {"bias_correction": correction}
+
+
+def _round_weight(
+    plan: LayerPlan, weight: Tensor, hessian: Tensor | None, entry: LayerEntry
+) -> tuple[dict[str, Tensor], LayerEntry]:
+    """Codes and their scales, and the entry with what rounding says of them."""
+    spec = weight_spec(plan.weight_bits)
+    if hessian is not None:
+        rounded = round_gptq(weight, spec, hessian)
+        flat = weight.reshape(len(weight), -1)
+        error = hessian_error(flat, rounded.codes.reshape(flat.shape), rounded.qparams, hessian)
+        power = ((flat @ hessian) * flat).sum(1).sum()
+        relative = float(error.sum() / power) if power > 0 else 0.0
+        entry = replace(entry, rounding="gptq", relative_output_error=relative)
+    else:
+        rounded = round_nearest(weight, spec)
+        entry = replace(entry, rounding="nearest")
+    tensors = {
+        "weight": pack(rounded.codes, plan.weight_bits),
+        "weight_scale": rounded.qparams.scale,
+    }
+    if plan.weight_bits < 8:
+        tensors["weight_zero_point"] = rounded.qparams.zero_point.to(torch.uint8)
+    return tensors, replace(entry, note=rounded.note)
+
+
+def cost(plans: list[LayerPlan]) -> Cost:
+    """Scales of all weights, each searched by squared error. plans: of quantized weights."""
+    sizes = [p.layer.weight.numel() for p in plans]
+    passes = ROUNDING_PASSES * CLIP_FRACTIONS * sum(sizes)
+    return Cost(NEAREST_WEIGHTS * 4.0 * max(sizes, default=0), passes=passes)
+
+
+def gptq_cost(plans: list[LayerPlan]) -> Cost:
+    """Two factorisations and an inverse of each Hessian, the columns one after the other.
+
+    Held: the Hessians of a group that are still to come, and GPTQ's own matrices.
+    """
+    held = macs = 0.0
+    for group in hessian_groups(plans):
+        sizes = [4.0 * plan.in_features**2 for plan in group]
+        for i, size in enumerate(sizes):
+            held = max(held, sum(sizes[i:]) + GPTQ_MATRICES * size)
+        for plan in group:
+            width, outputs = plan.in_features, len(plan.layer.weight)
+            macs += (width + outputs) * width**2
+    return Cost(held, macs)
