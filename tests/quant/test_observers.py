@@ -25,7 +25,15 @@ def same(a, b, names):
     return all(torch.equal(a.state()[n], b.state()[n]) for n in names)
 
 
-EXACT = ("min", "max", "histogram", "histogram_exponent", "channel_absmax")
+EXACT = (
+    "min",
+    "max",
+    "batch_min",
+    "batch_max",
+    "histogram",
+    "histogram_exponent",
+    "channel_absmax",
+)
 
 
 def test_order_does_not_matter():
@@ -41,6 +49,16 @@ def test_merging_parts_is_observing_everything():
     assert same(first, whole, EXACT)
     second.merge(observe(tensors[:3]))
     assert same(second, whole, EXACT)
+
+
+def test_another_observer_goes_on_from_what_one_remembers():
+    tensors = draws(8)
+    first, second = observe(tensors[:3], groups=2), RangeObserver(6, 1, 2)
+    second.restore(first.memory())
+    for i, x in enumerate(tensors[3:], start=3):
+        second.update(x, i % 2)
+    assert same(second, observe(tensors, groups=2), EXACT)
+    assert first.histogram.sum() == observe(tensors[:3]).histogram.sum()  # left as it was
 
 
 def test_groups_are_kept_apart():
@@ -64,17 +82,41 @@ def test_histogram_counts_every_value_where_it_belongs():
         assert edge <= value < edge + width
 
 
-def test_minmax_and_moving_average():
+def test_minmax_covers_everything_that_was_seen():
     tensors = draws(3)
     state = observe(tensors).state()
     low, high = choose_range(state, "minmax", activation_spec(8))
     assert low[0] == min(x.min() for x in tensors)
     assert high[0] == max(x.max() for x in tensors)
-    expected = tensors[0].max()
-    for x in tensors[1:]:
-        expected = 0.9 * expected + 0.1 * x.max()
-    _, moving = choose_range(state, "moving_average", activation_spec(8))
-    assert moving[0] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_moving_average_is_what_running_means_over_mixed_batches_tend_to():
+    """Against the published rule: momentum 0.95 over batches of 16 rows, drawn anew each time."""
+    generator = torch.Generator().manual_seed(5)
+    x = (
+        torch.randn(200, 6, 4, 4, generator=generator)
+        * torch.linspace(0.5, 3, 200)[:, None, None, None]
+    )
+    observer = RangeObserver(6, 1)
+    for step in x.split(20):  # along trajectories, one step at a time
+        observer.update(step, 0)
+    low, high = choose_range(observer.state(), "moving_average", activation_spec(8))
+    running, means = None, []
+    for _ in range(4000):
+        batch = x[torch.randperm(200, generator=generator)[:16]]
+        ends = torch.stack([batch.min(), batch.max()])
+        running = ends if running is None else 0.95 * running + 0.05 * ends
+        means.append(running)
+    published = torch.stack(means[100:]).mean(0)
+    assert low[0] == pytest.approx(published[0].item(), rel=0.01)
+    assert high[0] == pytest.approx(published[1].item(), rel=0.01)
+
+
+def test_fewer_rows_than_a_batch_are_one_batch():
+    x = draws(1)[0]
+    state = observe([x]).state()
+    assert state["batch_min"][0] == x.min()
+    assert state["batch_max"][0] == x.max()
 
 
 def test_percentile_leaves_the_tails_out():

@@ -2,8 +2,7 @@
 
 One observer sees the input of one layer during calibration, split into G groups of timesteps.
 Its state is plain tensors, independent of bit width, so that every range method at every width
-can be read from one calibration. States merge: minima, maxima and histograms exactly and in any
-order; moving averages as the mean of the parts.
+can be read from one calibration. Observers merge exactly and in any order.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ from .affine import choose_qparams, fake_quantize
 HISTOGRAM_BINS = 2048
 MAX_SAMPLES = 16384
 """Elements of one tensor that enter the histogram (an even stride through all of them)."""
-MOMENTUM = 0.9
-"""Weight of the past in moving averages of minimum and maximum (Q-Diffusion: 0.95)."""
+BATCH_ROWS = 16
+"""Rows of the batches whose extremes are averaged (Q-Diffusion's txt2img.py: 16). More rows give
+wider ranges."""
 SEARCH_POINTS = 64
 MIN_EXPONENT = -20
 
 
 class RangeObserver:
-    """Minimum, maximum, their moving averages and a histogram per timestep group.
+    """Minimum, maximum, mean extremes of small batches and a histogram per timestep group.
 
     The histogram has 2048 bins over [-2^k, 2^k), k per group; k grows by merging pairs of bins,
     which is exact, so the order of updates and merges does not matter.
@@ -38,8 +38,7 @@ class RangeObserver:
         self.channel_axis = channel_axis
         self.min = torch.full((groups,), math.inf)
         self.max = torch.full((groups,), -math.inf)
-        self.moving_min = torch.full((groups,), math.nan)
-        self.moving_max = torch.full((groups,), math.nan)
+        self.row_extremes: list[list[Tensor]] = [[] for _ in range(groups)]
         self.histogram = torch.zeros((groups, HISTOGRAM_BINS), dtype=torch.int64)
         self.exponent = torch.full((groups,), MIN_EXPONENT, dtype=torch.int64)
         self.channel_absmax = torch.zeros(in_channels)
@@ -56,6 +55,8 @@ class RangeObserver:
         Raises NotFinite if x holds a NaN or an infinity.
         """
         x = x.detach().to(torch.float32)
+        rows = x.reshape(len(x), -1)
+        self.row_extremes[group].append(torch.stack([rows.amin(1), rows.amax(1)]).cpu())
         low = self._per_channel(x.amin(0), torch.amin)
         high = self._per_channel(x.amax(0), torch.amax)
         x_min, x_max = low.min().cpu(), high.max().cpu()
@@ -65,9 +66,6 @@ class RangeObserver:
         self.channel_absmax = torch.maximum(self.channel_absmax, absmax)
         self.min[group] = torch.minimum(self.min[group], x_min)
         self.max[group] = torch.maximum(self.max[group], x_max)
-        for moving, value in ((self.moving_min, x_min), (self.moving_max, x_max)):
-            old = moving[group]
-            moving[group] = value if old.isnan() else MOMENTUM * old + (1 - MOMENTUM) * value
         self._count(x, max(-x_min.item(), x_max.item()), group)
 
     def _per_channel(self, x: Tensor, reduce: Callable[..., Tensor]) -> Tensor:
@@ -103,9 +101,8 @@ class RangeObserver:
         self.min = torch.minimum(self.min, other.min)
         self.max = torch.maximum(self.max, other.max)
         self.channel_absmax = torch.maximum(self.channel_absmax, other.channel_absmax)
-        for name in ("moving_min", "moving_max"):
-            both = torch.stack([getattr(self, name), getattr(other, name)])
-            setattr(self, name, both.nanmean(0))
+        for mine, theirs in zip(self.row_extremes, other.row_extremes, strict=True):
+            mine += theirs
         for group in range(len(self.min)):
             exponent = max(int(self.exponent[group]), int(other.exponent[group]))
             self._grow(group, exponent)
@@ -117,15 +114,55 @@ class RangeObserver:
 
     def state(self) -> dict[str, Tensor]:
         """The artifact's tensors by the name behind `<layer>.input_`."""
+        means = torch.full((2, len(self.min)), math.nan)
+        for group, rows in enumerate(self.row_extremes):
+            if rows:
+                means[:, group] = mean_extremes(torch.cat(rows, 1))
+        return self._exact() | {"batch_min": means[0], "batch_max": means[1]}
+
+    def memory(self) -> dict[str, Tensor]:
+        """Everything that was seen, for another observer of the same layer to go on from."""
+        rows = [torch.cat(r, 1) if r else torch.empty(2, 0) for r in self.row_extremes]
+        return self._exact() | {f"rows_{group}": r for group, r in enumerate(rows)}
+
+    def restore(self, memory: dict[str, Tensor]) -> None:
+        """Go on from what another observer of the same layer has seen."""
+        self.exponent = memory["histogram_exponent"].clone()
+        for name in ("min", "max", "histogram", "channel_absmax"):
+            setattr(self, name, memory[name].clone())
+        rows = [memory[f"rows_{group}"] for group in range(len(self.min))]
+        self.row_extremes = [[r.clone()] if r.numel() else [] for r in rows]
+
+    def _exact(self) -> dict[str, Tensor]:
         return {
             "min": self.min,
             "max": self.max,
-            "moving_min": self.moving_min,
-            "moving_max": self.moving_max,
             "histogram": self.histogram,
             "histogram_exponent": self.exponent,
             "channel_absmax": self.channel_absmax,
         }
+
+
+def mean_extremes(rows: Tensor, batch: int = BATCH_ROWS) -> Tensor:
+    """The extremes of a batch of rows, in expectation over all batches of that size.
+
+    This is what a running mean over randomly mixed batches tends to (Q-Diffusion's
+    `--running_stat`), without its chance and in any order of the rows.
+
+    rows: [2, R], minimum and maximum of each row. Returns [2], float32.
+    """
+    count = rows.shape[1]
+    if count <= batch:
+        return torch.stack([rows[0].min(), rows[1].max()])
+    # The i-th smallest of n values is the smallest of k drawn with C(n-1-i, k-1) / C(n, k).
+    rank = torch.arange(count, dtype=torch.float64)
+    kept = (count - rank[: count - batch] - batch) / (count - rank[: count - batch] - 1)
+    weights = torch.zeros(count, dtype=torch.float64)
+    weights[0] = batch / count
+    weights[1 : count - batch + 1] = batch / count * kept.cumprod(0)
+    low = weights @ rows[0].to(torch.float64).sort().values
+    high = weights @ rows[1].to(torch.float64).sort(descending=True).values
+    return torch.stack([low, high]).to(torch.float32)
 
 
 # ------------------------------------------------------------------ state -> range
@@ -140,8 +177,8 @@ def minmax_range(state: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
     return state["min"][group], state["max"][group]
 
 
-def moving_average_range(state: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
-    return state["moving_min"][group], state["moving_max"][group]
+def batch_mean_range(state: dict[str, Tensor], group: int) -> tuple[Tensor, Tensor]:
+    return state["batch_min"][group], state["batch_max"][group]
 
 
 def percentile_range(
@@ -204,7 +241,7 @@ def choose_range(
             continue
         low, high = {
             "minmax": lambda g: minmax_range(state, g),
-            "moving_average": lambda g: moving_average_range(state, g),
+            "moving_average": lambda g: batch_mean_range(state, g),
             "percentile": lambda g: percentile_range(state, g, percentile),
             "mse": lambda g: mse_range(state, g, spec),
         }[observer](group)

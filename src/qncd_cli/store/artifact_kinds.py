@@ -4,7 +4,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 
 | kind | tensors | body |
 |---|---|---|
-| calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, moving_min, moving_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
+| calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, batch_min, batch_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
 | quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T] | channels, steps, sampling, target |
@@ -52,7 +52,7 @@ def _calibration_layout(body: dict) -> Layout:
     for name, channels in body["attention"].items():
         observed |= {f"{name}.{operand}": channels for operand in ATTENTION_OPERANDS}
     for name, channels in observed.items():
-        for part in ("min", "max", "moving_min", "moving_max"):
+        for part in ("min", "max", "batch_min", "batch_max"):
             layout[f"{name}_{part}"] = (FLOAT32, (groups,))
         layout[f"{name}_histogram"] = (INT64, (groups, HISTOGRAM_BINS))
         layout[f"{name}_histogram_exponent"] = (INT64, (groups,))
@@ -131,7 +131,7 @@ class _Kind:
 
 
 KINDS: dict[str, _Kind] = {
-    "calibration": _Kind(2, _calibration_layout, "qncd calibrate"),
+    "calibration": _Kind(3, _calibration_layout, "qncd calibrate"),
     "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate"),
     "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
     "noise_stats": _Kind(2, _noise_stats_layout, "qncd quantize"),
