@@ -202,7 +202,7 @@ def test_another_seed_or_number_makes_the_rows_anew(work):
     one = ("--presets", "minmax", "--bits", "w8a8")
     row = ablate(work, *one, *seeds, "--json").data["rows"][0]
     before = json.loads((work.folder / TABLE / "rows" / "minmax_w8a8.json").read_text())["row"]
-    assert row == before
+    assert row == before | {"sqnr_gain_db": None}
     fewer = ablate(work, *one, *seeds, "--num", "2", "--json").data
     assert fewer["protocol"]["num_samples"] == 2
     assert fewer["rows"][0]["psnr_db"] != row["psnr_db"]

@@ -12,10 +12,11 @@ from ..metrics.rows import bits
 from ..report.page import chart, definitions, markdown_table, page
 from ..spec import Widths
 from ..vocabulary import DIRECTIONS, IDENTICAL, NUMBERS, cell, heading, interval
+from .gains import GAIN
 
 KEYS = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
-    *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
+    *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db", GAIN),
     *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
     *("bytes", "bit_operations", "extra_calls", "seconds"),
 )

@@ -42,6 +42,7 @@ from ..store.digests import digest_of
 from ..store.files import read_json, write_json
 from ..store.run_dir import RunDir, read_coverage
 from . import rendering
+from .gains import with_gains
 from .variants import Variant
 
 Tell = Callable[[str], None]
@@ -119,6 +120,7 @@ def run(
     if ablation.backend == AUTO:
         ablation.backend = backend_of_table(_cache(ablation), model.device)
     table = _table(variants[0].config, ablation)
+    rows: list[dict[str, Any]] = []
     for number, variant in enumerate(variants, start=1):
         identity = identify(variant.config, ablation)
         row = None if request.force else _finished(request.row(variant), identity)
@@ -132,7 +134,8 @@ def run(
             tell(f"  done in {row['row']['seconds']:.1f} s")
         ablation.backend = get_backend(ablation.backend, model.device).name
         table["full"] = row["full"]
-        table["rows"].append(row["row"])
+        rows.append(row["row"])
+        table["rows"] = with_gains(rows)
         write_json(request.table, table)
     return table
 

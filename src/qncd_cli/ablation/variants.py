@@ -38,6 +38,14 @@ INGREDIENTS: dict[str, tuple[str, Any]] = {
     "bias": ("quantization.bias_correction", True),
 }
 """Suffix: the key that it sets, whatever the row's preset and --set say of it, and the value."""
+GROUPS = {
+    "corrections": (
+        *("qdiffusion", "qncd-intra", "qncd-inter", "qncd"),
+        *("qdiffusion+runtime", "ptqd", "qdiffusion+affine"),
+        *("best", "best+embedding", "best+runtime", "best+ptqd", "best+affine"),
+    ),
+}
+"""A word for several rows."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class Variant:
     @property
     def label(self) -> str:
         return f"{self.name}_{self.widths}"
+
+
+def named(names: Sequence[str]) -> list[str]:
+    """The names with those of GROUPS written out."""
+    return [row for name in names for row in GROUPS.get(name, (name,))]
 
 
 def variants(

@@ -15,7 +15,7 @@ from .shared import explain, open_model
 
 TERMINAL = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
-    *("sqnr_latents_db", "psnr_db", "psnr_median_db", "changed", "bytes"),
+    *("sqnr_latents_db", "sqnr_gain_db", "psnr_db", "psnr_median_db", "changed", "bytes"),
 )
 """What the terminal shows of a row; files have the rest."""
 
@@ -40,12 +40,12 @@ class AblateOptions:
 
 def ablate(console: Console, options: AblateOptions) -> None:
     from ..ablation import rendering, table
-    from ..ablation.variants import variants
+    from ..ablation.variants import named, variants
 
     config = load_config(options.config_name, options.overrides)
     rows = variants(
         options.config_name,
-        _listed(options.presets),
+        named(_listed(options.presets)),
         _listed(options.bits or ""),
         options.overrides,
         published=options.published,

@@ -123,6 +123,7 @@ def export(out, to, samples, bound, run_dir, force, as_json, debug):
 @click.command(
     epilog="\b\nExamples:\n  qncd ablate --config fashion_ldm --num 300\n"
     "  qncd ablate --config fashion_ldm --presets minmax,qncd,best --bits w8a8,w4a8,w4a6\n"
+    "  qncd ablate --config fashion_ldm --presets corrections --bits w4a6\n"
     "  qncd ablate --config my.yaml --presets none,intra,inter,both\n"
     "  qncd ablate --config my.yaml --presets none+runtime,none+ptqd --bits fp,w4a8\n"
     "  qncd ablate --config my.yaml --presets best,best+brecq,best+bias"
@@ -136,7 +137,8 @@ def export(out, to, samples, bound, run_dir, force, as_json, debug):
     help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
     "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
     "ptqd, affine), the intra correction (embedding, smoothquant, auto), the rounding (nearest, "
-    "gptq, adaround, brecq) or bias.",
+    "gptq, adaround, brecq) or bias. corrections: every correction on qdiffusion and on best. "
+    "Gains are over the first row of the same widths.",
 )
 @click.option(
     "--bits",

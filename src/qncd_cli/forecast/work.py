@@ -27,7 +27,7 @@ ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class Rates:
-    """Of this machine in float32, per second."""
+    """Operations per second of this machine in float32."""
 
     macs: float
     elements: float
