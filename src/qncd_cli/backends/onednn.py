@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
-ROWS, INPUTS, OUTPUTS = 64, 320, 128
+VECTORS, INPUTS, OUTPUTS = 64, 320, 128
 """Size of the product that is tried: cheap, yet large enough for the usual kernel."""
 
 
@@ -43,7 +43,7 @@ def _input_scale_first() -> bool:
     if missing_operator():
         return False
     draw = torch.Generator().manual_seed(0)
-    codes = torch.randint(0, 256, (ROWS, INPUTS), generator=draw, dtype=torch.uint8)
+    codes = torch.randint(0, 256, (VECTORS, INPUTS), generator=draw, dtype=torch.uint8)
     weight = torch.randint(-8, 8, (OUTPUTS, INPUTS), generator=draw, dtype=torch.int8)
     input_scale, weight_scale = torch.tensor(0.0123), torch.rand(OUTPUTS, generator=draw)
     zeros = torch.zeros(OUTPUTS, dtype=torch.int64)

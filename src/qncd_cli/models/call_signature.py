@@ -1,7 +1,8 @@
 """One way to call every denoiser: denoiser(x, t, **tensors).sample, of the shape of x.
 
-diffusers' own classes differ; hooks on the module level them, so that copies and replaced layers
-keep them. They are not stored with the weights: whoever loads a denoiser calls `level`.
+diffusers' own classes differ; hooks on the module unify them, so that copies and replaced layers
+keep them. They are not stored with the weights: whoever loads a denoiser calls
+`unify_call`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from ..errors import ModelError
 
 
-def level(denoiser: nn.Module) -> nn.Module:
+def unify_call(denoiser: nn.Module) -> nn.Module:
     """The denoiser itself, with hooks where it needs them; to be called once per module."""
     config: Any = getattr(denoiser, "config", None)
     added: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..errors import ModelError
-from .call_signature import level
+from .call_signature import unify_call
 from .weight_files import named, variant_of
 
 FORMATS = (
@@ -39,7 +39,7 @@ def load_denoiser(folder: Path, dtype: torch.dtype) -> nn.Module:
     """What save_denoiser wrote, in eval mode and without gradients, on the CPU."""
     logging.set_verbosity_error()
     denoiser = AutoModel.from_pretrained(str(folder), torch_dtype=dtype, local_files_only=True)
-    return level(denoiser.eval().requires_grad_(False))
+    return unify_call(denoiser.eval().requires_grad_(False))
 
 
 def first_not_finite(part: nn.Module) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import BackendUnavailable, ModelError
 from ..progress import Track, no_progress
 from .adapters import ADAPTERS, Condition
-from .call_signature import check_inputs, level
+from .call_signature import check_inputs, unify_call
 from .compvis.checkpoint import compvis_pipeline
 from .denoiser_folder import check_values, check_weights
 from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest
@@ -153,7 +153,7 @@ def load_model(
     kind = type(pipeline).__name__
     parts = ADAPTERS[kind](pipeline, (prompts, encoded))
     check_inputs(parts["denoiser"], parts["condition"](torch.zeros(1, dtype=torch.int64)), source)
-    level(parts["denoiser"])
+    unify_call(parts["denoiser"])
     schedule = {"scheduler_config": schedule_of(pipeline)}
     return DiffusionModel(
         source=source,
