@@ -15,9 +15,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,32 +44,22 @@ MUCH_SLOWER = 1.5
 
 
 @dataclass
-class _Kernel:
-    """What a layer needs at every call, made once.
+class Kernel:
+    """What a layer's products need at every call, made once.
 
     weights: int8 in oneDNN's own order and its scale [O], one pair or, for two bytes, two;
-    weight_zero_point: zeros [O]; input_scale, input_zero_point: one number per timestep group;
-    rounds: whether the operator itself writes bfloat16 in good time, found out when that is first
-    asked for.
-    """
-
-    weights: list[tuple[Tensor, Tensor]]
-    weight_zero_point: Tensor
-    input_scale: list[float]
-    input_zero_point: list[int]
-    rounds: bool | None = None
-
-
-class Prepared(NamedTuple):
-    """What a layer's products need in a graph: see _Kernel; writes_bfloat16: its `rounds`.
-
-    geometry: of a convolution. upsampled: the input is an image whose pixels are to be doubled.
+    weight_zero_point: zeros [O]; geometry: of a convolution; input_scale, input_zero_point: one
+    number per timestep group (graphs bring theirs); rounds: whether the operator itself writes
+    bfloat16 in good time, found out when that is first asked for; upsampled: the input is an image
+    whose pixels are to be doubled.
     """
 
     weights: list[tuple[Tensor, Tensor]]
     weight_zero_point: Tensor
     geometry: Geometry | None
-    writes_bfloat16: bool
+    input_scale: list[float] = field(default_factory=list)
+    input_zero_point: list[int] = field(default_factory=list)
+    rounds: bool | None = None
     upsampled: bool = False
 
 
@@ -97,18 +86,17 @@ def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     return (codes & 255).to(torch.uint8), (codes >> 8).to(torch.uint8)
 
 
-def prepared(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> Prepared:
+def prepare(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> Kernel:
     """What a graph needs of a layer with codes like `low` and an output of that type."""
     kernel = _kernel(layer, low)
     if dtype == torch.bfloat16 and products(layer) == 1:
         _multiply(layer, kernel, low, None, None, dtype)
-    shape = geometry(layer) if layer.is_conv else None
-    return Prepared(kernel.weights, kernel.weight_zero_point, shape, bool(kernel.rounds))
+    return kernel
 
 
 def _multiply(
     layer: QuantizedLayer,
-    kernel: _Kernel,
+    kernel: Kernel,
     low: Tensor,
     high: Tensor | None,
     bias: Tensor | None,
@@ -128,17 +116,16 @@ def _multiply(
     native = torch.float32
     if dtype == torch.bfloat16 and len(passes) == 1:
         if kernel.rounds is None:
-            kernel.rounds = _rounds(layer, partial(_pass, layer, kernel, *passes[0], bias))
+            kernel.rounds = _rounds(layer, partial(_pass, kernel, *passes[0], bias))
         native = dtype if kernel.rounds else native
-    output = _pass(layer, kernel, *passes[0], bias, native)
+    output = _pass(kernel, *passes[0], bias, native)
     for operands in passes[1:]:
-        output += _pass(layer, kernel, *operands, None, native)
+        output += _pass(kernel, *operands, None, native)
     return output.to(dtype)
 
 
 def _pass(
-    layer: QuantizedLayer,
-    kernel: _Kernel,
+    kernel: Kernel,
     codes: Tensor,
     scale: float,
     zero_point: int,
@@ -149,10 +136,10 @@ def _pass(
 ) -> Tensor:
     """One product of bytes, in dtype."""
     operands = (scale, zero_point, weight, weight_scale, kernel.weight_zero_point, bias)
-    if not layer.is_conv:
+    if kernel.geometry is None:
         return torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *operands, *output_as(dtype))
     codes = codes.contiguous(memory_format=torch.channels_last)
-    return torch.ops.onednn.qconv_pointwise(codes, *operands, *geometry(layer), *output_as(dtype))
+    return torch.ops.onednn.qconv_pointwise(codes, *operands, *kernel.geometry, *output_as(dtype))
 
 
 def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> bool:
@@ -227,16 +214,17 @@ def prepacked(layer: QuantizedLayer, x: Tensor, weight: Tensor, scale: Tensor) -
     )
 
 
-def _kernel(layer: QuantizedLayer, x: Tensor) -> _Kernel:
+def _kernel(layer: QuantizedLayer, x: Tensor) -> Kernel:
     """Prepared on first use, for inputs of x's shape (others work too), and kept unless memory is
     dear."""
-    kernel: _Kernel | None = layer.prepared.get(KERNEL)
+    kernel: Kernel | None = layer.prepared.get(KERNEL)
     if kernel is None:
         parts = weight_bytes(layer.integer_weight(), layer.weight_scale)
-        scales, zero_points = layer.input_scale.tolist(), layer.input_zero_point.tolist()
+        inputs = layer.input_scale.tolist(), layer.input_zero_point.tolist()
         weights = [(prepacked(layer, x, part, scale), scale) for part, scale in parts]
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)
-        kernel = _Kernel(weights, zeros, scales, zero_points)
+        shape = geometry(layer) if layer.is_conv else None
+        kernel = Kernel(weights, zeros, shape, *inputs)
         if not layer.low_memory:
             layer.prepared[KERNEL] = kernel
     return kernel

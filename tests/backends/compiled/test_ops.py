@@ -269,7 +269,7 @@ def test_layers_that_quantize_one_input_alike_do_it_once(operators):
 
 def test_a_library_is_compiled_once(tmp_path, monkeypatch, operators):
     monkeypatch.setattr(native, "_loaded", lambda: False)
-    monkeypatch.setattr(native, "_compiled", lambda: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "_compile", lambda: pytest.fail("compiled again"))
     native._path(tmp_path).write_bytes(b"no library")
     with pytest.raises(OSError, match="operators_"):
         native.load(tmp_path)

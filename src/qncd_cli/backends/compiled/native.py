@@ -30,7 +30,7 @@ def load(folder: Path) -> None:
         return
     path = _path(folder)
     if not path.is_file():
-        write_bytes(path, _compiled())
+        write_bytes(path, _compile())
     torch.ops.load_library(str(path))
 
 
@@ -60,7 +60,7 @@ def _path(folder: Path) -> Path:
     return folder / f"operators_{key}.so"
 
 
-def _compiled() -> bytes:
+def _compile() -> bytes:
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions  # takes a second
 
     options = CppTorchOptions(include_pytorch=True, extra_flags=FLAGS)
@@ -70,18 +70,18 @@ def _compiled() -> bytes:
         return Path(builder.get_target_file_path()).read_bytes()
 
 
-def keep(key: str, prepared: int8.Prepared) -> None:
+def keep(key: str, kernel: int8.Kernel) -> None:
     """Tell the product's operator what it needs of a layer."""
-    weights, scales = ([pair[i] for pair in prepared.weights] for i in (0, 1))
+    weights, scales = ([pair[i] for pair in kernel.weights] for i in (0, 1))
     torch.ops.qncd.keep(
         key,
-        prepared.geometry is not None,
-        prepared.upsampled,
+        kernel.geometry is not None,
+        kernel.upsampled,
         weights,
         scales,
-        prepared.weight_zero_point,
-        *(prepared.geometry or ([], [], [], 1)),
-        prepared.writes_bfloat16,
+        kernel.weight_zero_point,
+        *(kernel.geometry or ([], [], [], 1)),
+        bool(kernel.rounds),
     )
 
 

@@ -139,7 +139,7 @@ def layer_of(key: str) -> QuantizedLayer:
 
 def _prepare(low: Tensor, layer: str, dtype: torch.dtype, upsampled: bool) -> None:
     """Packs the weights of a layer for inputs like this one, and outputs of that type."""
-    prepare = upsampled_conv.prepared if upsampled else int8.prepared
+    prepare = upsampled_conv.prepare if upsampled else int8.prepare
     native.keep(layer, prepare(_layers[layer], low, dtype))
 
 

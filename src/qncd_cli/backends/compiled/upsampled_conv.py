@@ -17,15 +17,15 @@ UPSAMPLED_BITS = 5
 
 
 def doubles(layer: QuantizedLayer) -> bool:
-    """Whether `prepared` can prepare the layer: sums of four weights have to fit into a byte."""
+    """Whether `prepare` can do so for the layer: sums of four weights have to fit into a byte."""
     plain = layer.is_conv and layer.weight_shape[2:] == (3, 3) and int8.why_not(layer) == ""
     if not plain or layer.weight_bits > UPSAMPLED_BITS:
         return False
     return int8.geometry(layer) == ([1, 1], [1, 1], [1, 1], 1)
 
 
-def prepared(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> int8.Prepared:
-    """int8.prepared for codes of the image before its pixels were doubled in either direction.
+def prepare(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> int8.Kernel:
+    """int8.prepare for codes of the image before its pixels were doubled in either direction.
 
     Of the nine weights those meet in one product which fall on one pixel: for each of the four
     places within a doubled pixel a kernel of 2x2 (weights [4 O, C, 2, 2]), four ninths of the
@@ -37,8 +37,13 @@ def prepared(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> int8.Pre
     doubled, scale = torch.cat(places).to(torch.int8), layer.weight_scale.repeat(4)
     packed = int8.prepacked(layer, low, doubled, scale)
     zeros = torch.zeros(len(scale), dtype=torch.int64)
-    shape, writes = int8.geometry(layer), dtype == torch.bfloat16
-    return int8.Prepared([(packed, scale)], zeros, shape, writes, upsampled=True)
+    return int8.Kernel(
+        [(packed, scale)],
+        zeros,
+        int8.geometry(layer),
+        rounds=dtype == torch.bfloat16,
+        upsampled=True,
+    )
 
 
 def _paired(weight: Tensor, dim: int, place: int) -> Tensor:
