@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_config
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.base import AUTO, BACKENDS
 from qncd_cli.backends.int8 import KERNEL
 from qncd_cli.backends.reference import PARTS
-from qncd_cli.config.loading import parse_config
-from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
 from qncd_cli.runtime import auto_backend
 from qncd_cli.runtime.auto_backend import BackendCache, backend_of_set, choose_backend
 from qncd_cli.runtime.sampled_model import SampledModel
-from qncd_cli.stages import calibrate, quantize
-from qncd_cli.store import artifacts
 
 CPU = torch.device("cpu")
 why = int8.why_unavailable(CPU)
 pytestmark = pytest.mark.skipif(bool(why), reason=why)
-
-
-@pytest.fixture(scope="module")
-def made(tiny_model):
-    """Configuration, model, its quantized artifact and noise statistics."""
-    model = load_model(str(tiny_model))
-    tree = tiny_config(
-        tiny_model,
-        sampling__steps=2,
-        calibration={"trajectories": 2, "batch_size": 2, "noise_trajectories": 2},
-        quantization__weights={"bits": 4, "rounding": "nearest"},
-        quantization__activations__observer="minmax",
-    )
-    config = parse_config(tree, "test")
-    calibration, smoothing = calibrate.run(config, model)
-    result = quantize.run(config, model, calibration, smoothing)
-    quantized = artifacts.seal(result.quantized)
-    noise_stats = replace(result.noise_stats, parents={"quantized": quantized.digest})
-    return config, model, quantized, artifacts.seal(noise_stats)
 
 
 class Auto:

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from conftest import tiny_config
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.base import AUTO
-from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import BackendUnavailable
-from qncd_cli.models.loading import load_model
 from qncd_cli.runtime import preparation
 from qncd_cli.runtime.auto_backend import BackendCache
 from qncd_cli.runtime.preparation import Preparation, prepare
 from qncd_cli.spec import Compile
-from qncd_cli.stages import calibrate, quantize
-from qncd_cli.store import artifacts
 
 why = int8.why_unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(why), reason=why)
 
 YES, NO, WHERE_IT_PAYS = Compile
-
-
-@pytest.fixture(scope="module")
-def made(tiny_model):
-    """Configuration, model, its quantized artifact with its noise statistics."""
-    model = load_model(str(tiny_model))
-    tree = tiny_config(
-        tiny_model,
-        sampling__steps=2,
-        calibration={"trajectories": 2, "batch_size": 2, "noise_trajectories": 2},
-        quantization__weights={"bits": 4, "rounding": "nearest"},
-        quantization__activations__observer="minmax",
-    )
-    config = parse_config(tree, "test")
-    result = quantize.run(config, model, *calibrate.run(config, model))
-    quantized = artifacts.seal(result.quantized)
-    noise_stats = replace(result.noise_stats, parents={"quantized": quantized.digest})
-    return config, model, (quantized, artifacts.seal(noise_stats))
 
 
 @pytest.fixture
@@ -50,9 +25,9 @@ def prepared(made, tmp_path):
 
     def call(full_precision=False, **options):
         said = []
-        config, model, quantized = made
+        config, model, *quantized = made
         how = Preparation([0, 1, 2, 3], 2, 10**6, tmp_path, said.append, **options)
-        return prepare(config, model, None if full_precision else quantized, how), said
+        return prepare(config, model, None if full_precision else tuple(quantized), how), said
 
     return call
 
