@@ -17,33 +17,65 @@ from safetensors import safe_open
 
 SEEDS = [0, 1, 2]
 DRAW = """
-import sys, torch
+import json, sys, torch
+from pathlib import Path
 from diffusers import DiffusionPipeline
 import qncd_cli.exported
 from qncd_cli.sampling.noise import generators_for
 
-folder, out, again, arguments = sys.argv[1:5]
-pipeline = DiffusionPipeline.from_pretrained(folder)
-pipeline.set_progress_bar_config(disable=True)
-images = pipeline(**eval(arguments), generator=generators_for([0, 1, 2]), output_type="np").images
-torch.save(torch.from_numpy(images), out)
-pipeline.save_pretrained(again)
+for work, arguments in json.load(sys.stdin).items():
+    pipeline = DiffusionPipeline.from_pretrained(work + "/out")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = generators_for([0, 1, 2])
+    images = pipeline(**arguments, generator=generator, output_type="np").images
+    torch.save(torch.from_numpy(images), work + "/images.pt")
+    pipeline.save_pretrained(work + "/again")
 """
+PROMPTS = ["a red shoe", "a blue bag", "a bag"]
+FLOWS = ["StableDiffusion3Pipeline", "FluxPipeline, dev"]
 
 
-def drawn_by_diffusers(folder, tmp_path, **arguments):
-    """Images [N, H, W, C] in [0, 1], and the folder that the loaded pipeline saved again."""
-    out, again = tmp_path / "images.pt", tmp_path / "again"
-    command = [sys.executable, "-c", DRAW, str(folder), str(out), str(again), repr(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory, tiny_model, tiny_pixel_model, tiny_dit_model):
+    """Folders by model, each exported to `out`; what one other process drew with diffusers is in
+    images.pt, the pipeline that it saved again in `again`. Do not change."""
+    base = tmp_path_factory.mktemp("drawn")
+    common = {"guidance_scale": 2.0, "num_inference_steps": 4}
+    found, jobs = {}, {}
+    for name, model in [("unet", tiny_model), ("pixel", tiny_pixel_model), ("dit", tiny_dit_model)]:
+        found[name] = exported(base / name, tiny_config(model, **EVERYTHING))
+        jobs[str(base / name)] = {**common, "class_labels": SEEDS}
+    for name in ["StableDiffusionPipeline", *FLOWS]:
+        folder = tiny.save(name, base / name / "model")
+        changes = {**EVERYTHING, "sampling__prompts": PROMPTS, "sampling__guidance_scale": 2.0}
+        options = {**common, "prompt": PROMPTS}
+        if name in FLOWS:
+            changes |= {"sampling__scheduler": "flow-euler", "sampling__image_size": 16}
+            options |= {"height": 16, "width": 16}
+        found[name] = exported(base / name, tiny_config(folder, **changes))
+        jobs[str(base / name)] = options
+    done = subprocess.run(
+        [sys.executable, "-c", DRAW],
+        input=json.dumps(jobs),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "newly initialized" not in done.stderr
     assert "not used" not in done.stderr
-    return torch.load(out), again
+    return found
 
 
-def exported(tmp_path, config):
-    work = Qncd(tmp_path)
+def levels_of(work):
+    """What diffusers drew, [N, H, W, C] in units of a pixel's levels."""
+    return (torch.load(work.folder / "images.pt") * 255).round()
+
+
+def exported(folder, config):
+    """The command line in the folder, where the model of the configuration is exported to out."""
+    folder.mkdir(exist_ok=True)
+    work = Qncd(folder)
     work.write_config(config)
     work("calibrate", "--config", "tiny.yaml")
     work("quantize")
@@ -54,9 +86,9 @@ def exported(tmp_path, config):
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory, tiny_model):
+def everything(drawn):
     """The tiny model with EVERYTHING, exported to out. Do not change."""
-    return exported(tmp_path_factory.mktemp("exported"), tiny_config(tiny_model, **EVERYTHING))
+    return drawn["unet"]
 
 
 @pytest.fixture
@@ -130,44 +162,21 @@ def test_the_lines_of_a_text_model_name_a_prompt_with_its_quotes(tmp_path):
     assert "correction" not in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("model", ["tiny_model", "tiny_pixel_model", "tiny_dit_model"])
-def test_a_fresh_process_draws_the_same_images_and_saves_the_same_file(request, tmp_path, model):
-    work = exported(tmp_path, tiny_config(request.getfixturevalue(model), **EVERYTHING))
-    found, again = drawn_by_diffusers(
-        tmp_path / "out", tmp_path, class_labels=SEEDS, guidance_scale=2.0, num_inference_steps=4
-    )
-    expected = images_of(work)
-    assert torch.equal((found * 255).round().to(torch.uint8), expected)
-    part = "transformer" if "dit" in model else "unet"
-    before, after = tensors_of(tmp_path / "out", part), tensors_of(again, part)
+@pytest.mark.parametrize("model", ["unet", "pixel", "dit"])
+def test_a_fresh_process_draws_the_same_images_and_saves_the_same_file(drawn, model):
+    work = drawn[model]
+    assert torch.equal(levels_of(work).to(torch.uint8), images_of(work))
+    part = "transformer" if model == "dit" else "unet"
+    before, after = (tensors_of(work.folder / name, part) for name in ("out", "again"))
     assert before.keys() == after.keys()
     assert before.pop("metadata") == after.pop("metadata")
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_stable_diffusion_is_exported(tmp_path):
-    folder = tiny.save("StableDiffusionPipeline", tmp_path / "model")
-    prompts = ["a red shoe", "a blue bag", "a bag"]
-    changes = {**EVERYTHING, "sampling__prompts": prompts, "sampling__guidance_scale": 2.0}
-    work = exported(tmp_path, tiny_config(folder, **changes))
-    found, _ = drawn_by_diffusers(
-        tmp_path / "out", tmp_path, prompt=prompts, guidance_scale=2.0, num_inference_steps=4
-    )
-    difference = (found * 255).round() - images_of(work)
-    assert difference.abs().max() <= 1
-
-
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline, dev"])
-def test_rectified_flows_are_exported(tmp_path, name):
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", *FLOWS])
+def test_models_that_read_prompts_are_exported(drawn, name):
     """FLUX is told the timestep in units of its own; its group of timesteps is found."""
-    folder = tiny.save(name, tmp_path / "model")
-    prompts = ["a red shoe", "a blue bag", "a bag"]
-    changes = {**EVERYTHING, "sampling__prompts": prompts, "sampling__guidance_scale": 2.0}
-    changes |= {"sampling__scheduler": "flow-euler", "sampling__image_size": 16}
-    work = exported(tmp_path, tiny_config(folder, **changes))
-    options = {"height": 16, "width": 16, "guidance_scale": 2.0, "num_inference_steps": 4}
-    found, _ = drawn_by_diffusers(tmp_path / "out", tmp_path, prompt=prompts, **options)
-    difference = (found * 255).round() - images_of(work)
+    difference = levels_of(drawn[name]) - images_of(drawn[name])
     assert difference.abs().max() <= 1
 
 

@@ -10,15 +10,9 @@ import pytest
 from conftest import Qncd, tiny_config
 
 from qncd_cli.forecast import plan as forecast
-from qncd_cli.forecast import work
 
 RUN = Path("runs/tiny")
 PLAN = ("calibrate", "--config", "tiny.yaml", "--plan")
-
-
-@pytest.fixture(autouse=True)
-def _rates_of_no_use(monkeypatch):
-    monkeypatch.setattr(work, "RATE_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
