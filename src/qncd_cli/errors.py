@@ -6,6 +6,8 @@ line prints that as one line and exits with `exit_code` (the traceback only with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 EXIT_USAGE = 2
 EXIT_FILE = 4
 EXIT_INTERRUPTED = 130
@@ -44,10 +46,20 @@ class ModelError(QncdError):
 
 
 class NotFinite(ModelError):
-    """NaN or infinity, where it was first seen."""
+    """NaN or infinity, where it was first seen. seeds: of the samples concerned, where known."""
+
+    def __init__(self, message: str, hint: str = "", seeds: Sequence[int] = ()):
+        super().__init__(message, hint)
+        self.seeds = tuple(seeds)
 
 
 class BackendUnavailable(QncdError):
     """A backend, device or optional package is not available here."""
 
     exit_code = 6
+
+
+class VerificationFailed(QncdError):
+    """Images are black, constant or not finite, or too far from full precision's."""
+
+    exit_code = 7

@@ -137,8 +137,9 @@ def test_one_sample_of_many_is_named():
 
     scheduler = make_scheduler("ddim", {"clip_sample": False})
     draw = (predict, scheduler, 3, generators_for([5, 6, 7]), (1, 4, 4))
-    with pytest.raises(NotFinite, match="at step 1 .*for seed 6$"):
+    with pytest.raises(NotFinite, match="at step 1 .*for seed 6$") as one:
         denoise(*draw, seeds=[5, 6, 7])
+    assert one.value.seeds == (6,)
     with pytest.raises(NotFinite, match="for sample 1$"):
         denoise(*draw)
 

@@ -30,7 +30,7 @@ Your own model, a diffusers folder:
 
 \b
 Exit codes: 0 done, 2 usage, 3 configuration, 4 artifact, 5 model, 6 backend or hardware,
-130 interrupted (the line says what is kept).
+7 images at fault (verify), 130 interrupted (the line says what is kept).
 """
 
 

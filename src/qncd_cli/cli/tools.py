@@ -241,6 +241,44 @@ def bench(source, config_name, as_json, debug, **options):
 
 
 @click.command(
+    epilog="\b\nExamples:\n  qncd verify\n  qncd verify --min-psnr 20 --force\n"
+    "  qncd verify --run-dir runs/fashion_ldm_w4a8 --num 32 --json"
+)
+@click.option(
+    "--num",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="How many seeds, the first of the set.",
+)
+@click.option(
+    "--min-psnr",
+    type=click.FloatRange(0),
+    metavar="DB",
+    help="Decibels that every image needs beside full precision's (default: any will do).",
+)
+@options.batch_size
+@options.backend
+@options.set_name(
+    "Which sample set (default: quantized where it holds the seeds, else one of its own, verify)."
+)
+@options.run_dir
+@options.device
+@options.force("Draw the quantized model's images again although they are there.")
+@options.json_output
+def verify(run_dir, as_json, debug, **options):
+    """Look whether a quantized model still draws images; for CI.
+
+    Draws what is missing of a few seeds of the quantized model and of full precision. Exit code 7
+    where an image is black, of one colour or not finite, or below --min-psnr; a line for each.
+    """
+    from . import verify as command
+
+    command.verify(Console(as_json), run_dir, **options)
+
+
+@click.command(
     epilog="\b\nExamples:\n  qncd inspect runs/fashion_ldm_w4a8\n"
     "  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors --tensors"
 )
@@ -267,4 +305,4 @@ def models(as_json, debug):
     listing.models(Console(as_json))
 
 
-COMMANDS = (init, convert, export, ablate, bench, inspect, models)
+COMMANDS = (init, convert, export, verify, ablate, bench, inspect, models)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ModelError
+from ..errors import NotFinite
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .schedule import (
     FLUX_MAX_SHIFT,
@@ -30,10 +30,10 @@ DECODE_PIXELS = 64 * 32 * 32
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] float -> [0, 255] uint8, on the CPU. Raises ModelError for what is not finite."""
+    """[-1, 1] float -> [0, 255] uint8, on the CPU. Raises NotFinite for what is not."""
     finite = torch.isfinite(images).flatten(1).all(1)
     if not finite.all():
-        raise ModelError(
+        raise NotFinite(
             f"{int((~finite).sum())} of {len(images)} decoded images are not finite",
             "the latents are: are the decoder's weights sound? else lower sampling.guidance_scale",
         )

@@ -6,23 +6,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
-from ..config.loading import load_config, parse_config
+from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ArtifactError
 from ..lineage.measured import Measurement
-from ..store.artifact_files import read_stored
 from ..store.files import finite, read_json, write_bytes, write_json
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .measuring import Wishes, protocol_of, settle
 from .model import model_digest, open_model
+from .sets import check_model, check_quantized, full_folder
 from .watch import SILENT, Watch
-
-if TYPE_CHECKING:
-    from ..lineage.sample_set import SampleSet
-    from ..models.loading import DiffusionModel
 
 PARTS = {"protocol", "full", "quantized", "fidelity", "bytes"}
 """Objects that metrics.json holds where it compares two sets."""
@@ -98,19 +94,10 @@ def _evaluate(
 
     protocol = protocol_of(wishes, config)
     quantized_set = read_set(run.samples(name))
-    made_from = quantized_set.manifest["digests"].get("quantized")
-    if made_from not in (None, read_stored(run.tensors("quantized"), "quantized").digest):
-        raise ArtifactError(
-            f"{quantized_set.folder}: sampled from another quantized model than this run's",
-            'repeat "qncd sample" with --force',
-        )
+    check_quantized(run, quantized_set)
     model = open_model(config, device, run.path, watch)
-    if quantized_set.manifest["digests"]["model"] != model.digest:
-        raise ArtifactError(
-            f"{quantized_set.folder}: sampled from another model than {model.source} is now",
-            'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
-        )
-    full_set = read_set(_full_folder(run, config, model, quantized_set, watch))
+    check_model(quantized_set, model)
+    full_set = read_set(full_folder(run, config, model, quantized_set, watch))
     coverage = read_coverage(run.coverage)
     sizes = stage.sizes(run.tensors("quantized"), coverage)
     metrics_path, report_path = _outputs(run, name)
@@ -172,34 +159,6 @@ def _earlier(path: Path) -> dict[str, Any]:
 def is_whole(metrics: Any) -> bool:
     """Whether it is the metrics.json of two sets."""
     return isinstance(metrics, dict) and all(isinstance(metrics.get(k), dict) for k in PARTS)
-
-
-def _full_folder(
-    run: RunDir, config: Config, model: DiffusionModel, quantized_set: SampleSet, watch: Watch
-) -> Path:
-    """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
-    from ..runtime.sampled_model import SampledModel
-    from ..stages import pipeline
-    from ..stages import sample as stage
-
-    tree = config.to_dict()
-    seeds = quantized_set.seeds
-    tree["sampling"] = {**quantized_set.manifest["sampling"], "seed": seeds[0]}
-    config = parse_config(tree, str(quantized_set.folder))
-    sampled = SampledModel.full_precision(model)
-    digest = stage.identify(config, model, sampled)["digest"]
-    own = run.samples("full")
-    if own.is_dir():
-        manifest = read_json(own / "manifest.json", "qncd sample --full-precision")
-        if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
-            return own
-    batch_size = quantized_set.manifest["batch_size"]
-    with watch.keeping(
-        "images of finished batches are kept, the same command goes on with the next"
-    ):
-        return pipeline.full_precision_samples(
-            run.path.parent, config, model, seeds, batch_size, watch.track
-        )
 
 
 def _made(config: Config, coverage: dict[str, Any]) -> dict[str, Any]:

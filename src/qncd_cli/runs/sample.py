@@ -16,6 +16,7 @@ from ..spec import Compile
 from ..store.artifact_files import Stored, check_lineage, read_stored
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .model import model_digest, note_sampling, open_model
+from .sets import KEPT
 from .watch import SILENT, Watch
 
 if TYPE_CHECKING:
@@ -247,8 +248,7 @@ def _draw(
     if wishes.force:
         sample_sets.clear(folder)
     request = stage.SampleRequest(folder, seeds, batch_size)
-    kept = "images of finished batches are kept, the same command goes on with the next"
-    with watch.keeping(kept):
+    with watch.keeping(KEPT):
         return stage.run(config, model, sampled, request, watch.track)
 
 

@@ -25,4 +25,5 @@ def check_finite(values: Tensor, what: str, seeds: Sequence[int], hint: str = ""
     names = [str(seeds[i]) if seeds else str(i) for i in rows]
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     kind = ("seed" if seeds else "sample") + ("s" if len(names) > 1 else "")
-    raise NotFinite(f"{what} {kind} {', '.join(names[:NAMED])}{more}", hint)
+    message = f"{what} {kind} {', '.join(names[:NAMED])}{more}"
+    raise NotFinite(message, hint, [seeds[i] for i in rows] if seeds else ())

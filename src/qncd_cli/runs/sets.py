@@ -1,0 +1,66 @@
+"""The two sample sets of a run: of the quantized model, and of full precision on its seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config.loading import parse_config
+from ..config.schema import Config
+from ..errors import ArtifactError
+from ..store.artifact_files import read_stored
+from ..store.files import read_json
+from ..store.run_dir import RunDir
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from ..lineage.sample_set import SampleSet
+    from ..models.loading import DiffusionModel
+
+KEPT = "images of finished batches are kept, the same command goes on with the next"
+"""What whoever interrupts the drawing of images is told."""
+
+
+def check_quantized(run: RunDir, samples: SampleSet) -> None:
+    """Raises ArtifactError for samples of another quantized model than the run's."""
+    made_from = samples.manifest["digests"].get("quantized")
+    if made_from not in (None, read_stored(run.tensors("quantized"), "quantized").digest):
+        raise ArtifactError(
+            f"{samples.folder}: sampled from another quantized model than this run's",
+            'repeat "qncd sample" with --force',
+        )
+
+
+def check_model(samples: SampleSet, model: DiffusionModel) -> None:
+    """Raises ArtifactError for samples of another model than the one that is there now."""
+    if samples.manifest["digests"]["model"] != model.digest:
+        raise ArtifactError(
+            f"{samples.folder}: sampled from another model than {model.source} is now",
+            'repeat "qncd calibrate", "qncd quantize" and "qncd sample --force"',
+        )
+
+
+def full_folder(
+    run: RunDir, config: Config, model: DiffusionModel, quantized: SampleSet, watch: Watch
+) -> Path:
+    """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
+    from ..runtime.sampled_model import SampledModel
+    from ..stages import pipeline
+    from ..stages import sample as stage
+
+    tree = config.to_dict()
+    seeds = quantized.seeds
+    tree["sampling"] = {**quantized.manifest["sampling"], "seed": seeds[0]}
+    config = parse_config(tree, str(quantized.folder))
+    sampled = SampledModel.full_precision(model)
+    digest = stage.identify(config, model, sampled)["digest"]
+    own = run.samples("full")
+    if own.is_dir():
+        manifest = read_json(own / "manifest.json", "qncd sample --full-precision")
+        if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
+            return own
+    batch_size = quantized.manifest["batch_size"]
+    with watch.keeping(KEPT):
+        return pipeline.full_precision_samples(
+            run.path.parent, config, model, seeds, batch_size, watch.track
+        )
