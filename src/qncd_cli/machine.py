@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
 import shutil
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from . import __version__
 
 SYSTEM = Path("/")
+LIBRARIES = ("diffusers", "transformers", "torch-fidelity", "numpy", "scipy", "pillow")
 KEPT_SHARE = 0.25
 """Share of the free memory that dequantized weights may take between calls; larger: more stay."""
 
@@ -107,6 +110,15 @@ def described() -> dict[str, Any]:
         "torch": torch.__version__,
         "qncd": __version__,
     }
+
+
+def libraries() -> dict[str, str]:
+    """Versions of what images and their numbers come from, by package; Python's among them."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _cpu_name() -> str:

@@ -206,7 +206,7 @@ def test_runs_with_a_reference_of_the_same_name_and_other_images_are_refused(two
     two("eval", "--fid", *REFERENCE, "--run-dir", "runs/other")
     result = two("compare", "runs/tiny", "runs/other", ok=False)
     assert result.exit_code == 4
-    assert "different protocols (reference_sha256)" in result.stderr
+    assert "different protocols: reference_sha256 " in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -216,7 +216,63 @@ def test_runs_of_different_models_are_refused(two):
     metrics["protocol"]["model"] = "another"
     path.write_text(json.dumps(metrics))
     result = two("compare", "runs/tiny", "runs/other", ok=False)
-    assert "different protocols (model)" in result.stderr
+    assert "different protocols: model " in result.stderr and "against another" in result.stderr
+
+
+def change_protocol(runner: Qncd, **changes) -> None:
+    path = runner.folder / "runs/other/metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["protocol"] |= changes
+    path.write_text(json.dumps(metrics))
+
+
+def test_a_forced_comparison_shows_what_differs_and_full_precision_of_each_protocol(two):
+    steps = metrics_of(two)["protocol"]["sampling"]
+    change_protocol(two, sampling={**steps, "steps": 50}, num_samples=8)
+    refused = two("compare", "runs/tiny", "runs/other", ok=False)
+    assert refused.exit_code == 4
+    assert "num_samples 6 against 8; sampling.steps 4 against 50 (" in refused.stderr
+    found = two("compare", "runs/tiny", "runs/other", "--force-compare", "--json").data
+    assert found["differing"] == ["num_samples", "sampling.steps"]
+    names = [(row["name"], row["differs"]["sampling.steps"]) for row in found["rows"]]
+    assert names == [("full precision", 4), ("full precision", 50), ("tiny", 4), ("other", 50)]
+    table = two("compare", "runs/tiny", "runs/other", "--force-compare").stdout
+    assert "Not measured alike: num_samples, sampling.steps" in table and "50" in table
+
+
+def test_what_changes_numbers_by_rounding_is_a_remark(two):
+    change_protocol(two, backend="another", libraries={"torch": "1.0"})
+    compared = two("compare", "runs/tiny", "runs/other")
+    assert "against another; libraries." in compared.stderr
+    assert "libraries.torch " in compared.stderr and "against 1.0" in compared.stderr
+    assert len(compared.stderr.splitlines()) == 1
+
+
+def test_the_protocol_says_how_images_were_made_and_measured(work):
+    work("eval", "--fid", *REFERENCE)
+    protocol = metrics_of(work)["protocol"]
+    digests = ("model", "artifact", "network_sha256", "reference_sha256")
+    assert all(len(protocol[key]) >= 16 for key in digests)
+    assert protocol["sampling"].items() >= {"scheduler": "ddim", "steps": 4}.items()
+    assert protocol["sampling"]["guidance_scale"] == 2.0
+    assert (protocol["seeds"], protocol["num_samples"]) == ("0-5", 6)
+    assert protocol["class_counts"] == {"0": 2, "1": 2, "2": 1, "3": 1}
+    assert protocol["image_size"] == [16, 16] and protocol["pixel_range"] == [0, 255]
+    assert protocol["resize"].startswith("grey, 32x32")
+    assert protocol["libraries"]["torch"] == torch.__version__
+    assert protocol["device"] == {"full": "cpu", "quantized": "cpu", "features": "cpu"}
+    assert protocol["backend"] in ("int8", "simulate") and protocol["machine"]["threads"] >= 1
+
+
+def test_records_of_a_version_that_knew_less_go_on_and_are_compared(two):
+    path = two.folder / "runs/other/metrics.json"
+    metrics = json.loads(path.read_text())
+    for key in ("image_size", "resize", "pixel_range", "libraries", "machine", "device", "backend"):
+        del metrics["protocol"][key]
+    path.write_text(json.dumps(metrics))
+    assert two("compare", "runs/tiny", "runs/other").stderr == ""
+    two("eval", "--isc", *REFERENCE, "--run-dir", "runs/other")
+    assert metrics_of(two, Path("runs/other"))["protocol"]["metrics"] == ["fid", "isc"]
 
 
 def test_metrics_of_an_earlier_version_are_to_be_measured_again(two):

@@ -353,7 +353,8 @@ def test_compare_refuses_runs_of_different_protocols(evaluated, tmp_path, key):
     (other / "metrics.json").write_text(json.dumps(metrics))
     result = work("compare", "runs/tiny", "runs/other", ok=False)
     assert result.exit_code == 4
-    assert f"different protocols ({key})" in one_line(result)
+    assert f"different protocols: {key} " in one_line(result)
+    assert "against changed" in one_line(result)
 
 
 def test_compare_of_a_damaged_metrics_file_is_one_line(evaluated, tmp_path):

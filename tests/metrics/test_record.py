@@ -67,8 +67,10 @@ def test_a_record_of_an_earlier_version_is_replaced():
 
 @pytest.mark.parametrize("key", COMPARABLE)
 def test_runs_of_one_table_agree_in_every_key(key):
-    assert differing(record([])["protocol"], record([], **{key: "another"})["protocol"]) == [key]
-    assert differing(record([])["protocol"], record(["fid"], artifact="another")["protocol"]) == []
+    mine = record([])["protocol"]
+    found = differing(mine, record([], **{key: "another"})["protocol"])
+    assert found == {key: (mine[key], "another")}
+    assert differing(mine, record(["fid"], artifact="another")["protocol"]) == {}
 
 
 @pytest.mark.parametrize("module", ["metrics.record", "metrics.image_files"])

@@ -1,31 +1,21 @@
-"""The commands eval and compare: measure sample sets, put runs side by side."""
+"""The command eval: measure sample sets."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArtifactError
-from ..metrics.record import METRICS, differing
-from ..metrics.rows import OF_FIDELITY, POOLED
-from ..runs.evaluate import Evaluated, is_whole
+from ..metrics.record import METRICS
+from ..runs.evaluate import Evaluated
 from ..runs.evaluate import evaluate as evaluate_run
 from ..runs.measuring import Wishes, protocol_of_images, settle
-from ..store.files import read_json
-from ..store.run_dir import RunDir
-from ..vocabulary import IDENTICAL, MISSING, NUMBERS, cell, heading, interval
+from ..vocabulary import NUMBERS, cell, interval
 from .console import Console
 from .shared import explain, watching
-
-SHOWN = (
-    *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
-    *(*OF_FIDELITY, "bytes", "share_of_float32"),
-)
-"""What compare shows."""
 
 
 @dataclass(frozen=True)
@@ -96,81 +86,3 @@ def render(console: Console, metrics: Mapping[str, Any], title: str) -> None:
 def _cell(key: str, value: Any) -> str:
     value = interval(value) if isinstance(value, dict) else value
     return cell(key, value) if key in NUMBERS else str(value)
-
-
-# ------------------------------------------------------------------ compare
-
-
-def compare(console: Console, run_dirs: Sequence[str]) -> None:
-    """Rows of several runs. Raises ArtifactError when they were measured differently."""
-    evaluated = {
-        d: read_json(RunDir(Path(d)).metrics, f"qncd eval --run-dir {d}") for d in run_dirs
-    }
-    for d, metrics in evaluated.items():
-        whole = is_whole(metrics)
-        if not whole or not metrics["fidelity"].keys() >= {"per_seed", "changed"}:
-            what = "of an earlier version of qncd" if whole else "damaged"
-            raise ArtifactError(
-                f"{RunDir(Path(d)).metrics}: {what}", f'repeat "qncd eval --run-dir {d}"'
-            )
-    first, *others = evaluated.items()
-    for name, metrics in others:
-        keys = differing(first[1]["protocol"], metrics["protocol"])
-        if keys:
-            raise ArtifactError(
-                f"{first[0]} and {name} were measured in different protocols ({', '.join(keys)})",
-                "evaluate both with the same options",
-            )
-    full = first[1]
-    rows = [_compared("full precision", full["full"], None, full["bytes"]["full"], {})]
-    for d, metrics in evaluated.items():
-        size, made = metrics["bytes"]["quantized"], metrics.get("quantization") or {}
-        name, measured = Path(d).name, (metrics["quantized"], metrics["fidelity"])
-        rows.append(_compared(name, *measured, size, made))
-    for row in rows:
-        row["share_of_float32"] = row["bytes"] / rows[0]["bytes"]
-
-    def render() -> None:
-        from ..metrics.rows import bits
-
-        protocol = full["protocol"]
-        title = f"{protocol['num_samples']} samples, same seeds"
-        if protocol["network"]:
-            title += f"; distances in the features of {protocol['network']}"
-        cells = [
-            [row["name"], bits(row) if "weights" in row else MISSING]
-            + [_compared_cell(row, key) for key in SHOWN]
-            for row in rows
-        ]
-        cells[0][1] = "float32"
-        headings = ["", "bits", *map(heading, SHOWN)]
-        console.table(headings, cells, title)
-        explain(headings)
-
-    console.result({"rows": rows, "protocol": full["protocol"]}, render)
-
-
-def _compared(
-    name: str,
-    entry: dict[str, Any],
-    fidelity: dict[str, Any] | None,
-    size: int,
-    made: dict[str, Any],
-) -> dict[str, Any]:
-    to_data = entry.get("feature_distance") or {}
-    to_full = (fidelity or {}).get("feature_distance") or {}
-    return {
-        "name": name,
-        **made,
-        "feature_distance_to_reference": to_data.get("value"),
-        "feature_distance_to_full": to_full.get("value"),
-        "class_agreement": entry.get("class_agreement"),
-        **{key: fidelity[key] if fidelity else None for key in OF_FIDELITY},
-        "bytes": size,
-    }
-
-
-def _compared_cell(row: dict[str, Any], key: str) -> str:
-    """Pooled decibels are null where all is identical, which a full-precision row has none of."""
-    same = key in POOLED and row[key] is None and row["changed"] is not None
-    return IDENTICAL if same else cell(key, row[key])

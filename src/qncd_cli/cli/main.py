@@ -263,14 +263,26 @@ def run(device, force, plan, as_json, debug, **options):
     commands.run_all(Console(as_json), wanted, device, force=force, options=options)
 
 
-@cli.command(epilog="\b\nExample:\n  qncd compare runs/fashion_ldm_w8a8 runs/fashion_ldm_w4a8")
+@cli.command(
+    epilog="\b\nExamples:\n  qncd compare runs/fashion_ldm_w8a8 runs/fashion_ldm_w4a8\n"
+    "  qncd compare runs/steps20 runs/steps50 --force-compare"
+)
 @click.argument("run_dirs", nargs=-1, required=True, metavar="RUN_DIR...")
+@click.option(
+    "--force-compare",
+    "force",
+    is_flag=True,
+    help="Also of different protocols: a column for each thing in which they differ.",
+)
 @options.json_output
-def compare(run_dirs, as_json, debug):
-    """One table over several evaluated runs; refuses runs measured in different protocols."""
-    from . import evaluation
+def compare(run_dirs, force, as_json, debug):
+    """One table over several evaluated runs; refuses runs measured in different protocols.
 
-    evaluation.compare(Console(as_json), run_dirs)
+    What differs is named with both values: samples, sampling, reference, features.
+    """
+    from . import comparing
+
+    comparing.compare(Console(as_json), run_dirs, force=force)
 
 
 for command in tools.COMMANDS:

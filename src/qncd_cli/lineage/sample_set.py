@@ -80,10 +80,10 @@ def png_bytes(image: Tensor) -> bytes:
 
 
 def assemble(
-    folder: Path, identity: dict[str, Any], drawn: Artifact | None, batch_size: int
+    folder: Path, identity: dict[str, Any], drawn: Artifact | None, batch_size: int, device: str
 ) -> dict[str, Any]:
     """Join the parts, and what was drawn before, into one latents file, a sheet and the manifest,
-    which is returned."""
+    which is returned. device: of the last batch."""
     parts = sorted((folder / PARTS).glob("*.safetensors"))
     pieces = [drawn] if drawn else []
     latents = merge_latents(pieces + [artifacts.read(path, "latents") for path in parts])
@@ -101,6 +101,7 @@ def assemble(
         "seeds": seeds,
         "classes": latents.tensors["classes"].tolist(),
         "batch_size": batch_size,
+        "device": device,
         "extra_calls": latents.body["extra_calls"],
         "steps": latents.body["steps"],
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ArtifactError, BackendUnavailable
-from .features import FEATURE_SIZE
+from .features import FEATURE_SIZE, IMAGE_SIZE
 
 CLASSIFIER = Path(__file__).resolve().parents[1] / "zoo" / "features" / "classifier.safetensors"
 # torch-fidelity's file, the same bytes as pytorch-fid's: TensorFlow's Inception-v3 of 2015-12-05
@@ -37,7 +37,8 @@ class FeatureNetwork:
 
     name: as reported; extractor: torch-fidelity's name of the architecture; distance_name: what a
     Frechet distance in its features is called; weights and sha256: the file and its digest;
-    layers: torch-fidelity's names of the features [N, feature_size] and of the logits.
+    layers: torch-fidelity's names of the features [N, feature_size] and of the logits; resize: what
+    becomes of an image of 0 to 255 before its first layer.
     """
 
     name: str
@@ -47,6 +48,7 @@ class FeatureNetwork:
     sha256: str
     feature_size: int
     layers: tuple[str, str]
+    resize: str
 
     @property
     def is_fid(self) -> bool:
@@ -68,6 +70,7 @@ def packaged(weights: Path = CLASSIFIER) -> FeatureNetwork:
         sha256=_sha256(weights, hint),
         feature_size=FEATURE_SIZE,
         layers=("features", "logits"),
+        resize=f"grey, {IMAGE_SIZE}x{IMAGE_SIZE} bilinear with antialiasing, 0 to 1",
     )
 
 
@@ -93,6 +96,7 @@ def inception(weights: Path | None = None) -> FeatureNetwork:
         sha256=digest,
         feature_size=INCEPTION_FEATURES,
         layers=(str(INCEPTION_FEATURES), "logits_unbiased"),
+        resize="299x299 bilinear without antialiasing as in TensorFlow 1, -1 to 1",
     )
 
 

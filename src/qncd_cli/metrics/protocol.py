@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .. import __version__
+from .. import __version__, machine
 from ..progress import Track, no_progress
 from .fidelity import MINIMUM_IMAGES
 from .image import FeatureNetwork, Reference, prepare_reference
 from .record import METRICS
+
+PIXEL_RANGE = (0, 255)
+FEATURES_DEVICE = "cpu"
+"""Where features are extracted, whatever draws the images."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,14 @@ def _unmet(protocol: Protocol, count: int) -> dict[str, str]:
 
 
 def describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str, Any]:
-    """metrics.json's `protocol`. more: what is known of the sets."""
+    """metrics.json's `protocol`. more: what is known of the sets.
+
+    Features are computed on the CPU, of images of 0 to 255 in three channels; devices beside it are
+    those that images were drawn on, where that is known.
+    """
     network = protocol.network
+    device = {**more.get("device", {}), "features": FEATURES_DEVICE if network else None}
+    here = machine.described()
     reference = protocol.reference if set(protocol.metrics) - {"isc"} else None
     return {
         "version": __version__,
@@ -90,5 +100,10 @@ def describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str, 
         "reference_sha256": reference.digest if reference else None,
         "num_samples": count,
         "bootstrap_seed": protocol.seed,
+        "resize": network.resize if network else None,
+        "pixel_range": list(PIXEL_RANGE),
+        "libraries": machine.libraries(),
+        "machine": {key: here[key] for key in ("cpu", "capability", "threads")},
         **more,
+        "device": device,
     }

@@ -5,8 +5,10 @@ Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from ..store.digests import flat
 
 METRICS = ("fid", "isc", "kid", "prc")  # as torch-fidelity abbreviates them
 OPTIONAL = {"network_sha256": "network", "reference_sha256": "reference"}
@@ -21,6 +23,10 @@ COMPARABLE = (
     *OPTIONAL,
 )
 """Keys of a protocol in which all runs of one table agree."""
+LATER = ("image_size", "resize", "pixel_range")
+"""Such keys that records of earlier versions lack: they agree with any."""
+REMARKED = ("version", "backend", "device", "libraries", "machine")
+"""Keys that change numbers by rounding at most: runs that differ in them are compared."""
 
 
 def same_protocol(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -31,9 +37,29 @@ def same_protocol(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     )
 
 
-def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Keys of two protocols that keep runs out of one table."""
-    return [key for key in COMPARABLE if one.get(key) != other.get(key)]
+def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What keeps runs of two protocols out of one table: dotted key -> both values."""
+    known = [key for key in LATER if key in one and key in other]
+    return _unequal(one, other, [*COMPARABLE, *known])
+
+
+def remarked(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The same of what does not keep them out, and is worth a line."""
+    return _unequal(one, other, [key for key in REMARKED if key in one and key in other])
+
+
+def _unequal(
+    one: Mapping[str, Any], other: Mapping[str, Any], keys: Iterable[str]
+) -> dict[str, tuple[Any, Any]]:
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in keys:
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            a, b = flat(a, f"{key}."), flat(b, f"{key}.")
+            found |= {k: (a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k)}
+        elif a != b:
+            found[key] = (a, b)
+    return found
 
 
 def grown(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ so fidelity to the full-precision images stands beside them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def measure_images(source: Path, protocol: Protocol, track: Track = no_progress)
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
         raise ArtifactError(f"{source}: nothing can be measured: {'; '.join(reasons)}")
     entry = _entry(images, protocol, track)
-    return {"protocol": describe(protocol, len(images), {"images": str(source)}), "images": entry}
+    known = {"images": str(source), "image_size": list(images.shape[-2:])}
+    return {"protocol": describe(protocol, len(images), known), "images": entry}
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ def compare(
         "quantized": str(other.folder),
         "sets": {"full": _content(one), "quantized": _content(other)},
         "correction": other.manifest["correction"],
+        "image_size": list(one.images.shape[-2:]),  # height, width
+        "class_counts": _counts(one.manifest["classes"]),
+        "backend": other.manifest.get("backend"),
+        "compiled": bool(other.manifest.get("compiled")),
+        "device": {"full": one.manifest.get("device"), "quantized": other.manifest.get("device")},
     }
     return {
         "protocol": describe(protocol, len(one.seeds), sampling),
@@ -187,6 +194,11 @@ def sizes(quantized: Path, coverage: dict[str, Any]) -> dict[str, int]:
     artifact, rest = quantized.stat().st_size, coverage["rest_bytes"]
     full = coverage["float_denoiser_bytes"]
     return {"full": full, "quantized": artifact + rest, "artifact": artifact, "rest": rest}
+
+
+def _counts(classes: Sequence[int]) -> dict[str, int]:
+    """Class, or number of the prompt -> how many images were asked to show it."""
+    return {str(label): count for label, count in sorted(Counter(classes).items())}
 
 
 def _content(samples: SampleSet) -> dict[str, str]:

@@ -90,7 +90,9 @@ def run(
         part = request.folder / sample_sets.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
         if not part.is_file():
             draw_batch(config, model, sampled, scheduler, seeds, part, tick)
-    return sample_set.assemble(request.folder, identity, drawn, request.batch_size)
+    return sample_set.assemble(
+        request.folder, identity, drawn, request.batch_size, str(model.device)
+    )
 
 
 def costs(
