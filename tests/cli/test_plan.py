@@ -80,7 +80,7 @@ def test_bits_of_sensitive_layers_are_told_beside_the_others(qncd, tiny_model):
     assert "sensitive layers" not in plain.stdout
     for text in (
         "before sensitive layers",
-        "bits added, mean over weights",
+        "bits of weights by sensitivity, mean over weights",
         "0.50",
         "over MACs",
         "at most 1.00",

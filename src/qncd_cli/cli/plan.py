@@ -196,9 +196,9 @@ def _extra_bits(result: dict[str, Any]) -> list[list[str]]:
     weight, inputs = result["extra_weight_bits"], result["extra_input_bits"]
     rows = []
     if weight:
-        rows.append(["sensitive layers: bits added, mean over weights", f"{weight:.2f}"])
+        rows.append(["bits of weights by sensitivity, mean over weights", f"{weight:+.2f}"])
     if inputs:
-        rows.append(["sensitive layers: bits of inputs added, over MACs", f"at most {inputs:.2f}"])
+        rows.append(["bits of inputs by sensitivity, over MACs", f"at most {inputs:.2f}"])
     return rows
 
 

@@ -26,9 +26,9 @@ from ..quant.rounding import round_nearest
 from ..quant.smoothing import SmoothingFactor
 from ..spec import FLOAT_BITS, weight_spec
 from ..store.artifacts import Artifact
+from . import layer
 from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
-from .layer import ROUNDING_PASSES
 from .layer_plan import LayerPlan, has_own_weight_bits
 
 WIDTHS = (2, 3, 4, 6, 8)
@@ -171,9 +171,8 @@ def rounded_weight(plan: LayerPlan, factor: SmoothingFactor, bits: int) -> Tenso
 
 def cost(plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     """Every width of every layer, rounded and tried. plans: of quantized weights."""
-    tried = len(WIDTHS) * len(plans)
-    sizes = sum(p.layer.weight.numel() for p in plans)
-    return Cost(macs=tried * TRIED_ROWS * call.macs, passes=tried * ROUNDING_PASSES * sizes)
+    calls = len(WIDTHS) * len(plans) * TRIED_ROWS
+    return Cost(macs=calls * call.macs, passes=len(WIDTHS) * layer.cost(plans).passes)
 
 
 # ------------------------------------------------------------------ allocation
