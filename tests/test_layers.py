@@ -117,6 +117,7 @@ GROUND: dict[str, list[str]] = {
     "machine": [""],
     "progress": [],
     "spec": [],
+    "stopping": [],
     "vocabulary": [],
 }
 OUTSIDE: dict[str, list[str]] = {
@@ -184,6 +185,7 @@ DOORS: dict[str, list[str]] = {
         "runtime.*",
         "lineage.sample_set",
         "store.artifacts",
+        "store.partial",
         "exported",
         "quant.*",
         "models.*",

@@ -476,8 +476,8 @@ def interrupted_at(call: int) -> Iterator[None]:
     ("stage", "call", "kept"),
     [
         ("calibrate", 1, "nothing of calibrate is kept"),  # smoothing
-        ("calibrate", 4, "nothing of calibrate is kept"),  # trajectories
-        ("quantize", 3, "calibrate is kept, nothing of quantize is"),  # noise statistics
+        ("calibrate", 4, "what calibrate has done is kept"),  # trajectories
+        ("quantize", 3, "calibrate is kept, what quantize has done is"),  # noise statistics
         ("sample", 1, "images of finished batches are kept"),  # before the first batch ends
         ("sample", 4, "images of finished batches are kept"),  # in the second batch
         ("eval", 3, "images of finished batches are kept"),  # while drawing full precision
@@ -500,7 +500,9 @@ def test_interrupting_a_stage_that_is_redone_leaves_its_old_outputs(work, stage)
     before = snapshot(work)
     with interrupted_at(3):
         one_line(work(*COMMANDS[stage], "--force", ok=False), 130)
-    assert snapshot(work) == before
+    partial = f"tiny/partial/{stage}/"
+    after = snapshot(work)
+    assert {name: data for name, data in after.items() if not name.startswith(partial)} == before
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "quantize"])

@@ -210,13 +210,20 @@ def _measure(variant: Variant, identity: dict[str, Any], ablation: _Ablation) ->
     with _clock(seconds, "calibrate"):
         shared = RunDir(request.folder / "calibration" / identity["calibrate"])
         calibration, smoothing, calibrated = pipeline.calibrate(
-            shared, config, model, ablation.track, force=ablation.force(shared.path)
+            shared,
+            config,
+            model,
+            ablation.track,
+            force=ablation.force(shared.path),
+            tell=ablation.tell,
         )
     with _clock(seconds, "quantize"):
         made = RunDir(request.folder / "quantized" / identity["quantize"])
         force = ablation.force(made.path)
         reused = pipeline.quantize(
-            made, config, model, calibration, smoothing, ablation.track, force=force
+            *(made, config, model, calibration, smoothing, ablation.track),
+            force=force,
+            tell=ablation.tell,
         )
     with _clock(seconds, "sample"):
         folder = _sample(variant, made, ablation)

@@ -27,12 +27,12 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def keeping(what: str) -> Iterator[None]:
+def keeping(what: str | Callable[[], str]) -> Iterator[None]:
     """Whoever interrupts the block is told what is kept. The innermost block is heard."""
     try:
         yield
     except KeyboardInterrupt as error:
-        raise Interrupted(what) from error
+        raise Interrupted(what if isinstance(what, str) else what()) from error
 
 
 class ErrorReportingCommand(click.Command):

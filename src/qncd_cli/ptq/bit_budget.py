@@ -9,6 +9,7 @@ knapsack: one width per layer, least summed sensitivity, at most so many bits.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from ..quant.rounding import round_nearest
 from ..quant.smoothing import SmoothingFactor
 from ..spec import FLOAT_BITS, weight_spec
 from ..store.artifacts import Artifact
+from ..store.partial import Piece
 from . import layer
 from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
@@ -103,13 +105,19 @@ def measure_sensitivity(job: QuantizationJob, track: Track) -> dict[str, ErrorBy
     predict = _conditional(job.model, job.calibration, rows, rows_per_call)
     exact = predict({})
     power = exact.square().sum(1).clamp(min=1e-30)
-    found: dict[str, ErrorByBits] = {}
-    for plan in track(job.plans, "measuring sensitivity", len(job.plans), "layers"):
-        found[plan.name] = {}
+
+    def measured(plan: LayerPlan) -> Piece:
+        errors = []
         for bits in WIDTHS:
             weight = rounded_weight(plan, job.factor(plan.name), bits)
             error = (predict({f"{plan.name}.weight": weight}) - exact).square().sum(1)
-            found[plan.name][bits] = float((error / power).mean())
+            errors.append((bits, float((error / power).mean())))
+        return Piece(errors)
+
+    found: dict[str, ErrorByBits] = {}
+    for plan in track(job.plans, "measuring sensitivity", len(job.plans), "layers"):
+        measure = functools.partial(measured, plan)
+        found[plan.name] = dict(job.partial.piece(f"budget {plan.name}", measure).value)
     return found
 
 

@@ -26,6 +26,7 @@ from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import denoiser_costs, timestep_group
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, activation_spec, weight_spec
 from ..store.artifacts import Artifact
+from ..store.partial import Partial, Piece
 from .cost import HEADROOM, Cost, DenoiserCall
 from .job import QuantizationJob
 from .layer_plan import LayerPlan, range_observer
@@ -38,6 +39,8 @@ PROJECTIONS = 4
 """Random directions of the output that are looked at per calibration row."""
 BACKWARD = 2.0
 """Time of a backward pass over that of a forward one."""
+SUMS = "sensitivity "
+"""Beginning of a name in partial results; the number of timesteps that the sums hold follows."""
 
 
 @dataclass(frozen=True)
@@ -136,21 +139,24 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
     pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows.
     """
     model, calibration, plans = job.model, job.calibration, job.plans
-    roundings, differences = {}, {}
-    for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
-        roundings[p.name] = _InputError(job, p)
-        differences[p.name] = _weight_error(p, job.factor(p.name))
     timestep = calibration.tensors["inputs.timestep"]
     times = sorted(set(timestep.tolist()), reverse=True)
     picked = sorted({times[round(i * (len(times) - 1) / (STEPS - 1))] for i in range(STEPS)})
     generator = torch.Generator().manual_seed(0)
     result = Sensitivity(*({p.name: 0.0 for p in plans} for _ in range(2)))
+    done = _go_on(job.partial, len(picked), result, generator)
+    if done == len(picked):
+        return result
+    roundings, differences = {}, {}
+    for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
+        roundings[p.name] = _InputError(job, p)
+        differences[p.name] = _weight_error(p, job.factor(p.name))
     weights = {p.name: p.layer.weight for p in plans}
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        passes = PROJECTIONS * len(picked)
-        for t, tick in counted(track, picked, "measuring sensitivity", passes, "passes"):
+        passes = PROJECTIONS * len(picked[done:])
+        for t, tick in counted(track, picked[done:], "measuring sensitivity", passes, "passes"):
             rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
             with torch.enable_grad(), _own_inputs(model.denoiser, list(roundings)) as inputs:
                 prediction = _prediction(job.config, model, calibration, rows, t)
@@ -177,10 +183,34 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
                         product = (grad * differences[name]).double().sum()
                         result.weights[name] += float(product.square()) / count
                 tick()
+            done += 1
+            job.partial.keep(f"{SUMS}{done}", _sums(result, generator))
     finally:
         for weight in weights.values():
             weight.requires_grad_(False)
     return result
+
+
+def _sums(so_far: Sensitivity, generator: torch.Generator) -> Piece:
+    """What is known after some timesteps, and what is to be drawn next."""
+    sums = {
+        "inputs": torch.tensor([*so_far.inputs.values()], dtype=torch.float64),
+        "weights": torch.tensor([*so_far.weights.values()], dtype=torch.float64),
+    }
+    return Piece(tensors={**sums, "generator": generator.get_state()})
+
+
+def _go_on(partial: Partial, most: int, result: Sensitivity, generator: torch.Generator) -> int:
+    """Bring result and generator to where an earlier process was; how many timesteps that were."""
+    for done in range(most, 0, -1):
+        found = partial.take(f"{SUMS}{done}")
+        if found is None:
+            continue
+        for name, table in (("inputs", result.inputs), ("weights", result.weights)):
+            table.update(zip(table, found.tensors[name].tolist(), strict=True))
+        generator.set_state(found.tensors["generator"])
+        return done
+    return 0
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from ..config.schema import Config
 from ..models.loading import DiffusionModel
 from ..quant.smoothing import IDENTITY, SmoothingFactor
 from ..store.artifacts import Artifact, tensors_below
+from ..store.partial import NOTHING_KEPT, Partial
 from .layer_plan import LayerPlan
 from .smoothing_choice import Factors
 
@@ -19,7 +20,7 @@ class QuantizationJob:
     """A model that is being quantized.
 
     calibration: of this model and configuration. plans: what is to become of each layer; factors:
-    smoothing factors of the layers that have one.
+    smoothing factors of the layers that have one. partial: what an earlier process has done.
     """
 
     config: Config
@@ -27,6 +28,7 @@ class QuantizationJob:
     calibration: Artifact
     plans: list[LayerPlan]
     factors: Factors
+    partial: Partial = NOTHING_KEPT
 
     def planned(self, plans: list[LayerPlan]) -> QuantizationJob:
         """The same job with other plans."""

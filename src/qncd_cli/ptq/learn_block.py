@@ -151,10 +151,10 @@ def learn_block(
     if unit > 0:
         start = {n: _buffers(layer) for n, layer in block.layers.items()}
         learnt = _descend(block, settings, teaching, unit, seed, tick)
-        _load(block.layers, learnt)
+        load(block.layers, learnt)
         after = block.mean_error(judges)
         if not after < before:
-            _load(block.layers, start)
+            load(block.layers, start)
     return learnt, Learnt(before / power, min(after, before) / power, after < before)
 
 
@@ -162,7 +162,8 @@ def _buffers(layer: QuantizedLayer) -> dict[str, Tensor]:
     return {n: b for n, b in layer.named_buffers() if n in ("weight", "bias", "input_scale")}
 
 
-def _load(layers: dict[str, QuantizedLayer], states: dict[str, dict[str, Tensor]]) -> None:
+def load(layers: dict[str, QuantizedLayer], states: dict[str, dict[str, Tensor]]) -> None:
+    """Give layers the buffers that were learnt, by layer and by the artifact's names."""
     for name, layer in layers.items():
         for key, value in states[name].items():
             setattr(layer, key, value)

@@ -18,11 +18,13 @@ from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted
 from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser
+from ..runtime.kept_calls import KeptCalls
 from ..sampling.levels import StepInfo, plan_steps
 from ..sampling.noise import chunks, generators_for
 from ..sampling.parametrization import prediction_type, to_corrected
 from ..sampling.samplers import OnStep, Predict
 from ..store.artifacts import KINDS, Artifact, torch_type
+from ..store.partial import NOTHING_KEPT, Partial
 from .cost import SIMULATION, Cost, DenoiserCall
 
 CALLS_PER_STEP = 5
@@ -31,7 +33,11 @@ at the last step), and full precision at the quantized model's inputs."""
 
 
 def measure_noise(
-    config: Config, model: DiffusionModel, quantized: Artifact, track: Track
+    config: Config,
+    model: DiffusionModel,
+    quantized: Artifact,
+    track: Track,
+    partial: Partial = NOTHING_KEPT,
 ) -> Artifact:
     """Quantization noise per timestep, and what the run-time estimator reads without any.
 
@@ -54,7 +60,9 @@ def measure_noise(
             for name, (type_, shape) in layout.items()
         }
     else:
-        tensors = _measure(config, model, quantized, prediction_type(scheduler), plan, track)
+        tensors = _measure(
+            config, model, quantized, prediction_type(scheduler), plan, track, partial
+        )
         body["steps"] = len(tensors["timesteps"])
     parents = {"quantized": quantized.digest}
     digest = config.stage_digest("quantize")
@@ -84,14 +92,15 @@ def _measure(
     kind: str,
     plan: Sequence[StepInfo],
     track: Track,
+    partial: Partial,
 ) -> dict[str, Tensor]:
     """The artifact's tensors, from the first calibration seeds. kind: what the model predicts."""
     calibration = config.calibration
-    full = full_denoiser(model)
+    full = KeptCalls(full_denoiser(model), partial, "noise, full precision")
     cache = config.quantization.cache_time_embeddings
-    simulated = quantized_denoiser(
-        model, quantized, "simulate", cache, low_memory=not keeps(model.denoiser_bytes())
-    )
+    low_memory = not keeps(model.denoiser_bytes())
+    quantized_model = quantized_denoiser(model, quantized, "simulate", cache, low_memory=low_memory)
+    simulated = KeptCalls(quantized_model, partial, "noise, quantized")
     statistics = NoiseStatistics()
     own: list[Estimate] = []
     readings: list[tuple[list[Estimate], list[StepError]]] = []

@@ -14,6 +14,8 @@ from ..models.topology import capture_inputs
 from ..progress import Track, counted
 from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser
+from ..runtime.kept_calls import KeptCalls
+from ..store.partial import NOTHING_KEPT, Partial
 from .cost import Cost, DenoiserCall
 from .layer_plan import LayerPlan
 
@@ -21,6 +23,8 @@ PROBE_TRAJECTORIES = 8
 PROBE_STEPS = 10
 PROBE_ELEMENTS = 1 << 20
 """Values of a layer's input that are kept."""
+PROBE_CALLS = "probes"
+"""Name of the calls in partial results."""
 
 
 @dataclass
@@ -44,6 +48,7 @@ def collect_probes(
     plans: list[LayerPlan],
     steps: int,
     track: Track,
+    partial: Partial = NOTHING_KEPT,
 ) -> dict[str, Probe]:
     """Inputs of every layer at PROBE_STEPS evenly spaced steps of a few trajectories.
 
@@ -55,22 +60,28 @@ def collect_probes(
     probes = {plan.name: Probe(plan.channel_axis, []) for plan in plans}
     step = 0
 
-    def receive(name: str, x: Tensor) -> None:
+    def receive(name: str, picked: Tensor) -> None:
+        if name in probes:
+            probes[name].parts.append((calls.step.timestep, picked))
+
+    calls = KeptCalls(denoiser, partial, PROBE_CALLS, receive=receive)
+
+    def see(name: str, x: Tensor) -> None:
         if step not in kept:
             return
         picked = x[:: _stride(len(x), x[0].numel())].detach().float().cpu().clone()
         if not torch.isfinite(picked).all():
             t = denoiser.step.timestep
             raise NotFinite(f"the input of layer {name} is not finite at timestep {t:g}")
-        probes[name].parts.append((denoiser.step.timestep, picked))
+        calls.saw(name, picked)
 
     def predicted(index: int, *_: Tensor) -> None:
         nonlocal step
         step = index + 1
 
-    with capture_inputs(model.denoiser, list(probes), receive):
+    with capture_inputs(model.denoiser, list(probes), see):
         for batch, tick in counted(track, [seeds], "looking at layers' inputs", steps, "calls"):
-            trajectory.draw(config, model, denoiser, batch, on_step=predicted, tick=tick)
+            trajectory.draw(config, model, calls, batch, on_step=predicted, tick=tick)
     return probes
 
 

@@ -12,7 +12,6 @@ A block keeps what it learnt only if its output error on held-out trajectories w
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,13 +25,14 @@ from ..progress import Track, counted
 from ..quant.layers import QuantizedLayer
 from ..runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser, timestep_group
 from ..spec import FLOAT_BITS
-from ..store.artifacts import Artifact
+from ..store.artifacts import Artifact, tensors_by_module
 from ..store.layer_entry import Reconstruction, bodies, layer_entries
+from ..store.partial import Piece
 from .block_calls import BlockCalls, CalibrationRows, record
 from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
 from .layer_plan import LayerPlan
-from .learn_block import JUDGED_AT_ONCE, Block, learn_block
+from .learn_block import JUDGED_AT_ONCE, Block, Learnt, learn_block, load
 
 CACHE_BYTES = 2 << 30
 """Disk for the full-precision calls of several blocks; more blocks take more passes."""
@@ -41,6 +41,8 @@ LEARNING_WEIGHTS = 10
 Adam's two moments and the soft weight's parts."""
 LEARNING_PASSES = 3
 """Forward and backward, of one gradient step."""
+BLOCK = "block "
+"""Beginning of a name in partial results; that of the block follows."""
 
 
 def reconstruct(job: QuantizationJob, start: Artifact, track: Track) -> Artifact:
@@ -61,11 +63,15 @@ def reconstruct(job: QuantizationJob, start: Artifact, track: Track) -> Artifact
     rows = CalibrationRows(config, model, job.calibration, settings.reconstruction_rows)
     group = torch.tensor([timestep_group(t, student.group_bounds) for t in rows.timestep.tolist()])
     tensors = dict(start.tensors)
-    with tempfile.TemporaryDirectory(prefix="qncd-reconstruct-") as name:
-        pairs = recorded_blocks(
-            rows, teacher, student, grouped, Path(name), settings.rounding, track
-        )
-        total = len(grouped) * settings.iterations
+    done = {n: found for n in grouped if (found := job.partial.take(f"{BLOCK}{n}")) is not None}
+    for name, piece in done.items():
+        if Learnt(*piece.value).kept:
+            learnt = {n: t.to(model.device) for n, t in piece.tensors.items()}
+            load(quantized_layers(student.module, grouped[name]), tensors_by_module(learnt))
+    todo = {name: layers for name, layers in grouped.items() if name not in done}
+    with job.partial.scratch() as folder:
+        pairs = recorded_blocks(rows, teacher, student, todo, folder, settings.rounding, track)
+        total = len(todo) * settings.iterations
         learning = counted(track, pairs, "learning the rounding", total, "iterations")
         for (block_name, calls, targets), tick in learning:
             layers = quantized_layers(student.module, grouped[block_name])
@@ -78,14 +84,21 @@ def reconstruct(job: QuantizationJob, start: Artifact, track: Track) -> Artifact
                 group,
                 model.device,
             )
-            learnt, report = learn_block(
+            states, report = learn_block(
                 block, settings, rows.held_out, config.calibration.seed, tick
             )
-            for n in layers:
-                entries[n] = replace(entries[n], reconstruction=Reconstruction(block_name, *report))
-                if report.kept:
-                    entries[n] = replace(entries[n], rounding=settings.rounding)
-                    tensors |= {f"{n}.{key}": value for key, value in learnt[n].items()}
+            new = states if report.kept else {}
+            done[block_name] = Piece(
+                [*report], {f"{n}.{key}": t for n, state in new.items() for key, t in state.items()}
+            )
+            job.partial.keep(f"{BLOCK}{block_name}", done[block_name])
+    for block_name, piece in done.items():
+        report = Learnt(*piece.value)
+        tensors |= piece.tensors
+        for n in grouped[block_name]:
+            rounding = settings.rounding if report.kept else entries[n].rounding
+            reconstruction = Reconstruction(block_name, *report)
+            entries[n] = replace(entries[n], reconstruction=reconstruction, rounding=rounding)
     return replace(start, tensors=tensors, body={**start.body, "layers": bodies(entries)})
 
 
@@ -122,6 +135,8 @@ def recorded_blocks(
     The arguments of a brecq block are recorded when it is its turn: they depend on what was
     learnt before.
     """
+    if not grouped:
+        return
     first = rows.batches[0][:1]
     probe = record(rows, teacher, grouped, folder, arguments=True, output=True, batches=[first])
     size = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -24,10 +25,11 @@ from ..quant.smoothing import (
 )
 from ..runtime.denoiser import Denoiser, group_bounds
 from ..store.artifacts import Artifact
+from ..store.partial import NOTHING_KEPT, Partial, Piece
 from .cost import Cost, DenoiserCall
 from .layer_error import LayerError
 from .layer_plan import LayerPlan, plan_layers
-from .probes import Probe, collect_probes
+from .probes import PROBE_CALLS, Probe, collect_probes
 from .probes import cost as probing_cost
 
 EMBEDDED_CLASSES = 16
@@ -35,6 +37,9 @@ EMBEDDED_CLASSES = 16
 SMOOTHQUANT_STRENGTHS = (0.25, 0.5, 0.75)
 RANGE_STRENGTHS = (0.5, 0.75, 1.0)
 """Tried by auto."""
+EMBEDDINGS, CHOICES = "embeddings ", "choice "
+BEFORE_FACTORS = (EMBEDDINGS, CHOICES, f"{PROBE_CALLS} ")
+"""Beginnings of names in partial results: what is needed until the factors are chosen."""
 
 Factors = dict[str, SmoothingFactor]
 Described = dict[str, dict[str, Any]]
@@ -58,6 +63,7 @@ def choose_factors(
     denoiser: Denoiser,
     timesteps: list[float],
     track: Track,
+    partial: Partial = NOTHING_KEPT,
 ) -> tuple[Factors, Described]:
     """Factor [C_in] per layer that has one, and the body of the smoothing artifact.
 
@@ -71,14 +77,14 @@ def choose_factors(
     boundaries = _boundaries(config, model.denoiser)
     embedded: Factors = {}
     if reads_embeddings(config):
-        embedded = embedding_factors(config, model, denoiser, timesteps, track)
+        embedded = embedding_factors(config, model, denoiser, timesteps, track, partial)
     chosen: Chosen = {}
     if intra == "embedding":
         chosen = {name: ("embedding", f) for name, f in embedded.items()}
     wanted = looked_at(config, model.denoiser)
     if not wanted:
         return _describe(chosen, {})
-    probes = collect_probes(config, model, denoiser, wanted, len(timesteps), track)
+    probes = collect_probes(config, model, denoiser, wanted, len(timesteps), track, partial)
     errors: dict[str, dict[str, float]] = {}
     for plan in track(wanted, "choosing smoothing factors", len(wanted), "layers"):
         probe = probes.pop(plan.name)
@@ -88,9 +94,11 @@ def choose_factors(
         if plan.name in boundaries:
             candidates["split"] = split_factor(*probe.channel_range(), boundaries[plan.name])
         if intra == "auto":
-            chosen[plan.name], errors[plan.name] = _least_error(
-                config, plan, probe, candidates, timesteps
-            )
+            candidates["none"] = IDENTITY
+            judge = functools.partial(_errors, config, plan, probe, candidates, timesteps)
+            judged = partial.piece(f"{CHOICES}{plan.name}", judge).value
+            best = min(judged, key=lambda name: (judged[name], name != "none"))
+            chosen[plan.name], errors[plan.name] = (best, candidates[best]), judged
         elif candidates:
             chosen[plan.name] = next(iter(candidates.items()))
     return _describe(chosen, errors)
@@ -143,19 +151,17 @@ def _candidates(
     return found
 
 
-def _least_error(
+def _errors(
     config: Config,
     plan: LayerPlan,
     probe: Probe,
     candidates: Factors,
     timesteps: list[float],
-) -> tuple[tuple[str, SmoothingFactor], dict[str, float]]:
+) -> Piece:
+    """What each candidate leaves of error in the layer's output, by its name."""
     bounds = group_bounds(timesteps, config.quantization.activations.timestep_groups)
     error = LayerError(config, plan, probe, bounds)
-    found = {name: error.of(factor) for name, factor in candidates.items()}
-    found["none"] = error.of(IDENTITY)
-    best = min(found, key=lambda name: (found[name], name != "none"))
-    return (best, {**candidates, "none": IDENTITY}[best]), found
+    return Piece({name: error.of(factor) for name, factor in candidates.items()})
 
 
 def _describe(chosen: Chosen, errors: dict[str, dict[str, float]]) -> tuple[Factors, Described]:
@@ -184,6 +190,7 @@ def embedding_factors(
     denoiser: Denoiser,
     timesteps: list[float],
     track: Track,
+    partial: Partial = NOTHING_KEPT,
 ) -> dict[str, SmoothingFactor]:
     """The embedding-derived factor of every layer behind a timestep embedding."""
     sites = smoothing_sites(model.denoiser)
@@ -193,12 +200,19 @@ def embedding_factors(
     x = torch.zeros(rows, *model.latent_shape)
     condition = model.condition(model.labels(list(range(rows)), config.sampling.classes))
     times = sorted(set(timesteps), reverse=True)
-    embeddings = step_embeddings(
-        model.denoiser,
-        sorted({site.projection for site in sites}),
-        lambda t: denoiser(x, torch.tensor(t), condition),
-        track(times, "reading timestep embeddings", len(times), "calls"),
-    )
+    projections = sorted({site.projection for site in sites})
+
+    def at(t: float) -> Piece:
+        found = step_embeddings(
+            model.denoiser, projections, lambda t: denoiser(x, torch.tensor(t), condition), [t]
+        )
+        return Piece(tensors=found)
+
+    parts = [
+        partial.piece(f"{EMBEDDINGS}{t}", functools.partial(at, t)).tensors
+        for t in track(times, "reading timestep embeddings", len(times), "calls")
+    ]
+    embeddings = {name: torch.cat([part[name] for part in parts]) for name in projections}
     factors: Factors = {}
     for site in sites:
         embedding = embeddings[site.projection].chunk(site.parts, dim=1)[site.part]

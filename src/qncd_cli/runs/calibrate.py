@@ -10,6 +10,8 @@ from ..config.schema import Config
 from ..lineage import freshness
 from ..lineage.freshness import State
 from ..store.files import write_bytes
+from ..store.lock import locked
+from ..store.partial_folder import discard_unneeded, kept_phrase
 from ..store.run_dir import RunDir
 from .model import model_digest, note_sampling, open_model
 from .watch import SILENT, Watch
@@ -55,16 +57,20 @@ def calibrate(
     if state is not None and skipped:
         body = state.found["calibration"].body
         freshness.note_settings(run, "calibrate", config)
+        discard_unneeded(run.path, "calibrate")
     else:
         watch.reason(state, force)
         from ..stages import pipeline
 
-        with watch.keeping("nothing of calibrate is kept, the same command begins it again"):
+        with watch.keeping(lambda: kept_phrase(run.path, "calibrate")):
             model = open_model(config, device, run.path, watch)
             note_sampling(watch, config, model)
             if state is None:
                 watch.reason(freshness.calibrated(run, config, model.digest), force)
-            made, _, skipped = pipeline.calibrate(run, config, model, watch.track, force=force)
+            with locked(run.path, watch.note):
+                made, _, skipped = pipeline.calibrate(
+                    run, config, model, watch.track, force=force, tell=watch.note
+                )
         body = made.body
     keep_config(run, config)
     rows, layers = body["rows"], len(body["layers"])

@@ -13,6 +13,8 @@ from ..errors import ArtifactError
 from ..lineage import freshness
 from ..lineage.freshness import State
 from ..store.artifact_files import check_lineage, read_stored
+from ..store.lock import locked
+from ..store.partial_folder import discard_unneeded, kept_phrase
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .calibrate import keep_config
 from .model import model_digest, open_model
@@ -59,6 +61,7 @@ def quantize(
     skipped = state is not None and state.holds and not force
     if skipped:
         freshness.note_settings(run, "quantize", wanted)
+        discard_unneeded(run.path, "quantize")
     else:
         skipped = _quantize(run, wanted, device, state, force, watch)
     if config is not None:
@@ -75,17 +78,20 @@ def _quantize(
     from ..stages import pipeline
     from ..store import artifacts
 
-    kept = "calibrate is kept, nothing of quantize is; the same command begins it again"
-    with watch.keeping(kept):
+    with watch.keeping(lambda: f"calibrate is kept, {kept_phrase(run.path, 'quantize')}"):
         model = open_model(config, device, run.path, watch)
-        check_parents(run, config, model.digest)
         if state is None:
             watch.reason(freshness.of_run(run, config, model.digest)[1], force)
-        smoothing = artifacts.read(run.tensors("smoothing"), "smoothing")
-        calibration = artifacts.read(run.tensors("calibration"), "calibration")
-        return pipeline.quantize(
-            run, config, model, calibration, smoothing, watch.track, force=force
-        )
+        with locked(run.path, watch.note):
+            check_parents(run, config, model.digest)
+            smoothing, calibration = (
+                artifacts.read(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
+            )
+            return pipeline.quantize(
+                *(run, config, model, calibration, smoothing, watch.track),
+                force=force,
+                tell=watch.note,
+            )
 
 
 def check_parents(run: RunDir, config: Config, model: str | None) -> None:

@@ -14,7 +14,11 @@ def _unheard(*what: object) -> None:
     pass
 
 
-def _uninterrupted(kept: str) -> AbstractContextManager[None]:
+Kept = str | Callable[[], str]
+"""What is kept of interrupted work, for people: known beforehand, or asked for afterwards."""
+
+
+def _uninterrupted(kept: Kept) -> AbstractContextManager[None]:
     return nullcontext()
 
 
@@ -30,7 +34,7 @@ class Watch:
     track: Track = no_progress
     note: Callable[[str], None] = _unheard
     reason: Callable[[State | None, bool], object] = _unheard
-    keeping: Callable[[str], AbstractContextManager[None]] = _uninterrupted
+    keeping: Callable[[Kept], AbstractContextManager[None]] = _uninterrupted
     imported: Callable[[], object] = _unheard
 
 

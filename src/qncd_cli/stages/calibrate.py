@@ -14,43 +14,52 @@ from ..ptq import smoothing_choice
 from ..ptq.attention import operand_observers
 from ..ptq.cost import Cost, DenoiserCall
 from ..ptq.layer_plan import plan_layers
-from ..ptq.smoothing_choice import Factors, choose_factors
+from ..ptq.smoothing_choice import BEFORE_FACTORS, Factors, choose_factors, factors_of
 from ..quant.layers import StepState
 from ..quant.observers import RangeObserver
 from ..quant.smoothing import IDENTITY
 from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser, full_denoiser, group_bounds, timestep_group
+from ..runtime.kept_calls import KeptCalls, calls_kept
 from ..sampling.noise import chunks
 from ..sampling.samplers import OnStep
 from ..spec import ATTENTION_OPERANDS
 from ..store.artifacts import Artifact, seal
+from ..store.partial import NOTHING_KEPT, Partial, Piece
+
+SMOOTHING, OBSERVERS, CALLS = "smoothing", "observers", "trajectories"
+"""Names in partial results."""
 
 TRAJECTORIES = "trajectories"
 """The part in which the calibration is held."""
 
 
 def run(
-    config: Config, model: DiffusionModel, track: Track = no_progress
+    config: Config,
+    model: DiffusionModel,
+    track: Track = no_progress,
+    partial: Partial = NOTHING_KEPT,
 ) -> tuple[Artifact, Artifact]:
     """Returns the calibration and the smoothing artifact (not yet written).
 
     Every trajectory is a function of its own seed; a row of the calibration set is one sample at
     one step: model input x, timestep, class, seed and the full-precision guided prediction. Layers
     that no input reaches (those of inputs that the pipeline does not give) are left out.
+    partial: what an earlier process has done.
     """
     digest = config.stage_digest("calibrate")
     denoiser = full_denoiser(model)
     timesteps = trajectory.timesteps(config, model)
-    factors, described = choose_factors(config, model, denoiser, timesteps, track)
-    smoothing = seal(
-        Artifact(
-            "smoothing",
-            _factor_tensors(factors),
-            {"layers": described},
-            digest,
-            model.digest,
-        )
-    )
+
+    def choose() -> Piece:
+        factors, described = choose_factors(config, model, denoiser, timesteps, track, partial)
+        return Piece(described, _factor_tensors(factors))
+
+    chosen = partial.piece(SMOOTHING, choose)
+    partial.forget(*BEFORE_FACTORS)
+    body = {"layers": chosen.value}
+    smoothing = seal(Artifact("smoothing", chosen.tensors, body, digest, model.digest))
+    factors = factors_of(smoothing)
     bounds = group_bounds(timesteps, config.quantization.activations.timestep_groups)
     observers = {
         plan.name: RangeObserver(plan.in_channels, plan.channel_axis, len(bounds) + 1)
@@ -71,7 +80,8 @@ def run(
         capture_inputs(model.denoiser, list(observers), observe),
         capture_attention(model.denoiser, sites, observe_operand),
     ):
-        rows = _collect_rows(config, model, denoiser, track)
+        kept = _kept_calls(denoiser, partial, observers, operands)
+        rows = _collect_rows(config, model, kept, track)
     observers = {name: observer for name, observer in observers.items() if observer.seen}
     sites = [s for s in sites if all(operands[f"{s.name}.{o}"].seen for o in ATTENTION_OPERANDS)]
     operands = {
@@ -117,6 +127,33 @@ def _update(
         observer.update(x, timestep_group(step.timestep, bounds))
     except NotFinite as error:
         raise NotFinite(f"{what} is not finite at timestep {step.timestep:g}") from error
+
+
+def _kept_calls(
+    denoiser: Denoiser,
+    partial: Partial,
+    inputs: dict[str, RangeObserver],
+    operands: dict[str, RangeObserver],
+) -> Denoiser:
+    """The denoiser, its calls kept with what the observers have seen by then.
+
+    Where such a state is there the observers go on from it, and its calls are not made again.
+    """
+    observers = {f"input/{name}": observer for name, observer in inputs.items()}
+    observers |= {f"operand/{name}": observer for name, observer in operands.items()}
+
+    def state() -> Piece:
+        parts = {f"{n}/{part}": v for n, o in observers.items() for part, v in o.memory().items()}
+        return Piece(calls.calls, parts)
+
+    replayed = 0
+    before = partial.take(OBSERVERS)
+    if before is not None and calls_kept(partial, CALLS, before.value):
+        replayed = before.value
+        for name, observer in observers.items():
+            observer.restore({part: before.tensors[f"{name}/{part}"] for part in observer.memory()})
+    calls = KeptCalls(denoiser, partial, CALLS, states={OBSERVERS: state}, replayed=replayed)
+    return calls
 
 
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:

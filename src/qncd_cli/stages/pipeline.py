@@ -6,10 +6,15 @@ configurations (the ablate stage) share the work that they have in common.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from .. import machine
 from ..config.schema import Config
 from ..lineage import freshness
+from ..lineage.freshness import Stage
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
@@ -17,10 +22,18 @@ from ..runtime.sampled_model import SampledModel
 from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import remove_temporaries, write_json
+from ..store.partial import Partial
+from ..store.partial_folder import code_digest, discard, folder_of
 from ..store.run_dir import RunDir
 from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from . import sample as sample_stage
+
+Tell = Callable[[str], None]
+
+
+def unheard(line: str) -> None:
+    """The Tell of callers that want to hear nothing."""
 
 
 def calibrate(
@@ -30,19 +43,28 @@ def calibrate(
     track: Track = no_progress,
     *,
     force: bool = False,
+    tell: Tell = unheard,
 ) -> tuple[Artifact, Artifact, bool]:
-    """calibration, smoothing, and whether both were there already."""
+    """calibration, smoothing, and whether both were there already.
+
+    A stage that was interrupted goes on from there, forced or not: the same comes out. tell:
+    receives a line where it has to begin again.
+    """
     if not force and freshness.calibrated(run, config, model.digest).holds:
         kinds = ("calibration", "smoothing")
         calibration, smoothing = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
         freshness.note_settings(run, "calibrate", config)
+        discard(folder_of(run.path, "calibrate"))
         return calibration, smoothing, True
     remove_temporaries(run.path)
-    with explained(model):
-        calibration, smoothing = calibrate_stage.run(config, model, track)
-    smoothing = artifacts.write(run.tensors("smoothing"), smoothing)
-    calibration = artifacts.write(run.tensors("calibration"), calibration)
-    freshness.note_settings(run, "calibrate", config)
+    made_from = _made_from("calibrate", config, model, {})
+    with Partial(folder_of(run.path, "calibrate"), made_from, tell) as partial:
+        with explained(model):
+            calibration, smoothing = calibrate_stage.run(config, model, track, partial)
+        smoothing = artifacts.write(run.tensors("smoothing"), smoothing)
+        calibration = artifacts.write(run.tensors("calibration"), calibration)
+        freshness.note_settings(run, "calibrate", config)
+        partial.remove()
     return calibration, smoothing, False
 
 
@@ -55,20 +77,44 @@ def quantize(
     track: Track = no_progress,
     *,
     force: bool = False,
+    tell: Tell = unheard,
 ) -> bool:
-    """Write quantized, noise_stats and coverage; whether they were there already."""
+    """Write quantized, noise_stats and coverage; whether they were there already. As calibrate."""
     parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
     if not force and freshness.quantized_from(run, config, model.digest, parents).holds:
         freshness.note_settings(run, "quantize", config)
+        discard(folder_of(run.path, "quantize"))
         return True
     remove_temporaries(run.path)
-    with explained(model):
-        result = quantize_stage.run(config, model, calibration, smoothing, track)
-    artifacts.write(run.tensors("quantized"), result.quantized)
-    artifacts.write(run.tensors("noise_stats"), result.noise_stats)
-    write_json(run.coverage, result.coverage)
-    freshness.note_settings(run, "quantize", config)
+    made_from = _made_from("quantize", config, model, parents)
+    with Partial(folder_of(run.path, "quantize"), made_from, tell) as partial:
+        with explained(model):
+            result = quantize_stage.run(config, model, calibration, smoothing, track, partial)
+        artifacts.write(run.tensors("quantized"), result.quantized)
+        artifacts.write(run.tensors("noise_stats"), result.noise_stats)
+        write_json(run.coverage, result.coverage)
+        freshness.note_settings(run, "quantize", config)
+        partial.remove()
     return False
+
+
+def _made_from(
+    stage: Stage, config: Config, model: DiffusionModel, parents: dict[str, str]
+) -> dict[str, Any]:
+    """Everything that decides a stage's pieces, to the bit: with other vectors or threads, sums
+    are added in another order."""
+    here = machine.described()
+    return {
+        "configuration": config.stage_inputs(stage),
+        "model": model.digest,
+        "parents": parents,
+        "code": code_digest(),
+        "torch": here["torch"],
+        "diffusers": version("diffusers"),
+        "device": str(model.device),
+        "threads": here["threads"],
+        "vectors": here["capability"],
+    }
 
 
 def full_precision_samples(

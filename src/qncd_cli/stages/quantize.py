@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..ptq.job import QuantizationJob
 from ..ptq.layer import correct_bias, quantize_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
 from ..ptq.output_ranges import LayerOutput, judged_by_output
-from ..ptq.probes import collect_probes
+from ..ptq.probes import PROBE_CALLS, collect_probes
 from ..ptq.smoothing_choice import factors_of
 from ..quant.affine import QParams, choose_qparams
 from ..quant.observers import choose_range
@@ -30,12 +31,15 @@ from ..runtime.denoiser import full_denoiser
 from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact, seal
 from ..store.layer_entry import EstimatedError, LayerEntry, bodies
+from ..store.partial import NOTHING_KEPT, Partial, Piece
 
 MARGIN = 2.0
 """Inputs of more than 8 bits reach this much beyond what calibration saw: room to spare, and an
 outlier clipped in the first layer spoils its sample."""
 ROUNDING = "rounding weights"
 """The part from which on the result is held."""
+RANGES, LAYER = "range ", "layer "
+"""Beginnings of names in partial results; that of the layer follows."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,10 @@ def run(
     calibration: Artifact,
     smoothing: Artifact,
     track: Track = no_progress,
+    partial: Partial = NOTHING_KEPT,
 ) -> QuantizeResult:
-    """calibration and smoothing: of this model and configuration (the caller checks that)."""
+    """calibration and smoothing: of this model and configuration (the caller checks that).
+    partial: what an earlier process has done."""
     factors = factors_of(smoothing)
     plans = [
         plan
@@ -62,36 +68,29 @@ def run(
         if (not plan.stays_float or plan.name in factors)
         and plan.name in calibration.body["layers"]  # what no input reached stays as it is
     ]
-    job = QuantizationJob(config, model, calibration, plans, factors)
+    job = QuantizationJob(config, model, calibration, plans, factors, partial)
     assigned = BitAssignment({}, {})
     if config.quantization.weights.budget is not None:
         assigned = assign_bits(job, track)
         plans = [replace(p, weight_bits=assigned.bits.get(p.name, p.weight_bits)) for p in plans]
     plans, sensitivity = refine(job.planned(plans), track)
     job = job.planned(plans)
-    outputs = layer_outputs(job, track)
-    qparams = {
-        p.name: input_qparams(job, p, outputs.get(p.name))
-        for p in track(plans, "choosing activation ranges", len(plans), "layers")
-    }
-    rounding = config.quantization.weights.rounding
-    gptq = rounding != "nearest"  # the others start from its codes
+    outputs: dict[str, LayerOutput] = {}
+    ranges_known = all(partial.has(f"{RANGES}{plan.name}") for plan in plans)
+    if config.quantization.bias_correction or not ranges_known:
+        outputs = layer_outputs(job, track)
+    qparams = choose_ranges(job, outputs, track)
+    if not config.quantization.bias_correction:
+        partial.forget(f"{PROBE_CALLS} ")
     tensors: dict[str, Tensor] = {}
     entries: dict[str, LayerEntry] = {}
-    work = with_hessians(job, qparams, gptq, track)
-    for plan, hessian in track(work, ROUNDING, len(plans), "layers"):
-        name = plan.name
-        layer_tensors, entry = quantize_layer(plan, qparams[name], job.factor(name), hessian)
-        if config.quantization.bias_correction:
-            groups = calibration.body["groups"]
-            layer_tensors |= correct_bias(plan, layer_tensors, outputs[name], groups)
-            entry = replace(entry, bias_corrected=True)
-        tensors |= {f"{name}.{key}": value for key, value in layer_tensors.items()}
+    for name, piece in quantized_layers(job, qparams, outputs, track).items():
+        entry = LayerEntry.from_body(piece.value)
+        tensors |= {f"{name}.{key}": value for key, value in piece.tensors.items()}
         if name in sensitivity.inputs:
             estimated = EstimatedError(sensitivity.inputs[name], sensitivity.weights[name])
             entry = replace(entry, estimated_error=estimated)
         entries[name] = replace(entry, sensitivity=assigned.sensitivity.get(name))
-        give_back()
     attention_tensors, attention_entries = quantize_attention(config, calibration)
     unsealed = Artifact(
         "quantized",
@@ -108,10 +107,10 @@ def run(
         model.digest,
         {"calibration": calibration.digest, "smoothing": smoothing.digest},
     )
-    if rounding in ("adaround", "brecq"):
+    if config.quantization.weights.rounding in ("adaround", "brecq"):
         unsealed = reconstruct.reconstruct(job, unsealed, track)
     quantized = seal(unsealed)
-    noise_stats = noise.measure_noise(config, model, quantized, track)
+    noise_stats = noise.measure_noise(config, model, quantized, track, partial)
     return QuantizeResult(quantized, noise_stats, coverage(config, model, quantized))
 
 
@@ -153,10 +152,28 @@ def layer_outputs(job: QuantizationJob, track: Track) -> dict[str, LayerOutput]:
     if not asked:
         return {}
     steps = len(job.calibration.body["timesteps"])
-    probes = collect_probes(config, model, full_denoiser(model), asked, steps, track)
+    denoiser = full_denoiser(model)
+    probes = collect_probes(config, model, denoiser, asked, steps, track, job.partial)
     return {
         p.name: LayerOutput(p, probes[p.name], job.factor(p.name), job.group_bounds) for p in asked
     }
+
+
+def choose_ranges(
+    job: QuantizationJob, outputs: dict[str, LayerOutput], track: Track
+) -> dict[str, QParams | None]:
+    """scale, zero_point [G] of every layer's input by name."""
+
+    def chosen(plan: LayerPlan) -> Piece:
+        qparams = input_qparams(job, plan, outputs.get(plan.name))
+        return Piece(tensors={} if qparams is None else qparams._asdict())
+
+    found: dict[str, QParams | None] = {}
+    for plan in track(job.plans, "choosing activation ranges", len(job.plans), "layers"):
+        choose = functools.partial(chosen, plan)
+        tensors = job.partial.piece(f"{RANGES}{plan.name}", choose).tensors
+        found[plan.name] = QParams(**tensors) if tensors else None
+    return found
 
 
 def input_qparams(
@@ -175,3 +192,32 @@ def input_qparams(
         return choose_qparams(*output.ranges(state, percentile), spec)
     low, high = choose_range(state, plan.observer, spec, percentile)
     return choose_qparams(low, high, spec)
+
+
+# ------------------------------------------------------------------ weights
+
+
+def quantized_layers(
+    job: QuantizationJob,
+    qparams: dict[str, QParams | None],
+    outputs: dict[str, LayerOutput],
+    track: Track,
+) -> dict[str, Piece]:
+    """The artifact's tensors of every layer (without its name) and the body of its entry."""
+    config = job.config.quantization
+    gptq = config.weights.rounding != "nearest"  # the others start from its codes
+    names = [plan.name for plan in job.plans]
+    found = {n: piece for n in names if (piece := job.partial.take(f"{LAYER}{n}")) is not None}
+    todo = job.planned([plan for plan in job.plans if plan.name not in found])
+    work = with_hessians(todo, qparams, gptq, track)
+    for plan, hessian in track(work, ROUNDING, len(todo.plans), "layers"):
+        name = plan.name
+        tensors, entry = quantize_layer(plan, qparams[name], job.factor(name), hessian)
+        if config.bias_correction:
+            groups = job.calibration.body["groups"]
+            tensors |= correct_bias(plan, tensors, outputs[name], groups)
+            entry = replace(entry, bias_corrected=True)
+        found[name] = Piece(entry.to_body(), tensors)
+        job.partial.keep(f"{LAYER}{name}", found[name])
+        give_back()
+    return {name: found[name] for name in names}

@@ -9,6 +9,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T] | channels, steps, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
+| partial | `<piece>/<name>`: whatever a stage has done so far (store/partial.py) | made_from, pieces {name: {value, tensors {name: [type, shape]}}} |
 """
 
 from __future__ import annotations
@@ -123,6 +124,14 @@ def _latents_layout(body: dict) -> Layout:
     }
 
 
+def _partial_layout(body: dict) -> Layout:
+    return {
+        f"{key}/{name}": (type_, tuple(shape))
+        for key, piece in body["pieces"].items()
+        for name, (type_, shape) in piece["tensors"].items()
+    }
+
+
 @dataclass(frozen=True)
 class _Kind:
     version: int
@@ -136,4 +145,5 @@ KINDS: dict[str, _Kind] = {
     "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
     "noise_stats": _Kind(2, _noise_stats_layout, "qncd quantize"),
     "latents": _Kind(1, _latents_layout, "qncd sample"),
+    "partial": _Kind(1, _partial_layout, "qncd calibrate or qncd quantize"),
 }

@@ -1,0 +1,65 @@
+"""Killed at any point, a stage goes on from there, and its artifacts are the same bytes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+from conftest import Qncd, tiny_config
+from processes import At, code_of, stderr_of
+
+RUN = Path("runs/tiny")
+CALIBRATE = ("calibrate", "--config", "tiny.yaml")
+KILLED = -9
+CONFIGS = {
+    "gptq": {},
+    "auto, output, brecq": {
+        "sampling__steps": 2,
+        "correction__intra": "auto",
+        "quantization__activations__observer": "output",
+        "quantization__activations__timestep_groups": 2,
+        "quantization__bias_correction": True,
+        "quantization__sensitive": {"weight_bits": 0.5, "activation_bits": 0.5},
+        "quantization__weights": {"bits": 4, "rounding": "brecq", "iterations": 3},
+    },
+    "budget": {
+        "sampling__steps": 2,
+        "correction__intra": "none",
+        "quantization__weights": {"bits": 4, "rounding": "nearest", "budget": 4.5},
+    },
+}
+WRITES = {CALIBRATE: (3, 6, 11, 15), ("quantize",): (4, 15, 40, 80)}
+
+
+@pytest.fixture(
+    scope="module",
+    params=["gptq", *(pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS if n != "gptq")],
+)
+def undisturbed(request, tmp_path_factory, tiny_model) -> Path:
+    """A folder in which calibrate and quantize have run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    runner = Qncd(folder)
+    runner.write_config(tiny_config(tiny_model, **CONFIGS[request.param]))
+    runner(*CALIBRATE)
+    runner("quantize")
+    return folder
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of the run by its name: artifacts, and whatever else would be left there."""
+    found = [path for path in (folder / RUN).rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder / RUN)): path.read_bytes() for path in found}
+
+
+def test_stages_killed_again_and_again_write_what_an_undisturbed_run_writes(undisturbed, tmp_path):
+    (tmp_path / "tiny.yaml").write_text((undisturbed / "tiny.yaml").read_text())
+    kills = 0
+    for stage, writes in WRITES.items():
+        for write, before in zip(writes, itertools.cycle([True, False]), strict=False):
+            if code_of(tmp_path, *stage, at=At(write=write, before=before)) != KILLED:
+                break
+            kills += 1
+        assert code_of(tmp_path, *stage) == 0, stderr_of(tmp_path)
+    assert kills >= 5
+    assert files_of(tmp_path) == files_of(undisturbed)
