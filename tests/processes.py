@@ -23,7 +23,8 @@ _context.set_forkserver_preload(
 @dataclass(frozen=True)
 class At:
     """When a process gets a signal: at a call of the denoiser, or at a file that takes its place
-    (before: still beside it). What has been done is written at once. kill: the signal."""
+    (before: still beside it). kill: the signal; before SIGKILL, what has been done is written at
+    once, before the others not at all."""
 
     call: int = 0
     write: int = 0
@@ -33,7 +34,7 @@ class At:
     def arm(self) -> None:
         from qncd_cli.store import partial
 
-        partial.EVERY, partial.SHARE = 0.0, 1e9
+        partial.EVERY, partial.SHARE = (0.0, 1e9) if self.kill == signal.SIGKILL else (1e9, 1.0)
         counted = {"calls": 0, "writes": 0}
 
         def called(module: torch.nn.Module, inputs: object) -> None:
@@ -59,7 +60,7 @@ class At:
 
 def _command(folder: Path, arguments: tuple[str, ...], arm: Callable[[], None] | None) -> None:
     from qncd_cli.cli.main import cli
-    from qncd_cli.cli.process import run_alone
+    from qncd_cli.cli.process import receive_signals, run_alone
 
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -68,6 +69,7 @@ def _command(folder: Path, arguments: tuple[str, ...], arm: Callable[[], None] |
     sys.argv = ["qncd", *arguments]
     if arm is not None:
         arm()
+    receive_signals()
     run_alone(lambda: cli(list(arguments), prog_name="qncd"))
 
 

@@ -129,7 +129,7 @@ TOP_LEVEL: dict[str, list[str]] = {
     "": [],
     "cli.main": ["", "errors", "vocabulary", "cli.console", "cli.options", "cli.tools", "click"],
     "cli.tools": ["cli.console", "cli.options", "click"],
-    "cli.console": ["errors", "vocabulary", "cli.process", "cli.progress", "click"],
+    "cli.console": ["errors", "stopping", "vocabulary", "cli.process", "cli.progress", "click"],
     "cli.progress": [],
     "cli.options": ["vocabulary", "click"],
 }

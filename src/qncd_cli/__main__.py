@@ -1,10 +1,12 @@
 """python -m qncd_cli, and the command qncd"""
 
-from .cli.main import cli
-from .cli.process import run_alone
+from .cli.process import receive_signals, run_alone
 
 
 def main() -> None:
+    receive_signals()
+    from .cli.main import cli  # click and the rest: already interruptible
+
     run_alone(lambda: cli(prog_name="qncd"))
 
 

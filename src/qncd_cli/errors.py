@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+EXIT_UNFORESEEN = 1
 EXIT_USAGE = 2
 EXIT_FILE = 4
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+"""A process that a signal stopped exits with this and the signal's number."""
 
 
 class QncdError(Exception):
     """message: what is wrong and where; hint: what to do, a phrase or a command."""
 
-    exit_code = 1
+    exit_code = EXIT_UNFORESEEN
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)

@@ -11,6 +11,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+GRACE = 5.0
+"""Seconds that a piece of work has to end; schedulers kill 10 to 30 s after they asked."""
+
 
 class Stopped(KeyboardInterrupt):
     """The process was asked to stop. number: of the signal."""
@@ -33,26 +36,38 @@ _request = _Request()
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """Within the block, work that looks at `wanted` is not stopped at once."""
+    """Within the block, work that looks at `wanted` is stopped after GRACE at the latest."""
     _request.finishing += 1
     try:
         yield
     finally:
         _request.finishing -= 1
+        _in_time()
 
 
-def request(number: int) -> bool:
-    """Ask to stop; whether there is something that will. Raises Stopped where there is nothing, or
-    when it is asked a second time."""
+def request(number: int) -> None:
+    """Ask to stop. Raises Stopped where nothing is to be finished, or it is asked a second time;
+    else that is raised once the time is up."""
     if _request.finishing == 0 or _request.number is not None:
+        _in_time()
         raise Stopped(number)
     _request.number = number
-    return True
+    signal.signal(signal.SIGALRM, lambda *_: check())
+    signal.setitimer(signal.ITIMER_REAL, GRACE)
 
 
 def wanted() -> bool:
-    """Whether to stop after the piece of work at hand."""
-    return _request.number is not None
+    """Whether to stop now that a piece of work has ended; what is done may be written first."""
+    if _request.number is None:
+        return False
+    _in_time()
+    return True
+
+
+def _in_time() -> None:
+    """The work has ended, or nothing will wait for it."""
+    if _request.number is not None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def check() -> None:

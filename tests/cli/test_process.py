@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -60,3 +61,37 @@ def test_all_objects_are_rarely_looked_through_until_everything_is_imported(monk
     with pytest.raises(SystemExit):
         process.run_alone(command)
     assert seen == [(*usual[:2], process.RARELY), "frozen", usual]
+
+
+IMPORTING = """
+from qncd_cli.cli.process import receive_signals
+receive_signals()
+try:
+    import half_imported
+except BaseException:  # as libraries do around what is optional
+    pass
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_during_an_import_ends_the_process_at_once_in_one_line(tmp_path, name, code):
+    body = f"import os, signal\nos.kill(os.getpid(), signal.{name})\n"
+    (tmp_path / "half_imported.py").write_text(body)
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTING],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{tmp_path}"},
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (code, "", "Interrupted.\n")
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored():
+    program = (
+        "import os, signal\nfrom qncd_cli.cli.process import receive_signals\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\nreceive_signals()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\nprint('went on')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "went on\n")

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -401,7 +402,8 @@ def full_disk(monkeypatch, at_write: int) -> Iterator[None]:
     fsync, writes = os.fsync, []
 
     def sync(handle):
-        writes.append(handle)
+        if not stat.S_ISDIR(os.fstat(handle).st_mode):
+            writes.append(handle)
         if len(writes) >= at_write:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         fsync(handle)
@@ -448,6 +450,19 @@ def test_a_full_disk_is_one_line_and_the_same_command_completes(
     check_unharmed(work, before)
     work(*COMMANDS[stage])
     assert snapshot(work) == up_to(Qncd(done), stage)
+
+
+@pytest.mark.parametrize("at_write", [1, 2, 3])
+def test_quantize_that_ends_between_its_files_never_leaves_anothers_coverage(
+    work, monkeypatch, at_write
+):
+    change = ("quantize", "--set", "quantization.weights.bits=8")
+    with full_disk(monkeypatch, at_write):
+        one_line(work(*change, ok=False), 4)
+    work(*change)
+    coverage = (work.folder / RUN / "coverage.json").read_bytes()
+    work(*change, "--force")
+    assert coverage == (work.folder / RUN / "coverage.json").read_bytes()
 
 
 # ---- interruptions ------------------------------------------------------------------------------
@@ -506,10 +521,14 @@ def test_interrupting_a_stage_that_is_redone_leaves_its_old_outputs(work, stage)
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "quantize"])
-def test_a_stage_clears_away_what_a_killed_process_left(work, done, stage):
-    (work.folder / RUN / ".quantized.safetensors.abcd1234").write_bytes(b"half")
+def test_a_stage_clears_away_what_a_killed_process_left_and_nothing_of_the_user(work, done, stage):
+    run = work.folder / RUN
+    mine = {".notes.txt.20261126": b"mine", ".quantized.safetensors.abcd1234": b"half"}
+    for name, data in mine.items():
+        (run / name).write_bytes(data)
+    (run / ".lock").write_bytes(b"process 1 on a machine that is no more")
     work(*COMMANDS[stage], "--force")
-    assert snapshot(work) == snapshot(Qncd(done))
+    assert snapshot(work) == snapshot(Qncd(done)) | {f"tiny/{n}": d for n, d in mine.items()}
 
 
 def test_hooks_are_gone_after_an_interruption(work):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,36 @@ def test_stages_killed_again_and_again_write_what_an_undisturbed_run_writes(undi
         assert code_of(tmp_path, *stage) == 0, stderr_of(tmp_path)
     assert kills >= 5
     assert files_of(tmp_path) == files_of(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("stage", "call", "number"),
+    [
+        (CALIBRATE, 13, signal.SIGTERM),  # trajectories
+        (("quantize",), 18, signal.SIGHUP),  # noise statistics
+    ],
+    ids=["calibrate", "quantize"],
+)
+def test_a_stage_that_is_asked_to_stop_ends_its_call_keeps_all_and_goes_on(
+    qncd, tmp_path, stage, call, number
+):
+    if stage != CALIBRATE:
+        qncd(*CALIBRATE)
+    assert code_of(tmp_path, *stage, at=At(call=call, kill=number)) == 128 + number
+    (line,) = (line for line in stderr_of(tmp_path) if line.startswith("Interrupted"))
+    beginning = f"Interrupted by {number.name}: (calibrate is kept, )?what {stage[0]} has done is"
+    assert re.match(f"{beginning} kept, the same command goes on from there", line)
+    left = [path.name for path in (tmp_path / RUN / "partial" / stage[0]).iterdir()]
+    assert left
+    assert all(name.endswith(".safetensors") for name in left)
+    fewer_calls = At(call=call, kill=signal.SIGUSR1)  # which ends a process that makes so many
+    assert code_of(tmp_path, *stage, at=fewer_calls) == 0
+    assert not (tmp_path / RUN / "partial").exists()
+
+
+def test_work_of_another_configuration_is_not_gone_on_with_and_says_why(qncd, tmp_path):
+    assert code_of(tmp_path, *CALIBRATE, at=At(call=7, kill=signal.SIGTERM)) == 143
+    change = ("--set", "calibration.trajectories=3")
+    assert code_of(tmp_path, *CALIBRATE, *change) == 0
+    because = "begun again (configuration.calibration.trajectories: 6 -> 3)"
+    assert any(line.endswith(because) for line in stderr_of(tmp_path))

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from qncd_cli.errors import ArtifactError
-from qncd_cli.store import files
+from qncd_cli.store import artifacts, files
+from qncd_cli.store.artifacts import Artifact
 
 # ---- atomic writing -----------------------------------------------------------------------------
 
@@ -18,7 +19,7 @@ def test_a_file_is_synced_before_it_takes_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), fsync(handle)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), rename(a, b)))
     files.write_bytes(tmp_path / "a", b"data")
-    assert calls == ["fsync", "replace"]
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its place, the folder
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
@@ -27,31 +28,16 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
         files.write_bytes(tmp_path / "file" / "a", b"data")
 
 
-def test_written_files_are_readable_by_others(tmp_path):
-    files.write_bytes(tmp_path / "a", b"data")
-    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
-
-
-def test_temporaries_of_a_killed_process_are_removed_and_nothing_else(tmp_path):
-    keep = ["000001.png", "manifest.json", ".hidden", ".keep.txt", ".parts"]
-    for name in keep:
-        (tmp_path / name).write_text("")
-    for name in [".000001.png.abcd_123", ".latents.safetensors.zzzzzzzz", ".tmpBcUkq1"]:
-        (tmp_path / name).write_text("")
-    files.remove_temporaries(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(keep)
-
-
-def test_the_names_of_temporaries_are_those_that_are_removed(tmp_path, monkeypatch):
-    """A process killed between writing and renaming leaves a name that remove_temporaries knows."""
-    monkeypatch.setattr(os, "replace", lambda a, b: None)
-    monkeypatch.setattr(os, "unlink", lambda path: None)
-    files.write_bytes(tmp_path / "000001.png", b"data")
-    monkeypatch.undo()
-    (left,) = tmp_path.iterdir()
-    assert left.name != "000001.png"
-    files.remove_temporaries(tmp_path)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_written_files_have_the_mode_that_the_users_mask_leaves(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        files.write_bytes(tmp_path / "a", b"data")
+        tensors = Artifact("partial", {}, {"made_from": {}, "pieces": {}}, "", "")
+        artifacts.write(tmp_path / "b", tensors)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / n).stat().st_mode & 0o777 for n in "ab"] == [mode, mode]
 
 
 # ---- links --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 from ..config.loading import load_config
 from ..runs.measuring import Wishes, protocol_of, settle
 from ..store.files import write_bytes
+from ..store.lock import locked
 from .console import Console, keeping
 from .shared import explain, open_model
 
@@ -57,7 +58,8 @@ def ablate(console: Console, options: AblateOptions) -> None:
     wishes = Wishes((), options.reference, options.network, options.inception_weights)
     protocol = protocol_of(wishes, config)
     model = open_model(config, options.device, folder)
-    with keeping("finished rows are kept, the same command goes on with the next"):
+    kept = "finished rows are kept, the same command goes on with the next"
+    with keeping(kept), locked(folder, console.note):
         measured = table.run(rows, model, request, protocol, _teller(), console.track)
     title = f"Variants of {name}"
     page = folder / "ablation.html"

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
 import textwrap
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ..errors import EXIT_FILE, EXIT_INTERRUPTED, EXIT_USAGE, QncdError
+from ..errors import EXIT_FILE, EXIT_SIGNAL, EXIT_UNFORESEEN, EXIT_USAGE, QncdError
+from ..stopping import Stopped
 from ..vocabulary import is_number, number
 from .process import begun
 from .progress import Bars, lines
@@ -41,14 +45,17 @@ class ErrorReportingCommand(click.Command):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         try:
+            if sys.stdout is None:  # the next file that is opened would get what is printed
+                _fail("Error: standard output is closed (> /dev/null discards it)", EXIT_FILE)
             result = super().main(*args, **kwargs)
+            sys.stdout.flush()
             sys.exit(result if isinstance(result, int) else 0)
         except QncdError as error:
             _fail(f"Error: {error}", error.exit_code)
         except Interrupted as interruption:
-            _fail(f"Interrupted: {interruption}.", EXIT_INTERRUPTED)
-        except (click.Abort, KeyboardInterrupt):
-            _fail("Interrupted.", EXIT_INTERRUPTED)
+            _interrupted(interruption, f": {interruption}.")
+        except (click.Abort, KeyboardInterrupt) as interruption:
+            _interrupted(interruption, ".")
         except click.exceptions.NoArgsIsHelpError as error:
             error.show()
             sys.exit(EXIT_USAGE)
@@ -60,9 +67,11 @@ class ErrorReportingCommand(click.Command):
         except BrokenPipeError:
             sys.exit(0)
         except OSError as error:
-            if error.filename is None:
-                raise
-            _fail(f"Error: {shortened(str(error.filename))}: {error.strerror}", EXIT_FILE)
+            what = error.strerror or str(error)
+            where = f"{shortened(str(error.filename))}: " if error.filename else ""
+            _fail(f"Error: {where}{what}", EXIT_FILE)
+        except Exception as error:
+            _fail(f"Error: {_unforeseen(error)} (--debug shows where from)", EXIT_UNFORESEEN)
 
 
 class ErrorReportingGroup(ErrorReportingCommand, click.Group):
@@ -85,11 +94,34 @@ def shortened(text: str, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def _interrupted(error: BaseException, kept: str) -> None:
+    """Say that a signal stopped the command, and exit with the code that belongs to it."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, Stopped):
+        cause = cause.__cause__ or cause.__context__
+    number = cause.number if isinstance(cause, Stopped) else signal.SIGINT
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    _fail(f"Interrupted{by}{kept}", EXIT_SIGNAL + number)
+
+
+def _unforeseen(error: Exception) -> str:
+    """An error that nobody thought of: what it is, and the line of ours that it came through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    root = Path(__file__).parent.parent
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(root)]
+    last = (ours or frames)[-1]
+    name = last.filename.removeprefix(f"{root}{os.sep}")
+    said = " ".join(str(error).split())
+    what = f"{type(error).__name__}: {shortened(said, 200)}" if said else type(error).__name__
+    return f"{what}, unforeseen, at {name}:{last.lineno}"
+
+
 def _fail(line: str, code: int) -> None:
     context = click.get_current_context(silent=True)
     if "--debug" in sys.argv or (context and context.params.get("debug")):
         traceback.print_exc()
-    click.echo(line, err=True)
+    with suppress(OSError):  # the terminal may be gone
+        click.echo(line, err=True)
     sys.exit(code)
 
 

@@ -29,8 +29,9 @@ Your own model, a diffusers folder:
   qncd export --to diffusers exported/my-model
 
 \b
-Exit codes: 0 done, 2 usage, 3 configuration, 4 artifact, 5 model, 6 backend or hardware,
-7 images at fault (verify), 130 interrupted (the line says what is kept).
+Exit codes: 0 done, 2 usage, 3 configuration, 4 artifact or file, 5 model, 6 backend or hardware,
+7 images at fault (verify), 1 what nobody foresaw (please report the line),
+130, 143, 129 stopped by Ctrl-C, SIGTERM, SIGHUP (the line says what is kept).
 """
 
 

@@ -12,10 +12,16 @@ import atexit
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+from .. import stopping
+from ..errors import EXIT_SIGNAL
 
 RARELY = 1000
 """Collections of the middle generation before one of all objects; usually 10."""
@@ -28,6 +34,24 @@ def begun() -> float:
     """When the command began, on the clock of time.perf_counter: with the process, where that runs
     no other."""
     return _imported if _alone else time.perf_counter()
+
+
+def receive_signals() -> None:
+    """Ctrl-C, SIGTERM and SIGHUP stop the process, unless it was started to ignore them: as nohup
+    and shells do."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _received)
+
+
+def _received(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # half imported, libraries swallow what is raised, or tell it in a hundred lines
+            os.write(2, b"Interrupted.\n")
+            os._exit(EXIT_SIGNAL + number)
+        frame = frame.f_back
+    stopping.request(number)
 
 
 def run_alone(command: Callable[[], object]) -> None:
@@ -71,6 +95,7 @@ def collect_as_usual() -> None:
 
 def _leave(code: list[int]) -> None:
     if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError):  # closed, or full, which was told
+                stream.flush()
         os._exit(code[0])

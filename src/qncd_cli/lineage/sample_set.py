@@ -17,6 +17,7 @@ from ..errors import ArtifactError
 from ..metrics.reference import read_images
 from ..report.page import contact_sheet
 from ..store import artifacts
+from ..store.artifact_files import read_stored
 from ..store.artifacts import Artifact
 from ..store.files import read_json, write_bytes, write_json
 from .sample_sets import (
@@ -39,7 +40,7 @@ SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "
 
 
 def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
-    """Latents of the samples in the folder whose images are there, None when there are none.
+    """Latents of the samples in the folder, some of whose images may be lost, None for none.
 
     Raises ArtifactError when they were made with other settings.
     """
@@ -49,18 +50,27 @@ def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
     check_identity(folder, manifest, identity)
     if not (folder / LATENTS).is_file():
         return None
-    drawn = artifacts.read(folder / LATENTS, "latents")
-    lost = without_image(folder, drawn.tensors["seeds"].tolist())
-    return _without(drawn, lost) if lost else drawn
+    return artifacts.read(folder / LATENTS, "latents")
 
 
-def _without(drawn: Artifact, seeds: list[int]) -> Artifact | None:
+def is_sound(part: Path) -> bool:
+    """Whether a batch is there; a damaged one is drawn again."""
+    try:
+        stored = read_stored(part, "latents")
+    except ArtifactError:
+        return False
+    first = int(part.stem.partition("-")[0])
+    return not without_image(part.parent.parent, range(first, first + stored.body["count"]))
+
+
+def without(drawn: Artifact, seeds: set[int]) -> Artifact | None:
     """The samples of all other seeds, None where no others are there."""
+    if not seeds:
+        return drawn
 
     def keep(key: str) -> list[int]:
-        return [row for row, s in enumerate(drawn.tensors[key].tolist()) if s not in lost]
+        return [row for row, s in enumerate(drawn.tensors[key].tolist()) if s not in seeds]
 
-    lost = set(seeds)
     rows, traced = keep("seeds"), keep("prediction_seeds")
     if not rows:
         return None
@@ -80,18 +90,29 @@ def png_bytes(image: Tensor) -> bytes:
 
 
 def assemble(
-    folder: Path, identity: dict[str, Any], drawn: Artifact | None, batch_size: int, device: str
+    folder: Path,
+    identity: dict[str, Any],
+    drawn: Artifact | None,
+    batch_size: int,
+    device: str,
+    wanted: set[int],
 ) -> dict[str, Any]:
     """Join the parts, and what was drawn before, into one latents file, a sheet and the manifest,
-    which is returned. device: of the last batch."""
+    which is returned. device: of the last batch. Raises ArtifactError where a wanted seed is in none of them."""
     parts = sorted((folder / PARTS).glob("*.safetensors"))
     pieces = [drawn] if drawn else []
     latents = merge_latents(pieces + [artifacts.read(path, "latents") for path in parts])
-    artifacts.write(folder / LATENTS, latents)
     seeds = latents.tensors["seeds"].tolist()
-    images = [Image.open(image_path(folder, seed)) for seed in seeds[:SHEET_IMAGES]]
-    arrays = [torch.from_numpy(np.atleast_3d(np.array(image))) for image in images]
-    sheet = contact_sheet(torch.stack(arrays).permute(0, 3, 1, 2), columns=None, scale=2)
+    lost = {*without_image(folder, seeds), *wanted.difference(seeds)}
+    if lost:
+        raise ArtifactError(
+            f"{folder}: {len(lost)} images are not there although they were drawn"
+            f" (first: {image_path(folder, min(lost)).name})",
+            "does something else write or remove files there? repeat the command",
+        )
+    artifacts.write(folder / LATENTS, latents)
+    images = read_images([image_path(folder, seed) for seed in seeds[:SHEET_IMAGES]])
+    sheet = contact_sheet(images, columns=None, scale=2)
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     write_bytes(sheet_path(folder), buffer.getvalue())

@@ -14,6 +14,7 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import shutil
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,16 @@ def default_batch(macs: int) -> int:
 
 
 def begun(folder: Path) -> dict[str, Any] | None:
-    """The manifest of the set in the folder, finished or not."""
+    """The manifest of the set in the folder, finished or not. Raises ArtifactError where it is
+    damaged."""
     path = folder / MANIFEST
-    return read_json(path, "qncd sample --force") if path.exists() else None
+    if not path.exists():
+        return None
+    found = read_json(path, "qncd sample --force")
+    seeds = [found.get(k, []) for k in ("seeds", ASKED)] if isinstance(found, dict) else [None]
+    if not all(isinstance(s, list) and all(type(n) is int for n in s) for s in seeds):
+        raise ArtifactError(f"{path}: damaged", 'repeat "qncd sample --force"')
+    return found
 
 
 def image_path(folder: Path, seed: int) -> Path:
@@ -71,8 +79,16 @@ def sheet_path(folder: Path) -> Path:
 
 
 def without_image(folder: Path, seeds: Iterable[int]) -> list[int]:
-    """Those of the seeds whose image is not there."""
-    return [seed for seed in seeds if not image_path(folder, seed).is_file()]
+    """Those of the seeds whose image is not there, or empty."""
+    return [seed for seed in seeds if not _has_bytes(image_path(folder, seed))]
+
+
+def _has_bytes(path: Path) -> bool:
+    try:
+        status = path.stat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
 def clear(folder: Path, also: Iterable[int] = ()) -> None:

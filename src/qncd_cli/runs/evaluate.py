@@ -14,6 +14,7 @@ from ..config.schema import Config
 from ..errors import ArtifactError
 from ..lineage.measured import Measurement
 from ..store.files import finite, read_json, write_bytes, write_json
+from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .measuring import Wishes, protocol_of, settle
 from .model import model_digest, open_model
@@ -72,7 +73,8 @@ def evaluate(
     if work is not None and found is not None:
         done = Evaluated(run, found, work.report, True)
     else:
-        done = _evaluate(run, config, wishes, name, device, command, work, watch)
+        with locked(run.path, watch.note):
+            done = _evaluate(run, config, wishes, name, device, command, work, watch)
     if show is not None:
         show(done)
     settle(watch.note, done.metrics["protocol"]["left_out"], wishes)

@@ -14,6 +14,7 @@ from ..lineage import sample_sets
 from ..lineage.freshness import State
 from ..spec import Compile
 from ..store.artifact_files import Stored, check_lineage, read_stored
+from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .model import model_digest, note_sampling, open_model
 from .sets import KEPT
@@ -99,7 +100,10 @@ def sample(
     folder = run.samples(name or wishes.set_name)
     state = _set_state(run, own, config, folder, wishes)
     there = sample_sets.begun(folder) if state is not None and state.holds else None
-    manifest = there or _draw(run, own, config, folder, wishes, watch)
+    manifest = there
+    if manifest is None:
+        with locked(run.path, watch.note):
+            manifest = _draw(run, own, config, folder, wishes, watch)
     seeds = manifest["seeds"]
     if len(seeds) > num:
         watch.note(f"{folder}: {len(seeds)} images are there, {num} asked for: all are kept")

@@ -62,5 +62,5 @@ def full_folder(
     batch_size = quantized.manifest["batch_size"]
     with watch.keeping(KEPT):
         return pipeline.full_precision_samples(
-            run.path.parent, config, model, seeds, batch_size, watch.track
+            *(run.path.parent, config, model, seeds, batch_size, watch.track), tell=watch.note
         )

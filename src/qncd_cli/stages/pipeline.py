@@ -21,10 +21,12 @@ from ..progress import Track, no_progress
 from ..runtime.sampled_model import SampledModel
 from ..store import artifacts
 from ..store.artifacts import Artifact
-from ..store.files import remove_temporaries, write_json
+from ..store.files import write_json
+from ..store.lock import locked
 from ..store.partial import Partial
 from ..store.partial_folder import code_digest, discard, folder_of
 from ..store.run_dir import RunDir
+from ..store.unfinished import remove_unfinished
 from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from . import sample as sample_stage
@@ -56,7 +58,7 @@ def calibrate(
         freshness.note_settings(run, "calibrate", config)
         discard(folder_of(run.path, "calibrate"))
         return calibration, smoothing, True
-    remove_temporaries(run.path)
+    remove_unfinished(run.path)
     made_from = _made_from("calibrate", config, model, {})
     with Partial(folder_of(run.path, "calibrate"), made_from, tell) as partial:
         with explained(model):
@@ -85,14 +87,15 @@ def quantize(
         freshness.note_settings(run, "quantize", config)
         discard(folder_of(run.path, "quantize"))
         return True
-    remove_temporaries(run.path)
+    remove_unfinished(run.path)
     made_from = _made_from("quantize", config, model, parents)
     with Partial(folder_of(run.path, "quantize"), made_from, tell) as partial:
         with explained(model):
             result = quantize_stage.run(config, model, calibration, smoothing, track, partial)
         artifacts.write(run.tensors("quantized"), result.quantized)
-        artifacts.write(run.tensors("noise_stats"), result.noise_stats)
         write_json(run.coverage, result.coverage)
+        # last, because it names the quantized: while it does not, the stage is not done
+        artifacts.write(run.tensors("noise_stats"), result.noise_stats)
         freshness.note_settings(run, "quantize", config)
         partial.remove()
     return False
@@ -124,14 +127,17 @@ def full_precision_samples(
     seeds: list[int],
     batch_size: int,
     track: Track = no_progress,
+    *,
+    tell: Tell = unheard,
 ) -> Path:
     """The folder of full-precision samples of these seeds; what is missing is drawn.
 
     They belong to the model and the sampler, not to one run, so that runs beside each other
-    share them: <runs>/full-precision/<digest>.
+    share them: <runs>/full-precision/<digest>. tell: hears of another process that draws there.
     """
     sampled = SampledModel.full_precision(model)
     folder = runs / "full-precision" / sample_stage.identify(config, model, sampled)["digest"]
     request = sample_stage.SampleRequest(folder, seeds, batch_size)
-    sample_stage.run(config, model, sampled, request, track)
+    with locked(folder, tell):
+        sample_stage.run(config, model, sampled, request, track)
     return folder

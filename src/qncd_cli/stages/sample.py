@@ -33,7 +33,8 @@ from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction
 from ..store import artifacts
 from ..store.artifacts import Artifact
-from ..store.files import remove_temporaries, write_bytes, write_json
+from ..store.files import write_bytes, write_json
+from ..store.unfinished import remove_unfinished
 
 TRACED = 32
 """Seeds whose predictions are kept at every step, for the SQNR over the steps."""
@@ -70,10 +71,12 @@ def run(
     check(config, model, sampled.noise_stats, request.seeds)
     before = sample_sets.begun(request.folder) or {}
     drawn = sample_set.finished(request.folder, identity)
-    done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
     beyond = sorted({*before.get("seeds", ())} - {*request.seeds})
     batches = chunks(request.seeds, request.batch_size) + chunks(beyond, request.batch_size)
     asked = {*request.seeds, *beyond, *before.get(sample_sets.ASKED, ())}
+    if drawn is not None:
+        drawn = sample_set.without(drawn, _images_again(model, request.folder, drawn, batches))
+    done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
     scheduler = trajectory.timed_scheduler(config, model)
     unfinished = {
         "complete": False,
@@ -82,17 +85,37 @@ def run(
         "batch_size": request.batch_size,
     }
     write_json(request.folder / sample_sets.MANIFEST, {**identity, **unfinished})
-    remove_temporaries(request.folder)
+    remove_unfinished(request.folder)
     pending = [batch for batch in batches if not done.issuperset(batch)]
     calls = len(pending) * (len(scheduler.timesteps) + 1)  # the decoder's counts as one
     what = f"sampling {sum(map(len, pending))} images ({sampled.kind})"
     for seeds, tick in counted(track, pending, what, calls, "calls"):
         part = request.folder / sample_sets.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
-        if not part.is_file():
+        if not sample_set.is_sound(part):
             draw_batch(config, model, sampled, scheduler, seeds, part, tick)
-    return sample_set.assemble(
-        request.folder, identity, drawn, request.batch_size, str(model.device)
-    )
+    wanted = {*request.seeds, *beyond}
+    device = str(model.device)
+    return sample_set.assemble(request.folder, identity, drawn, request.batch_size, device, wanted)
+
+
+def _images_again(
+    model: DiffusionModel, folder: Path, drawn: Artifact, batches: list[list[int]]
+) -> set[int]:
+    """Write lost images from their latents, decoded in the batches that they are drawn in; the
+    seeds whose image has to be drawn, because latents of their batch are missing."""
+    row_of = {seed: row for row, seed in enumerate(drawn.tensors["seeds"].tolist())}
+    lost = set(sample_sets.without_image(folder, row_of))
+    for seeds in batches:
+        again = lost.intersection(seeds)
+        if not again or not row_of.keys() >= set(seeds):
+            continue
+        with torch.no_grad():
+            images = model.decode(drawn.tensors["latents"][[row_of[seed] for seed in seeds]])
+        for seed, image in zip(seeds, images, strict=True):
+            if seed in again:
+                write_bytes(sample_sets.image_path(folder, seed), sample_set.png_bytes(image))
+        lost -= again
+    return lost
 
 
 def costs(

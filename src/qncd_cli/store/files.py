@@ -1,9 +1,9 @@
 """Files are written whole or not at all, and JSON in one spelling.
 
 This module is the only writer of the run directory: store/artifacts.py adds what tensor files
-hold, store/run_dir.py where everything lies. A file is written beside its place, synced and
-renamed, so that it is either the old one or the new one. Links are written through: what they
-lead to is replaced, they stay.
+hold, store/run_dir.py where everything lies. A file is written beside its place
+(store/unfinished.py), synced and renamed, so that it is either the old one or the new one.
+Links are written through: what they lead to is replaced, they stay.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import errno
 import json
 import math
 import os
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
+from .unfinished import unfinished_beside
 
 
 @contextmanager
@@ -27,26 +28,43 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises ArtifactError when the disk is full or the place cannot be written.
     """
-    temporary, named, path = None, path, target_of(path)
+    named, path = path, target_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        yield Path(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        with unfinished_beside(path, _new_file) as (temporary, mode):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, mode)  # whoever wrote it may have made it anew
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ArtifactError(
                 f"{named}: no room on disk", "free some space and repeat the command"
             ) from error
         raise ArtifactError(f"{named}: cannot be written: {error.strerror or error}") from error
+
+
+def _new_file(place: Path) -> int:
+    """Make an empty file; its mode, as the user's mask leaves it."""
+    handle = os.open(place, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(handle).st_mode)
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """What was renamed in a folder outlives a power cut, where the file system can promise it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.EOPNOTSUPP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def target_of(path: Path) -> Path:
@@ -64,14 +82,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Atomically. Raises ArtifactError when the disk is full or the place cannot be written."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove unfinished files that a killed process left behind: ours, and safetensors'."""
-    for pattern in (".*.*.????????", ".tmp??????"):
-        for path in folder.glob(pattern):
-            if path.is_file():
-                path.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, marker: str, kind: str, *, force: bool) -> None:
@@ -102,8 +112,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     named, folder = folder, target_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
-            made, replaced = Path(beside) / "made", Path(beside) / "replaced"
+        with unfinished_beside(folder, Path.mkdir) as (beside, _):
+            made, replaced = beside / "made", beside / "replaced"
             made.mkdir()
             yield made
             for path in made.rglob("*"):
@@ -118,6 +128,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 if replaced.is_dir():
                     replaced.rename(folder)
                 raise
+            sync_folder(folder.parent)
     except OSError as error:
         raise unwritable(named, error) from error
 

@@ -10,7 +10,7 @@ import shutil
 import time
 from pathlib import Path
 
-from .lock import locked_if_free
+from .lock import LOCK, locked_if_free
 
 FOLDER = "partial"
 SOURCES = (".py", ".h", ".cpp")
@@ -33,7 +33,7 @@ def kept_phrase(run: Path, stage: str) -> str:
 
 def discard_unneeded(run: Path, stage: str) -> None:
     """Remove what a process left that was killed after the stage was written, unless one works."""
-    if folder_of(run, stage).is_dir():
+    if folder_of(run, stage).is_dir() or (run / LOCK).exists():
         with locked_if_free(run) as free:
             if free:
                 discard(folder_of(run, stage))

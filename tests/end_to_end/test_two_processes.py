@@ -1,0 +1,41 @@
+"""Two processes in one run at once: one after the other, and both have what they asked for."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from processes import started
+
+SET = Path("runs/tiny/samples/new")
+SAMPLE = ("sample", "--batch-size", "2", "--name", "new", "--no-compile")
+
+
+def both(folder: Path, first: tuple[str, ...], second: tuple[str, ...]) -> list[int | None]:
+    """Exit codes of two commands that were begun at once."""
+    processes = [started(folder, *command) for command in (first, second)]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "seeds"),
+    [
+        (("--num", "4"), ("--num", "6"), range(6)),
+        (("--num", "3"), ("--seed", "3", "--num", "3"), range(6)),
+        (("--num", "4", "--force"), ("--num", "4", "--force"), range(4)),
+    ],
+    ids=["more and fewer", "others", "force"],
+)
+def test_two_that_sample_into_one_set_lose_nothing(sampled, tmp_path, first, second, seeds):
+    work = shutil.copytree(sampled, tmp_path / "work")
+    assert both(work, (*SAMPLE, *first), (*SAMPLE, *second)) == [0, 0]
+    manifest = json.loads((work / SET / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert manifest["seeds"] == list(seeds)
+    names = {path.name for path in (work / SET).iterdir()}
+    assert names == {f"{s:06d}.png" for s in seeds} | {"manifest.json", "latents.safetensors"}
+    assert not (work / "runs" / "tiny" / ".lock").exists()
