@@ -19,7 +19,7 @@ from ..report.page import contact_sheet
 from ..store import artifacts
 from ..store.artifact_files import read_stored
 from ..store.artifacts import Artifact
-from ..store.files import read_json, write_bytes, write_json
+from ..store.files import write_bytes, write_json
 from .sample_sets import (
     LATENTS,
     MANIFEST,
@@ -27,6 +27,7 @@ from .sample_sets import (
     begun,
     check_identity,
     image_path,
+    read_manifest,
     sheet_path,
     without_image,
 )
@@ -197,7 +198,7 @@ def read_set(folder: Path, *, whatever: bool = False) -> SampleSet:
     whatever: also samples that are not finite, and sets of nothing but black images.
     Raises ArtifactError when the set is missing, incomplete or does not fit its manifest.
     """
-    manifest = read_json(folder / MANIFEST, "qncd sample")
+    manifest = read_manifest(folder, "qncd sample")
     if not manifest.get("complete"):
         raise ArtifactError(f"{folder}: the sample set is incomplete", 'repeat "qncd sample"')
     missing = [key for key in SET_KEYS if key not in manifest]

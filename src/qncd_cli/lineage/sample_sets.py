@@ -60,13 +60,17 @@ def default_batch(macs: int) -> int:
 def begun(folder: Path) -> dict[str, Any] | None:
     """The manifest of the set in the folder, finished or not. Raises ArtifactError where it is
     damaged."""
+    return read_manifest(folder, "qncd sample --force") if (folder / MANIFEST).exists() else None
+
+
+def read_manifest(folder: Path, command: str) -> dict[str, Any]:
+    """The manifest of a set. Raises ArtifactError where it is missing or damaged; command: what
+    makes a good one."""
     path = folder / MANIFEST
-    if not path.exists():
-        return None
-    found = read_json(path, "qncd sample --force")
+    found = read_json(path, command)
     seeds = [found.get(k, []) for k in ("seeds", ASKED)] if isinstance(found, dict) else [None]
     if not all(isinstance(s, list) and all(type(n) is int for n in s) for s in seeds):
-        raise ArtifactError(f"{path}: damaged", 'repeat "qncd sample --force"')
+        raise ArtifactError(f"{path}: damaged", f'repeat "{command}"')
     return found
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ..config.loading import parse_config
 from ..config.schema import Config
 from ..errors import ArtifactError
+from ..lineage.sample_sets import read_manifest
 from ..store.artifact_files import read_stored
-from ..store.files import read_json
 from ..store.run_dir import RunDir
 from .watch import Watch
 
@@ -56,8 +56,8 @@ def full_folder(
     digest = stage.identify(config, model, sampled)["digest"]
     own = run.samples("full")
     if own.is_dir():
-        manifest = read_json(own / "manifest.json", "qncd sample --full-precision")
-        if manifest.get("digest") == digest and set(seeds) <= set(manifest["seeds"]):
+        manifest = read_manifest(own, "qncd sample --full-precision")
+        if manifest.get("digest") == digest and set(seeds) <= set(manifest.get("seeds", ())):
             return own
     batch_size = quantized.manifest["batch_size"]
     with watch.keeping(KEPT):
