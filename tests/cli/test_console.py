@@ -24,7 +24,7 @@ def test_what_nobody_foresaw_is_one_line_with_its_place(qncd, monkeypatch):
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("Error: KeyError: 'weights', unforeseen, at cli/commands.py:")
-    assert "\n1 what nobody foresaw" in EPILOG
+    assert " 1 what nobody foresaw" in EPILOG
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")

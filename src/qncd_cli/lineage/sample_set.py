@@ -99,7 +99,10 @@ def assemble(
     wanted: set[int],
 ) -> dict[str, Any]:
     """Join the parts, and what was drawn before, into one latents file, a sheet and the manifest,
-    which is returned. device: of the last batch. Raises ArtifactError where a wanted seed is in none of them."""
+    which is returned. device: of the last batch.
+
+    Raises ArtifactError where a wanted seed is in none of them, or an image is gone.
+    """
     parts = sorted((folder / PARTS).glob("*.safetensors"))
     pieces = [drawn] if drawn else []
     latents = merge_latents(pieces + [artifacts.read(path, "latents") for path in parts])
