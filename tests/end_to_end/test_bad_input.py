@@ -465,6 +465,19 @@ def test_quantize_that_ends_between_its_files_never_leaves_anothers_coverage(
     assert coverage == (work.folder / RUN / "coverage.json").read_bytes()
 
 
+def test_a_complete_run_is_repeated_where_nothing_can_be_written(work, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    before = snapshot(work)
+    with monkeypatch.context() as patch:
+        for name in ("replace", "mkdir", "unlink"):
+            patch.setattr(os, name, refuse)
+        for command in COMMANDS.values():
+            work(*command)
+    assert snapshot(work) == before
+
+
 # ---- interruptions ------------------------------------------------------------------------------
 
 

@@ -71,7 +71,9 @@ def _pointer() -> Path:
 
 def set_current(run: RunDir) -> None:
     """Later commands in this folder find the run without being told."""
-    write_bytes(_pointer(), (str(run.path) + "\n").encode())
+    pointer, text = _pointer(), (str(run.path) + "\n").encode()
+    if not pointer.is_file() or pointer.read_bytes() != text:
+        write_bytes(pointer, text)
 
 
 def find_run(run_dir: str | None) -> RunDir:
