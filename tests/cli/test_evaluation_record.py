@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Iterator
@@ -187,6 +188,25 @@ def test_seeds_between_two_ranges_are_not_drawn(work):
         for folder in (full.parent, work.folder / RUN / "samples/again")
     ]
     assert torch.allclose(*both, atol=1e-4), "a sample is the same in any batch"
+
+
+# ---- checks before numbers ----------------------------------------------------------------------
+
+
+def test_faults_of_images_are_noted_on_stderr_in_the_record_and_in_the_report(work):
+    exchange_an_image_of_the_set(work)
+    result = work("eval", "--fid", *REFERENCE)
+    repeated = "quantized: 1 of 6 images repeat an earlier one (first: seed 1, like seed 0)"
+    assert repeated in result.stderr.splitlines()
+    few = "6 images are few for the 128 features of fashion-classifier: even images like"
+    assert any(line.startswith(few) for line in result.stderr.splitlines())
+    notes = metrics_of(work)["checks"]
+    assert [note["what"] for note in notes] == ["duplicates", "too_few", "too_few"]
+    work("eval", "--isc", *REFERENCE)
+    assert metrics_of(work)["checks"] == notes, "numbers that stay keep what was said of them"
+    report = (work.folder / RUN / "report.html").read_text()
+    assert all(note["says"] in html.unescape(report) for note in notes)
+    assert repeated in work("eval", "--isc", *REFERENCE).stderr, "also where nothing is done again"
 
 
 # ---- which runs may be compared -----------------------------------------------------------------

@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 
 import pytest
-import torch
 from conftest import SHALLOW, Qncd, save_tiny_pipeline, tiny_config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from qncd_cli.metrics.checks import flat_images, not_finite
 from qncd_cli.store import artifacts
 
 SET = "runs/tiny/samples/quantized"
@@ -93,13 +91,3 @@ def test_drawing_that_meets_what_is_not_finite_is_a_fault(tmp_path):
 def test_verify_stops_as_sample_does_where_nothing_is_quantized(tmp_path):
     failed = Qncd(tmp_path)("verify", ok=False)
     assert failed.exit_code == 4 and "no current run" in failed.stderr
-
-
-def test_checks_see_one_pixel():
-    images = torch.full((3, 3, 4, 4), 7, dtype=torch.uint8)
-    images[1, 0, 0, 0] = 8
-    images[2] = 0
-    assert flat_images(images) == {0: (7, 7, 7), 2: (0, 0, 0)}
-    latents = torch.zeros(3, 2, 2)
-    latents[1, 1, 1] = float("inf")
-    assert not_finite(latents) == {1: 1}

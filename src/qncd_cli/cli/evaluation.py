@@ -45,6 +45,8 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         protocol = protocol_of_images(options.wishes)
         metrics = stage.measure_images(Path(options.images), protocol, console.track)
         title = f"{metrics['protocol']['num_samples']} images"
+        for check in metrics["checks"]:
+            console.note(check["says"])
         console.result(metrics, lambda: render(console, metrics, title))
         settle(console.note, metrics["protocol"]["left_out"], options.wishes)
         return

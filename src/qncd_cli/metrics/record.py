@@ -82,7 +82,9 @@ def grown(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in ("full", "quantized", "fidelity"):
         merged[name] = _filled(now[name], earlier[name])
-    return merged
+    notes = {(note["set"], note["what"]) for note in now.get("checks", ())}
+    others = (n for n in earlier.get("checks", ()) if (n["set"], n["what"]) not in notes)
+    return {**merged, "checks": [*now.get("checks", ()), *others]}
 
 
 def _filled(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

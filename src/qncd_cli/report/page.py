@@ -65,14 +65,14 @@ def html_report(
     title: str,
     meta: Mapping[str, Any],
 ) -> str:
-    """One self-contained HTML page: table of metrics, SQNR over the sampling steps, image pairs.
+    """One self-contained HTML page: metrics, checks, SQNR over the sampling steps, image pairs.
 
     metrics: the object of metrics.json (values may be None or inf); curves: name -> SQNR in dB of
     every sampling step; pairs: heading -> uint8 [C, H, W] images of the same seed, C 1 or 3; meta:
     what was measured, shown before the protocol of metrics.json. Empty parts are left out.
     Raises ValueError if a pair is not uint8 or of two shapes.
     """
-    parts = [f"<h1>{escape(title)}</h1>", _table(metrics)]
+    parts = [f"<h1>{escape(title)}</h1>", _table(metrics), _checks(metrics)]
     if any(len(values) for values in curves.values()):
         parts.append("<h2>SQNR of the noise prediction over the sampling steps</h2>")
         parts.append(chart(curves, "sampling step", "SQNR, dB"))
@@ -154,6 +154,15 @@ def _table(metrics: Mapping[str, Any]) -> str:
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"{table}<p>{escape(DIRECTIONS)}</p>{_terms(found)}"
+
+
+def _checks(metrics: Mapping[str, Any]) -> str:
+    """What was noted of the images before anything was measured."""
+    notes = [note["says"] for note in metrics.get("checks") or ()]
+    if not notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f"<h2>To know before reading the numbers</h2><ul>{items}</ul>"
 
 
 def _terms(found: Sequence[Row]) -> str:

@@ -75,6 +75,8 @@ def evaluate(
     else:
         with locked(run.path, watch.note):
             done = _evaluate(run, config, wishes, name, device, command, work, watch)
+    for check in done.metrics.get("checks", ()):
+        watch.note(check["says"])
     if show is not None:
         show(done)
     settle(watch.note, done.metrics["protocol"]["left_out"], wishes)

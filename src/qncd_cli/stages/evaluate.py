@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..lineage.sample_set import SampleSet, match_sets
 from ..lineage.sample_sets import image_path
+from ..metrics import checks
 from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
     class_agreement,
@@ -27,7 +28,7 @@ from ..metrics.image import (
     measure,
     not_measured,
 )
-from ..metrics.image_files import digest_of_files
+from ..metrics.image_files import digest_of_files, image_paths
 from ..metrics.protocol import Protocol, describe, prepared
 from ..metrics.record import grown
 from ..metrics.rows import bits, short_name
@@ -60,8 +61,18 @@ def measure_images(source: Path, protocol: Protocol, track: Track = no_progress)
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
         raise ArtifactError(f"{source}: nothing can be measured: {'; '.join(reasons)}")
     entry = _entry(images, protocol, track)
-    known = {"images": str(source), "image_size": list(images.shape[-2:])}
-    return {"protocol": describe(protocol, len(images), known), "images": entry}
+    size = list(images.shape[-2:])
+    known = {"images": str(source), "image_size": size}
+    names = [path.name for path in image_paths(source)] if source.is_dir() else None
+    numbered = [f"number {row + 1}" for row in range(len(images))]
+    return {
+        "protocol": describe(protocol, len(images), known),
+        "images": entry,
+        "checks": [
+            *checks.notes_of_images("images", images, names or numbered),
+            *_notes_of_reference(images, protocol),
+        ],
+    }
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,7 @@ def run(
     protocol = prepared(protocol, len(full.seeds), track)
     sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
     metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
+    metrics["checks"] = _checks(full, quantized, protocol)
     metrics = {**grown(earlier or {}, metrics), "quantization": dict(made)}
     source, label = full.manifest["source"], Widths(made["weights"], made["activations"]).label
     measured = {"model": source, "bits": bits(made), "preset": made["preset"], **facts}
@@ -194,6 +206,23 @@ def sizes(quantized: Path, coverage: dict[str, Any]) -> dict[str, int]:
     artifact, rest = quantized.stat().st_size, coverage["rest_bytes"]
     full = coverage["float_denoiser_bytes"]
     return {"full": full, "quantized": artifact + rest, "artifact": artifact, "rest": rest}
+
+
+def _checks(full: SampleSet, quantized: SampleSet, protocol: Protocol) -> list[checks.Note]:
+    """metrics.json's `checks`: what there is to say of the images themselves."""
+    names = [f"seed {seed}" for seed in full.seeds]
+    return [
+        *checks.notes_of_images("full precision", full.images, names),
+        *checks.notes_of_images("quantized", quantized.images, names),
+        *checks.notes_of_classes(_counts(full.manifest["classes"])),
+        *_notes_of_reference(full.images, protocol),
+    ]
+
+
+def _notes_of_reference(images: Tensor, protocol: Protocol) -> list[checks.Note]:
+    return checks.notes_of_reference(
+        len(images), images.shape[-2:], protocol.reference, protocol.network, protocol.metrics
+    )
 
 
 def _counts(classes: Sequence[int]) -> dict[str, int]:
