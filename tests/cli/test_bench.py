@@ -54,6 +54,22 @@ def test_json_and_markdown_are_written(benched):
     assert f"batch {benched.data['batch_size']}" in text
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("tiny.yaml", "tiny.yaml is a file"),
+        ("tiny.yaml/deeper", "tiny.yaml is a file"),
+        ("taken", "taken/bench.md: is a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_the_model_is_looked_for(qncd, out, said):
+    (qncd.folder / "taken" / "bench.md").mkdir(parents=True)
+    result = qncd("bench", "./nowhere", "--out", out, ok=False)
+    assert result.exit_code == 4
+    (line,) = result.stderr.strip().splitlines()
+    assert said in line
+
+
 def test_a_configuration_names_the_model_and_a_missing_row_its_reason(qncd, monkeypatch):
     monkeypatch.setenv(SWITCH, "1")
     rows = "float32-eager,int8-w4a8"

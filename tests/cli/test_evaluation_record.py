@@ -80,6 +80,27 @@ def test_later_metrics_of_the_same_protocol_are_added(work):
     )
 
 
+def test_numbers_that_the_record_holds_are_not_measured_again(work):
+    work("eval", "--fid", "--isc", *REFERENCE)
+    work("eval", "--kid", *REFERENCE)
+    for flags in (("--fid",), ("--isc", "--kid"), ()):
+        assert "unchanged, skipped" in work("eval", *flags, *REFERENCE).stdout, flags
+    assert "unchanged" not in work("eval", "--prc", *REFERENCE).stdout
+    assert "unchanged, skipped" in work("eval", "--fid", *REFERENCE).stdout
+    replace_an_image_of_the_reference(work)
+    assert "unchanged" not in work("eval", "--fid", *REFERENCE).stdout
+    assert "unchanged" not in work("eval", "--isc", *REFERENCE).stdout, "of the other reference"
+
+
+def test_a_number_against_another_reference_is_none_of_this_one(work):
+    """Without a name the packaged reference is meant."""
+    work("eval", "--isc")
+    work("eval", "--fid", *REFERENCE)
+    assert "unchanged, skipped" in work("eval", "--isc").stdout
+    assert "unchanged" not in work("eval", "--fid").stdout
+    assert metrics_of(work)["protocol"]["reference"] == "zoo"
+
+
 def replace_an_image_of_the_reference(runner: Qncd) -> None:
     save_images(runner.folder / "reference", 50, 1)
 

@@ -77,6 +77,27 @@ def test_the_file_says_what_the_folder_is(empty, text_model):
     assert data["model"]["needs"] == "prompts"
 
 
+@pytest.mark.parametrize(("version", "size"), [("0.8.1", 64), ("0.9.0", 16), (None, 16)])
+def test_the_size_of_an_early_folder_is_what_its_pipeline_makes_of_it(
+    empty, text_model, version, size
+):
+    from diffusers import UNet2DConditionModel
+
+    from qncd_cli.models.schedule import corrected
+
+    folder = shutil.copytree(text_model, empty.folder / "early")
+    path = folder / "unet" / "config.json"
+    config = {**json.loads(path.read_text()), "_diffusers_version": version, "sample_size": 16}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    unet = UNet2DConditionModel.from_config(json.loads(path.read_text()))
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    corrected("StableDiffusionPipeline", unet, scheduler)
+    assert unet.config.sample_size == size
+    image = empty("init", folder, "--json").data["model"]["image"]
+    latents = empty("init", text_model, "--json").data["model"]["image"][0] // 8
+    assert image == [size * latents] * 2
+
+
 def test_the_type_is_that_of_the_weights(empty, text_model):
     import torch
     from safetensors.torch import load_file, save_file

@@ -15,6 +15,9 @@ from ..store import files
 from .console import Console
 from .shared import open_model
 
+FILES = ("bench.json", "bench.md")
+"""What is written."""
+
 
 @dataclass(frozen=True)
 class BenchOptions:
@@ -48,10 +51,11 @@ def bench(console: Console, options: BenchOptions) -> None:
         options.profile,
     )
     folder = Path(options.out) if options.out else Path("runs") / f"bench_{name}"
+    files.check_place(folder, FILES)
     model = open_model(_in_float32(config), "cpu")
     report = table.run(config, model, request, _teller(), console.track)
-    files.write_json(folder / "bench.json", report)
-    page = folder / "bench.md"
+    table_file, page = (folder / name for name in FILES)
+    files.write_json(table_file, report)
     files.write_bytes(page, rendering.markdown(report, f"Bench of {name}").encode())
 
     def render() -> None:

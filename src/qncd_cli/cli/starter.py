@@ -6,6 +6,7 @@ Neither torch nor diffusers is imported, and no weights are read but the headers
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ Tree = dict[str, Any]
 EXAMPLES = ["a red bicycle leaning against a brick wall", "two dogs running along a beach"]
 _SMALL, _LARGE = 100_000_000, 1_500_000_000
 """Parameters up to which calibration can be generous, and from which it has to be short."""
+EARLY_SIZE = 64
+"""What diffusers takes for the smaller sizes in folders of Stable Diffusion before version 0.9.0,
+which were trained at it (StableDiffusionPipeline; models/schedule.py has it do so)."""
 _COMMENTED: Tree = {"negative_prompt": "", "image_size": None}
 """Keys of a text model that most leave as they are."""
 
@@ -77,7 +81,8 @@ def facts_of(source: str, compvis_config: str | None = None) -> Facts:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{denoiser}: weights cannot be read: {error}") from error
     here = os.path.abspath(source) if os.path.isdir(source) else source
-    return Facts(here, None, card, parameters, frozenset(types), _image(folder, denoiser))
+    image = _image(folder, denoiser, card.kind)
+    return Facts(here, None, card, parameters, frozenset(types), image)
 
 
 def starter_tree(facts: Facts) -> Tree:
@@ -198,9 +203,12 @@ def _checkpoint_facts(source: str, compvis_config: str | None) -> Facts:
     return Facts(os.path.abspath(source), os.path.abspath(found), card, 0, frozenset(), None)
 
 
-def _image(folder: Path, denoiser: Path) -> tuple[int, int] | None:
+def _image(folder: Path, denoiser: Path, kind: str) -> tuple[int, int] | None:
     """Height and width of the model's own images."""
-    size = read_tree(denoiser / "config.json").get("sample_size")
+    config = read_tree(denoiser / "config.json")
+    size = config.get("sample_size")
+    if kind == "StableDiffusionPipeline" and isinstance(size, int) and _is_early(config):
+        size = max(size, EARLY_SIZE)
     sides = size if isinstance(size, list) and len(size) == 2 else [size, size]
     if not all(isinstance(side, int) for side in sides):
         return None
@@ -208,3 +216,9 @@ def _image(folder: Path, denoiser: Path) -> tuple[int, int] | None:
     blocks = next((stage["block_out_channels"] for stage in stages if stage), [0])
     height, width = (side * 2 ** (len(blocks) - 1) for side in sides)
     return height, width
+
+
+def _is_early(config: Tree) -> bool:
+    """Whether a version of diffusers before 0.9.0 wrote it."""
+    found = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    return found is not None and (int(found[1]), int(found[2])) < (0, 9)

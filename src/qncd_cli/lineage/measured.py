@@ -32,13 +32,14 @@ KEY = "eval"
 class Measurement:
     """What eval was asked for, and what it writes.
 
-    name: of the sample set; wishes: eval's options and the configuration; model: its digest;
-    weights: the file of a feature network, None for the usual ones; insists: whether what could not
-    be had is asked for by name, so that it is tried again.
+    name: of the sample set; wanted: metrics; wishes: eval's other options and the configuration;
+    model: its digest; weights: the file of a feature network, None for the usual ones; insists:
+    whether what could not be had is asked for by name, so that it is tried again.
     """
 
     run: RunDir
     name: str
+    wanted: tuple[str, ...]
     wishes: Mapping[str, Any]
     model: str
     reference: str | None
@@ -48,25 +49,37 @@ class Measurement:
     report: Path
 
     def still_holds(self) -> dict[str, Any] | None:
-        """metrics.json where it and the report are what eval wrote last, from these very inputs."""
+        """metrics.json where it and the report are what eval wrote last, and hold every metric that
+        is wanted, measured from these very inputs by whatever call."""
         try:
             noted = read_json(self.run.settings, "qncd eval")[KEY][self.name]
             metrics = read_json(self.metrics, "qncd eval")
             full = Path(metrics["protocol"]["full"])
-            if self.insists and metrics["protocol"]["left_out"]:
+            lacking = {*self.wanted} - {*metrics["protocol"]["metrics"]}
+            left_out = {*metrics["protocol"]["left_out"]}
+            if self.insists and (lacking or "distance" in left_out):
                 return None
-            good = noted == {"inputs": self._inputs(full), "outputs": self._outputs()}
-        except (ArtifactError, KeyError, TypeError):
+            known = {*noted["inputs"].get(self._inputs(full), ())}
+            good = noted["outputs"] == self._outputs() and known >= {*self.wanted}
+        except (ArtifactError, AttributeError, KeyError, TypeError):
             return None
-        return metrics if good else None
+        return metrics if good and lacking <= left_out else None
 
-    def note(self, full: Path) -> None:
-        """After eval has written; full: the folder of the full-precision samples."""
+    def note(self, full: Path, *, grew: bool) -> None:
+        """After eval has written.
+
+        full: the folder of the full-precision samples; grew: whether what earlier calls measured is
+        still in metrics.json. Their inputs then stay noted, each with the metrics it was for.
+        """
         try:
             known = read_json(self.run.settings, "qncd eval")
         except ArtifactError:
             known = {}
-        noted = {"inputs": self._inputs(full), "outputs": self._outputs()}
+        before = known.get(KEY, {}).get(self.name, {}).get("inputs") if grew else None
+        held = before if isinstance(before, dict) else {}
+        now = self._inputs(full)
+        inputs = {**held, now: sorted({*held.get(now, ()), *self.wanted})}
+        noted = {"inputs": inputs, "outputs": self._outputs()}
         sets = {**known.get(KEY, {}), self.name: noted}
         write_json(self.run.settings, {**known, KEY: sets})
 

@@ -13,6 +13,7 @@ from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ArtifactError
 from ..lineage.measured import Measurement
+from ..metrics.record import same_protocol
 from ..store.files import finite, read_json, write_bytes, write_json
 from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run, read_coverage
@@ -120,7 +121,8 @@ def _evaluate(
     write_json(metrics_path, finite(metrics))
     write_bytes(report_path, report.encode())
     if work is not None:
-        work.note(full_set.folder)
+        grew = same_protocol(earlier.get("protocol", {}), metrics["protocol"])
+        work.note(full_set.folder, grew=grew)
     return Evaluated(run, metrics, report_path, False)
 
 
@@ -136,12 +138,14 @@ def _measurement(run: RunDir, config: Config, wishes: Wishes, name: str) -> Meas
     model = model_digest(config)
     if model is None:
         return None
-    asked = {**asdict(wishes), "source": config.model.source, "config": config.to_yaml()}
+    options = {key: value for key, value in asdict(wishes).items() if key != "named"}
+    asked = {**options, "source": config.model.source, "config": config.to_yaml()}
     weights = Path(wishes.inception_weights) if wishes.inception_weights else None
     reference = wishes.reference or config.evaluation.reference
     return Measurement(
         run,
         name,
+        wishes.metrics,
         asked,
         model,
         reference,

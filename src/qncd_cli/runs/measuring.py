@@ -143,6 +143,9 @@ def settle(
 
     Raises BackendUnavailable, exit code 6, where it was asked for by name.
     """
+    left_out = {
+        name: why for name, why in left_out.items() if name in (*wishes.metrics, "distance")
+    }
     reasons = "; ".join(dict.fromkeys(why for whys in left_out.values() for why in whys))
     missing = [f"--{name}" for name in wishes.named if name in left_out]
     if wishes.network == "inception" and "distance" in left_out:

@@ -12,6 +12,7 @@ from ..config.loading import load_config
 from ..errors import ModelError, NotFinite
 from ..lineage import sample_sets
 from ..store.artifact_files import read_stored
+from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run
 from ..vocabulary import IDENTICAL_DB, said
 from .model import open_model
@@ -112,7 +113,7 @@ def verify(
         check_quantized(run, quantized)
         model = open_model(config, device, run.path, watch)
         check_model(quantized, model)
-        with _drawing("full"):
+        with locked(run.path, watch.note), _drawing("full"):
             beside = full_folder(run, config, model, quantized, watch)
     except _Stopped as stopped:
         first = config.sampling.seed

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,22 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Atomically. Raises ArtifactError when the disk is full or the place cannot be written."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def check_place(folder: Path, names: Iterable[str]) -> None:
+    """Check before long work that these files can be written into a folder, which may be missing.
+
+    Nothing is made. Raises ArtifactError.
+    """
+    place = target_of(folder)
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir():
+        raise ArtifactError(f"{folder}: {there} is a file", "name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ArtifactError(f"{folder}: cannot be written", f"you may not write in {there}")
+    for name in names:
+        if (place / name).is_dir():
+            raise ArtifactError(f"{folder / name}: is a folder", "name another place")
 
 
 def check_folder(folder: Path, marker: str, kind: str, *, force: bool) -> None:
