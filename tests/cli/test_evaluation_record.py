@@ -14,6 +14,7 @@ from conftest import Qncd, packaged, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
+from qncd_cli.config import model_card
 from qncd_cli.vocabulary import IDENTICAL_DB
 
 RUN = Path("runs/tiny")
@@ -80,7 +81,15 @@ def test_later_metrics_of_the_same_protocol_are_added(work):
     )
 
 
-def test_numbers_that_the_record_holds_are_not_measured_again(work):
+@pytest.fixture
+def known(work, tiny_model, monkeypatch) -> Qncd:
+    """The same, of a packaged model whose digest is known without loading it."""
+    monkeypatch.setattr(model_card, "_ZOO", tiny_model.parent)
+    return work
+
+
+def test_numbers_that_the_record_holds_are_not_measured_again(known):
+    work = known
     work("eval", "--fid", "--isc", *REFERENCE)
     work("eval", "--kid", *REFERENCE)
     for flags in (("--fid",), ("--isc", "--kid"), ()):
@@ -92,8 +101,9 @@ def test_numbers_that_the_record_holds_are_not_measured_again(work):
     assert "unchanged" not in work("eval", "--isc", *REFERENCE).stdout, "of the other reference"
 
 
-def test_a_number_against_another_reference_is_none_of_this_one(work):
+def test_a_number_against_another_reference_is_none_of_this_one(known):
     """Without a name the packaged reference is meant."""
+    work = known
     work("eval", "--isc")
     work("eval", "--fid", *REFERENCE)
     assert "unchanged, skipped" in work("eval", "--isc").stdout
