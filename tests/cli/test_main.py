@@ -273,7 +273,7 @@ def test_every_command_prints_one_json_object_and_nothing_else(evaluated, tmp_pa
     assert dry["config"]["sampling"]["steps"] == 4
     measure += ["--network", "fashion"]
     images = evaluated("eval", "--images", "reference", *measure, "--json").data
-    assert set(images) == {"protocol", "images"}
+    assert set(images) == {"protocol", "images", "checks"}
 
 
 def test_stage_summaries_say_what_was_done(evaluated):
