@@ -58,7 +58,7 @@ _QDIFFUSION = merged(
     {
         "quantization": {
             "weights": {"rounding": "gptq"},
-            "activations": {"observer": "mse"},
+            "activations": {"observer": "moving_average"},
             "split_skip_connections": True,
         },
     },
@@ -109,8 +109,8 @@ _TRANSFORMER_NOTE = (
 PRESETS: dict[str, Preset] = {
     "minmax": Preset("nearest rounding, min-max ranges, no correction: the floor", _MINMAX),
     "qdiffusion": Preset(
-        "rounding by the layer's output error, ranges by squared error, no correction "
-        "(after arXiv 2302.04304)",
+        "rounding by the layer's output error, ranges by the mean extremes of small batches, no "
+        "correction (after arXiv 2302.04304)",
         _QDIFFUSION,
     ),
     "ptqd": Preset(
