@@ -133,9 +133,8 @@ def run(
             write_json(request.row(variant), row)
             tell(f"  done in {row['row']['seconds']:.1f} s")
         ablation.backend = get_backend(ablation.backend, model.device).name
-        table["full"] = row["full"]
         rows.append(row["row"])
-        table["rows"] = with_gains(rows)
+        table |= {"full": row["full"], "rows": with_gains(rows)}
         write_json(request.table, table)
     return table
 
