@@ -62,6 +62,8 @@ def _command(folder: Path, arguments: tuple[str, ...], arm: Callable[[], None] |
     from qncd_cli.cli.main import cli
     from qncd_cli.cli.process import receive_signals, run_alone
 
+    for number in (signal.SIGINT, signal.SIGHUP):  # which a suite in the background ignores
+        signal.signal(number, signal.SIG_DFL)
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

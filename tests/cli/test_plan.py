@@ -77,12 +77,12 @@ def test_bits_of_sensitive_layers_are_told_beside_the_others(qncd, tiny_model):
     tree = tiny_config(tiny_model, quantization__sensitive=sensitive)
     qncd.write_config(tree, "more.yaml")
     plain, more = (qncd(*PLAN[:2], name, "--plan") for name in ("tiny.yaml", "more.yaml"))
-    assert "sensitive layers" not in plain.stdout
+    assert "extra bits" not in plain.stdout
     for text in (
-        "before sensitive layers",
-        "bits of weights by sensitivity, mean over weights",
+        "before extra bits",
+        "extra weight bits, mean over weights",
         "0.50",
-        "over MACs",
+        "extra input bits, mean over MACs",
         "at most 1.00",
     ):
         assert text in more.stdout

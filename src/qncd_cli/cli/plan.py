@@ -188,7 +188,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
 
 def _mean_bits(covered: dict[str, Any], result: dict[str, Any]) -> str:
     means = f"{covered['mean_weight_bits']:.1f} / {covered['mean_input_bits']:.1f}"
-    return f"{means} before sensitive layers" if _extra_bits(result) else means
+    return f"{means} before extra bits" if _extra_bits(result) else means
 
 
 def _extra_bits(result: dict[str, Any]) -> list[list[str]]:
@@ -196,9 +196,9 @@ def _extra_bits(result: dict[str, Any]) -> list[list[str]]:
     weight, inputs = result["extra_weight_bits"], result["extra_input_bits"]
     rows = []
     if weight:
-        rows.append(["bits of weights by sensitivity, mean over weights", f"{weight:+.2f}"])
+        rows.append(["extra weight bits, mean over weights", f"{weight:+.2f}"])
     if inputs:
-        rows.append(["bits of inputs by sensitivity, over MACs", f"at most {inputs:.2f}"])
+        rows.append(["extra input bits, mean over MACs", f"at most {inputs:.2f}"])
     return rows
 
 
