@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_config
 from torch import Tensor, nn
 
-from qncd_cli.config.loading import parse_config
+from qncd_cli.config.loading import load_config, parse_config
 from qncd_cli.config.schema import Config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
@@ -25,7 +25,7 @@ from qncd_cli.quant.rounding import round_nearest
 from qncd_cli.quant.smoothing import fold, smooth
 from qncd_cli.runtime.denoiser import full_denoiser, guided_predict, timestep_group
 from qncd_cli.spec import activation_spec, weight_spec
-from qncd_cli.stages import calibrate
+from qncd_cli.stages import calibrate, quantize
 from qncd_cli.stages.quantize import input_qparams
 from qncd_cli.store.artifacts import Artifact
 
@@ -312,3 +312,21 @@ def test_a_budget_decides_about_the_weights_by_itself(calibrated):
     refined = calibrated.refined(**sensitive(0.5, 1.0), quantization__weights__budget=4.5)
     assert finer(calibrated, refined) == {}
     assert wider(calibrated, refined)
+
+
+@pytest.mark.slow
+def test_labels_of_best_stand_for_more_bits_than_they_name():
+    """The packaged model's means over MACs, as every table gives them beside the label. What is
+    cheap here (ranges, rounding, trajectories) hardly moves which layers are sensitive."""
+    cheap = ["quantization.weights.rounding=nearest", "quantization.activations.observer=minmax"]
+    cheap += ["quantization.activations.timestep_groups=1", "calibration.trajectories=4"]
+    cheap += ["calibration.noise_trajectories=1"]
+    configs = {bits: load_config(f"fashion_ldm_{bits}", cheap) for bits in ("w8a8", "w4a8")}
+    model = load_model(configs["w4a8"].model.source)
+    calibrated = calibrate.run(configs["w4a8"], model)  # at any width
+    means = {}
+    for bits, config in configs.items():
+        result = quantize.run(config, model, *calibrated)
+        means[bits] = result.coverage["mean_weight_bits"], result.coverage["mean_input_bits"]
+    assert means["w8a8"] == pytest.approx((10.6, 9.0), abs=0.4)
+    assert means["w4a8"] == pytest.approx((6.0, 9.0), abs=0.4)
