@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,8 @@ from torch import nn
 from qncd_cli.models import zoo
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+COMPILER_CACHE = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"  # as torch has it
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILER_CACHE)
 torch.set_num_threads(1)  # the model is tiny: more threads only wait for each other
 
 
@@ -286,7 +290,22 @@ def refused(minimal: str, *overrides: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def operators(tmp_path_factory):
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder for all processes of a session."""
+    base = tmp_path_factory.getbasetemp()
+    return base if "PYTEST_XDIST_WORKER" not in os.environ else base.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_key(shared_folder) -> Iterator[None]:
+    """The user's key for compiled code is the session's, and nobody's own is touched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_DATA_HOME", str(shared_folder / "data"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def operators(shared_folder):
     """torch.ops.qncd with the operators of graphs, compiled once for all processes of a session."""
     import fcntl
 
@@ -295,10 +314,7 @@ def operators(tmp_path_factory):
 
     if why := int8.why_unavailable(torch.device("cpu")) or graph.why_unavailable():
         pytest.skip(why)
-    alone = "PYTEST_XDIST_WORKER" not in os.environ
-    base = tmp_path_factory.getbasetemp()
-    shared = base if alone else base.parent
-    with (shared / "operators.lock").open("w") as lock:
+    with (shared_folder / "operators.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other process waits for what this one compiles
-        native.load(shared / "operators")
+        native.load(shared_folder / "operators")
     return torch.ops.qncd

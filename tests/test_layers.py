@@ -157,9 +157,7 @@ DOORS: dict[str, list[str]] = {
     ],
     "yaml": [
         "config.schema",
-        "config.loading",
-        "config.model_card",
-        "models.compvis.config",
+        "config.yaml_text",
         "cli.starter",
     ],
     "huggingface_hub": ["config.model_card (inside)"],

@@ -103,13 +103,15 @@ def test_auto_tries_a_kept_graph_and_goes_on_with_it(exported, tmp_path, monkeyp
     assert torch.equal(set_of(runner, "auto")[1][:6], latents)
 
 
-def test_a_damaged_graph_is_one_line(exported, tmp_path):
+def test_a_damaged_graph_is_made_again(exported, tmp_path):
     runner = Qncd(shutil.copytree(exported.folder, tmp_path / "own"))
     (place,) = graphs_of(runner)
-    (place / "denoiser.xml").write_text("<net")
-    refused = runner(*DRAW, "--name", "other", ok=False)
-    assert refused.exit_code == 4
-    assert "delete" in refused.stderr.strip().splitlines()[-1]
+    weights = bytearray((place / "denoiser.bin").read_bytes())
+    weights[len(weights) // 2] ^= 64
+    (place / "denoiser.bin").write_bytes(weights)
+    again = runner(*DRAW, "--name", "other")
+    assert "damaged, or not exported by you: made again" in again.stderr
+    assert torch.equal(set_of(runner, "other")[1], set_of(exported, "graph")[1])
 
 
 @pytest.mark.parametrize("option", ["--compile", "--low-memory"])

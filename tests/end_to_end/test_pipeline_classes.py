@@ -10,6 +10,8 @@ import torch
 import transformers
 from conftest import Qncd, tiny_config
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qncd_cli.config.schema import Config
 from qncd_cli.errors import ArtifactError, ModelError
@@ -400,6 +402,13 @@ def test_text_encoders_run_once_per_list_of_prompts(folder, name, tmp_path):
     other = cache.path(first.digest, "float32", Prompts(TEXTS[:1], image_size=16))
     assert not other.exists()
     damaged = cache.path(first.digest, "float32", request)
+    flipped = load_file(damaged)
+    flipped[next(iter(flipped))].neg_()
+    with safe_open(damaged, "pt") as file:
+        said = file.metadata()
+    save_file(flipped, damaged, said)
+    with pytest.raises(ArtifactError, match="damaged.*remove the file"):
+        load_model(str(folder(name)), prompts=request, cache=cache)
     damaged.write_bytes(damaged.read_bytes()[:-9])
     with pytest.raises(ArtifactError, match="cannot be read.*remove the file"):
         load_model(str(folder(name)), prompts=request, cache=cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Qncd
 from diffusers import UNet2DConditionModel
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qncd_cli.errors import ArtifactError
@@ -113,3 +115,53 @@ def test_a_manifest_of_another_form_is_one_line(work, text, command):
     assert result.exit_code == 4
     assert "new/manifest.json: damaged" in result.stderr
     assert "unforeseen" not in result.stderr
+
+
+@pytest.fixture
+def drawn(sampled, tmp_path) -> Path:
+    """A copy of a complete set of six."""
+    folder = Path("runs/tiny/samples/quantized")
+    return Path(shutil.copytree(sampled / folder, tmp_path / "quantized"))
+
+
+def test_an_exchanged_image_is_found(drawn):
+    assert sample_set.read_set(drawn).seeds == [0, 1, 2, 3, 4, 5]
+    shutil.copy(drawn / "000003.png", drawn / "000001.png")
+    with pytest.raises(ArtifactError, match=r"1 of 6 images are not those .*first: 000001.png"):
+        sample_set.read_set(drawn)
+
+
+def test_an_image_that_another_program_wrote_again_is_the_same(drawn):
+    """Its colours count, not its bytes."""
+    path = drawn / "000001.png"
+    before = path.read_bytes()
+    with Image.open(path) as image:
+        image.convert("RGB").save(path, compress_level=0)
+    assert path.read_bytes() != before
+    assert len(sample_set.read_set(drawn).images) == 6
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("classes", lambda classes: [*classes[1:], classes[0]]),
+        ("seeds", lambda seeds: seeds[:-1]),
+        ("sampling", lambda sampling: {**sampling, "steps": 3}),
+        ("source", lambda source: "another"),
+        ("digests", lambda digests: {**digests, "model": "0" * 16}),
+    ],
+)
+def test_a_changed_manifest_is_found(drawn, key, change):
+    path = drawn / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, key: change(manifest[key])}))
+    with pytest.raises(ArtifactError, match="damaged|of other (classes|seeds)"):
+        sample_set.read_set(drawn)
+
+
+def test_parts_of_a_set_keep_what_their_images_look_like(drawn):
+    whole = sample_set.read_set(drawn)
+    cut = whole.cut([1, 4])
+    assert cut.latents.body["pixels"] == [whole.latents.body["pixels"][row] for row in (1, 4)]
+    left = sample_set.without(whole.latents, {0, 2, 3, 5})
+    assert left is not None and left.body["pixels"] == cut.latents.body["pixels"]

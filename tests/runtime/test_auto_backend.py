@@ -12,9 +12,10 @@ from qncd_cli.backends.base import AUTO, BACKENDS
 from qncd_cli.backends.int8 import KERNEL
 from qncd_cli.backends.reference import PARTS
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.runtime import auto_backend
+from qncd_cli.runtime import auto_backend, exported_graph
 from qncd_cli.runtime.auto_backend import BackendCache, backend_of_set, choose_backend
 from qncd_cli.runtime.sampled_model import SampledModel
+from qncd_cli.store import own_code
 
 CPU = torch.device("cpu")
 why = int8.why_unavailable(CPU)
@@ -187,9 +188,10 @@ def test_where_there_is_no_choice_nothing_is_timed(auto, monkeypatch):
     bool(BACKENDS["openvino"].why_unavailable(CPU)), reason="needs the extra openvino"
 )
 def test_a_graph_that_cannot_be_loaded_is_passed_over(auto):
-    graph = auto_backend.openvino_graph(auto.folder, auto.untried().digests)
+    graph = exported_graph.openvino_graph(auto.folder, auto.untried().digests)
     graph.parent.mkdir(parents=True)
     graph.write_text("<net")
+    own_code.seal_folder(graph.parent)
     auto.pretend(int8=2.0, simulate=1.0)
     assert auto().backend.name == "simulate"
     (line,) = auto.said

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
 import pytest
 import torch
 from conftest import save_tiny_pipeline, tiny_config
@@ -9,11 +13,11 @@ from conftest import save_tiny_pipeline, tiny_config
 from qncd_cli.backends import int8
 from qncd_cli.backends.compiled import graph, native
 from qncd_cli.config.loading import parse_config
-from qncd_cli.errors import ArtifactError, BackendUnavailable
+from qncd_cli.errors import BackendUnavailable
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.runtime.compiled_graph import compile_denoiser, graph_path
+from qncd_cli.runtime.compiled_graph import compile_denoiser, graph_path, has_graph
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.stages import calibrate, quantize
 
@@ -131,12 +135,34 @@ def test_another_cpu_has_a_graph_of_its_own(tmp_path, monkeypatch):
     assert graph_path(tmp_path, DIGESTS) != here
 
 
-def test_a_damaged_graph_is_named(made, tmp_path):
+@pytest.mark.parametrize("place", [0, 30, 1000, -1])
+def test_a_flipped_bit_in_a_graph_is_found(folder, tmp_path, place):
     path = graph_path(tmp_path, DIGESTS)
-    path.write_bytes(b"no graph")
-    with pytest.raises(ArtifactError, match="damaged") as refused:
-        compile_into(tmp_path, made, [])
-    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    data = bytearray(graph_path(folder, DIGESTS).read_bytes())
+    path.write_bytes(data)
+    assert has_graph(tmp_path, DIGESTS)
+    data[place] ^= 4
+    path.write_bytes(data)
+    assert not has_graph(tmp_path, DIGESTS)
+
+
+def test_a_graph_that_the_user_has_not_compiled_is_made_again(made, folder, tmp_path, monkeypatch):
+    """As one from a stranger's run directory, and nothing is left beside it."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    said, path = [], graph_path(tmp_path, DIGESTS)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    before, outside = path.read_bytes(), set(os.listdir(tempfile.gettempdir()))
+    compiled = compile_into(tmp_path, made, said)
+    assert len(said) == 2 and str(path) in said[0] and "made again" in said[0]
+    assert path.read_bytes() != before and has_graph(tmp_path, DIGESTS)
+    assert {path.name, "data"} == set(os.listdir(tmp_path))
+    left = set(os.listdir(tempfile.gettempdir())) - outside
+    assert [name for name in left if name.startswith(("aotinductor", "torch", "cc"))] == []
+    x, condition = rows_of(made[0], 2)
+    assert torch.equal(
+        compiled(x, STEPS[0], condition),
+        compile_into(tmp_path, made, said)(x, STEPS[0], condition),
+    )
 
 
 def test_only_a_new_graph_needs_a_compiler(made, folder, tmp_path, monkeypatch):
@@ -157,4 +183,4 @@ def test_a_model_that_cannot_be_traced_is_refused_in_one_line(made, tmp_path, mo
     with pytest.raises(BackendUnavailable, match="cannot be compiled") as refused:
         compile_denoiser(denoiser, DIGESTS, rows_of(made[0], 2), tmp_path, lambda line: None)
     assert "\n" not in refused.value.message
-    assert list(tmp_path.glob("*.pt2")) == []
+    assert list(tmp_path.glob("*.graph")) == []

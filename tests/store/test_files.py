@@ -9,6 +9,7 @@ import pytest
 from qncd_cli.errors import ArtifactError
 from qncd_cli.store import artifacts, files
 from qncd_cli.store.artifacts import Artifact
+from qncd_cli.store.files import read_json, write_sealed_json
 
 # ---- atomic writing -----------------------------------------------------------------------------
 
@@ -104,3 +105,37 @@ def test_json_that_is_missing_or_damaged_is_named_with_the_command(tmp_path):
         path.write_bytes(data)
         with pytest.raises(ArtifactError, match=r'damaged: .*repeat "qncd eval"'):
             files.read_json(path, "qncd eval")
+
+
+def test_a_sealed_file_is_read_back_and_a_changed_byte_is_found(tmp_path):
+    path = tmp_path / "a.json"
+    value = {"b": [1.5, None, {"10": 1, "9": 2}], "macs": 123}
+    write_sealed_json(path, {**value, "b": (1.5, None, {10: 1, 9: 2})})
+    assert read_json(path, "qncd quantize") == value
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        try:
+            found = read_json(path, "qncd quantize")
+        except ArtifactError:
+            continue  # found
+        assert {**found, "content": 0}.keys() > value.keys()
+        assert all(found[key] == value[key] for key in value)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, '{"a": NaN}', '{"a": -Infinity}', "\ud800", ""]
+)
+def test_json_of_another_kind_is_damaged(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(ArtifactError, match="damaged") as refused:
+        read_json(path, "qncd quantize")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.timeout(5)
+def test_a_pipe_in_the_place_of_json_does_not_block(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(ArtifactError, match="not a regular file"):
+        read_json(tmp_path / "a.json", "qncd quantize")

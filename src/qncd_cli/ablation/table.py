@@ -39,7 +39,7 @@ from ..stages import evaluate, pipeline, sample
 from ..stages.evaluate import Measured
 from ..store import artifacts
 from ..store.digests import digest_of
-from ..store.files import read_json, write_json
+from ..store.files import read_json, write_sealed_json
 from ..store.run_dir import RunDir, read_coverage
 from . import rendering
 from .gains import with_gains
@@ -130,12 +130,12 @@ def run(
         )
         if row is None:
             row = _measure(variant, identity, ablation)
-            write_json(request.row(variant), row)
+            write_sealed_json(request.row(variant), row)
             tell(f"  done in {row['row']['seconds']:.1f} s")
         ablation.backend = get_backend(ablation.backend, model.device).name
         rows.append(row["row"])
         table |= {"full": row["full"], "rows": with_gains(rows)}
-        write_json(request.table, table)
+        write_sealed_json(request.table, table)
     return table
 
 

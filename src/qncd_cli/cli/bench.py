@@ -55,7 +55,7 @@ def bench(console: Console, options: BenchOptions) -> None:
     model = open_model(_in_float32(config), "cpu")
     report = table.run(config, model, request, _teller(), console.track)
     table_file, page = (folder / name for name in FILES)
-    files.write_json(table_file, report)
+    files.write_sealed_json(table_file, report)
     files.write_bytes(page, rendering.markdown(report, f"Bench of {name}").encode())
 
     def render() -> None:

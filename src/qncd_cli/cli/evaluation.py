@@ -27,6 +27,7 @@ class EvalOptions:
     reference: str | None
     network: str
     inception_weights: str | None
+    skip_broken: bool = False
     images: str | None = None
     name: str = "quantized"
     run_dir: str | None = None
@@ -35,7 +36,8 @@ class EvalOptions:
     @property
     def wishes(self) -> Wishes:
         named = tuple(name for name in METRICS if getattr(self, name))
-        return Wishes(named, self.reference, self.network, self.inception_weights)
+        features = (self.reference, self.network, self.inception_weights)
+        return Wishes(named, *features, self.skip_broken)
 
 
 def evaluate(console: Console, options: EvalOptions) -> None:
@@ -43,7 +45,9 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         from ..stages import evaluate as stage
 
         protocol = protocol_of_images(options.wishes)
-        metrics = stage.measure_images(Path(options.images), protocol, console.track)
+        metrics = stage.measure_images(
+            Path(options.images), protocol, console.track, skip_broken=options.skip_broken
+        )
         title = f"{metrics['protocol']['num_samples']} images"
         for check in metrics["checks"]:
             console.note(check["says"])
@@ -56,6 +60,7 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         reference=options.reference,
         network=options.network,
         inception_weights=options.inception_weights,
+        skip_broken=options.skip_broken,
         name=options.name,
         device=options.device,
         command=shlex.join(["qncd", *sys.argv[1:]]),

@@ -175,6 +175,11 @@ def metrics(command: Command) -> Command:
         click.option("--isc", is_flag=True, help="Inception score."),
         click.option("--kid", is_flag=True, help="Kernel distance."),
         click.option("--prc", is_flag=True, help="Precision and recall."),
+        click.option(
+            "--skip-broken",
+            is_flag=True,
+            help="Leave out and count images of a folder that cannot be read.",
+        ),
     ]
     command = features(command)
     for option in reversed(options):

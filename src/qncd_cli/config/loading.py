@@ -12,36 +12,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
+from ..store.regular import read_regular
 from . import presets
 from .own_settings import Download, ask_model, place_model, place_of, section_of
 from .quantization import LayerOverride
 from .sampling import SamplingConfig
 from .schema import Config
 from .shipped import find_config, shortened
+from .yaml_text import LARGEST, YamlError, parse_yaml, read_yaml
 
 _ALTERNATIVES = ("literal[", "tuple[")
+TOLD = 20
+"""Mistakes that are told at once."""
 DEFAULT_PRESET = "best"
 """Preset of a configuration that names none; null in a configuration means no preset."""
-
-
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C reads ten times faster
-
-
-class _UniqueKeys(_Loader):
-    """Refuses a key that stands twice in a mapping, of which YAML keeps the last without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        first = {key.value: key for key in reversed(keys)}
-        for key in keys:
-            if first[key.value] is not key:
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the key {key.value} stands there again")
-        return super().construct_mapping(node, deep)
 
 
 def load_config(
@@ -64,10 +51,10 @@ def load_config(
     found = find_config(str(name))
     path = found.path
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8-sig"), _UniqueKeys)
+        tree = read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except YamlError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with the key model", "see qncd models")
@@ -141,7 +128,7 @@ def _read_prompts(tree: dict[str, Any], beside: Path) -> None:
             "a file with one prompt a line, or a YAML list: [a red shoe, a blue bag]",
         )
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_regular(path, LARGEST).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"sampling.prompts: {path}: cannot be read: {error}", "a text file in UTF-8"
@@ -164,20 +151,21 @@ def parse_config(tree: dict[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        problems = [_explain(e) for e in error.errors()]
+        problems = [_explain(e) for e in error.errors()[:TOLD]]
+        if more := error.error_count() - len(problems):
+            problems.append(f"and {more} more")
         raise ConfigError(f"{where}: " + "; ".join(problems)) from error
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    told = shortened(override)
     if not equals or not key:
-        raise ConfigError(
-            f"--set {override}: expected key.path=value", "e.g. --set sampling.steps=50"
-        )
+        raise ConfigError(f"--set {told}: expected key.path=value", "e.g. --set sampling.steps=50")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML") from error
+        value = parse_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"--set {told}: the value is not valid YAML") from error
     node: Any = tree
     *parents, last = key.split(".")
     for i, part in enumerate(parents):
@@ -185,14 +173,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(parents[: i + 1])} has no keys below")
+            raise ConfigError(f"--set {told}: {'.'.join(parents[: i + 1])} has no keys below")
     node[last] = value
 
 
 def _explain(error: Any) -> str:
     """One pydantic error as 'dotted.key: what is wrong'."""
     # pydantic names the alternatives of a union as parts of the path; nobody can write those
-    location = [p for p in map(str, error["loc"]) if not p.startswith(_ALTERNATIVES)]
+    told = [shortened(str(p)) for p in error["loc"]]
+    location = [p for p in told if not p.startswith(_ALTERNATIVES)]
     key = ".".join(location) or "configuration"
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
@@ -206,7 +195,14 @@ def _explain(error: Any) -> str:
     text = text[0].lower() + text[1:]
     if error["type"] == "value_error":
         return text if key == "configuration" else f"{key}: {text}"
-    return f"{key}: {text}, got {error['input']!r}"
+    return f"{key}: {text}, got {_said(error['input'])}"
+
+
+def _said(value: Any) -> str:
+    try:
+        return shortened(repr(value))
+    except ValueError:  # Python does not write out integers of thousands of digits
+        return "a number of too many digits"
 
 
 def _known_keys(path: list[str]) -> list[str]:

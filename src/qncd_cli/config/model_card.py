@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from ..store.regular import read_regular
+from .yaml_text import YamlError, read_yaml
 
 Needs = Literal["prompts", "classes"]
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors")
@@ -122,8 +123,8 @@ def card_of(source: str, compvis_config: str | None = None) -> Card | None:
 def read_tree(path: Path) -> dict[str, Any]:
     """A JSON object; {} where there is none, which loading says in its own words."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        tree = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return tree if isinstance(tree, dict) else {}
 
@@ -136,11 +137,10 @@ def _short(name: str, own: dict[str, Any]) -> str | None:
 
 def _checkpoint(compvis_config: str | None) -> Card | None:
     try:
-        text = Path(compvis_config or "").read_text(encoding="utf-8")
-        params = yaml.safe_load(text)["model"]["params"]
+        params = read_yaml(Path(compvis_config or ""))["model"]["params"]
         stage = params.get("cond_stage_config")
         embedder = stage["target"] if isinstance(stage, dict) else ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, YamlError):
         return None
     found = _COMPVIS.get(str(embedder).rpartition(".")[2])
     return Card("CompVis checkpoint", "ddim", "DDIM", *found) if found else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import shutil
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from .sample_sets import (
     LATENTS,
     MANIFEST,
     PARTS,
+    PIXELS,
     begun,
     check_identity,
+    check_own_digest,
     image_path,
     read_manifest,
     sheet_path,
@@ -33,6 +36,8 @@ from .sample_sets import (
 )
 
 SHEET_IMAGES = 64
+DIGITS = 16
+"""Hexadecimal digits of an image's digest."""
 SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "batch_size")
 """Keys of a manifest without which a set cannot be measured."""
 
@@ -78,6 +83,8 @@ def without(drawn: Artifact, seeds: set[int]) -> Artifact | None:
     tensors = {name: drawn.tensors[name][rows] for name in ("latents", "seeds", "classes")}
     tensors |= {name: drawn.tensors[name][traced] for name in ("predictions", "prediction_seeds")}
     body = {**drawn.body, "count": len(rows), "traced": len(traced)}
+    if PIXELS in body:
+        body[PIXELS] = [body[PIXELS][row] for row in rows]
     return Artifact("latents", tensors, body, "", drawn.model)
 
 
@@ -88,6 +95,14 @@ def png_bytes(image: Tensor) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(array)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def pixels_digest(image: Tensor) -> str:
+    """Digest of an image's colours, whatever file it is in. image: uint8 [C, H, W], C 1 or 3."""
+    colours = image.expand(3, *image.shape[1:]).contiguous()
+    digest = hashlib.sha256(repr(tuple(colours.shape)).encode())
+    digest.update(colours.numpy().data)
+    return digest.hexdigest()[:DIGITS]
 
 
 def assemble(
@@ -160,6 +175,16 @@ def merge_latents(pieces: list[Artifact]) -> Artifact:
         "traced": len(tensors["prediction_seeds"]),
         "extra_calls": max(piece.body["extra_calls"] for piece in pieces),
     }
+    pixels = {
+        seed: digest
+        for piece in pieces
+        for seed, digest in zip(
+            piece.tensors["seeds"].tolist(), piece.body.get(PIXELS, ()), strict=False
+        )
+    }
+    body.pop(PIXELS, None)
+    if all(seed in pixels for seed in tensors["seeds"].tolist()):
+        body[PIXELS] = [pixels[seed] for seed in tensors["seeds"].tolist()]
     return Artifact("latents", tensors, body, "", pieces[0].model)
 
 
@@ -191,6 +216,8 @@ class SampleSet:
         manifest = {**self.manifest, "seeds": seeds}
         manifest["classes"] = [self.manifest["classes"][i] for i in rows]
         body = {**self.latents.body, "count": len(rows)}
+        if PIXELS in body:
+            body[PIXELS] = [body[PIXELS][i] for i in rows]
         latents = Artifact("latents", tensors, body, "", self.latents.model)
         return SampleSet(self.folder, manifest, self.images[rows], latents)
 
@@ -219,15 +246,34 @@ def read_set(folder: Path, *, whatever: bool = False) -> SampleSet:
             'repeat "qncd sample", which draws what is missing',
         )
     latents = artifacts.read(folder / LATENTS, "latents")
-    if latents.tensors["seeds"].tolist() != seeds:
-        raise ArtifactError(
-            f"{folder / LATENTS}: of other seeds than the manifest names",
-            'repeat "qncd sample --force"',
-        )
+    for key in ("seeds", "classes"):
+        if latents.tensors[key].tolist() != manifest[key]:
+            raise ArtifactError(
+                f"{folder / LATENTS}: of other {key} than the manifest names",
+                'repeat "qncd sample --force"',
+            )
+    check_own_digest(folder, manifest)
     images = read_images([image_path(folder, seed) for seed in seeds])
+    _check_pixels(folder, seeds, images, latents)
     if not whatever:
         _check_values(folder, seeds, images, latents)
     return SampleSet(folder, manifest, images, latents)
+
+
+def _check_pixels(folder: Path, seeds: list[int], images: Tensor, latents: Artifact) -> None:
+    """Raises ArtifactError for images that are not those that were drawn. Sets of earlier versions
+    do not know theirs."""
+    known = latents.body.get(PIXELS)
+    if known is None:
+        return
+    rows = zip(seeds, images, known, strict=True)
+    other = [seed for seed, image, digest in rows if pixels_digest(image) != digest]
+    if other:
+        raise ArtifactError(
+            f"{folder}: {len(other)} of {len(seeds)} images are not those that were drawn "
+            f"(first: {image_path(folder, other[0]).name})",
+            'remove them and repeat "qncd sample", which makes them again',
+        )
 
 
 def _check_values(folder: Path, seeds: list[int], images: Tensor, latents: Artifact) -> None:

@@ -30,6 +30,13 @@ LATENTS = "latents.safetensors"
 PARTS = ".parts"
 ASKED = "asked"
 """Key of an unfinished set's manifest: all seeds whose images may be there by now."""
+PIXELS = "pixels"
+"""Key in the body of latents: a digest of every image's colours, in the order of their seeds."""
+IDENTITY = (
+    *("kind", "source", "dtype", "sampling", "correction", "digests"),
+    *("guidance", "backend", "compiled", "batches"),
+)
+"""Keys of a manifest that its own digest is of."""
 LARGEST_BATCH = 50
 BATCH_MACS = 10**12
 """MACs that one call may take with the default batch; larger: more samples, more memory."""
@@ -163,6 +170,16 @@ def identity_of(config: Config, drawing: Drawing) -> dict[str, Any]:
             "size": drawing.batch_size,
         }
     return {**identity, "digest": digest_of(identity)}
+
+
+def check_own_digest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Raises ArtifactError where what the manifest says of the set is not what it was made with."""
+    said = {key: manifest[key] for key in IDENTITY if key in manifest}
+    if digest_of(said) != manifest.get("digest"):
+        raise ArtifactError(
+            f"{folder / MANIFEST}: damaged, its content does not match its digest",
+            'repeat "qncd sample --force"',
+        )
 
 
 def check_identity(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:

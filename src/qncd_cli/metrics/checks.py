@@ -60,6 +60,14 @@ def duplicates(images: Tensor) -> dict[int, int]:
 # ------------------------------------------------------------------ notes
 
 
+def notes_of_skipped(name: str, files: Sequence[str]) -> list[Note]:
+    """What was left out of a set because it cannot be read."""
+    if not files:
+        return []
+    says = f"{name}: {len(files)} files left out that cannot be read (first: {files[0]})"
+    return [{"set": name, "what": "skipped", "count": len(files), "says": says}]
+
+
 def notes_of_images(which: str, images: Tensor, names: Sequence[str]) -> list[Note]:
     """Black, constant and repeated images, and pixels that end at 1.
 

@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from ..errors import ArtifactError
+from ..store.regular import open_regular
 
 # what torch-fidelity and pytorch-fid read, and GIF
 IMAGE_SUFFIXES = (
@@ -105,7 +106,7 @@ def digest_of_files(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise ArtifactError(

@@ -5,30 +5,33 @@ A reference holds images, or what is left of them: features, or mean and covaria
 
 from __future__ import annotations
 
-import zipfile
+import struct
+import warnings
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
 from PIL import Image, ImageFile, ImageOps
-from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import ArtifactError
+from ..store.regular import open_regular
+from .array_files import REFERENCE_HINT, read_arrays
 from .image_files import digest_of_files, image_paths
 from .networks import CLASSIFIER, FeatureNetwork, first_line
 
 ZOO = "zoo"
 ZOO_REFERENCE = CLASSIFIER.with_name("reference.safetensors")
+LARGEST = 1 << 26
+"""Pixels from which on an image is refused before it is decoded: 8192 x 8192."""
+TOLD = 3
+"""Broken files that are named at once."""
 # Pillow would clip these to 8 bits when it converts them to RGB
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-REFERENCE_HINT = (
-    "give a folder of images, an .npz of ADM's evaluator, a statistics file (mu and sigma) or zoo"
-)
 
 Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
 
@@ -39,7 +42,7 @@ class Reference:
 
     source: where it comes from, for messages and records; digest: of its files' contents, whatever
     they are called, None for images in memory; images: uint8 [N, 3, H, W]; statistics: mean and
-    covariance of the features; features: [N, D] float32.
+    covariance of the features; features: [N, D] float32; skipped: broken files that were left out.
     """
 
     source: str
@@ -47,6 +50,7 @@ class Reference:
     statistics: Statistics | None = None
     features: Tensor | None = None
     digest: str | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def num_samples(self) -> int | None:
@@ -84,39 +88,46 @@ class Reference:
             )
 
 
-def load_images(source: Path) -> Tensor:
+def load_images(source: Path, skipped: list[Path] | None = None) -> Tensor:
     """The images of a folder, or of an .npz in arr_0 -> uint8 [N, 1 or 3, H, W].
 
-    image_files.py says which files of a folder are read, in which order and how. Raises
-    ArtifactError if there are none, and what read_images raises.
+    image_files.py says which files of a folder are read, in which order and how; skipped: as in
+    read_images. Raises ArtifactError if there are none, and what read_images raises.
     """
     if source.suffix != ".npz" or source.is_dir():
-        return read_images(image_paths(source))
+        return read_images(image_paths(source), skipped)
     if not source.is_file():
         raise ArtifactError(f"{source}: no such file", "check the path")
-    images = _to_images(source, _read_arrays(source))
+    images = _to_images(source, read_arrays(source))
     if images is None or not len(images):
         raise ArtifactError(f"{source}: holds no images", "store them as arr_0, uint8 [N, H, W, 3]")
     return images
 
 
-def load_reference(spec: str | Path | Tensor, zoo: Path = ZOO_REFERENCE) -> Reference:
+def load_reference(
+    spec: str | Path | Tensor, zoo: Path = ZOO_REFERENCE, *, skip_broken: bool = False
+) -> Reference:
     """A reference from the word zoo, a folder, an .npz or .safetensors file, or a tensor of images.
 
     spec: "zoo" is the packaged statistics (the file `zoo`); files hold any of `arr_0` (uint8
-    [N, H, W, C] images, .npz only), `mu` [D] with `sigma` [D, D], `features` [N, D].
+    [N, H, W, C] images, .npz only), `mu` [D] with `sigma` [D, D], `features` [N, D]. skip_broken:
+    whether files of a folder that cannot be read are left out.
     Raises ArtifactError if it is missing, damaged, or holds none of these.
     """
     if isinstance(spec, Tensor):
         return Reference("images", images=spec)
     path = zoo if str(spec) == ZOO else Path(spec)
     if path.is_dir():
+        broken: list[Path] = []
         paths = image_paths(path)
-        return Reference(str(spec), images=read_images(paths), digest=digest_of_files(paths))
+        images = read_images(paths, broken if skip_broken else None)
+        digest = digest_of_files(p for p in paths if p not in {*broken})
+        names = tuple(str(p.relative_to(path)) for p in broken)
+        return Reference(str(spec), images=images, digest=digest, skipped=names)
     if not path.is_file():
         hint = "reinstall qncd" if path == zoo else REFERENCE_HINT
         raise ArtifactError(f"{path}: no such reference", hint)
-    arrays = _read_arrays(path)
+    arrays = read_arrays(path)
     return Reference(
         str(spec),
         images=_to_images(path, arrays),
@@ -126,34 +137,65 @@ def load_reference(spec: str | Path | Tensor, zoo: Path = ZOO_REFERENCE) -> Refe
     )
 
 
-def read_images(paths: Sequence[Path]) -> Tensor:
+def read_images(paths: Sequence[Path], skipped: list[Path] | None = None) -> Tensor:
     """Images in the order of their paths -> uint8 [N, 3, H, W]; at least one.
 
-    Raises ArtifactError, with the file's name, if an image is damaged, deeper than 8 bits, of
-    several frames, or of another size than the first.
+    skipped: receives files that cannot be read, which are left out then. Raises ArtifactError, with
+    the names of the files, if images are damaged, deeper than 8 bits, or of several frames, and for
+    one of another size than the first.
     """
-    first = _read_image(paths[0])
-    images = torch.empty((len(paths), *first.shape), dtype=torch.uint8)
-    for index, path in enumerate(paths):
-        image = first if index == 0 else _read_image(path)
-        if image.shape != first.shape:
+    images, first, broken = torch.empty(0), None, []
+    count = 0
+    for path in paths:
+        try:
+            image = _read_image(path)
+        except ArtifactError as error:
+            broken.append((path, error))
+            continue
+        if first is None:
+            first = path
+            images = torch.empty((len(paths), *image.shape), dtype=torch.uint8)
+        elif image.shape != images.shape[1:]:
             raise ArtifactError(
-                f"{path}: {_size(image)} pixels, but {paths[0].name} has {_size(first)}",
+                f"{path}: {_size(image)} pixels, but {first.name} has {_size(images)}",
                 "all images of a set must have one size: resize this one or move it away",
             )
-        images[index] = image
-    return images
+        images[count] = image
+        count += 1
+    if broken and (skipped is None or first is None):
+        raise _broken(broken, len(paths))
+    if skipped is not None:
+        skipped += [path for path, _ in broken]
+    return images[:count]
+
+
+def _broken(broken: Sequence[tuple[Path, ArtifactError]], count: int) -> ArtifactError:
+    path, error = broken[0]
+    if len(broken) == 1:
+        return error
+    names = ", ".join(other.name for other, _ in broken[:TOLD])
+    more = f" and {len(broken) - TOLD} more" if len(broken) > TOLD else ""
+    return ArtifactError(
+        f"{len(broken)} of {count} images cannot be read: {names}{more} (first: {error.message})",
+        error.hint,
+    )
 
 
 def _read_image(path: Path) -> Tensor:
     """-> uint8 [3, H, W]."""
     try:
-        with Image.open(path) as image:
+        with _unwarned(), open_regular(path) as file, Image.open(file) as image:
+            if image.width * image.height > LARGEST:
+                said = f"{image.width}x{image.height} pixels, more than {LARGEST}"
+                raise ArtifactError(f"{path}: {said}", "make it smaller or move it away")
             deep = image.mode if _deep(image) else ""
             frames = getattr(image, "n_frames", 1)
             photograph = image.format == "MPO"  # a JPEG with previews of itself
             pixels = np.array(_on_white(ImageOps.exif_transpose(image)))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        *(OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error),
+        *(Image.DecompressionBombError, zlib.error),
+    ) as error:
         raise ArtifactError(
             f"{path}: not a readable image: {first_line(error)}", "make it again or move it away"
         ) from error
@@ -162,6 +204,11 @@ def _read_image(path: Path) -> Tensor:
     if frames > 1 and not photograph:
         raise ArtifactError(f"{path}: {frames} frames in one file", "store one image a file")
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _unwarned() -> warnings.catch_warnings:
+    """Pillow's warning of large images: ours is an error."""
+    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
 
 
 def _deep(image: ImageFile.ImageFile) -> bool:
@@ -185,27 +232,6 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 def _size(image: Tensor) -> str:
     return f"{image.shape[-1]}x{image.shape[-2]}"
-
-
-def _read_arrays(path: Path) -> Mapping[str, np.ndarray]:
-    """The arrays of a reference file that have a meaning here, by name."""
-    known = ("arr_0", "mu", "sigma", "features")
-    try:
-        if path.suffix == ".safetensors":
-            stored = safetensors.numpy.load_file(path)
-            found = {name: stored[name] for name in known if name in stored}
-        elif path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                found = {name: archive[name] for name in known if name in archive}
-        else:
-            raise ArtifactError(f"{path}: not a kind of reference file", REFERENCE_HINT)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
-        raise ArtifactError(f"{path}: damaged: {first_line(error)}", REFERENCE_HINT) from error
-    if not found or ("mu" in found) != ("sigma" in found):
-        raise ArtifactError(
-            f"{path}: holds {', '.join(found) or 'nothing'} of {', '.join(known)}", REFERENCE_HINT
-        )
-    return found
 
 
 def _to_images(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor | None:

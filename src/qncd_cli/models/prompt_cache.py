@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from ..errors import ArtifactError
+from ..store.artifact_files import tensor_line
 from ..store.digests import digest_of
-from ..store.files import write_bytes
+from ..store.files import CONTENT, write_bytes
+from ..store.regular import read_regular
 from .text import Encoded, Prompts
 
 CONDITION, NEGATIVE = "condition.", "negative."
@@ -35,11 +41,16 @@ class PromptCache:
         if not path.is_file():
             return None
         try:
-            tensors = safetensors.torch.load(path.read_bytes())
+            data = read_regular(path)
+            tensors = safetensors.torch.load(data)
         except (OSError, safetensors.SafetensorError) as error:
             raise ArtifactError(
                 f"{path}: encoded prompts cannot be read: {error}", "remove the file"
             ) from error
+        if _said(data).get(CONTENT, "") != _content(tensors):
+            raise ArtifactError(
+                f"{path}: encoded prompts are damaged, or an earlier version's", "remove the file"
+            )
         parts = [
             {
                 name.removeprefix(p): t.to(device)
@@ -55,4 +66,19 @@ class PromptCache:
         tensors = {f"{CONDITION}{name}": t for name, t in encoded.table.items()}
         tensors |= {f"{NEGATIVE}{name}": t for name, t in (encoded.negative or {}).items()}
         kept = {name: t.cpu().contiguous().clone() for name, t in tensors.items()}
-        write_bytes(path, safetensors.torch.save(kept))
+        write_bytes(path, safetensors.torch.save(kept, {CONTENT: _content(kept)}))
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of tensors and their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(tensor_line(name, str(tensor.dtype), tuple(tensor.shape)))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _said(data: bytes) -> dict[str, str]:
+    """What a file of tensors that can be read says of itself."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header.get("__metadata__", {})

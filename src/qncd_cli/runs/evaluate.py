@@ -14,7 +14,7 @@ from ..config.schema import Config
 from ..errors import ArtifactError
 from ..lineage.measured import Measurement
 from ..metrics.record import same_protocol
-from ..store.files import finite, read_json, write_bytes, write_json
+from ..store.files import finite, read_json, write_bytes, write_sealed_json
 from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .measuring import Wishes, protocol_of, settle
@@ -46,6 +46,7 @@ def evaluate(
     reference: str | Path | None = None,
     network: str = "auto",
     inception_weights: str | Path | None = None,
+    skip_broken: bool = False,
     name: str = "quantized",
     device: str = "auto",
     command: str = CALLED,
@@ -57,7 +58,8 @@ def evaluate(
     Draws the full-precision images that are missing; writes metrics.json and report.html. run_dir:
     a sampled run, None for the current one. metrics: of fid, isc, kid, prc; none for fid where it
     can be had. reference: a folder of images, an .npz or statistics file, or zoo. network: auto,
-    fashion or inception; inception_weights: its file. name: of the set. command: for the report.
+    fashion or inception; inception_weights: its file. skip_broken: leave out files of the
+    reference that cannot be read. name: of the set. command: for the report.
     show: hears the result before what could not be had is raised.
 
     Raises BackendUnavailable where a metric that is named cannot be had, with all else written;
@@ -68,7 +70,7 @@ def evaluate(
     run = find_run(None if run_dir is None else str(run_dir))
     config = load_config(str(run.config))
     reference, weights = (None if p is None else str(p) for p in (reference, inception_weights))
-    wishes = Wishes(tuple(metrics), reference, network, weights)
+    wishes = Wishes(tuple(metrics), reference, network, weights, skip_broken)
     work = _measurement(run, config, wishes, name)
     found = work.still_holds() if work is not None else None
     if work is not None and found is not None:
@@ -118,7 +120,7 @@ def _evaluate(
             made=_made(config, coverage),
             facts=_facts(command),
         )
-    write_json(metrics_path, finite(metrics))
+    write_sealed_json(metrics_path, finite(metrics))
     write_bytes(report_path, report.encode())
     if work is not None:
         grew = same_protocol(earlier.get("protocol", {}), metrics["protocol"])

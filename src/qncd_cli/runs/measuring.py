@@ -24,13 +24,15 @@ class Wishes:
     """named: metrics asked for by name, none for the usual ones; the rest as on the command line.
 
     What is asked for by name and cannot be had makes a command fail in the end; what is usual is
-    left out with a line.
+    left out with a line. skip_broken: whether files of a folder of images that cannot be read are
+    left out.
     """
 
     named: tuple[str, ...]
     reference: str | None
     network: str
     inception_weights: str | None
+    skip_broken: bool = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -112,7 +114,7 @@ def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
     there = reference == ZOO or (reference is not None and Path(reference).exists())
     known = None
     if network is not None and needed and reference is not None and there:
-        known = load_reference(reference)
+        known = load_reference(reference, skip_broken=wishes.skip_broken)
     protocol = Protocol(wishes.metrics, network, known)
     if network is None:
         protocol = protocol.without(dict.fromkeys((*wishes.metrics, "distance"), why))

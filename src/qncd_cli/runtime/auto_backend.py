@@ -27,7 +27,7 @@ from ..store.digests import digest_of
 from ..store.files import read_json, write_json
 from .compiled_graph import Tell
 from .denoiser import compute_with
-from .exported_graph import in_float32, in_openvino, openvino_graph
+from .exported_graph import has_openvino, in_float32, in_openvino
 from .sampled_model import SampledModel
 
 FILE = "backend.json"
@@ -182,7 +182,7 @@ class _Candidates:
             found = [backend.name for backend in _layer_by_layer(self.model.device)]
             names += [name for name in found if name not in names]
         graph = BACKENDS["openvino"]
-        kept = graphs and openvino_graph(self.folder, sampled.digests).is_file()
+        kept = graphs and has_openvino(self.folder, sampled.digests)
         if kept and not graph.why_unavailable(self.model.device):
             names.append(graph.name)
         return names

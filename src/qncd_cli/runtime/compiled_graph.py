@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from ..backends.compiled import graph, native, ops
-from ..errors import ArtifactError, BackendUnavailable
+from ..backends.compiled.compiler import compiling
+from ..errors import BackendUnavailable
 from ..quant.layers import QuantizedLayer
+from ..store import own_code
 from ..store.digests import digest_of
-from ..store.files import write_bytes
 from .denoiser import Denoiser
 
-VERSION = 8
+VERSION = 9
 """Version of what a graph contains and how it is called; another one compiles it anew."""
 GRAPHS_FOLDER = "compiled"
-"""Below the run directory. What lies there is machine code: it is run, like the package itself."""
+"""Below the run directory. What lies there is machine code, which is run like the package itself:
+only what this user has sealed (store/own_code.py)."""
 Tell = Callable[[str], None]
 
 
@@ -62,7 +64,8 @@ def compile_denoiser(
 
     digests: of what its constants come from; example: x [N, ...] and condition; tell hears when
     it is compiled. The module of `eager` must not be called elsewhere meanwhile.
-    Raises BackendUnavailable where this model cannot be compiled on this machine.
+    Raises BackendUnavailable where this model cannot be compiled on this machine, ArtifactError
+    where nothing can be written.
     """
     x, condition = eager.in_own_dtype(*example)
     example = _filled(x), {name: _filled(value) for name, value in condition.items()}
@@ -71,31 +74,59 @@ def compile_denoiser(
     layers = {f"{key}:{n}": layer for n, layer in modules if isinstance(layer, QuantizedLayer)}
     ops.register(layers)
     path = graph_path(folder, digests)
-    missing = not path.is_file()
-    if (missing or native.missing(folder)) and (why := graph.why_unavailable()):
-        raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
-    if missing:
-        tell("compiling the denoiser, once for this artifact and machine")
-        try:
-            native.load(folder)
-            content = graph.compile_graph(eager.module, eager.step, layers, example)
-        except Exception as error:  # whatever a tracer and a compiler can stumble over
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise BackendUnavailable(
-                f"the denoiser cannot be compiled: {reason[:160]}", "use --no-compile"
-            ) from error
-        write_bytes(path, content)
+    with own_code.opened(path) as mine:
+        if (mine is None or native.missing(folder)) and (why := graph.why_unavailable()):
+            raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
+        if mine is not None:
+            return _loaded(eager, mine, folder)
+    if path.exists():
+        tell(f"{path}: damaged, or not compiled by you: made again")
+    tell("compiling the denoiser, once for this artifact and machine")
+    with compiling(folder):
+        content = _compile(eager, layers, example, folder)
+    with own_code.seal_and_open(path, content) as made:
+        return _loaded(eager, made, folder)
+
+
+def _loaded(eager: Denoiser, path: Path, folder: Path) -> GraphDenoiser:
+    """The denoiser with the graph of a file. Raises BackendUnavailable, ArtifactError."""
     try:
         native.load(folder)
-        run = graph.load_graph(path)
+        return GraphDenoiser(eager, graph.load_graph(path))
     except (RuntimeError, OSError) as error:
-        raise ArtifactError(f"{path}: damaged: {error}", "delete it and repeat") from error
-    return GraphDenoiser(eager, run)
+        raise BackendUnavailable(
+            f"the compiled denoiser cannot be loaded: {_first_line(error)}", "use --no-compile"
+        ) from error
+
+
+def _compile(
+    eager: Denoiser,
+    layers: Mapping[str, QuantizedLayer],
+    example: tuple[Tensor, Mapping[str, Tensor]],
+    folder: Path,
+) -> bytes:
+    """The graph's library. Raises BackendUnavailable."""
+    try:
+        native.load(folder)
+        return graph.compile_graph(eager.module, eager.step, layers, example)
+    except Exception as error:  # whatever a tracer and a compiler can stumble over
+        raise BackendUnavailable(
+            f"the denoiser cannot be compiled: {_first_line(error)}", "use --no-compile"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
+
+
+def has_graph(folder: Path, digests: Mapping[str, str]) -> bool:
+    """Whether a graph is kept that can be used."""
+    return own_code.is_sealed(graph_path(folder, digests))
 
 
 def graph_path(folder: Path, digests: Mapping[str, str]) -> Path:
     """Where the graph is kept."""
-    return folder / f"{_key(digests)}.pt2"
+    return folder / f"{_key(digests)}.graph"
 
 
 def _key(digests: Mapping[str, str]) -> str:

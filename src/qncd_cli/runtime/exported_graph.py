@@ -14,6 +14,7 @@ from ..backends.onnx import runtimes
 from ..backends.onnx.runtimes import Session
 from ..errors import ArtifactError, BackendUnavailable
 from ..models.loading import DiffusionModel
+from ..store import own_code
 from ..store.digests import digest_of
 from ..store.files import replacing_folder
 from .compiled_graph import Tell
@@ -125,10 +126,13 @@ def in_openvino(
     """
     path = openvino_graph(folder, digests)
     place = path.parent
-    if not path.is_file():
+    if not has_openvino(folder, digests):
+        if place.exists():
+            tell(f"{place}: damaged, or not exported by you: made again")
         tell("exporting the denoiser to OpenVINO, once for this artifact")
         with replacing_folder(place) as made:
             write_graph(simulated, example, "openvino", made / path.name, "--backend openvino")
+        own_code.seal_folder(place)
     try:
         session = runtimes.openvino_session(path, dtype)
     except RuntimeError as error:
@@ -137,6 +141,11 @@ def in_openvino(
             f"{path}: cannot be loaded ({reason[:120]})", f"delete {place} and repeat"
         ) from error
     return SessionDenoiser(simulated, session)
+
+
+def has_openvino(folder: Path, digests: Mapping[str, str]) -> bool:
+    """Whether a graph is kept that this user has exported, as it was."""
+    return own_code.is_sealed_folder(openvino_graph(folder, digests).parent)
 
 
 def openvino_graph(folder: Path, digests: Mapping[str, str]) -> Path:

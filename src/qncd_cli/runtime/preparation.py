@@ -17,7 +17,7 @@ from ..models.loading import DiffusionModel
 from ..spec import Compile
 from ..store.artifacts import Artifact
 from .auto_backend import BackendCache, backend_of_set, choose_backend
-from .compiled_graph import compile_denoiser, graph_path
+from .compiled_graph import compile_denoiser, has_graph
 from .exported_graph import example_of, in_openvino
 from .sampled_model import SampledModel
 
@@ -173,6 +173,6 @@ def _wants_graph(
         return wish is Compile.YES
     if sampled.backend is None:
         return False
-    if graph_path(how.folder, sampled.digests).is_file():
+    if has_graph(how.folder, sampled.digests):
         return True
     return compiling_gain(_rows_ahead(config, model, how), how.macs) >= WORTH_COMPILING

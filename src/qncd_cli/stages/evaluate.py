@@ -50,12 +50,16 @@ WORST_PAIRS, TYPICAL_PAIRS = 12, 4
 """Images shown side by side in the report: those that differ most, and those at the median."""
 
 
-def measure_images(source: Path, protocol: Protocol, track: Track = no_progress) -> dict[str, Any]:
+def measure_images(
+    source: Path, protocol: Protocol, track: Track = no_progress, *, skip_broken: bool = False
+) -> dict[str, Any]:
     """metrics.json of one set of images that qncd did not make: a folder, or an .npz.
 
-    Raises ArtifactError for damaged images, and where no metric can be had for them.
+    skip_broken: whether files that cannot be read are left out, and counted in `checks`. Raises
+    ArtifactError for damaged images, and where no metric can be had for them.
     """
-    images = load_images(source)
+    broken: list[Path] = []
+    images = load_images(source, broken if skip_broken else None)
     protocol = prepared(protocol, len(images), track)
     if not protocol.metrics:
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
@@ -63,12 +67,14 @@ def measure_images(source: Path, protocol: Protocol, track: Track = no_progress)
     entry = _entry(images, protocol, track)
     size = list(images.shape[-2:])
     known = {"images": str(source), "image_size": size}
-    names = [path.name for path in image_paths(source)] if source.is_dir() else None
+    paths = image_paths(source) if source.is_dir() else []
+    names = [path.name for path in paths if path not in {*broken}] or None
     numbered = [f"number {row + 1}" for row in range(len(images))]
     return {
         "protocol": describe(protocol, len(images), known),
         "images": entry,
         "checks": [
+            *checks.notes_of_skipped("images", [path.name for path in broken]),
             *checks.notes_of_images("images", images, names or numbered),
             *_notes_of_reference(images, protocol),
         ],
@@ -220,9 +226,13 @@ def _checks(full: SampleSet, quantized: SampleSet, protocol: Protocol) -> list[c
 
 
 def _notes_of_reference(images: Tensor, protocol: Protocol) -> list[checks.Note]:
-    return checks.notes_of_reference(
-        len(images), images.shape[-2:], protocol.reference, protocol.network, protocol.metrics
-    )
+    skipped = protocol.reference.skipped if protocol.reference is not None else ()
+    return [
+        *checks.notes_of_skipped("reference", skipped),
+        *checks.notes_of_reference(
+            len(images), images.shape[-2:], protocol.reference, protocol.network, protocol.metrics
+        ),
+    ]
 
 
 def _counts(classes: Sequence[int]) -> dict[str, int]:

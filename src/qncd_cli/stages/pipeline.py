@@ -21,7 +21,7 @@ from ..progress import Track, no_progress
 from ..runtime.sampled_model import SampledModel
 from ..store import artifacts
 from ..store.artifacts import Artifact
-from ..store.files import write_json
+from ..store.files import write_sealed_json
 from ..store.lock import locked
 from ..store.partial import Partial
 from ..store.partial_folder import code_digest, discard, folder_of
@@ -93,7 +93,7 @@ def quantize(
         with explained(model):
             result = quantize_stage.run(config, model, calibration, smoothing, track, partial)
         artifacts.write(run.tensors("quantized"), result.quantized)
-        write_json(run.coverage, result.coverage)
+        write_sealed_json(run.coverage, result.coverage)
         # last, because it names the quantized: while it does not, the stage is not done
         artifacts.write(run.tensors("noise_stats"), result.noise_stats)
         freshness.note_settings(run, "quantize", config)

@@ -269,6 +269,7 @@ def draw_batch(
         "traced": len(keep),
         "steps": len(traced),
         "extra_calls": correction.extra_calls if correction else 0,
+        sample_sets.PIXELS: [sample_set.pixels_digest(image) for image in images],
     }
     tensors = {
         "latents": latents.float(),

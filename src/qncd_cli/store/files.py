@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError
+from .digests import digest_of
+from .regular import read_regular
 from .unfinished import unfinished_beside
+
+CONTENT = "content"
+"""Key of a JSON file's own digest."""
+LARGEST_JSON = 1 << 28
+"""Bytes from which on a JSON file is refused: the manifest of a million samples has 2e7."""
 
 
 @contextmanager
@@ -161,14 +168,35 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, text.encode())
 
 
+def write_sealed_json(path: Path, value: dict[str, Any]) -> None:
+    """write_json, with the digest of all else under CONTENT."""
+    content = json.loads(json.dumps(value, allow_nan=False))  # as it will be read
+    write_json(path, {**content, CONTENT: digest_of(content)})
+
+
 def read_json(path: Path, command: str) -> Any:
-    """Raises ArtifactError when missing or damaged; command: what makes a good one."""
+    """Raises ArtifactError when missing or damaged; command: what makes a good one.
+
+    Damaged is, too, what write_sealed_json wrote and is not the same any more. The digest is not
+    among what is returned.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(path, LARGEST_JSON), parse_constant=_no_number)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path}: missing", f'make it with "{command}"') from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: damaged: {error}", f'repeat "{command}"') from error
+    if isinstance(found, dict) and CONTENT in found:
+        said = found.pop(CONTENT)
+        if digest_of(found) != said:
+            raise ArtifactError(
+                f"{path}: damaged, its content does not match its digest", f'repeat "{command}"'
+            )
+    return found
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
 
 
 def finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qncd_cli.backends import int8
-from qncd_cli.backends.compiled import fusion, graph, native, ops, upsampled_conv
+from qncd_cli.backends.compiled import fusion, graph, ops, upsampled_conv
 from qncd_cli.quant.attention import softmax_codes
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
@@ -265,11 +265,3 @@ def test_layers_that_quantize_one_input_alike_do_it_once(operators):
     assert tables.values.shape == (1, 2)  # one scale, one zero-point
     called = [str(node.target) for node in program.graph.nodes]
     assert called.count("aten.round.default") == 1
-
-
-def test_a_library_is_compiled_once(tmp_path, monkeypatch, operators):
-    monkeypatch.setattr(native, "_loaded", lambda: False)
-    monkeypatch.setattr(native, "_compile", lambda: pytest.fail("compiled again"))
-    native._path(tmp_path).write_bytes(b"no library")
-    with pytest.raises(OSError, match="operators_"):
-        native.load(tmp_path)

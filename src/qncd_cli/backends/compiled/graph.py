@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quant.layers import QuantizedLayer, SteppedModule, StepState
+from .compiler import environment
 from .ops import traceable
 
 Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
@@ -127,5 +128,13 @@ def compile_graph(
 
 
 def load_graph(path: Path) -> Graph:
-    """Raises RuntimeError where the file is damaged or made by another version of torch."""
-    return torch._inductor.aoti_load_package(str(path))
+    """A graph from its file, which is run: it must be our own. It is unpacked beside the file.
+
+    Raises RuntimeError where the file is made by another version of torch.
+    """
+    from torch.export.pt2_archive._package import AOTICompiledModel
+
+    with environment("TMPDIR", str(path.parent)):  # else it stays in the system's for ever
+        return AOTICompiledModel(
+            torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+        )

@@ -1,20 +1,22 @@
 """The operators of graphs that are written in C++ (kernels/): compiled once, loaded once.
 
 The library is machine code for the CPU and the torch that it was compiled with, kept beside the
-graphs that call it.
+graphs that call it; only one that this user has compiled is loaded (store/own_code.py).
 """
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import tempfile
 from pathlib import Path
 
 import torch
 
+from ...store import own_code
 from ...store.digests import digest_of
-from ...store.files import write_bytes
 from .. import int8
+from .compiler import compiling
 
 SOURCES = Path(__file__).with_name("kernels")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-w")
@@ -24,19 +26,25 @@ def load(folder: Path) -> None:
     """Let graphs find the operators, from a library in the folder; it is compiled if it is missing.
 
     Once in a process: the operators are the same wherever the library lies. Raises whatever torch
-    raises where the compiler fails, OSError for a damaged library.
+    raises where the compiler fails, ArtifactError where nothing can be written, OSError where the
+    library cannot be loaded.
     """
     if _loaded():
         return
     path = _path(folder)
-    if not path.is_file():
-        write_bytes(path, _compile())
-    torch.ops.load_library(str(path))
+    with own_code.opened(path) as library:
+        if library is not None:
+            ctypes.CDLL(str(library))
+            return
+    with compiling(folder):
+        content = _compile()
+    with own_code.seal_and_open(path, content) as library:
+        ctypes.CDLL(str(library))
 
 
 def missing(folder: Path) -> bool:
     """Whether `load` would have to compile."""
-    return not _loaded() and not _path(folder).is_file()
+    return not _loaded() and not own_code.is_sealed(_path(folder))
 
 
 def machine() -> dict[str, str]:
@@ -57,7 +65,7 @@ def _loaded() -> bool:
 def _path(folder: Path) -> Path:
     sources = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
     key = digest_of({"sources": sources, "flags": list(FLAGS), **machine()})
-    return folder / f"operators_{key}.so"
+    return folder / f"operators_{key}.library"
 
 
 def _compile() -> bytes:

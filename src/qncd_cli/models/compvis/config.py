@@ -11,8 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ...config import yaml_text
 from ...errors import ModelError
 
 _REQUIRED = object()
@@ -84,13 +83,13 @@ class Section:
 def read_yaml(path: str) -> Section:
     """model.params of the file. Raises ModelError."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = yaml_text.read_yaml(Path(path))
     except OSError as error:
         raise ModelError(
             f"{path}: cannot be read ({error.strerror})",
             "model.compvis_config is the YAML that came with the checkpoint",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml_text.YamlError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: is not YAML ({error})") from error
     root = Section(tree, path, "the file").child("model")
     root.where = "model"
