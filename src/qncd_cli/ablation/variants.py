@@ -29,7 +29,7 @@ CORRECTIONS = {
 """Name: whether the intra and the inter correction of the configuration stay."""
 _KNOWN = [*PRESETS, *CORRECTIONS]
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "correction.inter.method": ("none", "runtime", "ptqd", "affine"),
+    "correction.inter.method": ("none", "runtime", "ptqd", "affine", "stepwise"),
     "correction.intra": ("embedding", "smoothquant", "auto"),
     "quantization.weights.rounding": ("nearest", "gptq", "adaround", "brecq"),
 }
@@ -41,8 +41,8 @@ INGREDIENTS: dict[str, tuple[str, Any]] = {
 GROUPS = {
     "corrections": (
         *("qdiffusion", "qncd-intra", "qncd-inter", "qncd"),
-        *("qdiffusion+runtime", "ptqd", "qdiffusion+affine"),
-        *("best", "best+embedding", "best+runtime", "best+ptqd", "best+affine"),
+        *("qdiffusion+runtime", "ptqd", "qdiffusion+affine", "qdiffusion+stepwise"),
+        *("best", "best+embedding", "best+runtime", "best+ptqd", "best+affine", "best+stepwise"),
     ),
 }
 """A word for several rows."""

@@ -146,7 +146,7 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, deb
 )
 @click.option(
     "--inter",
-    type=click.Choice(["none", "runtime", "ptqd", "affine"]),
+    type=click.Choice(["none", "runtime", "ptqd", "affine", "stepwise"]),
     help="Correction of the noise that accumulates over the steps (default: the configuration's).",
 )
 @click.option(

@@ -17,10 +17,10 @@ class InterConfig(Section):
     With either, a sample depends on the batch that it is drawn in.
     """
 
-    method: Literal["none", "runtime", "ptqd", "affine"] = Field(
+    method: Literal["none", "runtime", "ptqd", "affine", "stepwise"] = Field(
         "none",
-        description="runtime estimates the noise while sampling; ptqd and affine use what quantize "
-        "measured and cost nothing",
+        description="runtime estimates the noise while sampling; the others use what quantize "
+        "measured and cost nothing; stepwise also takes back what earlier steps left",
     )
     target: Literal["injected", "total"] = Field(
         "total", description="the noise of the step itself, as published, or all of it so far"

@@ -155,7 +155,7 @@ def extra_input_bits(config: Config, plans: list[LayerPlan]) -> float:
 
 
 def noise_stats(config: Config, shapes: Shapes, timesteps: list[float]) -> Artifact:
-    body = noise_body(config, shapes.latent_shape[0], len(set(timesteps)))
+    body = noise_body(config, shapes.latent_shape, timesteps)
     return _blank("noise_stats", body, {"quantized": CONTENT})
 
 

@@ -12,6 +12,7 @@ from ..config.schema import Config
 from ..correction.baseline import Estimate, EstimatorBaseline, StepError, fit_gains
 from ..correction.runtime import SLOPE_RATIOS, RuntimeCorrection
 from ..correction.statistics import NoiseStatistics, timestep_key
+from ..correction.stepwise import field_grid
 from ..errors import ConfigError
 from ..machine import keeps
 from ..models.loading import DiffusionModel
@@ -26,6 +27,7 @@ from ..sampling.samplers import OnStep, Predict
 from ..store.artifacts import KINDS, Artifact, torch_type
 from ..store.partial import NOTHING_KEPT, Partial
 from .cost import SIMULATION, Cost, DenoiserCall
+from .stepwise import fit_stepwise, goals_of, latent_recorder
 
 CALLS_PER_STEP = 5
 """Calls of a denoiser per step, for progress: both models and their estimators (two fewer in all
@@ -44,12 +46,13 @@ def measure_noise(
     Pairs (eps, eps~) are taken along the quantized model's own trajectories, where corrections
     will meet them. The run-time estimator runs on both models at every step: what it reads on the
     full-precision one is the model's own error, the baseline of docs/method.md; how well it
-    foretells the pairs is its gain. All in eps, whatever the model predicts (of rectified flows in
-    the velocity). Where corrections have no meaning (`plan_steps`) the artifact holds no timestep,
-    and its body says why.
+    foretells the pairs is its gain. The terms of the step-wise correction come from trajectories
+    that already have those of earlier steps. All in eps, whatever the model predicts (of rectified
+    flows in the velocity). Where corrections have no meaning (`plan_steps`) the artifact holds no
+    timestep, and its body says why.
     """
     scheduler = trajectory.timed_scheduler(config, model)
-    body = noise_body(config, model.latent_shape[0], 0)
+    body = noise_body(config, model.latent_shape, [])
     try:
         plan = plan_steps(scheduler, config.sampling.eta)
     except ConfigError as refused:
@@ -60,21 +63,23 @@ def measure_noise(
             for name, (type_, shape) in layout.items()
         }
     else:
-        tensors = _measure(
-            config, model, quantized, prediction_type(scheduler), plan, track, partial
-        )
-        body["steps"] = len(tensors["timesteps"])
+        tensors = _measure(config, model, quantized, scheduler, plan, track, partial)
+        body |= noise_body(config, model.latent_shape, [step.t for step in plan])
     parents = {"quantized": quantized.digest}
     digest = config.stage_digest("quantize")
     return Artifact("noise_stats", tensors, body, digest, model.digest, parents)
 
 
-def noise_body(config: Config, channels: int, steps: int) -> dict[str, Any]:
-    """Body of the artifact: what its statistics hold for. channels: of the latents."""
+def noise_body(
+    config: Config, latent_shape: Sequence[int], timesteps: Sequence[float]
+) -> dict[str, Any]:
+    """Body of the artifact: what its statistics hold for. timesteps: of every step."""
     sampling = config.sampling
     return {
-        "channels": channels,
-        "steps": steps,
+        "channels": latent_shape[0],
+        "grid": list(field_grid(latent_shape[1:])),
+        "steps": len({timestep_key(t) for t in timesteps}),
+        "sampler_steps": len(timesteps),
         "sampling": {
             "scheduler": sampling.scheduler,
             "steps": sampling.steps,
@@ -89,13 +94,13 @@ def _measure(
     config: Config,
     model: DiffusionModel,
     quantized: Artifact,
-    kind: str,
+    scheduler: Any,
     plan: Sequence[StepInfo],
     track: Track,
     partial: Partial,
 ) -> dict[str, Tensor]:
-    """The artifact's tensors, from the first calibration seeds. kind: what the model predicts."""
-    calibration = config.calibration
+    """The artifact's tensors, from the first calibration seeds."""
+    calibration, kind = config.calibration, prediction_type(scheduler)
     full = KeptCalls(full_denoiser(model), partial, "noise, full precision")
     cache = config.quantization.cache_time_embeddings
     low_memory = not keeps(model.denoiser_bytes())
@@ -103,6 +108,7 @@ def _measure(
     simulated = KeptCalls(quantized_model, partial, "noise, quantized")
     statistics = NoiseStatistics()
     own: list[Estimate] = []
+    goals: list[Tensor] = []
     readings: list[tuple[list[Estimate], list[StepError]]] = []
     seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
     batches = chunks(seeds, calibration.batch_size)
@@ -111,10 +117,16 @@ def _measure(
         errors: list[StepError] = []
         predict_full = trajectory.predict_for(config, model, full, batch, tick)
         record = pair_recorder(statistics, errors, plan, kind, predict_full)
-        estimates = _estimates(config, model, simulated, batch, tick, on_step=record)
+        estimates, _ = _estimates(config, model, simulated, batch, tick, on_step=record)
         readings.append((estimates, errors))
-        own += _estimates(config, model, full, batch, tick)
+        passed: list[Tensor] = []
+        estimates, end = _estimates(
+            config, model, full, batch, tick, on_step=latent_recorder(passed)
+        )
+        own += estimates
+        goals.append(goals_of(passed, end, plan, scheduler))
     tensors = statistics.finish()
+    tensors |= fit_stepwise(config, model, simulated, torch.cat(goals, 1), seeds, track)
     baseline = EstimatorBaseline.of(own)
     gains = fit_gains(baseline, readings, SLOPE_RATIOS)
     tables: dict[str, Mapping[int, Tensor]] = {
@@ -138,15 +150,16 @@ def _estimates(
     seeds: list[int],
     tick: Tick,
     on_step: OnStep | None = None,
-) -> list[Estimate]:
-    """The run-time estimator's readings along one batch of trajectories of the denoiser."""
+) -> tuple[list[Estimate], Tensor]:
+    """The run-time estimator's readings along one batch of trajectories of the denoiser, and where
+    these end."""
     target = config.correction.inter.target
     generators = generators_for(seeds, "baseline")
     estimator = RuntimeCorrection(generators, target=target, interval=1, apply=False)
-    trajectory.draw(
+    end = trajectory.draw(
         config, model, denoiser, seeds, correction=estimator, on_step=on_step, tick=tick
     )
-    return estimator.estimates
+    return estimator.estimates, end
 
 
 def pair_recorder(
@@ -177,5 +190,5 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     kept = call.weights if keeps(4 * parameters) else 0
     batch = call.copies * min(calibration.batch_size, calibration.noise_trajectories)
     rows = calibration.noise_trajectories * call.copies * call.steps
-    both_twice = 2 * SIMULATION + 3  # the estimator asks each step twice, and see CALLS_PER_STEP
-    return Cost(kept + call.first_bytes(batch), rows * call.macs * both_twice)
+    calls = 3 * SIMULATION + 3  # of CALLS_PER_STEP, and one of fit_stepwise
+    return Cost(kept + call.first_bytes(batch), rows * call.macs * calls)

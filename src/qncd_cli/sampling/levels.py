@@ -34,9 +34,9 @@ class StepInfo:
     eps_coefficient is then its coefficient.
     number: how many steps before it lowered the noise level; less than index where a scheduler
     makes one step in two calls (PNDM).
-    x, x0 and eps are set only in `Correction.observe`: model input x_t [N, C, ...], clean latent
-    x0~ implied by the step (after the scheduler's clipping, if it reports it), and the corrected
-    prediction that was used, as corrections see it.
+    x, the model input x_t [N, C, ...], is set in `Correction.correct` and `observe`; x0 and eps
+    only in `observe`: clean latent x0~ implied by the step (after the scheduler's clipping, if it
+    reports it), and the corrected prediction that was used, as corrections see it.
     """
 
     index: int

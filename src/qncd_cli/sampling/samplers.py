@@ -70,7 +70,10 @@ class Correction(Protocol):
         ...
 
     def correct(self, step: StepInfo, prediction: Tensor) -> Tensor:
-        """Guided eps [N, C, ...] -> the one to use; called before `scheduler.step`."""
+        """Guided eps [N, C, ...] -> the one to use; called before `scheduler.step`.
+
+        step.x is the model's input.
+        """
         ...
 
     def observe(self, step: StepInfo, x_next: Tensor, predict: Predict) -> None:
@@ -145,16 +148,15 @@ def denoise(
     Raises NotFinite as soon as a prediction or a latent is not, ConfigError if the scheduler cannot
     do what is asked (eta, correction, steps).
     """
-    scheduler, options = _prepare(scheduler, steps, generators, eta, device)
+    scheduler, options = prepared(scheduler, steps, generators, eta, device)
     plan = plan_steps(scheduler, eta) if correction is not None else None
     kind = prediction_type(scheduler)
     x = initial_noise(generators, shape, dtype).to(device) * initial_scale(scheduler)
-    scaled = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for i, t in enumerate(scheduler.timesteps):
         at = f"not finite at step {i + 1} (timestep {float(t):g}) for"
         makes = f"{type(scheduler).__name__} makes latents {at}"
         fails = f"{type(scheduler).__name__} fails at step {i + 1} of {steps}"
-        model_input = scaled(x, t)
+        model_input = scaled_input(scheduler, x, t)
         prediction = eps = predict(model_input, t)
         check_finite(prediction, f"the denoiser's prediction is {at}", seeds)
         tried = correction is not None and plan is not None and correction.tries(plan[i])
@@ -163,12 +165,12 @@ def denoise(
             predicted = to_corrected(prediction, model_input, abar_t, kind)
             if tried:
                 with refusals(fails):
-                    trial = _tried(scheduler, prediction, t, x, options)
+                    trial = stepped(scheduler, prediction, t, x, options)
                 check_finite(trial.prev_sample, makes, seeds, OTHER_SAMPLER)
                 at_next = _observed(plan[i], trial, model_input, predicted, kind)
-                x_next = trial.prev_sample * _to_vp(scheduler, plan[i].abar_next, kind)
+                x_next = trial.prev_sample * to_vp(scheduler, plan[i].abar_next, kind)
                 correction.observe(at_next, x_next, _corrected_at(predict, abar_t, kind))
-            eps = correction.correct(plan[i], predicted)
+            eps = correction.correct(replace(plan[i], x=model_input), predicted)
             prediction = with_corrected(prediction, predicted, eps, abar_t, kind)
         if on_step is not None:
             on_step(i, t, model_input, prediction)
@@ -184,12 +186,19 @@ def denoise(
             x = x - _per_sample(deduct, x) * _redraw(before, x)
         if plan[i].t_next is not None and not tried:
             at_next = _observed(plan[i], output, model_input, eps, kind)
-            x_next = x * _to_vp(scheduler, plan[i].abar_next, kind)
+            x_next = x * to_vp(scheduler, plan[i].abar_next, kind)
             correction.observe(at_next, x_next, _corrected_at(predict, plan[i].abar_t, kind))
     return x
 
 
-def _tried(
+def scaled_input(scheduler: Any, x: Tensor, t: Tensor) -> Tensor:
+    """The model's input for a latent in the scheduler's own scale."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    scaled: Tensor = x if scale is None else scale(x, t)
+    return scaled
+
+
+def stepped(
     scheduler: Any, prediction: Tensor, t: Tensor, x: Tensor, options: Mapping[str, Any]
 ) -> Any:
     """What `scheduler.step` returns, of copies: scheduler and generators stay as they are."""
@@ -207,7 +216,7 @@ def _observed(step: StepInfo, output: Any, model_input: Tensor, eps: Tensor, kin
     return replace(step, x=model_input, x0=x0, eps=eps)
 
 
-def _prepare(
+def prepared(
     scheduler: Any,
     steps: int,
     generators: Sequence[torch.Generator],
@@ -272,7 +281,7 @@ def initial_scale(scheduler: Any) -> float:
     return float(getattr(scheduler, "init_noise_sigma", 1.0))
 
 
-def _to_vp(scheduler: Any, abar: float, kind: str) -> float:
+def to_vp(scheduler: Any, abar: float, kind: str) -> float:
     """Factor from the scheduler's own latent scale at level abar to VP scale."""
     if kind == FLOW:
         return 1 / path_scale(abar, kind)

@@ -19,6 +19,7 @@ from ..config.schema import Config
 from ..correction.baseline import EstimatorBaseline
 from ..correction.offline import AffineCorrection, PtqdCorrection
 from ..correction.runtime import RuntimeCorrection
+from ..correction.stepwise import StepwiseCorrection
 from ..errors import ConfigError
 from ..lineage import sample_set, sample_sets
 from ..lineage.sample_sets import Drawing, identity_of
@@ -176,7 +177,7 @@ def identify(
 def _check_correction(config: Config, stats: Artifact) -> None:
     """Statistics hold for the sampler they were measured with, and for no other."""
     inter = config.correction.inter
-    needs = inter.method in ("ptqd", "affine") or (
+    needs = inter.method in ("ptqd", "affine", "stepwise") or (
         inter.method == "runtime" and inter.baseline == "full_precision"
     )
     if not needs:
@@ -214,6 +215,8 @@ def make_correction(
         return PtqdCorrection(statistics, deduct_variance=deduct)
     if inter.method == "affine":
         return AffineCorrection(statistics)
+    if inter.method == "stepwise":
+        return StepwiseCorrection(statistics)
     compared = inter.baseline == "full_precision"
     return RuntimeCorrection(
         generators_for(seeds, "correction"),

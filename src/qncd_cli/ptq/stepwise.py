@@ -1,0 +1,81 @@
+"""The terms of the step-wise correction, fitted while the quantized model draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.schema import Config
+from ..correction.stepwise import StepwiseFit
+from ..models.loading import DiffusionModel
+from ..progress import Track, counted
+from ..runtime import trajectory
+from ..runtime.denoiser import Denoiser
+from ..sampling.levels import StepInfo
+from ..sampling.parametrization import path_scale, prediction_type
+from ..sampling.response import responses
+from ..sampling.samplers import OnStep, make_scheduler, to_vp
+
+
+class InBatches(Denoiser):
+    """A denoiser that calls another one with at most so many rows."""
+
+    def __init__(self, denoiser: Denoiser, rows: int):
+        super().__init__(denoiser.module, denoiser.step, denoiser.group_bounds)
+        self.denoiser, self.rows = denoiser, rows
+
+    def __call__(self, x: Tensor, t: Tensor | float, condition: Mapping[str, Tensor]) -> Tensor:
+        parts = []
+        for start in range(0, len(x), self.rows):
+            rows = slice(start, start + self.rows)
+            own = {k: v[rows] if len(v) == len(x) else v for k, v in condition.items()}
+            parts.append(self.denoiser(x[rows], t, own))
+        return torch.cat(parts)
+
+
+def latent_recorder(passed: list[Tensor]) -> OnStep:
+    """on_step that keeps the model's input of every step."""
+
+    def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
+        passed.append(x.clone())
+
+    return record
+
+
+def goals_of(
+    passed: Sequence[Tensor], end: Tensor, plan: Sequence[StepInfo], scheduler: Any
+) -> Tensor:
+    """[S, N, C, ...]: latents after every step, in VP scale.
+
+    passed: the model's inputs of a trajectory, end: where it ends, in the scheduler's own scale.
+    """
+    kind = prediction_type(scheduler)
+    later = zip(passed[1:], plan[1:], strict=True)
+    reached = [x / path_scale(step.abar_t, kind) for x, step in later]
+    return torch.stack([*reached, end * to_vp(scheduler, plan[-1].abar_next, kind)])
+
+
+def fit_stepwise(
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    goals: Tensor,
+    seeds: Sequence[int],
+    track: Track,
+) -> dict[str, Tensor]:
+    """The tensors of `StepwiseCorrection`, from trajectories of these seeds drawn together.
+
+    denoiser: quantized; goals: `goals_of` the same seeds in full precision.
+    """
+    sampling = config.sampling
+    scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
+    fit = StepwiseFit(goals, responses(scheduler, sampling.steps, sampling.eta))
+    rows = config.calibration.batch_size * (2 if model.guides(sampling.guidance_scale) else 1)
+    together = InBatches(denoiser, rows)
+    steps = counted(track, [None], "fitting the step-wise correction", sampling.steps, "steps")
+    for _, tick in steps:
+        trajectory.draw(config, model, together, seeds, correction=fit, tick=tick)
+    return fit.statistics()
