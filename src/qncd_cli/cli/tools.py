@@ -136,9 +136,9 @@ def export(out, to, samples, bound, run_dir, force, as_json, debug):
     show_default=True,
     help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
     "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
-    "ptqd, affine, stepwise), the intra correction (embedding, smoothquant, auto), the rounding (nearest, "
-    "gptq, adaround, brecq) or bias. corrections: every correction on qdiffusion and on best. "
-    "Gains are over the first row of the same widths.",
+    "ptqd, affine, stepwise), the intra correction (embedding, smoothquant, auto), the rounding "
+    "(nearest, gptq, adaround, brecq) or bias. corrections: every correction on qdiffusion and on "
+    "best. Gains are over the first row of the same widths.",
 )
 @click.option(
     "--bits",
