@@ -21,6 +21,8 @@ from .shared import explain, watching
 @dataclass(frozen=True)
 class EvalOptions:
     fid: bool
+    sfid: bool
+    fid_infinity: bool
     isc: bool
     kid: bool
     prc: bool
