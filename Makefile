@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist load
 BITS := w8a8 w4a8 w4a6
 NUM ?= 300
 
-.PHONY: setup demo test lint check fmt docs
+.PHONY: setup demo test lint check fmt docs browser
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -38,6 +38,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check src tests scripts training examples
 	$(BIN)/ruff check src tests scripts training examples
 	$(BIN)/mypy
+
+# Chromium, for the tests that look at pages (Debian, Ubuntu); without it they are skipped.
+browser: $(READY)
+	apt-get install --yes --no-install-recommends chromium chromium-driver
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,browser]'
 
 # What a commit must pass: format, lint, types, import rules, fast tests.
 check: lint

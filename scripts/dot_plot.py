@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from qncd_cli.report.curve import COLORS, nice_ticks
+from qncd_cli.report.charts import COLORS, nice_ticks
 
 Rows = Mapping[str, Mapping[str, float | None]]
 

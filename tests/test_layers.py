@@ -34,12 +34,13 @@ ROOMS: list[tuple[str, list[str]]] = [
             "models",
             "lineage",
             "config",
+            "report",
             "metrics",
             "sampling",
             "store",
         ],
     ),
-    ("runs", ["stages", "runtime", "models", "lineage", "config", "metrics", "store"]),
+    ("runs", ["study", "stages", "runtime", "models", "lineage", "config", "metrics", "store"]),
     (
         "forecast",
         [
@@ -55,6 +56,7 @@ ROOMS: list[tuple[str, list[str]]] = [
             "store",
         ],
     ),
+    ("study", ["report"]),
     ("bench", ["stages", "runtime", "backends", "models", "config", "report", "quant", "store"]),
     (
         "ablation",
@@ -173,7 +175,8 @@ DOORS: dict[str, list[str]] = {
     "torch_fidelity": ["metrics.fidelity"],
     "torch": [
         "machine",
-        "report.page",
+        "report.*",
+        "study.page",
         "bench.*",
         "ablation.*",
         "correction.*",
@@ -197,7 +200,16 @@ DOORS: dict[str, list[str]] = {
     "onnx_ir": ["backends.onnx.graph", "backends.onnx.layers"],
     "onnxruntime": ["backends.* (inside)"],
     "openvino": ["backends.* (inside)"],
-    "PIL": ["metrics.*", "report.page", "lineage.sample_set"],
+    "PIL": [
+        "metrics.*",
+        "report.images",
+        "study.page",
+        "lineage.sample_set",
+        "cli.pictures (inside)",
+    ],
+    "textual_image": ["cli.pictures (inside)"],
+    "jinja2": ["report.rendering"],
+    "markupsafe": ["report.*", "ablation.rendering"],
 }
 
 

@@ -16,7 +16,7 @@ from qncd_cli.cli.console import Console
 from qncd_cli.cli.main import cli
 from qncd_cli.cli.tables import Grid
 from qncd_cli.metrics import rows
-from qncd_cli.report.page import html_report
+from qncd_cli.report.page import Report, html_report
 from qncd_cli.vocabulary import TERMS
 
 WIDTHS = [60, 80, 120]
@@ -198,7 +198,7 @@ def test_what_eval_prints_is_whole_and_in_the_words_of_the_report(width, capsys)
     evaluation.render(Console(), metrics, "300 samples, same seeds")
     text = capsys.readouterr().out
     whole(text, width, "12.35 [10.12, 14.57]", "W4A8 (5.9 / 9.1)", "SQNR, worst 5 %, dB ↑")
-    report = html_report(metrics, {}, {}, "t", {})
+    report = html_report(Report(metrics, "t")).replace("\u00a0", " ")
     for row in rows.rows(metrics):
         assert row.label in report and set(row.label.split()) <= set(words(text))
     assert "SQNR: Signal" in text and "Signal to quantization noise ratio" in report

@@ -32,7 +32,10 @@ OUTPUTS = {
     "quantize": [f"tiny/{n}" for n in ("quantized.safetensors", "noise_stats.safetensors")]
     + ["tiny/coverage.json"],
     "sample": ["tiny/samples"],
-    "eval": ["full-precision", "tiny/metrics.json", "tiny/report.html"],
+    "eval": [
+        "full-precision",
+        *(f"tiny/{name}" for name in ("metrics.json", "report.html", "pairs.png")),
+    ],
 }
 STAGES = list(COMMANDS)
 
@@ -435,7 +438,8 @@ WRITES = [
     ("sample", 10),  # the manifest again
     ("eval", 5),  # a full-precision part
     ("eval", 11),  # metrics.json
-    ("eval", 12),  # report.html
+    ("eval", 12),  # pairs.png
+    ("eval", 13),  # report.html
 ]
 
 

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from ..metrics.rows import bits
-from ..report.page import chart, definitions, markdown_table, page
+from ..report.charts import line_chart, scatter
+from ..report.images import encode_all
+from ..report.page import SMALL_PIXELS, STEP, definitions
+from ..report.rendering import render
+from ..report.tables import markdown_table
 from ..spec import Widths
-from ..vocabulary import DIRECTIONS, IDENTICAL, NUMBERS, cell, heading, interval
+from ..vocabulary import (
+    DIRECTIONS,
+    IDENTICAL,
+    IDENTICAL_DB,
+    NUMBERS,
+    cell,
+    heading,
+    interval,
+    said,
+)
 from .gains import GAIN
+from .strips import FULL, Strip
 
 KEYS = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
@@ -32,7 +48,6 @@ SPREAD = (
     *("sqnr_median_db", "sqnr_q05_db"),
 )
 """What a row has of single samples, named as in metrics.json."""
-FULL = "full precision"
 
 
 # ------------------------------------------------------------------ numbers of a row
@@ -110,40 +125,78 @@ def markdown(table: Mapping[str, Any], title: str) -> str:
     return f"# {title}\n\n{markdown_table(lines, COLUMNS)}\n{NOTE}\n"
 
 
-def html(
-    table: Mapping[str, Any], title: str, sheets: Sequence[tuple[str, Path]], folder: Path
-) -> str:
-    """A page with the table, SQNR over the steps for every pair of widths, and sheets of samples.
+def html(table: Mapping[str, Any], title: str, strips: Sequence[Strip], folder: Path) -> str:
+    """A page with the table, PSNR over size, SQNR over the steps for every pair of widths, and a
+    strip of samples of the same seeds for every row.
 
-    sheets: name and picture of a row, linked relative to `folder`, where the page is to lie.
+    Contact sheets are linked relative to `folder`, where the page is to lie.
     """
-    parts = [f"<h1>{escape(title)}</h1>", _html_table(cells(table)), f"<p>{escape(NOTE)}</p>"]
-    for label, rows in _by_widths(table["rows"]).items():
-        curves = {row["preset"]: row["sqnr_steps_db"] for row in rows}
-        if any(curves.values()):
-            parts.append(f"<h2>{label}: SQNR of the noise prediction over the sampling steps</h2>")
-            parts.append(chart(curves, "sampling step", "SQNR, dB"))
-    if sheets:
-        parts.append("<h2>Samples of the same seeds</h2>")
-        items = (
-            f'<li><a href="{escape(path.relative_to(folder).as_posix())}">{escape(name)}</a></li>'
-            for name, path in sheets
+    encoded = encode_all([image for strip in strips for image in strip.images])
+    uris = iter(encoded.uris)
+    charts = [
+        (
+            f"{label}: SQNR of the prediction",
+            line_chart({r["preset"]: r["sqnr_steps_db"] for r in rows}, STEP, "SQNR, dB"),
         )
-        parts.append(f"<ul>{''.join(items)}</ul>")
-    parts += ["<h2>What was measured</h2>", definitions(table["protocol"])]
-    return page(title, parts)
-
-
-def _html_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in COLUMNS)
-    body = "".join(
-        "<tr>"
-        + "".join(f'<td data-name="{escape(n)}">{escape(line[n])}</td>' for n in COLUMNS)
-        + "</tr>"
-        for line in lines
+        for label, rows in _by_widths(table["rows"]).items()
+        if any(row["sqnr_steps_db"] for row in rows)
+    ]
+    height, width = strips[0].images.shape[-2:] if strips else (0, 0)
+    protocol = dict(table["protocol"])
+    first = protocol.get("first_seed", 0)
+    shown = len(strips[0].images) if strips else 0
+    return render(
+        "ablation.html",
+        title=title,
+        verdict=_verdict(table),
+        columns=COLUMNS,
+        lines=cells(table),
+        note=NOTE,
+        scatter=_scatter(table["rows"]),
+        charts=charts,
+        strips=[
+            (
+                strip.name,
+                list(islice(uris, len(strip.images))),
+                strip.sheet.relative_to(folder).as_posix() if strip.sheet else "",
+            )
+            for strip in strips
+        ],
+        seeds=f"{first} to {first + shown - 1}" if shown > 1 else f"{first}",
+        encoding=encoded.note,
+        small=width < SMALL_PIXELS,
+        size=Markup(f' width="{width}" height="{height}" decoding="async"'),
+        facts={"model": table["model"], "samples a row": protocol["num_samples"]},
+        protocol=protocol,
+        definitions=definitions,
     )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="wide">{table}</div>'
+
+
+def _verdict(table: Mapping[str, Any]) -> str:
+    """The row of highest median PSNR, in a sentence; empty where no row has one."""
+    known = [row for row in table["rows"] if row.get("psnr_median_db") is not None]
+    if not known:
+        return ""
+    best = max(known, key=lambda row: row["psnr_median_db"])
+    size = (table["full"] or {}).get("bytes")
+    smaller = f", {size / best['bytes']:.1f} times smaller" if size else ""
+    decibels = said("psnr_median_db", best["psnr_median_db"])
+    return f"Closest to full precision: {_name(best)}, median PSNR {decibels}{smaller}."
+
+
+def _scatter(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """The median PSNR of every row over its size, a colour for each preset."""
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    points = [
+        (_name(row), row["bytes"] / 1e6, row["psnr_median_db"], presets.index(row["preset"]))
+        for row in rows
+        if row.get("psnr_median_db") is not None and row["psnr_median_db"] < IDENTICAL_DB
+    ]
+    return scatter(points, heading("bytes"), heading("psnr_median_db")) if points else None
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['preset']} {Widths(row['weights'], row['activations']).label}"
 
 
 def _by_widths(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -194,11 +194,6 @@ def _table(config: Config, ablation: _Ablation) -> dict[str, Any]:
     }
 
 
-def sheet(request: AblateRequest, variant: Variant) -> Path:
-    """The contact sheet of a row's images."""
-    return sample_sets.sheet_path(request.samples(variant))
-
-
 # ------------------------------------------------------------------ one row
 
 

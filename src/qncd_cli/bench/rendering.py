@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..report.page import markdown_table
+from ..report.tables import markdown_table
 from ..vocabulary import NUMBERS, cell, heading
 
 KEYS = (

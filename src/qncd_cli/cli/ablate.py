@@ -40,7 +40,7 @@ class AblateOptions:
 
 
 def ablate(console: Console, options: AblateOptions) -> None:
-    from ..ablation import rendering, table
+    from ..ablation import rendering, strips, table
     from ..ablation.variants import named, variants
 
     config = load_config(options.config_name, options.overrides)
@@ -63,10 +63,9 @@ def ablate(console: Console, options: AblateOptions) -> None:
         measured = table.run(rows, model, request, protocol, _teller(), console.track)
     title = f"Variants of {name}"
     page = folder / "ablation.html"
-    sheets = [(row.label, table.sheet(request, row)) for row in rows]
-    there = [(label, path) for label, path in sheets if path.is_file()]
+    shown = strips.strips(request, rows, model)
     write_bytes(folder / "ablation.md", rendering.markdown(measured, title).encode())
-    write_bytes(page, rendering.html(measured, title, there, folder).encode())
+    write_bytes(page, rendering.html(measured, title, shown, folder).encode())
 
     def render() -> None:
         lines = rendering.cells(measured, TERMINAL)

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ArtifactError
 from ..metrics.record import differing, remarked
 from ..metrics.rows import OF_FIDELITY, POOLED
-from ..runs.evaluate import is_whole
+from ..runs.reporting import is_whole
 from ..store.digests import flat, spelled
 from ..store.files import read_json
 from ..store.run_dir import RunDir

@@ -10,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics.record import METRICS
+from ..metrics.rows import short_name
+from ..report.headline import head_table, verdict
 from ..runs.evaluate import Evaluated
 from ..runs.evaluate import evaluate as evaluate_run
 from ..runs.measuring import Wishes, protocol_of_images, settle
-from ..vocabulary import NUMBERS, cell, interval
 from .console import Console
-from .shared import explain, watching
+from .pictures import show_picture
+from .shared import explain, watching, wrapped
 
 
 @dataclass(frozen=True)
 class EvalOptions:
     fid: bool
-    sfid: bool
-    fid_infinity: bool
     isc: bool
     kid: bool
     prc: bool
@@ -34,6 +34,7 @@ class EvalOptions:
     name: str = "quantized"
     run_dir: str | None = None
     device: str = "auto"
+    show: bool = False
 
     @property
     def wishes(self) -> Wishes:
@@ -67,31 +68,32 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         device=options.device,
         command=shlex.join(["qncd", *sys.argv[1:]]),
         watch=watching(console),
-        show=lambda done: _show(console, done),
+        show=lambda done: _show(console, options, done),
     )
 
 
-def _show(console: Console, done: Evaluated) -> None:
+def _show(console: Console, options: EvalOptions, done: Evaluated) -> None:
     metrics = done.metrics
     how = "unchanged, skipped" if done.skipped else f"done in {console.lap():.1f} s"
 
     def show() -> None:
-        render(console, metrics, f"{metrics['protocol']['num_samples']} samples, same seeds")
+        print(wrapped(verdict(metrics, short_name(done.model))))
+        title = f"{metrics['protocol']['num_samples']} samples, same seeds"
+        render(console, metrics, title, done.bench)
+        if options.show:
+            show_picture(done.pairs)
         print(f"eval: {how}, {done.report}")
 
     console.result({**metrics, "run_dir": str(done.run.path)}, show)
 
 
-def render(console: Console, metrics: Mapping[str, Any], title: str) -> None:
+def render(
+    console: Console, metrics: Mapping[str, Any], title: str, bench: Mapping[str, Any] | None = None
+) -> None:
     """Print what was measured, and what its words mean."""
-    from ..metrics.rows import columns, rows
-
-    found = rows(metrics)
-    cells = [[row.label, *(_cell(row.key, value) for value in row.values)] for row in found]
-    console.table(["", *columns(metrics)], cells, title)
-    explain(row.label for row in found)
-
-
-def _cell(key: str, value: Any) -> str:
-    value = interval(value) if isinstance(value, dict) else value
-    return cell(key, value) if key in NUMBERS else str(value)
+    head = head_table(metrics, bench=bench)
+    cells = [
+        [label, *(f"{cell.text} {cell.range}".rstrip() for cell in row)] for label, row in head.rows
+    ]
+    console.table(["", *head.columns], cells, title)
+    explain(label for label, _ in head.rows)

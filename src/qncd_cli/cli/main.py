@@ -162,6 +162,7 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, deb
     help="Keep weights packed and unpack each layer's at every call: the same images, more slowly.",
 )
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
+@options.show("the contact sheet")
 @options.set_name("Name of the sample set (default: quantized, full, full_compiled).")
 @options.overrides
 @options.run_dir
@@ -196,6 +197,7 @@ def sample(**options):
 @cli.command(
     name="eval",
     epilog="\b\nExamples:\n  qncd eval --fid\n  qncd eval --fid --isc --kid --prc\n"
+    "  qncd eval --show\n"
     "  qncd eval --images my_images --reference val_images --network inception --fid"
     + sentences("SQNR", "PSNR", "bits"),
 )
@@ -207,15 +209,17 @@ def sample(**options):
     " arr_0 of an .npz.",
 )
 @options.set_name("Which sample set.", "quantized")
+@options.show("the pairs that differ most, with their difference,")
 @options.run_dir
 @options.device
 @options.json_output
 def evaluate(**options):
     """Measure the samples against a reference and against full precision on the same seeds.
 
-    Draws the full-precision images that are missing. Writes metrics.json and report.html: PSNR and
-    SQNR always, distances where there are features and a reference. What is asked for by name
-    (--fid, --network inception) and cannot be had ends with exit code 6, with all else written.
+    Draws the full-precision images that are missing. Writes metrics.json, report.html and pairs.png
+    (the worst, typical and best pairs with their difference): PSNR and SQNR always, distances where
+    there are features and a reference. What is asked for by name (--fid, --network inception) and
+    cannot be had ends with exit code 6, with all else written.
     Metrics of the same samples, reference and features add up over several calls.
     """
     from . import evaluation
@@ -237,6 +241,7 @@ def evaluate(**options):
 @options.sampling
 @options.metrics
 @options.set_name("Name of the sample set.", "quantized")
+@options.show("the pairs that differ most, with their difference,")
 @options.run_dir
 @options.device
 @options.force("Redo every stage.")

@@ -130,6 +130,15 @@ def sampling(command: Command) -> Command:
     return command
 
 
+def show(what: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--show",
+        is_flag=True,
+        help=f"Draw {what} in the terminal: as a picture where it can (extra show), else in"
+        " half-blocks.",
+    )
+
+
 def set_name(what: str, default: str | None = None) -> Callable[[Command], Command]:
     return click.option(
         "--name",
@@ -172,12 +181,6 @@ def backend(command: Command) -> Command:
 def metrics(command: Command) -> Command:
     options = [
         click.option("--fid", is_flag=True, help="Frechet distance (default when none is named)."),
-        click.option("--sfid", is_flag=True, help="The same in Inception's spatial features."),
-        click.option(
-            "--fid-infinity",
-            is_flag=True,
-            help="Frechet distance that infinitely many such images would have.",
-        ),
         click.option("--isc", is_flag=True, help="Inception score."),
         click.option("--kid", is_flag=True, help="Kernel distance."),
         click.option("--prc", is_flag=True, help="Precision and recall."),

@@ -13,6 +13,7 @@ from ..runs.sample import sample as sample_run
 from ..spec import Compile
 from ..store.run_dir import find_run
 from .console import Console
+from .pictures import show_picture
 from .shared import done, watching
 
 
@@ -37,6 +38,7 @@ class SampleOptions:
     run_dir: str | None = None
     device: str = "auto"
     force: bool = False
+    show: bool = False
 
 
 def sampling_config(config: Config, options: SampleOptions) -> Config:
@@ -102,4 +104,6 @@ def sample(console: Console, options: SampleOptions) -> Path:
         contact_sheet=str(made.contact_sheet),
         skipped=made.skipped,
     )
+    if options.show and not console.as_json:
+        show_picture(made.contact_sheet)
     return made.folder

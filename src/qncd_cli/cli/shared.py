@@ -63,5 +63,9 @@ def done(console: Console, stage: str, run: RunDir, **more: Any) -> None:
 def explain(headings: Iterable[str]) -> None:
     """Below a table: which way is better, and a sentence for each of its words that need one."""
     says = [DIRECTIONS, *(f"{term}: {text}" for term, text in terms(headings).items())]
-    width = shutil.get_terminal_size((120, 24)).columns
-    print(*(textwrap.fill(line, width) for line in says), sep="\n")
+    print(*map(wrapped, says), sep="\n")
+
+
+def wrapped(line: str) -> str:
+    """A paragraph as wide as the terminal."""
+    return textwrap.fill(line, shutil.get_terminal_size((120, 24)).columns)

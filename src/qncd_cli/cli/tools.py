@@ -279,6 +279,67 @@ def verify(run_dir, as_json, debug, **options):
 
 
 @click.command(
+    epilog="\b\nExamples:\n  qncd study --trials 60\n"
+    "  qncd study --run-dir runs/w4a8 --against runs/w4a6\n"
+    "  qncd study --tally results/*.json"
+)
+@click.argument("files", nargs=-1, metavar="[FILE...]", type=click.Path())
+@click.option(
+    "--tally",
+    is_flag=True,
+    help="Count the answers in these files, which raters have downloaded.",
+)
+@click.option(
+    "--trials",
+    type=click.IntRange(1, 500),
+    metavar="N",
+    help="Comparisons that count (default: 40); a tenth of controls of either kind comes on top.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="RUN_DIR",
+    help="Another run of the same model and seeds, to be compared as well; may be repeated.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Of order and sides (default: one that nobody knows).",
+)
+@options.set_name("Which sample set (default: quantized).")
+@options.run_dir
+@options.device
+@options.force("Make another study: results of the one that is there can no longer be tallied.")
+@options.json_output
+def study(files, tally, run_dir, as_json, debug, **options):
+    """Ask human raters which of two images looks better, without telling which is which.
+
+    Writes study.html, one file to hand out, and study_key.json, which stays here, into the run
+    directory. Raters choose with two keys or by touch, and download their answers as a file. Some
+    trials show one image twice, some a badly damaged one.
+
+    --tally: preference with its exact binomial interval (Clopper-Pearson), agreement of raters
+    (Fleiss' kappa), failed catch trials; writes study.json, which the next report shows.
+    """
+    from . import study as command
+
+    making = {key: value for key, value in options.items() if value not in (None, (), False)}
+    making.pop("device" if options["device"] == "auto" else "", None)
+    if tally and making:
+        raise click.UsageError(f"--tally goes without --{next(iter(making))}")
+    if tally and not files:
+        raise click.UsageError("--tally needs the files of raters: --tally results/*.json")
+    if files and not tally:
+        raise click.UsageError("files are for --tally")
+    console = Console(as_json)
+    if tally:
+        command.tally(console, run_dir, files)
+    else:
+        command.make(console, run_dir, **options)
+
+
+@click.command(
     epilog="\b\nExamples:\n  qncd inspect runs/fashion_ldm_w4a8\n"
     "  qncd inspect runs/fashion_ldm_w4a8/quantized.safetensors --tensors"
 )
@@ -305,4 +366,4 @@ def models(as_json, debug):
     listing.models(Console(as_json))
 
 
-COMMANDS = (init, convert, export, verify, ablate, bench, inspect, models)
+COMMANDS = (init, convert, export, verify, study, ablate, bench, inspect, models)

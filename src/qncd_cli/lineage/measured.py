@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Measurement:
 
     name: of the sample set; wanted: metrics; wishes: eval's other options and the configuration;
     model: its digest; weights: the file of a feature network, None for the usual ones; insists:
-    whether what could not be had is asked for by name, so that it is tried again.
+    whether what could not be had is asked for by name, so that it is tried again; shown: files of
+    other commands that the report shows.
     """
 
     run: RunDir
@@ -47,6 +48,8 @@ class Measurement:
     insists: bool
     metrics: Path
     report: Path
+    pairs: Path
+    shown: Sequence[Path] = ()
 
     def still_holds(self) -> dict[str, Any] | None:
         """metrics.json where it and the report are what eval wrote last, and hold every metric that
@@ -84,7 +87,7 @@ class Measurement:
         write_json(self.run.settings, {**known, KEY: sets})
 
     def _outputs(self) -> str:
-        return digest_of_files([self.metrics, self.report])
+        return digest_of_files([self.metrics, self.report, self.pairs])
 
     def _inputs(self, full: Path) -> str:
         return digest_of(
@@ -98,6 +101,7 @@ class Measurement:
                 "reference": _files(self.reference),
                 "weights": None if self.weights is None else _weights(self.weights),
                 "downloaded": _downloaded(),
+                "shown": digest_of_files(self.shown),
             }
         )
 

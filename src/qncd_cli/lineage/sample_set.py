@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..metrics.reference import read_images
-from ..report.page import contact_sheet
+from ..report.images import contact_sheet
 from ..store import artifacts
 from ..store.artifact_files import read_stored
 from ..store.artifacts import Artifact

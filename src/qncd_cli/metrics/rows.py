@@ -15,8 +15,6 @@ SETS = {"images": "images", "full": "full precision", "quantized": "quantized"}
 INCEPTION = "inception-v3-compat"
 FIELDS = {
     "feature_distance": "fid",
-    "spatial_distance": "sfid",
-    "feature_distance_infinity": "fid_infinity",
     "kernel_distance": "kid",
     "class_score": "inception_score",
 }

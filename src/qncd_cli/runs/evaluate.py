@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import __version__
 from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ArtifactError
 from ..lineage.measured import Measurement
 from ..metrics.record import same_protocol
-from ..store.files import finite, read_json, write_bytes, write_sealed_json
+from ..store.files import finite, read_json, write_sealed_json
 from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .measuring import Wishes, protocol_of, settle
 from .model import model_digest, open_model
+from .reporting import bench_files, is_whole, read_bench, write_report
 from .sets import check_model, check_quantized, full_folder
 from .watch import SILENT, Watch
 
-PARTS = {"protocol", "full", "quantized", "fidelity", "bytes"}
-"""Objects that metrics.json holds where it compares two sets."""
 CALLED = "qncd_cli.evaluate"
 """What a report is said to be made by, where no command line made it."""
 
@@ -31,12 +28,16 @@ CALLED = "qncd_cli.evaluate"
 @dataclass(frozen=True)
 class Evaluated:
     """metrics: what metrics.json holds, by protocol, full, quantized, fidelity and bytes
-    (docs/numbers.md); report: the page; skipped: whether both were there."""
+    (docs/numbers.md); report: the page; pairs: the sheet of worst, typical and best pairs; skipped:
+    whether all was there; model: its source; bench: of bench.json of this model on this machine."""
 
     run: RunDir
     metrics: Mapping[str, Any]
     report: Path
+    pairs: Path
     skipped: bool
+    model: str
+    bench: Mapping[str, Any] | None
 
 
 def evaluate(
@@ -56,8 +57,7 @@ def evaluate(
     """Measure a set of images against a reference and against full precision on the same seeds.
 
     Draws the full-precision images that are missing; writes metrics.json and report.html. run_dir:
-    a sampled run, None for the current one. metrics: of fid, sfid,
-    fid_infinity, isc, kid, prc; none for fid where it
+    a sampled run, None for the current one. metrics: of fid, isc, kid, prc; none for fid where it
     can be had. reference: a folder of images, an .npz or statistics file, or zoo. network: auto,
     fashion or inception; inception_weights: its file. skip_broken: leave out files of the
     reference that cannot be read. name: of the set. command: for the report.
@@ -75,10 +75,14 @@ def evaluate(
     work = _measurement(run, config, wishes, name)
     found = work.still_holds() if work is not None else None
     if work is not None and found is not None:
-        done = Evaluated(run, found, work.report, True)
+        measured, skipped = found, True
     else:
         with locked(run.path, watch.note):
-            done = _evaluate(run, config, wishes, name, device, command, work, watch)
+            measured = _evaluate(run, config, wishes, name, device, command, work, watch)
+        skipped = False
+    source = config.model.source
+    places = _outputs(run, name)[1:]
+    done = Evaluated(run, measured, *places, skipped, source, read_bench(run, source))
     for check in done.metrics.get("checks", ()):
         watch.note(check["says"])
     if show is not None:
@@ -96,7 +100,8 @@ def _evaluate(
     command: str,
     work: Measurement | None,
     watch: Watch,
-) -> Evaluated:
+) -> dict[str, Any]:
+    """Measure, write, and give metrics.json."""
     from ..lineage.sample_set import read_set
     from ..stages import evaluate as stage
 
@@ -108,32 +113,28 @@ def _evaluate(
     full_set = read_set(full_folder(run, config, model, quantized_set, watch))
     coverage = read_coverage(run.coverage)
     sizes = stage.sizes(run.tensors("quantized"), coverage)
-    metrics_path, report_path = _outputs(run, name)
+    outputs = _outputs(run, name)
+    metrics_path = outputs[0]
     earlier = _earlier(metrics_path)
     with watch.keeping("all images are kept, the same command measures them again"):
-        metrics, report = stage.run(
-            full_set,
-            quantized_set,
-            sizes,
-            protocol,
-            watch.track,
-            earlier,
-            made=_made(config, coverage),
-            facts=_facts(command),
+        made = _made(config, coverage)
+        metrics = stage.run(
+            full_set, quantized_set, sizes, protocol, watch.track, earlier, made=made
         )
     write_sealed_json(metrics_path, finite(metrics))
-    write_bytes(report_path, report.encode())
+    write_report(run, config, (full_set, quantized_set), metrics, coverage, outputs, command)
     if work is not None:
         grew = same_protocol(earlier.get("protocol", {}), metrics["protocol"])
         work.note(full_set.folder, grew=grew)
-    return Evaluated(run, metrics, report_path, False)
+    return metrics
 
 
-def _outputs(run: RunDir, name: str) -> tuple[Path, Path]:
-    """metrics.json and the report of a sample set."""
+def _outputs(run: RunDir, name: str) -> tuple[Path, Path, Path]:
+    """metrics.json, the report and the sheet of pairs of a sample set."""
     suffix = "" if name == "quantized" else f"_{name}"
-    metrics, report = f"metrics{suffix}.json", f"report{suffix}.html"
-    return run.metrics.with_name(metrics), run.report.with_name(report)
+    names = f"metrics{suffix}.json", f"report{suffix}.html", f"pairs{suffix}.png"
+    metrics, report, pairs = (run.path / name for name in names)
+    return metrics, report, pairs
 
 
 def _measurement(run: RunDir, config: Config, wishes: Wishes, name: str) -> Measurement | None:
@@ -145,6 +146,7 @@ def _measurement(run: RunDir, config: Config, wishes: Wishes, name: str) -> Meas
     asked = {**options, "source": config.model.source, "config": config.to_yaml()}
     weights = Path(wishes.inception_weights) if wishes.inception_weights else None
     reference = wishes.reference or config.evaluation.reference
+    there = [path for path in (run.study, *bench_files(run)) if path.is_file()]
     return Measurement(
         run,
         name,
@@ -155,6 +157,7 @@ def _measurement(run: RunDir, config: Config, wishes: Wishes, name: str) -> Meas
         weights,
         wishes.insists,
         *_outputs(run, name),
+        there,
     )
 
 
@@ -167,11 +170,6 @@ def _earlier(path: Path) -> dict[str, Any]:
     return found if is_whole(found) else {}
 
 
-def is_whole(metrics: Any) -> bool:
-    """Whether it is the metrics.json of two sets."""
-    return isinstance(metrics, dict) and all(isinstance(metrics.get(k), dict) for k in PARTS)
-
-
 def _made(config: Config, coverage: dict[str, Any]) -> dict[str, Any]:
     """How the model was quantized, for metrics.json: preset, the label's bits, and where
     coverage.json has them the means over all multiplications and bit operations."""
@@ -181,16 +179,4 @@ def _made(config: Config, coverage: dict[str, Any]) -> dict[str, Any]:
         "weights": config.quantization.weights.bits,
         "activations": config.quantization.activations.bits,
         **{key: coverage.get(key) for key in known},
-    }
-
-
-def _facts(command: str) -> dict[str, Any]:
-    """Facts about the measurement, for the report."""
-    from .. import machine
-
-    return {
-        "version": f"qncd {__version__}",
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "CPU": machine.described()["cpu"],
-        "command": command,
     }

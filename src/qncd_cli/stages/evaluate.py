@@ -21,7 +21,6 @@ from ..lineage.sample_sets import image_path
 from ..metrics import checks
 from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
-    Measures,
     class_agreement,
     feature_distance,
     fits_labels,
@@ -32,7 +31,6 @@ from ..metrics.image import (
 from ..metrics.image_files import digest_of_files, image_paths
 from ..metrics.protocol import Protocol, describe, prepared
 from ..metrics.record import grown
-from ..metrics.rows import bits, short_name
 from ..metrics.tensor import (
     paired_fidelity,
     psnr_db,
@@ -42,13 +40,8 @@ from ..metrics.tensor import (
     sqnr_steps_db,
 )
 from ..progress import Track, no_progress
-from ..report.page import Pair, html_report
 from ..sampling.noise import ranges
-from ..spec import Widths
 from ..store.artifacts import Artifact
-
-WORST_PAIRS, TYPICAL_PAIRS = 12, 4
-"""Images shown side by side in the report: those that differ most, and those at the median."""
 
 
 def measure_images(
@@ -61,16 +54,15 @@ def measure_images(
     """
     broken: list[Path] = []
     images = load_images(source, broken if skip_broken else None)
-    paths = image_paths(source) if source.is_dir() else []
-    paths = [path for path in paths if path not in {*broken}]
     protocol = prepared(protocol, len(images), track)
     if not protocol.metrics:
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
         raise ArtifactError(f"{source}: nothing can be measured: {'; '.join(reasons)}")
-    entry = _entry(images, protocol, track, [*map(str, paths)] or None).entry
+    entry = _entry(images, protocol, track)
     size = list(images.shape[-2:])
     known = {"images": str(source), "image_size": size}
-    names = [path.name for path in paths] or None
+    paths = image_paths(source) if source.is_dir() else []
+    names = [path.name for path in paths if path not in {*broken}] or None
     numbered = [f"number {row + 1}" for row in range(len(images))]
     return {
         "protocol": describe(protocol, len(images), known),
@@ -85,44 +77,33 @@ def measure_images(
 
 @dataclass(frozen=True)
 class Measured:
-    """A set, the features of its images, its object in metrics.json and that one's replicates."""
+    """A set, the features of its images, and its own metrics: a set's object in metrics.json."""
 
     samples: SampleSet
     features: Features | None
     entry: dict[str, Any]
-    replicates: Mapping[str, Any]
 
 
 def measure_set(samples: SampleSet, protocol: Protocol, track: Track = no_progress) -> Measured:
     """Features and metrics of one set that need no other set. Raises what measure raises."""
     network = protocol.network
     if network is None:
-        return Measured(samples, None, not_measured(len(samples.images)), {})
-    spatial = "sfid" in protocol.metrics
-    features = extract_features(
-        samples.images, network, names=samples.seeds, spatial=spatial, track=track
-    )
-    found = _entry(features, protocol, track)
-    entry = found.entry
+        return Measured(samples, None, not_measured(len(samples.images)))
+    features = extract_features(samples.images, network, track=track)
+    entry = _entry(features, protocol, track)
     classes = samples.manifest["classes"]
     if network.name == "fashion-classifier" and fits_labels(classes):
         entry["class_agreement"] = class_agreement(features, classes, network)
-    return Measured(samples, features, entry, found.replicates)
+    return Measured(samples, features, entry)
 
 
-def _entry(
-    images: Tensor | Features,
-    protocol: Protocol,
-    track: Track,
-    names: Sequence[str] | None = None,
-) -> Measures:
+def _entry(images: Tensor | Features, protocol: Protocol, track: Track) -> dict[str, Any]:
     if protocol.network is None or not protocol.metrics:
         held = images.features if isinstance(images, Features) else images
-        return Measures(not_measured(len(held)), {})
+        return not_measured(len(held))
     reference = protocol.reference if set(protocol.metrics) - {"isc"} else None
     network, metrics = protocol.network, protocol.metrics
-    seed = protocol.seed
-    return measure(images, reference, network, metrics, names=names, seed=seed, track=track)
+    return measure(images, reference, network, metrics, seed=protocol.seed, track=track)
 
 
 def compare(
@@ -189,31 +170,19 @@ def run(
     earlier: Mapping[str, Any] | None = None,
     *,
     made: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> tuple[dict[str, Any], str]:
-    """metrics.json and report.html of two sets that share their seeds and sampling settings.
+) -> dict[str, Any]:
+    """metrics.json of two sets that share their seeds and sampling settings.
 
     quantized_bytes: of `sizes`; earlier: the metrics.json that is there, whose numbers are kept
-    where they were measured in the same protocol; made: preset and bits, for metrics.json; facts:
-    what else the report says of the measurement. Raises ArtifactError if the sets do not share
-    settings or seeds.
+    where they were measured in the same protocol; made: preset and bits. Raises ArtifactError if
+    the sets do not share settings or seeds.
     """
     full, quantized = match_sets(full, quantized)
     protocol = prepared(protocol, len(full.seeds), track)
     sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
     metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
     metrics["checks"] = _checks(full, quantized, protocol)
-    metrics = {**grown(earlier or {}, metrics), "quantization": dict(made)}
-    source, label = full.manifest["source"], Widths(made["weights"], made["activations"]).label
-    measured = {"model": source, "bits": bits(made), "preset": made["preset"], **facts}
-    report = html_report(
-        metrics,
-        {"SQNR of the prediction": metrics["fidelity"]["sqnr_steps_db"]},
-        _pairs(full, quantized, metrics["fidelity"]["per_seed"]["psnr_db"]),
-        f"{short_name(source)}, {label}: quantized against full precision",
-        {**measured, **_flat(full.manifest["sampling"])},
-    )
-    return metrics, report
+    return {**grown(earlier or {}, metrics), "quantization": dict(made)}
 
 
 def sizes(quantized: Path, coverage: dict[str, Any]) -> dict[str, int]:
@@ -270,31 +239,3 @@ def _sqnr_steps(full: Artifact, quantized: Artifact) -> list[float]:
         for a, s in zip((full, quantized), seeds, strict=True)
     ]
     return sqnr_steps_db(*predictions)
-
-
-def _pairs(
-    full: SampleSet, quantized: SampleSet, psnr: Mapping[str, float]
-) -> dict[str, list[Pair]]:
-    """Pairs for the report: those that differ most, and typical ones to judge them by."""
-    order = sorted(range(len(full.seeds)), key=lambda row: psnr[str(full.seeds[row])])
-    worst, rest = order[:WORST_PAIRS], order[WORST_PAIRS:]
-    middle = len(order) // 2 - TYPICAL_PAIRS // 2
-    typical = [row for row in order[max(middle, 0) : middle + TYPICAL_PAIRS] if row in rest]
-    shown = {f"The {len(worst)} of {len(order)} that differ most": worst}
-    if typical:
-        shown[f"{len(typical)} around the median"] = typical
-    return {
-        heading: [
-            (
-                f"seed {full.seeds[row]}, class {full.manifest['classes'][row]}",
-                full.images[row],
-                quantized.images[row],
-            )
-            for row in rows
-        ]
-        for heading, rows in shown.items()
-    }
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in tree.items()}

@@ -43,6 +43,21 @@ class RunDir:
     def report(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def study(self) -> Path:
+        """What human raters said."""
+        return self.path / "study.json"
+
+    @property
+    def study_key(self) -> Path:
+        """Which side is which in the study's page: for the experimenter alone."""
+        return self.path / "study_key.json"
+
+    @property
+    def study_page(self) -> Path:
+        """The study, for raters."""
+        return self.path / "study.html"
+
     def tensors(self, kind: str) -> Path:
         return self.path / f"{kind}.safetensors"
 
