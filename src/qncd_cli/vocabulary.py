@@ -69,7 +69,23 @@ IMAGES = {
     "fid": Number(
         "FID", "Frechet distance to the reference in Inception's features.", better="down"
     ),
-    "sfid": Number("sFID", "The same in spatial features; not measured yet.", better="down"),
+    "spatial_distance": Number(
+        "spatial distance",
+        "Frechet distance to the reference in the first 7 channels of a 17x17 layer of Inception, "
+        "which see where things are.",
+        better="down",
+    ),
+    "sfid": Number(
+        "sFID", "The same with the published Inception weights, as ADM takes it.", better="down"
+    ),
+    "feature_distance_infinity": Number(
+        "distance to data at ∞",
+        "Distance to the reference that infinitely many such images would have, extrapolated.",
+        better="down",
+    ),
+    "fid_infinity": Number(
+        "FID∞", "The same in Inception's features: FID-infinity.", better="down"
+    ),
     "kernel_distance": Number(
         "kernel distance",
         "Maximum mean discrepancy to the reference, with a polynomial kernel.",

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from qncd_cli.metrics import frechet
 from qncd_cli.metrics.checks import (
     duplicates,
     flat_images,
@@ -15,7 +16,6 @@ from qncd_cli.metrics.checks import (
     notes_of_images,
     notes_of_reference,
 )
-from qncd_cli.metrics.fidelity import frechet_distance, frechet_statistics
 from qncd_cli.metrics.networks import packaged
 from qncd_cli.metrics.reference import Reference
 
@@ -69,8 +69,8 @@ def test_the_bias_is_the_mean_distance_of_samples_to_their_own_distribution(coun
     sigma = factor @ factor.T
     truth = {"mu": np.zeros(24), "sigma": sigma.numpy()}
     distances = [
-        frechet_distance(
-            frechet_statistics(
+        frechet.distance(
+            frechet.statistics(
                 torch.randn(count, 24, generator=generator, dtype=torch.float64) @ factor.T
             ),
             truth,

@@ -60,7 +60,7 @@ def test_one_set_in_many_kinds_and_folders_is_the_same_set(tmp_path):
         picture(10 * i).save(place / f"{i:02d}{kinds[i % 8]}", **options)
     plain, mixed = (image.load_images(tmp_path / name) for name in ("plain", "mixed"))
     network = image.packaged()
-    distance = image.feature_distance(plain, mixed, network, bootstrap_rounds=0)["value"]
+    distance = image.feature_distance(plain, mixed, network, rounds=0)["value"]
     assert len(mixed) == len(plain) == 16
     assert distance == pytest.approx(0, abs=1e-4)
 

@@ -23,6 +23,8 @@ from .shared import explain, watching, wrapped
 @dataclass(frozen=True)
 class EvalOptions:
     fid: bool
+    sfid: bool
+    fid_infinity: bool
     isc: bool
     kid: bool
     prc: bool

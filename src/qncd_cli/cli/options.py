@@ -181,6 +181,12 @@ def backend(command: Command) -> Command:
 def metrics(command: Command) -> Command:
     options = [
         click.option("--fid", is_flag=True, help="Frechet distance (default when none is named)."),
+        click.option("--sfid", is_flag=True, help="The same in Inception's spatial features."),
+        click.option(
+            "--fid-infinity",
+            is_flag=True,
+            help="Frechet distance that infinitely many such images would have.",
+        ),
         click.option("--isc", is_flag=True, help="Inception score."),
         click.option("--kid", is_flag=True, help="Kernel distance."),
         click.option("--prc", is_flag=True, help="Precision and recall."),

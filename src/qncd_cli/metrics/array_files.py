@@ -24,7 +24,7 @@ REFERENCE_HINT = (
 
 def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
     """The arrays of a reference file that have a meaning here, by name. Raises ArtifactError."""
-    known = ("arr_0", "mu", "sigma", "features")
+    known = ("arr_0", "mu", "sigma", "mu_s", "sigma_s", "features", "feats")
     try:
         if path.suffix == ".safetensors":
             stored = safetensors.numpy.load_file(path)
@@ -38,7 +38,8 @@ def read_arrays(path: Path) -> Mapping[str, np.ndarray]:
         *(zipfile.BadZipFile, zlib.error, struct.error, SyntaxError, MemoryError, SafetensorError),
     ) as error:
         raise ArtifactError(f"{path}: damaged: {first_line(error)}", REFERENCE_HINT) from error
-    if not found or ("mu" in found) != ("sigma" in found):
+    halves = any((f"mu{end}" in found) != (f"sigma{end}" in found) for end in ("", "_s"))
+    if not found or halves:
         raise ArtifactError(
             f"{path}: holds {', '.join(found) or 'nothing'} of {', '.join(known)}", REFERENCE_HINT
         )

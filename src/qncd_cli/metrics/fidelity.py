@@ -6,10 +6,13 @@ keyed by name alone, worker processes, a progress bar) are never used.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -17,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import (
     FeatureExtractorBase,
-    metric_fid,
     metric_isc,
     metric_kid,
     metric_prc,
@@ -27,9 +29,9 @@ from torch_fidelity import (
 
 from ..errors import ArtifactError, BackendUnavailable
 from ..progress import Track, counted, no_progress
+from . import bootstrap
 from .features import IMAGE_SIZE, FashionClassifier, to_classifier_input
-from .networks import FeatureNetwork, first_line
-from .reference import Statistics
+from .networks import SPATIAL_CHANNELS, FeatureNetwork, first_line
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
 KID_KERNEL = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3}  # Binkowski et al. 2018, eq. (4)
@@ -37,16 +39,39 @@ ISC_SPLITS, ISC_IMAGES_PER_SPLIT = 10, 10  # 10 splits as published, fewer for a
 PRC_NEIGHBORHOOD = 3  # Kynkaanniemi et al. 2019, section 3.1
 PRC_ROWS_PER_BLOCK = 2000  # bounds a block of distances: 400 MB against 50,000 images
 # Fewer images and the formula is not defined
-MINIMUM_IMAGES = {"fid": 2, "isc": 1, "kid": 2, "prc": PRC_NEIGHBORHOOD + 1}
+MINIMUM_IMAGES = {
+    **{"fid": 2, "sfid": 2, "fid_infinity": 2},
+    **{"isc": 1, "kid": 2, "prc": PRC_NEIGHBORHOOD + 1},
+}
+SEED = 2020  # torch-fidelity's: the same subsets and splits as its own command draws
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """features [N, D] and logits [N, K] of N images, float32 on the CPU, by the named network."""
+    """What the named network makes of N images, float32 on the CPU.
+
+    features: [N, D]; logits: [N, K]; spatial: [N, S] where they were asked for; order: [N], the
+    rows as subsets and splits are drawn from them.
+    """
 
     network: str
     features: Tensor
     logits: Tensor
+    spatial: Tensor | None = None
+    order: Tensor | None = None
+
+    def in_order(self) -> Features:
+        """The same images in that order."""
+        if self.order is None:
+            return self
+        rows, spatial = self.order, self.spatial
+        return replace(
+            self,
+            features=self.features[rows],
+            logits=self.logits[rows],
+            spatial=None if spatial is None else spatial[rows],
+            order=None,
+        )
 
 
 class FashionFeatureExtractor(FeatureExtractorBase):
@@ -98,40 +123,75 @@ def extract_features(
     images: Tensor,
     network: FeatureNetwork,
     *,
-    batch_size: int = 64,
+    names: Sequence[Any] | None = None,
+    spatial: bool = False,
     device: str = "cpu",
     track: Track = no_progress,
 ) -> Features:
     """First rung: features and logits of images, by torch-fidelity's extractor.
 
-    images: uint8 [N, 1 or 3, H, W], any size (both networks resize). device: cpu or cuda[:n].
-    Deterministic; the batch size changes results by float rounding only.
+    images: uint8 [N, 1 or 3, H, W], any size (all networks resize); names: of the images, by which
+    torch-fidelity's command would sort them, their contents unless given; spatial: whether the
+    features of sFID are wanted too; device: cpu or cuda[:n].
+    Deterministic, and an image's features do not depend on the others or on its place among them.
     Raises ValueError for another dtype or shape, BackendUnavailable for a missing device,
     ArtifactError if the weights do not fit the network or give features that are not finite.
     """
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+    if images.dtype != torch.uint8 or len(images.shape) != 4 or images.shape[1] not in (1, 3):
         found = f"{images.dtype} {list(images.shape)}"
         raise ValueError(f"expected images uint8 [N, 1 or 3, H, W], got {found}")
     if len(images) == 0:
         raise ValueError("expected at least one image, got none")
     cuda = _is_cuda(device)
-    extractor = _create_extractor(network).to(device)
+    extractor = create_extractor(network).to(device)
     parts: list[dict[str, Tensor]] = []
-    chunks = images.split(batch_size)
-    for chunk, tick in counted(track, chunks, "extracting features", len(images), "images"):
-        with torch.cuda.device(device) if cuda else nullcontext():
-            # save_cpu_ram: no worker processes, verbose: no progress bar
-            parts.append(
-                utils.get_featuresdict_from_dataset(
-                    _ImageDataset(chunk.cpu()), extractor, batch_size, cuda, True, False
+    digests: list[bytes] = []
+    chunks = images.split(network.batch)
+    with _spatial(extractor, spatial) as seen:
+        for chunk, tick in counted(track, chunks, "extracting features", len(images), "images"):
+            if names is None:
+                digests += [
+                    hashlib.sha256(one.cpu().contiguous().numpy()).digest() for one in chunk
+                ]
+            missing = network.batch - len(chunk)
+            filled = torch.cat([chunk, chunk[-1:].expand(missing, -1, -1, -1)]).cpu()
+            with torch.cuda.device(device) if cuda else nullcontext():
+                # save_cpu_ram: no worker processes, verbose: no progress bar
+                part = utils.get_featuresdict_from_dataset(
+                    _ImageDataset(filled), extractor, network.batch, cuda, True, False
                 )
-            )
-        for _ in chunk:
-            tick()
-    features, logits = (torch.cat([part[layer] for part in parts]) for layer in network.layers)
-    if not (features.isfinite().all() and logits.isfinite().all()):
+            if seen:
+                part["spatial"] = seen.pop()
+            parts.append({layer: rows[: len(chunk)] for layer, rows in part.items()})
+            for _ in chunk:
+                tick()
+    keys = digests if names is None else list(names)
+    order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__))
+    layers = (*network.layers, "spatial") if spatial else network.layers
+    stacked = {layer: torch.cat([part[layer] for part in parts]) for layer in layers}
+    if not all(values.isfinite().all() for values in stacked.values()):
         raise ArtifactError(f"{network.weights}: features are not finite", "use intact weights")
-    return Features(network.name, features, logits)
+    features, logits = (stacked[layer] for layer in network.layers)
+    return Features(network.name, features, logits, stacked.get("spatial"), order)
+
+
+@contextmanager
+def _spatial(extractor: FeatureExtractorBase, wanted: bool) -> Iterator[list[Tensor]]:
+    """A list that holds the features of sFID after a call: ADM's `mixed_6/conv`, 7 channels.
+
+    Laid out as TensorFlow does, [N, 17 * 17 * 7], so that stored statistics fit.
+    """
+    seen: list[Tensor] = []
+
+    def keep(module: Any, inputs: Any, output: Tensor) -> None:
+        seen.append(output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1).float().cpu())
+
+    handle = extractor.Mixed_6d.branch1x1.register_forward_hook(keep) if wanted else None
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 def _is_cuda(device: str) -> bool:
@@ -143,7 +203,11 @@ def _is_cuda(device: str) -> bool:
     return kind == "cuda"
 
 
-def _create_extractor(network: FeatureNetwork) -> FeatureExtractorBase:
+def create_extractor(network: FeatureNetwork) -> FeatureExtractorBase:
+    """A network as torch-fidelity knows it, registered under its name where it is ours.
+
+    Raises ArtifactError if the weights do not fit.
+    """
     if network.extractor not in registry.FEATURE_EXTRACTORS_REGISTRY:
         registry.register_feature_extractor(network.extractor, FashionFeatureExtractor)
     try:
@@ -159,23 +223,7 @@ def _create_extractor(network: FeatureNetwork) -> FeatureExtractorBase:
         raise ArtifactError(message, "restore the file") from error
 
 
-def frechet_statistics(features: Tensor) -> Statistics:
-    """Second rung: features [N, D], N >= 2 -> mu [D], sigma [D, D] in float64 (over N - 1)."""
-    return metric_fid.fid_features_to_statistics(features.to(torch.float64))
-
-
-def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Third rung: |mu_a - mu_b|^2 + tr(sigma_a + sigma_b - 2 (sigma_a sigma_b)^(1/2)), >= 0.
-
-    It stays defined when there are fewer images than features (singular sigma), but its bias
-    grows as the number of images falls: compare sets of equal size only.
-    Source: Heusel et al. 2017 (arXiv 1706.08500), eq. (6).
-    """
-    distance = metric_fid.fid_statistics_to_metric(a, b, False)[metric_fid.KEY_METRIC_FID]
-    return max(distance, 0.0)  # rounding leaves it slightly negative for equal sets
-
-
-def kernel_distance(a: Tensor, b: Tensor, seed: int = 0) -> dict[str, Any]:
+def kernel_distance(a: Tensor, b: Tensor, seed: int = SEED) -> dict[str, Any]:
     """Polynomial maximum mean discrepancy of features [N, D] and [M, D], N and M >= 2 (KID).
 
     The mean over 100 random subsets of 1000 images, or of min(N, M) if that is less (one subset
@@ -201,13 +249,13 @@ def kernel_distance(a: Tensor, b: Tensor, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def class_score(logits: Tensor, seed: int = 0) -> dict[str, Any]:
+def class_score(logits: Tensor, seed: int = SEED) -> dict[str, Any]:
     """exp(E KL(p(y|x) || p(y))) of logits [N, K], from 1 to K (Inception score).
 
     Mean and spread over 10 splits of the shuffled images, fewer if a split would hold under 10.
     Returns {value, std, splits}. Source: Salimans et al. 2016 (arXiv 1606.03498), section 4.
     """
-    splits = max(1, min(ISC_SPLITS, len(logits) // ISC_IMAGES_PER_SPLIT))
+    splits = isc_splits(len(logits))
     result = metric_isc.isc_features_to_metric(logits, splits, shuffle=True, rng_seed=seed)
     return {
         "value": result[metric_isc.KEY_METRIC_ISC_MEAN],
@@ -216,22 +264,31 @@ def class_score(logits: Tensor, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def precision_recall(samples: Tensor, reference: Tensor) -> dict[str, Any]:
-    """Share of samples within the reference's manifold, and the reverse; features, >= 4 rows each.
+def isc_splits(count: int) -> int:
+    """Splits that this many images are scored in."""
+    return max(1, min(ISC_SPLITS, count // ISC_IMAGES_PER_SPLIT))
 
-    samples: [N, D]; reference: [M, D]. Returns {precision, recall, neighborhood}.
-    Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991), the 3 nearest neighbours.
+
+def class_score_replicates(logits: Tensor, drawn: Tensor, seed: int = SEED) -> np.ndarray:
+    """Class scores of resampled images. drawn: [R, N], how often each of N images was drawn."""
+    order = torch.from_numpy(np.random.RandomState(seed).permutation(len(logits)))  # as it shuffles
+    splits = isc_splits(len(logits))
+    return bootstrap.of_class_score(logits[order], drawn[:, order], splits)
+
+
+def within(points: Tensor, others: Tensor) -> Tensor:
+    """Which points lie no further from one of the others than its third neighbour: bool [N].
+
+    The share of samples within the reference is precision, that of the reference within the samples
+    recall. points: [N, D]; others: [M, D], M >= 4. Distances are torch-fidelity's.
+    Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991), section 3.1.
     """
-    result = metric_prc.prc_features_to_metric(
-        samples,
-        reference,
-        prc_neighborhood=PRC_NEIGHBORHOOD,
-        prc_batch_size=PRC_ROWS_PER_BLOCK,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return {
-        "precision": result[metric_prc.KEY_METRIC_PRECISION],
-        "recall": result[metric_prc.KEY_METRIC_RECALL],
-        "neighborhood": PRC_NEIGHBORHOOD,
-    }
+
+    def distances(rows: Tensor) -> Tensor:
+        return metric_prc.calc_cdist_part(rows, others, PRC_ROWS_PER_BLOCK)
+
+    nearest = PRC_NEIGHBORHOOD + 1  # the first is the point itself
+    blocks = others.split(PRC_ROWS_PER_BLOCK)
+    radii = torch.cat([distances(rows).kthvalue(nearest).values for rows in blocks])
+    inside = [(distances(rows) <= radii).any(1) for rows in points.split(PRC_ROWS_PER_BLOCK)]
+    return torch.cat(inside)

@@ -7,8 +7,8 @@ weights. Every other network fills `feature_distance`, `kernel_distance`, `class
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,63 +17,32 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from ..progress import Track, no_progress
+from . import bootstrap, fidelity, frechet
 from .features import NUM_CLASSES
-from .fidelity import (
-    MINIMUM_IMAGES,
-    Features,
-    class_score,
-    extract_features,
-    frechet_distance,
-    frechet_statistics,
-    kernel_distance,
-    precision_recall,
-)
+from .fidelity import MINIMUM_IMAGES, SEED, Features, extract_features
 from .networks import FeatureNetwork, packaged
 from .networks import downloaded_inception as downloaded_inception
 from .networks import inception as inception
 from .record import METRICS
-from .reference import Reference, Statistics
+from .reference import Reference
 from .reference import load_images as load_images
 from .reference import load_reference as load_reference
 
-BOOTSTRAP_ROUNDS = 50
-BOOTSTRAP_MAX_FEATURES = 256  # a round is an eigendecomposition: too slow at Inception's 2,048
-CONFIDENCE = (0.025, 0.975)
+ENTRIES = (
+    *("feature_distance", "spatial_distance", "feature_distance_infinity"),
+    *("kernel_distance", "class_score", "precision_recall"),
+)
+"""Objects of a set in metrics.json that name their network."""
+AGAINST_STATISTICS = {"fid", "fid_infinity"}
 
 
-def frechet_interval(
-    features: Tensor,
-    other: Tensor | Statistics,
-    *,
-    rounds: int = BOOTSTRAP_ROUNDS,
-    seed: int = 0,
-    paired: bool = False,
-    track: Track = no_progress,
-) -> tuple[float, float | None, float | None]:
-    """(value, low, high): the Frechet distance of features [N, D] to other, 95% bootstrap interval.
+@dataclass(frozen=True, eq=False)
+class Measures:
+    """entry: the object of a set in metrics.json; replicates: what a bootstrap made of its numbers,
+    by key, R each, for comparing with another set of the same seeds."""
 
-    features are resampled with replacement; so is `other` if it is features (by the same rows if
-    paired: image i of both sets has the same seed), while statistics stay fixed. A resampled set
-    holds fewer distinct images and so lies further away; hence the deviations of the rounds from
-    their mean are laid around the measured value. The interval speaks of sets of this size.
-    rounds 0: low and high are None. Raises ValueError if paired sets differ in size.
-    """
-    if paired and (isinstance(other, dict) or len(other) != len(features)):
-        raise ValueError("paired sets must have the same number of images")
-    against = other if isinstance(other, dict) else frechet_statistics(other)
-    value = frechet_distance(frechet_statistics(features), against)
-    if rounds == 0:
-        return value, None, None
-    rng = np.random.default_rng(seed)
-    distances = []
-    for _ in track(range(rounds), "bootstrapping the distance", rounds, "rounds"):
-        rows = torch.from_numpy(rng.integers(len(features), size=len(features)))
-        if not isinstance(other, dict):
-            drawn = rows if paired else torch.from_numpy(rng.integers(len(other), size=len(other)))
-            against = frechet_statistics(other[drawn])
-        distances.append(frechet_distance(frechet_statistics(features[rows]), against))
-    low, high = value + np.quantile(distances, CONFIDENCE) - np.mean(distances)
-    return value, max(float(low), 0.0), float(high)
+    entry: dict[str, Any]
+    replicates: Mapping[str, np.ndarray]
 
 
 def feature_distance(
@@ -82,31 +51,40 @@ def feature_distance(
     network: FeatureNetwork,
     *,
     paired: bool = False,
-    batch_size: int = 64,
-    seed: int = 0,
+    seed: int = SEED,
     device: str = "cpu",
-    bootstrap_rounds: int | None = None,
+    rounds: int = bootstrap.ROUNDS,
     track: Track = no_progress,
 ) -> dict[str, Any]:
     """Frechet distance between two sets of samples, e.g. full precision and quantized.
 
-    Arguments and errors as measure; paired: see frechet_interval.
-    Returns {network, name, value, low, high}; low and high are None where not computed.
+    paired: image i of both has the same seed, so that both are resampled alike; rounds: of the
+    bootstrap. Returns {network, name, value, low, high}; low and high are None where not computed.
+    Raises ValueError if paired sets differ in size, and as measure.
     """
     sides = {"the first set": images_a, "the second set": images_b}
-    a, b = (
-        _to_features(images, network, {"fid"}, what, batch_size=batch_size, device=device).features
+    first, second = (
+        _to_features(images, network, {"fid"}, what, device=device, track=track)
         for what, images in sides.items()
     )
-    return _frechet_entry(network, a, b, bootstrap_rounds, seed, track, paired)
+    if paired:  # rows of a pair stay beside each other
+        second = replace(second, order=first.order)
+    a, b = first.in_order().features, second.in_order().features
+    if paired and len(a) != len(b):
+        raise ValueError("paired sets must have the same number of images")
+    drawn = bootstrap.weights(len(a), rounds, seed)
+    other = drawn if paired else bootstrap.weights(len(b), rounds, seed + 1)
+    value = frechet.distance(frechet.statistics(a), frechet.statistics(b))
+    replicates = frechet.replicates_to_features(a, b, drawn, other)
+    entry = {"network": network.name, "name": network.distance_name}
+    return {**entry, **_bounded(value, replicates, (0, np.inf))}
 
 
 def prepare_reference(
     reference: Reference,
     network: FeatureNetwork,
-    metrics: Collection[str] = METRICS,
+    metrics: Collection[str],
     *,
-    batch_size: int = 64,
     device: str = "cpu",
     track: Track = no_progress,
 ) -> Reference:
@@ -117,23 +95,24 @@ def prepare_reference(
     """
     what = f"reference {reference.source}"
     reference.check(metrics, network)
-    ready = reference.fitted(network.feature_size)
-    wanted = {"kid", "prc"} | ({"fid"} if ready.statistics is None else set())
-    if ready.features is None and ready.images is not None and wanted & set(metrics):
-        features = _to_features(
-            ready.images,
-            network,
-            metrics,
-            what,
-            batch_size=batch_size,
-            device=device,
-            track=track,
-        )
-        ready = replace(ready, features=features.features)
-    if "fid" in metrics and ready.statistics is None and ready.features is not None:
-        ready = replace(ready, statistics=frechet_statistics(ready.features))
+    ready = reference.fitted(network)
+    wanted = {"kid", "prc"} if ready.features is None else set()
+    if ready.statistics is None and ready.features is None:
+        wanted |= AGAINST_STATISTICS
+    if ready.spatial is None:
+        wanted.add("sfid")
+    wanted &= set(metrics)
+    if ready.images is not None and wanted:
+        options: dict[str, Any] = {"device": device, "track": track, "names": ready.names}
+        found = _to_features(ready.images, network, wanted, what, **options).in_order()
+        ready = replace(ready, features=found.features)
+        if found.spatial is not None and ready.spatial is None:
+            ready = replace(ready, spatial=frechet.statistics(found.spatial))
+    if AGAINST_STATISTICS & set(metrics) and ready.statistics is None:
+        assert ready.features is not None
+        ready = replace(ready, statistics=frechet.statistics(ready.features))
     if ready.features is not None:
-        _check_count(what, len(ready.features), metrics)
+        _check_count(what, len(ready.features), set(metrics) - {"isc"})
     return ready
 
 
@@ -141,21 +120,21 @@ def measure(
     images: Tensor | Features,
     reference: Reference | None,
     network: FeatureNetwork,
-    metrics: Collection[str] = METRICS,
+    metrics: Collection[str],
     *,
-    batch_size: int = 64,
-    seed: int = 0,
+    names: Sequence[Any] | None = None,
+    seed: int = SEED,
     device: str = "cpu",
-    bootstrap_rounds: int | None = None,
+    rounds: int = bootstrap.ROUNDS,
     track: Track = no_progress,
-) -> dict[str, Any]:
+) -> Measures:
     """The metrics of one set of images: the entry `full`, `quantized` or `images` of metrics.json.
 
-    images: uint8 [N, 1 or 3, H, W], or their features; metrics: of METRICS; reference: needed
-    unless only isc is asked for; bootstrap_rounds: by default 50, or 0 above 256 features.
-    Keys: network, num_samples, reference; feature_distance, kernel_distance, class_score and
-    precision_recall, which name their network; fid, inception_score and kid, filled by the
-    published Inception weights only; sfid (None); precision, recall. Not asked for: None.
+    images: uint8 [N, 1 or 3, H, W], or their features; names: see extract_features; metrics: of
+    METRICS; reference: needed unless only isc is asked for, fixed in every interval; rounds: of the
+    bootstrap.
+    Keys of the entry: network, num_samples, reference; ENTRIES; fid, sfid, inception_score and kid,
+    filled by the published Inception weights only; precision, recall. Not asked for: None.
     Raises ValueError for an unknown metric; ArtifactError for too few images or a reference that
     lacks what a metric needs; and what extract_features raises.
     """
@@ -164,29 +143,77 @@ def measure(
         raise ValueError(f"unknown metrics {unknown}, known are {list(METRICS)}")
     if reference is None and set(metrics) - {"isc"}:
         raise ArtifactError("fid, kid and prc need a reference set", "name one or ask for isc only")
-    options: dict[str, Any] = {"batch_size": batch_size, "device": device, "track": track}
+    options: dict[str, Any] = {"device": device, "track": track}
     known = prepare_reference(reference, network, metrics, **options) if reference else None
-    mine = _to_features(images, network, metrics, "the samples", **options)
-    features = mine.features
-    found: dict[str, Any] = {}
+    extracted = _to_features(images, network, metrics, "the samples", names=names, **options)
+    mine = extracted.in_order()
+    drawn = bootstrap.weights(len(mine.features), rounds, seed)
+    found: dict[str, dict[str, Any]] = {}
+    moved: dict[str, np.ndarray] = {}
     if "isc" in metrics:
-        found["class_score"] = class_score(mine.logits, seed)
-    if known is not None and known.statistics is not None and "fid" in metrics:
-        found["feature_distance"] = _frechet_entry(
-            network, features, known.statistics, bootstrap_rounds, seed, track
-        )
-    if known is not None and known.features is not None:
-        if "kid" in metrics:
-            found["kernel_distance"] = kernel_distance(features, known.features, seed)
-        if "prc" in metrics:
-            found["precision_recall"] = precision_recall(features, known.features)
+        score = fidelity.class_score(mine.logits, seed)
+        moved["class_score"] = fidelity.class_score_replicates(mine.logits, drawn, seed)
+        bounds = _bounded(score["value"], moved["class_score"], (1, np.inf))
+        found["class_score"] = {**score, **bounds}
+    if known is not None:
+        _against(known, mine, network, metrics, drawn, seed, found, moved)
     source = None if known is None else {"source": known.source, "num_samples": known.num_samples}
-    return {
+    entry = {
         "network": {"name": network.name, "weights_sha256": network.sha256},
-        "num_samples": len(features),
+        "num_samples": len(mine.features),
         "reference": source,
         **_named(network, found),
     }
+    return Measures(entry, moved)
+
+
+def _against(
+    known: Reference,
+    mine: Features,
+    network: FeatureNetwork,
+    metrics: Collection[str],
+    drawn: Tensor,
+    seed: int,
+    found: dict[str, dict[str, Any]],
+    moved: dict[str, np.ndarray],
+) -> None:
+    """Put the metrics that need a reference into found, and their replicates into moved."""
+    features, positive = mine.features, (0, np.inf)
+    if known.statistics is not None and AGAINST_STATISTICS & set(metrics):
+        replicates = frechet.replicates_to_statistics(features, known.statistics, drawn)
+        if "fid" in metrics:
+            value = frechet.distance(frechet.statistics(features), known.statistics)
+            moved["feature_distance"] = replicates
+            bounded = _bounded(value, replicates, positive)
+            found["feature_distance"] = {"name": network.distance_name, **bounded}
+        if "fid_infinity" in metrics:
+            value = frechet.limit(features, known.statistics, seed)
+            moved["feature_distance_infinity"] = replicates
+            found["feature_distance_infinity"] = _bounded(value, replicates)
+    if known.spatial is not None and mine.spatial is not None and "sfid" in metrics:
+        value = frechet.distance(frechet.statistics(mine.spatial), known.spatial)
+        replicates = frechet.replicates_to_statistics(mine.spatial, known.spatial, drawn)
+        moved["spatial_distance"] = replicates
+        name = "sfid" if network.is_fid else f"s{network.distance_name}"
+        found["spatial_distance"] = {"name": name, **_bounded(value, replicates, positive)}
+    if known.features is None:
+        return
+    if "kid" in metrics:
+        entry = fidelity.kernel_distance(features, known.features, seed)
+        replicates = bootstrap.of_kernel_distance(features, known.features, drawn, seed)
+        moved["kernel_distance"] = replicates
+        found["kernel_distance"] = {**entry, **_bounded(entry["value"], replicates)}
+    if "prc" in metrics:
+        others = bootstrap.weights(len(known.features), len(drawn), seed + 1)
+        entry = {"neighborhood": fidelity.PRC_NEIGHBORHOOD}
+        for key, points, manifold, weights in (
+            ("precision", features, known.features, drawn),
+            ("recall", known.features, features, others),
+        ):
+            inside = fidelity.within(points, manifold)
+            moved[key] = bootstrap.of_shares(inside, weights)
+            entry[key] = _bounded(inside.double().mean().item(), moved[key], (0, 1))
+        found["precision_recall"] = entry
 
 
 def not_measured(count: int) -> dict[str, Any]:
@@ -204,7 +231,6 @@ def class_agreement(
     labels: Tensor | Sequence[int],
     network: FeatureNetwork | None = None,
     *,
-    batch_size: int = 64,
     device: str = "cpu",
 ) -> float:
     """Share of images that the packaged classifier puts into the class that was asked for.
@@ -217,9 +243,7 @@ def class_agreement(
     asked = torch.as_tensor(labels).cpu()
     if not fits_labels(asked.flatten().tolist()):
         raise ValueError(f"labels must lie in 0..{NUM_CLASSES - 1}")
-    logits = _to_features(
-        images, network, {"isc"}, "the samples", batch_size=batch_size, device=device
-    ).logits
+    logits = _to_features(images, network, {"isc"}, "the samples", device=device).logits
     if asked.shape != logits.shape[:1]:
         raise ValueError(f"{len(logits)} images need as many labels, got {list(asked.shape)}")
     return (logits.argmax(dim=1) == asked).double().mean().item()
@@ -231,18 +255,23 @@ def _to_features(
     metrics: Collection[str],
     what: str,
     *,
-    batch_size: int,
+    names: Sequence[Any] | None = None,
     device: str,
     track: Track = no_progress,
 ) -> Features:
     """Features of images, extracted unless they are features already; enough for the metrics."""
     count = len(images.features) if isinstance(images, Features) else len(images)
     _check_count(what, count, metrics)
-    if isinstance(images, Tensor):
-        return extract_features(images, network, batch_size=batch_size, device=device, track=track)
-    if images.network != network.name:
-        raise ValueError(f"features of {images.network}, but the network is {network.name}")
-    return images
+    if isinstance(images, Features):
+        if images.network != network.name:
+            raise ValueError(f"features of {images.network}, but the network is {network.name}")
+        if "sfid" in metrics and images.spatial is None:
+            raise ValueError(f"{what}: features without those of sFID")
+        return images
+    spatial = "sfid" in metrics
+    return extract_features(
+        images, network, names=names, spatial=spatial, device=device, track=track
+    )
 
 
 def _check_count(what: str, count: int, metrics: Collection[str]) -> None:
@@ -251,46 +280,35 @@ def _check_count(what: str, count: int, metrics: Collection[str]) -> None:
         raise ArtifactError(f"{what}: too few images, {count}: {', '.join(short)}", "add images")
 
 
-def _frechet_entry(
-    network: FeatureNetwork,
-    features: Tensor,
-    other: Tensor | Statistics,
-    rounds: int | None,
-    seed: int,
-    track: Track,
-    paired: bool = False,
-) -> dict[str, Any]:
-    if rounds is None:
-        rounds = BOOTSTRAP_ROUNDS if network.feature_size <= BOOTSTRAP_MAX_FEATURES else 0
-    value, low, high = frechet_interval(
-        features, other, rounds=rounds, seed=seed, paired=paired, track=track
-    )
-    entry = {"network": network.name, "name": network.distance_name}
-    return {**entry, "value": value, "low": low, "high": high}
+def _bounded(
+    value: float, replicates: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf)
+) -> dict[str, float | None]:
+    low, high = bootstrap.interval(value, replicates, bounds)
+    return {"value": value, "low": low, "high": high}
 
 
-def _named(network: FeatureNetwork | None, found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _named(network: FeatureNetwork | None, found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The keys of a set in metrics.json: entries with their network, then the field's names.
 
     network: None where nothing was found.
     """
-    keys = ("feature_distance", "kernel_distance", "class_score", "precision_recall")
     entries = {
         key: {"network": network.name, **found[key]} if network and key in found else None
-        for key in keys
+        for key in ENTRIES
     }
-    is_fid = network is not None and network.is_fid
+    published = entries if network is not None and network.is_fid else {}
 
-    def value(key: str, field: str = "value", inception_only: bool = True) -> float | None:
-        entry = entries[key]
-        return None if entry is None or (inception_only and not is_fid) else entry[field]
+    def value(of: Mapping[str, Any], key: str) -> float | None:
+        entry = of.get(key)
+        return None if entry is None else entry["value"]
 
+    shares = entries["precision_recall"] or {}
     return {
         **entries,
-        "fid": value("feature_distance"),
-        "sfid": None,  # needs spatial features, which torch-fidelity does not supply
-        "inception_score": value("class_score"),
-        "kid": value("kernel_distance"),
-        "precision": value("precision_recall", "precision", inception_only=False),
-        "recall": value("precision_recall", "recall", inception_only=False),
+        "fid": value(published, "feature_distance"),
+        "sfid": value(published, "spatial_distance"),
+        "inception_score": value(published, "class_score"),
+        "kid": value(published, "kernel_distance"),
+        "precision": value(shares, "precision"),
+        "recall": value(shares, "recall"),
     }

@@ -28,6 +28,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 INCEPTION_FILE = Path(INCEPTION_URL).name
 INCEPTION_FEATURES = 2048
 INCEPTION_HEAD_SHAPE = (1008, INCEPTION_FEATURES)  # fc.weight, 1008 classes in the 2015 network
+SPATIAL_CHANNELS = 7
+SPATIAL_FEATURES = 17 * 17 * SPATIAL_CHANNELS  # of ADM's evaluator: as many as pooled ones, nearly
 DOWNLOAD_TIMEOUT_SECONDS = 30
 
 
@@ -38,7 +40,9 @@ class FeatureNetwork:
     name: as reported; extractor: torch-fidelity's name of the architecture; distance_name: what a
     Frechet distance in its features is called; weights and sha256: the file and its digest;
     layers: torch-fidelity's names of the features [N, feature_size] and of the logits; resize: what
-    becomes of an image of 0 to 255 before its first layer.
+    becomes of an image of 0 to 255 before its first layer; spatial_size: numbers that sFID takes of
+    an image, 0 where the network has no such layer; batch: images of every call, the last one
+    filled up, because kernels depend on the number and an image's features must not.
     """
 
     name: str
@@ -49,6 +53,8 @@ class FeatureNetwork:
     feature_size: int
     layers: tuple[str, str]
     resize: str
+    spatial_size: int = 0
+    batch: int = 32
 
     @property
     def is_fid(self) -> bool:
@@ -97,6 +103,8 @@ def inception(weights: Path | None = None) -> FeatureNetwork:
         feature_size=INCEPTION_FEATURES,
         layers=(str(INCEPTION_FEATURES), "logits_unbiased"),
         resize="299x299 bilinear without antialiasing as in TensorFlow 1, -1 to 1",
+        spatial_size=SPATIAL_FEATURES,
+        batch=8,
     )
 
 

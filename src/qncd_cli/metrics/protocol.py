@@ -8,7 +8,8 @@ from typing import Any
 
 from .. import __version__, machine
 from ..progress import Track, no_progress
-from .fidelity import MINIMUM_IMAGES
+from .fidelity import MINIMUM_IMAGES, SEED
+from .frechet import least_for_limit
 from .image import FeatureNetwork, Reference, prepare_reference
 from .record import METRICS
 
@@ -21,7 +22,7 @@ FEATURES_DEVICE = "cpu"
 class Protocol:
     """How to measure: which numbers, in which features, against what.
 
-    metrics: of fid, isc, kid, prc, those that can be had; network: None where no features can be
+    metrics: of METRICS, those that can be had; network: None where no features can be
     had; reference: None where no metric needs one; left_out: a metric that is wanted and cannot be
     had, or `distance`, the one to full precision -> why.
     """
@@ -29,7 +30,7 @@ class Protocol:
     metrics: tuple[str, ...]
     network: FeatureNetwork | None
     reference: Reference | None
-    seed: int = 0
+    seed: int = SEED
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def without(self, reasons: Mapping[str, str]) -> Protocol:
@@ -58,11 +59,16 @@ def prepared(protocol: Protocol, count: int, track: Track = no_progress) -> Prot
 def _unmet(protocol: Protocol, count: int) -> dict[str, str]:
     """Metrics that these sets or this reference do not allow, and why."""
     reference, network = protocol.reference, protocol.network
+    needed = dict(MINIMUM_IMAGES)
+    if network is not None:
+        needed["fid_infinity"] = least_for_limit(network.feature_size)
     few = {
         name: f"{count} images, {name} needs {least}"
-        for name, least in MINIMUM_IMAGES.items()
+        for name, least in needed.items()
         if name in protocol.metrics and count < least
     }
+    if network is not None and "sfid" in protocol.metrics and not network.spatial_size:
+        few["sfid"] = f"{network.name} has no spatial features, Inception has"
     if network is not None and count < MINIMUM_IMAGES["fid"]:
         few["distance"] = f"{count} images, a distance needs {MINIMUM_IMAGES['fid']}"
     if reference is None or network is None:
@@ -71,6 +77,7 @@ def _unmet(protocol: Protocol, count: int) -> dict[str, str]:
     lacking = {
         name: f"reference {reference.source} holds no {need} of {network.name}"
         for name, need in reference.lacks(protocol.metrics, network).items()
+        if name not in few
     }
     small = {
         name: f"reference {reference.source} holds {held} images, {name} needs {least}"

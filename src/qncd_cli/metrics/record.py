@@ -10,7 +10,7 @@ from typing import Any
 
 from ..store.digests import flat
 
-METRICS = ("fid", "isc", "kid", "prc")  # as torch-fidelity abbreviates them
+METRICS = ("fid", "sfid", "fid_infinity", "isc", "kid", "prc")  # torch-fidelity's words, and two
 OPTIONAL = {"network_sha256": "network", "reference_sha256": "reference"}
 """Digests that only distances need -> what they are of; None where none was measured."""
 FIXED = (

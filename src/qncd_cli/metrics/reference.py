@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..store.regular import open_regular
 from .array_files import REFERENCE_HINT, read_arrays
+from .frechet import Statistics
 from .image_files import digest_of_files, image_paths
 from .networks import CLASSIFIER, FeatureNetwork, first_line
 
@@ -33,22 +34,23 @@ TOLD = 3
 # Pillow would clip these to 8 bits when it converts them to RGB
 DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
-Statistics = dict[str, np.ndarray]  # mu [D] and sigma [D, D], float64
-
 
 @dataclass(frozen=True, eq=False)
 class Reference:
     """What samples are compared with; at least one of the last three is there.
 
     source: where it comes from, for messages and records; digest: of its files' contents, whatever
-    they are called, None for images in memory; images: uint8 [N, 3, H, W]; statistics: mean and
-    covariance of the features; features: [N, D] float32; skipped: broken files that were left out.
+    they are called, None for images in memory; images: uint8 [N, 3, H, W]; names: of the images,
+    None where only their order tells them apart; statistics: mean and covariance of the features,
+    spatial of those of sFID; features: [N, D] float32; skipped: broken files that were left out.
     """
 
     source: str
     images: Tensor | None = None
     statistics: Statistics | None = None
     features: Tensor | None = None
+    spatial: Statistics | None = None
+    names: tuple[str, ...] | None = None
     digest: str | None = None
     skipped: tuple[str, ...] = ()
 
@@ -58,23 +60,27 @@ class Reference:
         held = self.images if self.images is not None else self.features
         return None if held is None else len(held)
 
-    def fitted(self, feature_size: int) -> Reference:
+    def fitted(self, network: FeatureNetwork) -> Reference:
         """Without stored statistics and features of another width than the network's."""
-        statistics, features = self.statistics, self.features
-        if statistics is not None and statistics["mu"].size != feature_size:
+        statistics, features, spatial = self.statistics, self.features, self.spatial
+        if statistics is not None and statistics["mu"].size != network.feature_size:
             statistics = None
-        if features is not None and features.shape[1] != feature_size:
+        if features is not None and features.shape[1] != network.feature_size:
             features = None
-        return replace(self, statistics=statistics, features=features)
+        if spatial is not None and spatial["mu"].size != network.spatial_size:
+            spatial = None
+        return replace(self, statistics=statistics, features=features, spatial=spatial)
 
     def lacks(self, metrics: Collection[str], network: FeatureNetwork) -> dict[str, str]:
         """Metric -> what it needs and this reference lacks; images meet every need."""
-        fitted = self.fitted(network.feature_size)
-        if fitted.images is not None or fitted.features is not None:
+        fitted = self.fitted(network)
+        if fitted.images is not None:
             return {}
-        needs = {"kid": "features", "prc": "features"}
-        if fitted.statistics is None:
-            needs["fid"] = "mean and covariance"
+        needs = {} if fitted.features is not None else {"kid": "features", "prc": "features"}
+        if fitted.features is None and fitted.statistics is None:
+            needs["fid"] = needs["fid_infinity"] = "mean and covariance"
+        if fitted.spatial is None:
+            needs["sfid"] = "mean and covariance of spatial features (mu_s, sigma_s)"
         return {name: needs[name] for name in sorted(needs) if name in metrics}
 
     def check(self, metrics: Collection[str], network: FeatureNetwork) -> None:
@@ -110,8 +116,9 @@ def load_reference(
     """A reference from the word zoo, a folder, an .npz or .safetensors file, or a tensor of images.
 
     spec: "zoo" is the packaged statistics (the file `zoo`); files hold any of `arr_0` (uint8
-    [N, H, W, C] images, .npz only), `mu` [D] with `sigma` [D, D], `features` [N, D]. skip_broken:
-    whether files of a folder that cannot be read are left out.
+    [N, H, W, C] images, .npz only), `mu` [D] with `sigma` [D, D], `mu_s` with `sigma_s` likewise,
+    `features` [N, D], which clean-fid calls `feats`. skip_broken: whether files of a folder that
+    cannot be read are left out.
     Raises ArtifactError if it is missing, damaged, or holds none of these.
     """
     if isinstance(spec, Tensor):
@@ -121,9 +128,14 @@ def load_reference(
         broken: list[Path] = []
         paths = image_paths(path)
         images = read_images(paths, broken if skip_broken else None)
-        digest = digest_of_files(p for p in paths if p not in {*broken})
-        names = tuple(str(p.relative_to(path)) for p in broken)
-        return Reference(str(spec), images=images, digest=digest, skipped=names)
+        read = [p for p in paths if p not in {*broken}]
+        return Reference(
+            str(spec),
+            images=images,
+            names=tuple(map(str, read)),
+            digest=digest_of_files(read),
+            skipped=tuple(str(p.relative_to(path)) for p in broken),
+        )
     if not path.is_file():
         hint = "reinstall qncd" if path == zoo else REFERENCE_HINT
         raise ArtifactError(f"{path}: no such reference", hint)
@@ -132,6 +144,7 @@ def load_reference(
         str(spec),
         images=_to_images(path, arrays),
         statistics=_to_statistics(path, arrays),
+        spatial=_to_statistics(path, arrays, "_s"),
         features=_to_features(path, arrays),
         digest=digest_of_files([path]),
     )
@@ -244,22 +257,27 @@ def _to_images(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor | None:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2)  # [N, H, W, C] -> [N, C, H, W]
 
 
-def _to_statistics(path: Path, arrays: Mapping[str, np.ndarray]) -> Statistics | None:
-    if "mu" not in arrays:
+def _to_statistics(
+    path: Path, arrays: Mapping[str, np.ndarray], end: str = ""
+) -> Statistics | None:
+    """Mean and covariance by the names mu and sigma with this ending."""
+    if f"mu{end}" not in arrays:
         return None
-    mu, sigma = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
+    mu, sigma = (np.asarray(arrays[f"{name}{end}"], dtype=np.float64) for name in ("mu", "sigma"))
     if mu.ndim != 1 or sigma.shape != 2 * mu.shape:
-        shapes = f"mu {list(mu.shape)}, sigma {list(sigma.shape)}"
+        shapes = f"mu{end} {list(mu.shape)}, sigma{end} {list(sigma.shape)}"
         raise ArtifactError(f"{path}: {shapes}, expected [D] and [D, D]", REFERENCE_HINT)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ArtifactError(f"{path}: mu or sigma is not finite", "compute the statistics again")
+        what = f"mu{end} or sigma{end} is not finite"
+        raise ArtifactError(f"{path}: {what}", "compute the statistics again")
     return {"mu": mu, "sigma": sigma}
 
 
 def _to_features(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor | None:
-    if "features" not in arrays:
+    found = arrays.get("features", arrays.get("feats"))
+    if found is None:
         return None
-    features = torch.from_numpy(arrays["features"].astype(np.float32))
+    features = torch.from_numpy(found.astype(np.float32))
     if features.dim() != 2 or not features.isfinite().all():
         shape = list(features.shape)
         raise ArtifactError(f"{path}: features {shape} are not finite [N, D]", REFERENCE_HINT)

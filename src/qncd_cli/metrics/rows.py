@@ -15,6 +15,8 @@ SETS = {"images": "images", "full": "full precision", "quantized": "quantized"}
 INCEPTION = "inception-v3-compat"
 FIELDS = {
     "feature_distance": "fid",
+    "spatial_distance": "sfid",
+    "feature_distance_infinity": "fid_infinity",
     "kernel_distance": "kid",
     "class_score": "inception_score",
 }

@@ -57,7 +57,8 @@ def evaluate(
     """Measure a set of images against a reference and against full precision on the same seeds.
 
     Draws the full-precision images that are missing; writes metrics.json and report.html. run_dir:
-    a sampled run, None for the current one. metrics: of fid, isc, kid, prc; none for fid where it
+    a sampled run, None for the current one. metrics: of fid, sfid,
+    fid_infinity, isc, kid, prc; none for fid where it
     can be had. reference: a folder of images, an .npz or statistics file, or zoo. network: auto,
     fashion or inception; inception_weights: its file. skip_broken: leave out files of the
     reference that cannot be read. name: of the set. command: for the report.

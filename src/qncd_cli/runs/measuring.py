@@ -149,7 +149,7 @@ def settle(
         name: why for name, why in left_out.items() if name in (*wishes.metrics, "distance")
     }
     reasons = "; ".join(dict.fromkeys(why for whys in left_out.values() for why in whys))
-    missing = [f"--{name}" for name in wishes.named if name in left_out]
+    missing = [f"--{name.replace('_', '-')}" for name in wishes.named if name in left_out]
     if wishes.network == "inception" and "distance" in left_out:
         missing.append("--network inception")
     if missing:

@@ -21,6 +21,7 @@ from ..lineage.sample_sets import image_path
 from ..metrics import checks
 from ..metrics.fidelity import Features, extract_features
 from ..metrics.image import (
+    Measures,
     class_agreement,
     feature_distance,
     fits_labels,
@@ -54,15 +55,16 @@ def measure_images(
     """
     broken: list[Path] = []
     images = load_images(source, broken if skip_broken else None)
+    paths = image_paths(source) if source.is_dir() else []
+    paths = [path for path in paths if path not in {*broken}]
     protocol = prepared(protocol, len(images), track)
     if not protocol.metrics:
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
         raise ArtifactError(f"{source}: nothing can be measured: {'; '.join(reasons)}")
-    entry = _entry(images, protocol, track)
+    entry = _entry(images, protocol, track, [*map(str, paths)] or None).entry
     size = list(images.shape[-2:])
     known = {"images": str(source), "image_size": size}
-    paths = image_paths(source) if source.is_dir() else []
-    names = [path.name for path in paths if path not in {*broken}] or None
+    names = [path.name for path in paths] or None
     numbered = [f"number {row + 1}" for row in range(len(images))]
     return {
         "protocol": describe(protocol, len(images), known),
@@ -77,33 +79,44 @@ def measure_images(
 
 @dataclass(frozen=True)
 class Measured:
-    """A set, the features of its images, and its own metrics: a set's object in metrics.json."""
+    """A set, the features of its images, its object in metrics.json and that one's replicates."""
 
     samples: SampleSet
     features: Features | None
     entry: dict[str, Any]
+    replicates: Mapping[str, Any]
 
 
 def measure_set(samples: SampleSet, protocol: Protocol, track: Track = no_progress) -> Measured:
     """Features and metrics of one set that need no other set. Raises what measure raises."""
     network = protocol.network
     if network is None:
-        return Measured(samples, None, not_measured(len(samples.images)))
-    features = extract_features(samples.images, network, track=track)
-    entry = _entry(features, protocol, track)
+        return Measured(samples, None, not_measured(len(samples.images)), {})
+    spatial = "sfid" in protocol.metrics
+    features = extract_features(
+        samples.images, network, names=samples.seeds, spatial=spatial, track=track
+    )
+    found = _entry(features, protocol, track)
+    entry = found.entry
     classes = samples.manifest["classes"]
     if network.name == "fashion-classifier" and fits_labels(classes):
         entry["class_agreement"] = class_agreement(features, classes, network)
-    return Measured(samples, features, entry)
+    return Measured(samples, features, entry, found.replicates)
 
 
-def _entry(images: Tensor | Features, protocol: Protocol, track: Track) -> dict[str, Any]:
+def _entry(
+    images: Tensor | Features,
+    protocol: Protocol,
+    track: Track,
+    names: Sequence[str] | None = None,
+) -> Measures:
     if protocol.network is None or not protocol.metrics:
         held = images.features if isinstance(images, Features) else images
-        return not_measured(len(held))
+        return Measures(not_measured(len(held)), {})
     reference = protocol.reference if set(protocol.metrics) - {"isc"} else None
     network, metrics = protocol.network, protocol.metrics
-    return measure(images, reference, network, metrics, seed=protocol.seed, track=track)
+    seed = protocol.seed
+    return measure(images, reference, network, metrics, names=names, seed=seed, track=track)
 
 
 def compare(
