@@ -124,6 +124,16 @@ IMAGES = {
         "Images below 20 dB PSNR, which are other images than full precision's.",
         better="down",
     ),
+    "ssim": Number(
+        "SSIM",
+        "Structural similarity to full precision on the same seeds, mean over the images; 1 is "
+        "equal.",
+        better="up",
+    ),
+    "ssim_median": Number("SSIM of the median", "SSIM of the median image.", better="up"),
+    "ssim_q05": Number(
+        "SSIM of the worst 5 %", "SSIM that 5 % of the images lie below.", better="up"
+    ),
 }
 """Numbers of metrics.json, of ablation.json and of what compare prints."""
 

@@ -60,7 +60,7 @@ def _read(run_dir: str) -> dict[str, Any]:
     path = RunDir(Path(run_dir)).metrics
     metrics = read_json(path, f"qncd eval --run-dir {run_dir}")
     whole = is_whole(metrics)
-    if not whole or not metrics["fidelity"].keys() >= {"per_seed", "changed"}:
+    if not whole or not metrics["fidelity"].keys() >= {"per_seed", *OF_FIDELITY}:
         what = "of an earlier version of qncd" if whole else "damaged"
         raise ArtifactError(f"{path}: {what}", f'repeat "qncd eval --run-dir {run_dir}"')
     return metrics

@@ -15,6 +15,7 @@ from ..report.headline import head_table, verdict
 from ..runs.evaluate import Evaluated
 from ..runs.evaluate import evaluate as evaluate_run
 from ..runs.measuring import Wishes, protocol_of_images, settle
+from ..vocabulary import cell, interval
 from .console import Console
 from .pictures import show_picture
 from .shared import explain, watching, wrapped
@@ -95,7 +96,19 @@ def render(
     """Print what was measured, and what its words mean."""
     head = head_table(metrics, bench=bench)
     cells = [
-        [label, *(f"{cell.text} {cell.range}".rstrip() for cell in row)] for label, row in head.rows
+        [name, *(f"{number.text} {number.range}".rstrip() for number in row)]
+        for name, row in head.rows
     ]
     console.table(["", *head.columns], cells, title)
+    _print_pairs(metrics.get("fidelity") or {})
     explain(label for label, _ in head.rows)
+
+
+def _print_pairs(fidelity: Mapping[str, Any]) -> None:
+    """The worst seeds, and what quantization adds to each number of a set."""
+    worst, per_seed = fidelity.get("worst_seeds") or [], fidelity.get("per_seed") or {}
+    if worst:
+        said = (f"{seed} ({cell('psnr_db', per_seed['psnr_db'][str(seed)])})" for seed in worst)
+        print(f"worst seeds, PSNR in dB: {', '.join(said)}")
+    for key, change in (fidelity.get("changes") or {}).items():
+        print(f"{key.replace('_', ' ')}, quantized minus full precision: {interval(change)}")

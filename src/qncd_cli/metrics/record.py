@@ -82,6 +82,8 @@ def grown(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in ("full", "quantized", "fidelity"):
         merged[name] = _filled(now[name], earlier[name])
+    moved = [m["fidelity"].get("changes") or {} for m in (earlier, now)]
+    merged["fidelity"]["changes"] = {**moved[0], **moved[1]}
     notes = {(note["set"], note["what"]) for note in now.get("checks", ())}
     others = (n for n in earlier.get("checks", ()) if (n["set"], n["what"]) not in notes)
     return {**merged, "checks": [*now.get("checks", ()), *others]}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..spec import Widths
-from ..vocabulary import NUMBERS, heading, said
+from ..vocabulary import IDENTICAL_DB, NUMBERS, heading, said
 
 SETS = {"images": "images", "full": "full precision", "quantized": "quantized"}
 """Objects of metrics.json that are sets, and what they are called."""
@@ -28,6 +28,7 @@ OF_SETS = (
 OF_FIDELITY = (
     *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
     *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
+    *("ssim", "ssim_median", "ssim_q05"),
 )
 """Keys of `fidelity`, shown in the column of the quantized set, which they are about."""
 POOLED = ("sqnr_latents_db", "psnr_db")
@@ -55,7 +56,7 @@ def rows(metrics: Mapping[str, Any]) -> list[Row]:
     sets = [_mapping(metrics.get(key)) for key in SETS if _mapping(metrics.get(key))]
     found: list[Row] = []
     for key in OF_SETS:
-        row = _of_sets(key, [entry.get(key) for entry in sets])
+        row = _of_sets(key, [_value(entry, key) for entry in sets])
         if row is not None and row.label not in [earlier.label for earlier in found]:
             found.append(row)
     fidelity = _mapping(metrics.get("fidelity"))
@@ -69,8 +70,23 @@ def rows(metrics: Mapping[str, Any]) -> list[Row]:
         if value is None and key in POOLED and key in fidelity:
             value = float("inf")
         if value is not None:
-            found.append(Row(key, heading(key), [*before, value]))
+            found.append(Row(key, heading(key), [*before, _with_interval(fidelity, key, value)]))
     return found + _of_size(metrics)
+
+
+def _value(entry: Mapping[str, Any], key: str) -> Any:
+    """A set's number, with its interval where the object of another key has that."""
+    bounded = _mapping(entry.get("precision_recall")).get(key)
+    return entry.get(key) if bounded is None else bounded
+
+
+def _with_interval(fidelity: Mapping[str, Any], key: str, value: float) -> Any:
+    """The number as an entry {value, low, high} where an interval says something of it."""
+    known = _mapping(_mapping(fidelity.get("intervals")).get(key))
+    low, high = known.get("low"), known.get("high")
+    if low is None or high is None or low == high or not value < IDENTICAL_DB:
+        return value
+    return {"value": value, "low": low, "high": high}
 
 
 def _of_sets(key: str, values: list[Any]) -> Row | None:

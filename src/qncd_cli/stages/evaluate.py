@@ -32,14 +32,8 @@ from ..metrics.image import (
 from ..metrics.image_files import digest_of_files, image_paths
 from ..metrics.protocol import Protocol, describe, prepared
 from ..metrics.record import grown
-from ..metrics.tensor import (
-    paired_fidelity,
-    psnr_db,
-    psnr_each_db,
-    sqnr_db,
-    sqnr_each_db,
-    sqnr_steps_db,
-)
+from ..metrics.spread import changes, of_pairs
+from ..metrics.tensor import sqnr_steps_db
 from ..progress import Track, no_progress
 from ..sampling.noise import ranges
 from ..store.artifacts import Artifact
@@ -128,27 +122,6 @@ def compare(
 ) -> dict[str, Any]:
     """metrics.json of two sets of the same seeds; quantized_bytes: of `sizes`."""
     one, other = full.samples, quantized.samples
-    latents = [samples.latents.tensors["latents"] for samples in (one, other)]
-    distance = None
-    if full.features is not None and quantized.features is not None and len(one.seeds) > 1:
-        assert protocol.network is not None
-        distance = feature_distance(
-            full.features,
-            quantized.features,
-            protocol.network,
-            paired=True,
-            seed=protocol.seed,
-            track=track,
-        )
-    fidelity = {
-        "psnr_db": psnr_db(one.images, other.images),
-        "sqnr_latents_db": sqnr_db(*latents),
-        "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
-        "feature_distance": distance,
-        **paired_fidelity(
-            one.seeds, psnr_each_db(one.images, other.images), sqnr_each_db(*latents)
-        ),
-    }
     sampling = {
         "model": one.manifest["digests"]["model"],
         "artifact": other.manifest["digests"].get("quantized"),
@@ -169,8 +142,37 @@ def compare(
         "protocol": describe(protocol, len(one.seeds), sampling),
         "full": full.entry,
         "quantized": quantized.entry,
-        "fidelity": fidelity,
+        "fidelity": _fidelity(full, quantized, protocol, track),
         "bytes": quantized_bytes,
+    }
+
+
+def _fidelity(
+    full: Measured, quantized: Measured, protocol: Protocol, track: Track
+) -> dict[str, Any]:
+    """metrics.json's `fidelity`: of images and latents of the same seeds."""
+    one, other = full.samples, quantized.samples
+    distance, seen = None, {}
+    network, a, b = protocol.network, full.features, quantized.features
+    if network is not None and a is not None and b is not None:
+        if len(one.seeds) > 1:
+            seed = protocol.seed
+            distance = feature_distance(a, b, network, paired=True, seed=seed, track=track)
+        if "class_agreement" in full.entry and "class_agreement" in quantized.entry:
+            logits = {"full": a.logits, "quantized": b.logits}
+            seen = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
+    return {
+        "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
+        "feature_distance": distance,
+        "changes": changes(full.entry, quantized.entry, full.replicates, quantized.replicates),
+        **of_pairs(
+            one.seeds,
+            one.manifest["classes"],
+            (one.images, other.images),
+            (one.latents.tensors["latents"], other.latents.tensors["latents"]),
+            seen,
+            protocol.seed,
+        ),
     }
 
 

@@ -1,0 +1,182 @@
+"""Pairs of images of the same seeds: how sure their numbers are, and what each class is like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import bootstrap
+from .similarity import ssim_each
+from .tensor import (
+    CHANGED_DB,
+    LOW_QUANTILE,
+    paired_fidelity,
+    psnr_db,
+    psnr_each_db,
+    sqnr_db,
+    sqnr_each_db,
+)
+
+Interval = dict[str, float | None]
+WORST = 5
+"""Seeds that are named: those of the lowest PSNR."""
+SCORES = (
+    *("feature_distance", "spatial_distance", "feature_distance_infinity"),
+    *("kernel_distance", "class_score", "precision", "recall"),
+)
+"""Numbers of a set whose change from full precision is told."""
+
+
+def of_pairs(
+    seeds: Sequence[int],
+    classes: Sequence[int],
+    images: tuple[Tensor, Tensor],
+    latents: tuple[Tensor, Tensor],
+    seen: Mapping[str, Sequence[int]],
+    seed: int,
+) -> dict[str, Any]:
+    """What `fidelity` of metrics.json says of pairs: pooled, by seed, spread, intervals, by class.
+
+    images, latents: full precision and quantized, in the order of the seeds; seen: see by_class.
+    """
+    found = paired_fidelity(seeds, psnr_each_db(*images), sqnr_each_db(*latents))
+    psnr, sqnr = (list(found["per_seed"][key].values()) for key in ("psnr_db", "sqnr_db"))
+    ssim = ssim_each(*images)
+    if ssim is not None:
+        found["per_seed"]["ssim"] = dict(zip(map(str, seeds), ssim, strict=True))
+    worst = sorted(found["per_seed"]["psnr_db"].items(), key=lambda pair: pair[1])
+    signals = [float(one.to(torch.float64).square().sum()) for one in latents[0]]
+    drawn = bootstrap.weights(len(seeds), seed=seed)
+    return {
+        "psnr_db": psnr_db(*images),
+        "sqnr_latents_db": sqnr_db(*latents),
+        **found,
+        **similarities(ssim),
+        "worst_seeds": [int(name) for name, _ in worst[:WORST]],
+        "intervals": intervals(psnr, sqnr, signals, ssim, drawn),
+        "by_class": by_class(classes, psnr, sqnr, ssim, seen),
+    }
+
+
+def _low(values: np.ndarray) -> float:
+    return float(np.quantile(values, LOW_QUANTILE))
+
+
+def _changed(values: np.ndarray) -> float:
+    return float((values < CHANGED_DB).sum())
+
+
+def _decibels(ratio: float) -> float:
+    return 10 * np.log10(ratio)
+
+
+def similarities(values: Sequence[float] | None) -> dict[str, Any]:
+    """SSIM of pairs, as `fidelity` of metrics.json has it; all None where it is not defined."""
+    if values is None:
+        return {"ssim": None, "ssim_median": None, "ssim_q05": None}
+    rows = np.array(values)
+    found = {"ssim": rows.mean(), "ssim_median": np.median(rows), "ssim_q05": _low(rows)}
+    return {key: float(value) for key, value in found.items()}
+
+
+def intervals(
+    psnr: Sequence[float],
+    sqnr: Sequence[float],
+    signals: Sequence[float],
+    ssim: Sequence[float] | None,
+    drawn: Tensor,
+) -> dict[str, Interval]:
+    """95 % intervals of the numbers in `fidelity`, by their keys.
+
+    psnr, sqnr: of each pair, dB between -IDENTICAL_DB and IDENTICAL_DB; signals: squared length of
+    each latent of full precision; drawn: weights of a bootstrap [R, N]. Statistics of equal pairs
+    alone do not vary.
+    """
+    errors = 10 ** (-np.array(psnr) / 10)
+    energy = np.stack([signals, np.array(signals) / 10 ** (np.array(sqnr) / 10)], axis=1)
+
+    def pooled(rows: np.ndarray) -> float:
+        return _decibels(rows[:, 0].sum() / rows[:, 1].sum())
+
+    def mean(rows: np.ndarray) -> float:
+        return float(rows.mean())
+
+    wanted: dict[str, tuple[Callable[[np.ndarray], float], Any]] = {
+        "psnr_db": (lambda rows: -_decibels(rows.mean()), errors),
+        "sqnr_latents_db": (pooled, energy),
+        "changed": (_changed, psnr),
+    }
+    for name, values in (("psnr", psnr), ("sqnr", sqnr)):
+        wanted[f"{name}_median_db"] = (lambda rows: float(np.median(rows)), values)
+        wanted[f"{name}_q05_db"] = (_low, values)
+    if ssim is not None:
+        wanted |= {
+            "ssim": (mean, ssim),
+            "ssim_median": (lambda rows: float(np.median(rows)), ssim),
+            "ssim_q05": (_low, ssim),
+        }
+    found = {}
+    for key, (statistic, values) in wanted.items():
+        value = statistic(np.asarray(values))
+        bounds = (0, np.inf) if key == "changed" else (-np.inf, np.inf)
+        replicates = bootstrap.of_statistic(statistic, values, drawn)
+        low, high = bootstrap.interval(value, replicates, bounds)
+        found[key] = {"low": low, "high": high}
+    return found
+
+
+def changes(
+    full: Mapping[str, Any],
+    quantized: Mapping[str, Any],
+    replicates: Mapping[str, np.ndarray],
+    other_replicates: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """What quantization adds to each number of a set: key -> {value, low, high}.
+
+    full, quantized: objects of metrics.json; the replicates are of the same draws of the same
+    seeds, so what both sets share moves neither end of an interval.
+    """
+    found = {}
+    for key in SCORES:
+        one, other = (_value(entry.get(key)) for entry in (full, quantized))
+        if one is None or other is None or not {key} <= replicates.keys() & other_replicates.keys():
+            continue
+        low, high = bootstrap.interval(other - one, other_replicates[key] - replicates[key])
+        found[key] = {"value": other - one, "low": low, "high": high}
+    return found
+
+
+def _value(entry: Any) -> float | None:
+    return entry.get("value") if isinstance(entry, Mapping) else entry
+
+
+def by_class(
+    classes: Sequence[int],
+    psnr: Sequence[float],
+    sqnr: Sequence[float],
+    ssim: Sequence[float] | None,
+    seen: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """Medians of the pairs of each class, or prompt: class -> its numbers.
+
+    seen: set -> the class that a classifier sees in each image; empty where none knows them.
+    """
+    labels = np.array(classes)
+    found = {}
+    for label in sorted(set(classes)):
+        own = labels == label
+        numbers: dict[str, Any] = {
+            "num_samples": int(own.sum()),
+            "psnr_median_db": float(np.median(np.array(psnr)[own])),
+            "sqnr_median_db": float(np.median(np.array(sqnr)[own])),
+            "ssim_median": None if ssim is None else float(np.median(np.array(ssim)[own])),
+            "changed": int(_changed(np.array(psnr)[own])),
+        }
+        for name, labels_seen in seen.items():
+            numbers[f"class_agreement_{name}"] = float((np.array(labels_seen)[own] == label).mean())
+        found[str(label)] = numbers
+    return found
