@@ -121,7 +121,7 @@ def main(run_dir: str | None, count: int, ranks: tuple[int, ...], num: int) -> N
     for rank in ranks:
         for name, layer in layers.items():
             flat = (exact[name] - coded[name]).flatten(1)
-            branch = best_branch(flat, hessians[name], rank)
+            branch = best_branch(flat, hessians[name].hessian, rank)
             compute_with(layer, coded[name] + branch.view_as(coded[name]))
         added = sum(8 * rank * sum(exact[n].flatten(1).shape) for n in layers)
         row(f"branch of rank {rank}", added / total)

@@ -20,6 +20,20 @@ class WeightsConfig(Section):
         "gptq",
         description="to integers; adaround, brecq: learnt per layer or per block, from gptq on",
     )
+    passes: int = Field(
+        1,
+        ge=1,
+        le=1000,
+        description="in which gptq goes along the network: layers of a later one get their inputs "
+        "from behind the weights rounded before",
+    )
+    asymmetry: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="of gptq: how far outputs of full precision are the target where inputs have "
+        "drifted away from it",
+    )
     iterations: int = Field(
         500, ge=1, description="of adaround and brecq, gradient steps per layer or block"
     )
@@ -38,6 +52,10 @@ class WeightsConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> WeightsConfig:
         check_weight_bits(self.bits, "weights")
+        if self.passes > 1 and self.rounding == "nearest":
+            raise ValueError("passes are those of gptq; rounding is nearest")
+        if self.asymmetry > 0 and self.rounding != "gptq":
+            raise ValueError(f"asymmetry is of rounding gptq, not of {self.rounding}")
         if self.budget is not None and not 2 <= self.budget <= 8:
             raise ValueError(f"budget takes 2 to 8 bits on average, got {self.budget:g}")
         if self.budget is not None and self.bits == FLOAT_BITS:

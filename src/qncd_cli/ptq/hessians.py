@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -11,13 +12,15 @@ from ..config.schema import Config
 from ..models.topology import capture_inputs
 from ..progress import Track, no_progress
 from ..quant.affine import QParams, fake_quantize
-from ..quant.gptq import HessianAccumulator
-from ..runtime.denoiser import full_denoiser, guided_predict, timestep_group
+from ..quant.gptq import Curvature, HessianAccumulator
+from ..runtime.denoiser import Denoiser, full_denoiser, guided_predict, timestep_group
 from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact
+from ..store.partial import Piece
 from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
 from .layer_plan import LayerPlan
+from .prefix import TwofoldDenoiser, before, passes_of
 
 HESSIAN_MEMORY = 2 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
@@ -29,15 +32,32 @@ HESSIAN_ROWS_PER_INPUT = 3
 
 
 def with_hessians(
-    job: QuantizationJob, qparams: dict[str, QParams | None], gptq: bool, track: Track
-) -> Iterator[tuple[LayerPlan, Tensor | None]]:
-    """Every layer with its Hessian, or with None where rounding is to be nearest."""
-    rounded = [p for p in job.plans if gptq and p.weight_bits != FLOAT_BITS]
-    for group in hessian_groups(rounded):
-        hessians = collect_hessians(job.planned(group), qparams, track)
-        for plan in group:
-            yield plan, hessians.pop(plan.name)
-    yield from ((plan, None) for plan in job.plans if plan not in rounded)
+    job: QuantizationJob,
+    qparams: dict[str, QParams | None],
+    rounded: Mapping[str, Piece],
+    track: Track,
+) -> Iterator[tuple[LayerPlan, Curvature | None]]:
+    """Every layer that is not rounded yet with its curvature; None where rounding is nearest.
+
+    rounded: finished layers; whoever takes a layer puts it there, and layers of later passes get
+    their inputs from behind it (weights.passes).
+    """
+    weights = job.config.quantization.weights
+    gptq = weights.rounding != "nearest"  # the others start from its codes
+    wanted = [p for p in job.plans if gptq and p.weight_bits != FLOAT_BITS]
+    groups, twofold = [wanted], weights.passes > 1 or weights.asymmetry > 0
+    if twofold and wanted:
+        groups = passes_of(job, weights.passes)
+    for number, group in enumerate(groups):
+        prefix = before(groups, number)
+        for part in hessian_groups([plan for plan in group if plan.name not in rounded]):
+            denoiser = full_denoiser(job.model)
+            if twofold:
+                denoiser = TwofoldDenoiser(job, {n: rounded[n].tensors for n in prefix})
+            found = collect_hessians(job.planned(part), qparams, track, denoiser)
+            for plan in part:
+                yield plan, found.pop(plan.name)
+    yield from ((plan, None) for plan in job.plans if plan.name not in rounded)
 
 
 def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
@@ -55,31 +75,51 @@ def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
 
 
 def collect_hessians(
-    job: QuantizationJob, qparams: dict[str, QParams | None], track: Track = no_progress
-) -> dict[str, Tensor]:
-    """Hessian [I, I] per layer, of its smoothed and quantized input on the calibration rows."""
+    job: QuantizationJob,
+    qparams: dict[str, QParams | None],
+    track: Track = no_progress,
+    denoiser: Denoiser | None = None,
+) -> dict[str, Curvature]:
+    """Curvature per layer, of its smoothed and quantized input on the calibration rows.
+
+    denoiser: instead of full precision; of a twofold one the second half of rows is the input,
+    and the first half what it has drifted from.
+    """
     config, model, calibration = job.config, job.model, job.calibration
     by_name = {plan.name: plan for plan in job.plans}
     batches = hessian_batches(calibration, config.calibration.batch_size)
     accumulators = {p.name: HessianAccumulator(p.in_features) for p in job.plans}
-    denoiser = full_denoiser(model)
-    bounds = job.group_bounds
+    denoiser = denoiser or full_denoiser(model)
+    twofold = isinstance(denoiser, TwofoldDenoiser)
+    bounds, to_see = job.group_bounds, dict.fromkeys(by_name)
 
     def receive(name: str, x: Tensor) -> None:
         plan, parameters = by_name[name], qparams[name]
         rows = rows_per_call(plan, len(batches))
-        x = job.factor(name).apply(thinned(x, plan, rows).float(), plan.channel_axis)
+        *full, x = (
+            job.factor(name).apply(thinned(part, plan, rows).float(), plan.channel_axis)
+            for part in (x.chunk(2) if twofold else [x])
+        )
         if parameters is not None:
             group = timestep_group(denoiser.step.timestep, bounds)
             x = fake_quantize(x, parameters.at(group), activation_spec(plan.activation_bits))
-        accumulators[name].update(x, plan.layer, rows)
+        accumulators[name].update(x, plan.layer, rows, *full)
+        to_see.pop(name, None)
+        if twofold and not to_see:
+            raise _AllSeen
 
-    with capture_inputs(model.denoiser, list(by_name), receive):
+    with capture_inputs(denoiser.module, list(by_name), receive):
         for t, picked in track(batches, "collecting Hessians", len(batches), "calls"):
+            to_see = dict.fromkeys(by_name)
             labels = calibration.tensors["inputs.class"][picked]
             predict = guided_predict(model, denoiser, labels, config.sampling.guidance_scale)
-            predict(calibration.tensors["inputs.x"][picked], torch.tensor(t))
-    return {name: accumulator.hessian() for name, accumulator in accumulators.items()}
+            with suppress(_AllSeen):  # what comes behind the last layer need not be computed
+                predict(calibration.tensors["inputs.x"][picked], torch.tensor(t))
+    return {name: accumulator.curvature() for name, accumulator in accumulators.items()}
+
+
+class _AllSeen(Exception):
+    """Every layer that a pass is about has had its input."""
 
 
 def rows_per_call(plan: LayerPlan, calls: int) -> int:
@@ -114,18 +154,24 @@ def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float,
 def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     """The calls, and the outer product of every input vector. plans: of quantized weights.
 
-    At the end each Hessian of a group is held twice, beside the last one of the group before.
+    At the end each Hessian of a group is held twice, beside the last one of the group before. A
+    pass of several sees every row twice and ends behind its last layer, on average halfway; drifts
+    are as large as Hessians.
     """
+    weights = config.quantization.weights
+    twofold = weights.passes > 1 or weights.asymmetry > 0
     batch = min(config.calibration.batch_size, config.calibration.trajectories)
     rows = min(HESSIAN_CALLS, call.steps) * batch * call.copies
     groups = hessian_groups(plans)
-    macs = float(len(groups) * rows * call.macs)
+    calls = weights.passes + 1 if twofold else len(groups)
+    macs = float(calls * rows * call.macs)
     held = last = 0.0
+    matrices = 2 if twofold else 1
     for group in groups:
-        sizes = [4.0 * plan.in_features**2 for plan in group]
+        sizes = [4.0 * matrices * plan.in_features**2 for plan in group]
         held, last = max(held, last + 2 * sum(sizes)), sizes[-1]
         for plan in group:
             positions = call.layer_macs.get(plan.name, 0) / plan.layer.weight.numel()
-            macs += min(rows * positions, wanted_rows(plan)) * plan.in_features**2
-    calling = held / 2 + call.full_bytes(batch * call.copies)
+            macs += matrices * min(rows * positions, wanted_rows(plan)) * plan.in_features**2
+    calling = held / 2 + matrices * call.full_bytes(batch * call.copies)
     return Cost(max(held, calling), macs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.reference import simulate
 from ..quant.affine import QParams
+from ..quant.gptq import Curvature, asymmetric_target
 from ..quant.layers import QuantizedLayer, StepState
 from ..quant.packing import pack
 from ..quant.rounding import CLIP_FRACTIONS, hessian_error, round_gptq, round_nearest
@@ -33,9 +34,13 @@ def quantize_layer(
     plan: LayerPlan,
     qparams: QParams | None,
     factor: SmoothingFactor,
-    hessian: Tensor | None,
+    curvature: Curvature | None,
+    asymmetry: float = 0.0,
 ) -> tuple[dict[str, Tensor], LayerEntry]:
-    """The artifact's tensors of one layer (without its name) and its entry."""
+    """The artifact's tensors of one layer (without its name) and its entry.
+
+    curvature: rounding is nearest without it; asymmetry: strength of `asymmetric_target`.
+    """
     layer = plan.layer
     weight = layer.weight.detach().float().cpu()
     bias = None if layer.bias is None else layer.bias.detach().float().cpu()
@@ -43,6 +48,10 @@ def quantize_layer(
     entry = plan.entry(smoothed=factor is not IDENTITY, shifted=factor.shift is not None)
     tensors = {"weight": weight}
     if plan.weight_bits != FLOAT_BITS:
+        if curvature is not None:
+            flat = asymmetric_target(weight.flatten(1), curvature, asymmetry)
+            weight = flat.reshape(weight.shape)
+        hessian = None if curvature is None else curvature.hessian
         tensors, entry = _round_weight(plan, weight, hessian, entry)
     if qparams is not None:
         tensors["input_scale"], tensors["input_zero_point"] = qparams

@@ -5,9 +5,14 @@
 | hessian [I, I] = 2 X X^T / n over n input vectors | H |
 | inverse_factor, upper triangular, inverse_factor^T inverse_factor = H^-1 | Cholesky(H^-1)^T |
 | dampening | lambda, 1% of the mean diagonal |
+
+With a drift, the target is the output of full precision where the inputs have moved away from it
+(GPTAQ, Li et al. 2025, arXiv 2504.02692), see `asymmetric_target`.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +26,17 @@ BLOCK = 128
 MAX_DAMPENING_TRIES = 4
 
 
+class Curvature(NamedTuple):
+    """What rounding knows of a layer's inputs X [n, I].
+
+    hessian: 2 X^T X / n, [I, I]; drift: 2 (X_full - X)^T X / n, [I, I], with the inputs of full
+    precision, or None where nobody looked at these.
+    """
+
+    hessian: Tensor
+    drift: Tensor | None = None
+
+
 class HessianAccumulator:
     """H = 2 X X^T / n of a layer's input vectors, as they stand before the weight.
 
@@ -30,24 +46,42 @@ class HessianAccumulator:
 
     def __init__(self, in_features: int):
         self.total = torch.zeros(in_features, in_features)
+        self.moved: Tensor | None = None
         self.count = 0
 
-    def update(self, x: Tensor, layer: nn.Conv2d | nn.Linear, max_rows: int | None = None) -> None:
+    def update(
+        self,
+        x: Tensor,
+        layer: nn.Conv2d | nn.Linear,
+        max_rows: int | None = None,
+        full: Tensor | None = None,
+    ) -> None:
         """x: input of the layer, smoothed and quantized as at run time.
 
-        max_rows: use at most so many input vectors, evenly strided.
+        max_rows: use at most so many input vectors, evenly strided. full: the smoothed input of
+        full precision, for the drift; in all updates or in none.
         """
         rows = input_vectors(x, layer, max_rows)
         self.total = self.total.to(rows.device).addmm_(rows.T, rows)
         self.count += len(rows)
+        if full is not None:
+            moved = torch.zeros_like(self.total) if self.moved is None else self.moved
+            self.moved = moved.addmm_((input_vectors(full, layer, max_rows) - rows).T, rows)
 
     def merge(self, other: HessianAccumulator) -> None:
         self.total += other.total
         self.count += other.count
+        if other.moved is not None:
+            self.moved = other.moved if self.moved is None else self.moved + other.moved
 
     def hessian(self) -> Tensor:
         """[I, I] float32 on the CPU."""
         return self.total.cpu() * (2 / max(1, self.count))
+
+    def curvature(self) -> Curvature:
+        """The Hessian, and the drift where `update` was given full precision."""
+        moved = None if self.moved is None else self.moved.cpu() * (2 / max(1, self.count))
+        return Curvature(self.hessian(), moved)
 
 
 def input_vectors(x: Tensor, layer: nn.Conv2d | nn.Linear, max_rows: int | None = None) -> Tensor:
@@ -152,3 +186,22 @@ def gptq_codes(
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result, note
+
+
+def asymmetric_target(weight: Tensor, curvature: Curvature, strength: float) -> Tensor:
+    """W + s W D (H + lambda I)^-1: the weight whose output on X comes nearest to the target.
+
+    weight: [O, I]. The target is W (X + s (X_full - X)): at strength s = 0 the layer's own output
+    on its quantized inputs, at 1 that of full precision. W itself without a drift, and where the
+    damped Hessian is not positive definite.
+    """
+    hessian, drift = curvature
+    if drift is None or strength == 0:
+        return weight
+    damped = hessian.clone()
+    damped.diagonal()[damped.diagonal() <= 0] = 1.0
+    damped.diagonal().add_(DAMPENING * _scale_of(hessian.diagonal()))
+    lower, bad = torch.linalg.cholesky_ex(damped)
+    if bad:
+        return weight
+    return weight + strength * torch.cholesky_solve((weight @ drift).T, lower).T

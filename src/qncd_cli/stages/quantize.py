@@ -205,14 +205,13 @@ def quantized_layers(
 ) -> dict[str, Piece]:
     """The artifact's tensors of every layer (without its name) and the body of its entry."""
     config = job.config.quantization
-    gptq = config.weights.rounding != "nearest"  # the others start from its codes
     names = [plan.name for plan in job.plans]
     found = {n: piece for n in names if (piece := job.partial.take(f"{LAYER}{n}")) is not None}
-    todo = job.planned([plan for plan in job.plans if plan.name not in found])
-    work = with_hessians(todo, qparams, gptq, track)
-    for plan, hessian in track(work, ROUNDING, len(todo.plans), "layers"):
-        name = plan.name
-        tensors, entry = quantize_layer(plan, qparams[name], job.factor(name), hessian)
+    work = with_hessians(job, qparams, found, track)
+    for plan, curvature in track(work, ROUNDING, len(names) - len(found), "layers"):
+        name, asymmetry = plan.name, config.weights.asymmetry
+        factor = job.factor(name)
+        tensors, entry = quantize_layer(plan, qparams[name], factor, curvature, asymmetry)
         if config.bias_correction:
             groups = job.calibration.body["groups"]
             tensors |= correct_bias(plan, tensors, outputs[name], groups)
