@@ -153,4 +153,5 @@ def test_best_label_spends_no_bits_that_the_label_does_not_name(tmp_path):
     assert (label.sensitive.weight_bits, label.sensitive.activation_bits) == (0, 0)
     assert (spent.sensitive.weight_bits, spent.sensitive.activation_bits) == (0.6, 1.0)
     assert (label.first_last_bits, label.first_last_activation_bits) == (8, 8)
+    assert (label.first_margin, spent.first_margin) == (1.3, 1.0)
     assert label.activations == spent.activations and label.weights == spent.weights

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -209,3 +210,23 @@ def test_wide_inputs_reach_beyond_all_groups(tiny_model, bits):
     assert found.scale.shape == (3,)
     assert (top - MARGIN * most).abs().max() <= found.scale.max()
     assert (bottom - MARGIN * least).abs().max() <= found.scale.max()
+
+
+@pytest.mark.parametrize(("name", "margin"), [("conv_in", 1.5), ("mid_block.layer", 1.0)])
+def test_the_first_layer_alone_reaches_beyond_the_noise_that_calibration_saw(
+    tiny_model, name, margin
+):
+    plan = replace(plan_of("linear", 8), name=name, observer="minmax")
+    state = state_of(plan, {0: inputs_of("linear", 0)})
+    tensors = {f"{name}.input_{key}": value for key, value in state.items()}
+    calibration = Artifact("calibration", tensors, {}, "c" * 16, "m" * 16)
+    model = load_model(str(tiny_model))
+    spans = []
+    for first_margin in (1.0, 1.5):
+        config = config_of(tiny_model)
+        quantization = config.quantization.model_copy(update={"first_margin": first_margin})
+        config = config.model_copy(update={"quantization": quantization})
+        found = input_qparams(QuantizationJob(config, model, calibration, [plan], {}), plan, None)
+        assert found is not None
+        spans.append(255 * found.scale[0])
+    assert spans[1] / spans[0] == pytest.approx(margin, rel=0.01)

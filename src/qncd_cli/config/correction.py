@@ -48,6 +48,11 @@ class InterConfig(Section):
         "full_precision", description="what full precision reads as well is no noise"
     )
     slope: bool = Field(False, description="also divide by the slope over full precision's")
+    noise: Literal["plain", "balanced", "antithetic"] = Field(
+        "plain",
+        description="that run-time estimates add: as published, with the mean zero in every "
+        "channel, or twice with opposite signs",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> InterConfig:
@@ -69,7 +74,12 @@ class InterConfig(Section):
             self.part == 1 or not self.depends_on_batch
         ):  # sets drawn before there was a part stay valid
             del tree["part"]
-        for key in ("first", "repeat"):  # and those drawn before these keys were there
+        for key in (
+            "first",
+            "repeat",
+            "noise",
+            "readings",
+        ):  # and those drawn before these keys were there
             if tree[key] == InterConfig.model_fields[key].default:
                 del tree[key]
         return tree

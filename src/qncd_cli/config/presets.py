@@ -82,6 +82,7 @@ _BEST_LABEL: Tree = merged(
     {
         "quantization": {
             "first_last_activation_bits": 8,
+            "first_margin": 1.3,
             "sensitive": {"weight_bits": 0.0, "activation_bits": 0.0},
         }
     },

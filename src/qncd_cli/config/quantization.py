@@ -157,6 +157,13 @@ class QuantizationConfig(Section):
     first_last_activation_bits: Bits = Field(
         16, description="their activations; above 8 bits in two passes of 8-bit kernels"
     )
+    first_margin: float = Field(
+        1.0,
+        ge=1,
+        le=4,
+        description="how far the first layer's input range of up to 8 bits reaches beyond that of "
+        "calibration, which saw less of the initial noise than all samples will",
+    )
     first_last_observer: Observer = Field(
         "minmax", description="clipping the outer layers' tails costs the most"
     )

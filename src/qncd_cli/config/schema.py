@@ -82,14 +82,18 @@ class Config(Section):
             del widths["cache_time_embeddings"], widths["attention"]
             del widths["preset"], widths["strict"]
             del widths["activations"]["timestep_groups"]
-            del widths["sensitive"], widths["bias_correction"]
+            del widths["sensitive"], widths["bias_correction"], widths["first_margin"]
             weights = widths["weights"]
             nearest = weights["rounding"] == "nearest"
             widths["weights"] = {"bits": weights["bits"], "nearest": nearest}
             inputs["widths"] = widths
         if stage == "quantize":
-            inputs["quantization"] = tree["quantization"]
-            del inputs["quantization"]["preset"], inputs["quantization"]["strict"]  # names only
+            quantization = inputs["quantization"] = tree["quantization"]
+            del quantization["preset"], quantization["strict"]  # names only
+            added = ((quantization, "first_margin", 1.0), (quantization["weights"], "passes", 1))
+            for section, key, value in (*added, (quantization["weights"], "asymmetry", 0.0)):
+                if section[key] == value:  # as before there was the key
+                    del section[key]
             inputs["estimator_target"] = tree["correction"]["inter"]["target"]
         return inputs
 

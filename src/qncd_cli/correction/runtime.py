@@ -39,6 +39,7 @@ from .baseline import GRANULARITIES, Estimate, EstimatorBaseline
 from .statistics import timestep_key
 
 TARGETS = ("injected", "total")
+NOISES = ("plain", "balanced", "antithetic")
 SLOPE_RATIOS = (0.5, 2.0)
 """A slope farther from the full-precision one says that the estimate failed; it is clamped."""
 
@@ -143,6 +144,9 @@ class RuntimeCorrection:
     part: of the batch that has estimates of its own: the first ceil(part N) samples, for which
         alone the extra call is made. The others take the mean of their readings, so that below 1
         (not in the paper) a sample depends on its batch, too.
+    noise: z. "balanced" has the mean zero in every channel of every sample, which takes its part of
+        the chance out of the mean; "antithetic" asks twice, with z and -z, and takes the mean of
+        both readings, from which all that is linear in z is gone. Neither is in the paper.
     apply: False only records `estimates`. deduct_variance: see `deductible_variance`.
     """
 
@@ -158,10 +162,12 @@ class RuntimeCorrection:
         part: float = 1.0,
         baseline: EstimatorBaseline | None = None,
         slope: bool = False,
+        noise: str = "plain",
         apply: bool = True,
         deduct_variance: bool = True,
     ):
         _check_choice("target", target, TARGETS)
+        _check_choice("noise", noise, NOISES)
         _check_choice("granularity", granularity, GRANULARITIES)
         if interval < 1:
             raise ConfigError(f"correction interval {interval} is not positive", "use 1 or more")
@@ -175,7 +181,7 @@ class RuntimeCorrection:
         self.target, self.granularity = target, granularity
         self.interval, self.first, self.repeat = interval, first, repeat
         self.estimated = estimated_of(len(self.generators), part)
-        self.baseline, self.slope = baseline, slope
+        self.baseline, self.slope, self.noise = baseline, slope, noise
         self.apply, self.deduct_variance = apply, deduct_variance
         self.extra_calls = 0
         self.estimates: list[Estimate] = []
@@ -216,11 +222,25 @@ class RuntimeCorrection:
             if not self._due or not step.lowers:
                 return
             self._due = False
-        self.extra_calls += 1
         self._check_size(x_next)
         assert step.x0 is not None
         x_next, x0 = x_next[: self.estimated], step.x0[: self.estimated]
         z = self._draw(x_next)
+        draws = (z, -z) if self.noise == "antithetic" else (z,)
+        readings = [self._read(step, x_next, x0, draw, predict) for draw in draws]
+        q, k = (torch.stack(parts).mean(0) for parts in zip(*readings, strict=True))
+        self._store(timestep_key(step.t), q, k)
+
+    def _read(
+        self,
+        step: Step,
+        x_next: Tensor,
+        x0: Tensor,
+        z: Tensor,
+        predict: Callable[[Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """e^ less what a perfect model returns [N, C, ...], and its slope over z [N]."""
+        self.extra_calls += 1
         x_t = renoise(x_next, step.abar_t, step.abar_next, z)
         e = predict(x_t, torch.as_tensor(step.t, device=x_t.device))
         noise = z
@@ -228,7 +248,7 @@ class RuntimeCorrection:
             eps_s = contained_noise(x_next, x0, step.abar_next)
             noise = total_noise(eps_s, z, step.abar_t, step.abar_next)
         perfect = noise - x0 if step.velocity else noise
-        self._store(timestep_key(step.t), e - perfect, slope(e, z))
+        return e - perfect, slope(e, z)
 
     def deductible_variance(self, step: Step) -> Tensor | None:
         """var_q [N]: what the latest estimate leaves after its mean, less the baseline's.
@@ -247,8 +267,10 @@ class RuntimeCorrection:
     def _draw(self, like: Tensor) -> Tensor:
         """z ~ N(0, I), every sample from its own generator, on the CPU in float32."""
         generators = self.generators[: len(like)]
-        draws = [torch.randn((1, *like.shape[1:]), generator=g) for g in generators]
-        return torch.cat(draws).to(like)
+        z = torch.cat([torch.randn((1, *like.shape[1:]), generator=g) for g in generators])
+        if self.noise == "balanced":
+            z = z - z.flatten(2).mean(2).reshape(*z.shape[:2], *[1] * (z.ndim - 2))
+        return z.to(like)
 
     def _store(self, t: int, q: Tensor, k: Tensor) -> None:
         mean = reduce_mean(q, self.granularity)

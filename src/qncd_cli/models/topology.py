@@ -111,6 +111,11 @@ def is_outer_layer(name: str) -> bool:
     return name in _FIRST + _LAST
 
 
+def is_first_layer(name: str) -> bool:
+    """Whether a layer reads the latent itself, and with it the initial noise."""
+    return name in _FIRST
+
+
 def skip_boundaries(denoiser: nn.Module) -> dict[str, int]:
     """Layers that read a concatenation of features and a skip connection: channels of the first.
 

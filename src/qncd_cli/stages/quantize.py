@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..config.schema import Config
 from ..machine import give_back
 from ..models.loading import DiffusionModel
+from ..models.topology import is_first_layer
 from ..progress import Track, no_progress
 from ..ptq import bit_budget, extra_bits, hessians, layer, noise, output_ranges, reconstruct
 from ..ptq.attention import quantize_attention
@@ -191,6 +192,9 @@ def input_qparams(
         assert output is not None
         return choose_qparams(*output.ranges(state, percentile), spec)
     low, high = choose_range(state, plan.observer, spec, percentile)
+    if is_first_layer(plan.name):
+        margin = job.config.quantization.first_margin
+        low, high = margin * low, margin * high
     return choose_qparams(low, high, spec)
 
 

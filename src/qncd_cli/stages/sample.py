@@ -228,6 +228,7 @@ def make_correction(
         part=inter.part,
         baseline=EstimatorBaseline.from_statistics(statistics) if compared else None,
         slope=inter.slope,
+        noise=inter.noise,
         deduct_variance=deduct,
     )
 
