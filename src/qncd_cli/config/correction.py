@@ -74,12 +74,8 @@ class InterConfig(Section):
             self.part == 1 or not self.depends_on_batch
         ):  # sets drawn before there was a part stay valid
             del tree["part"]
-        for key in (
-            "first",
-            "repeat",
-            "noise",
-            "readings",
-        ):  # and those drawn before these keys were there
+        added = ("first", "repeat", "noise")  # sets drawn before there were these keys stay valid
+        for key in added:
             if tree[key] == InterConfig.model_fields[key].default:
                 del tree[key]
         return tree
