@@ -21,6 +21,7 @@ from ..vocabulary import (
     DIRECTIONS,
     IDENTICAL,
     IDENTICAL_DB,
+    MISSING,
     NUMBERS,
     cell,
     heading,
@@ -36,6 +37,11 @@ KEYS = (
     *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
     *("bytes", "bit_operations", "extra_calls", "seconds"),
 )
+FIRST = (
+    *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
+    *("sqnr_median_db", GAIN, "psnr_median_db", "psnr_q05_db", "changed", "bytes", "seconds"),
+)
+"""What a page shows at once; more columns do not fit beside each other."""
 COLUMNS = ("variant", "bits", *map(heading, KEYS))
 NOTE = (
     f"{DIRECTIONS} Bits: of weights and of activations, in brackets the means over all "
@@ -131,6 +137,7 @@ def html(table: Mapping[str, Any], title: str, strips: Sequence[Strip], folder: 
 
     Contact sheets are linked relative to `folder`, where the page is to lie.
     """
+    lines = cells(table)
     encoded = encode_all([image for strip in strips for image in strip.images])
     uris = iter(encoded.uris)
     charts = [
@@ -149,8 +156,9 @@ def html(table: Mapping[str, Any], title: str, strips: Sequence[Strip], folder: 
         "ablation.html",
         title=title,
         verdict=_verdict(table),
-        columns=COLUMNS,
-        lines=cells(table),
+        columns=_columns(lines),
+        all_columns=COLUMNS,
+        lines=lines,
         note=NOTE,
         scatter=_scatter(table["rows"]),
         charts=charts,
@@ -172,6 +180,12 @@ def html(table: Mapping[str, Any], title: str, strips: Sequence[Strip], folder: 
     )
 
 
+def _columns(lines: Sequence[Mapping[str, str]]) -> list[str]:
+    """Headings of FIRST that some row has a number under."""
+    named = [heading(key) for key in FIRST]
+    return ["variant", "bits", *(n for n in named if any(line[n] != MISSING for line in lines))]
+
+
 def _verdict(table: Mapping[str, Any]) -> str:
     """The row of highest median PSNR, in a sentence; empty where no row has one."""
     known = [row for row in table["rows"] if row.get("psnr_median_db") is not None]
@@ -180,8 +194,11 @@ def _verdict(table: Mapping[str, Any]) -> str:
     best = max(known, key=lambda row: row["psnr_median_db"])
     size = (table["full"] or {}).get("bytes")
     smaller = f", {size / best['bytes']:.1f} times smaller" if size else ""
-    decibels = said("psnr_median_db", best["psnr_median_db"])
-    return f"Closest to full precision: {_name(best)}, median PSNR {decibels}{smaller}."
+    if best["psnr_median_db"] >= IDENTICAL_DB:
+        images = f"{IDENTICAL} images"
+    else:
+        images = f"median PSNR {said('psnr_median_db', best['psnr_median_db'])}"
+    return f"Closest to full precision: {_name(best)}, {images}{smaller}."
 
 
 def _scatter(rows: Sequence[Mapping[str, Any]]) -> Markup | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -26,6 +26,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#00
 DASHES = ("none", "7 3", "2 3", "9 3 2 3")
 BINS = 20
 """Bars of a histogram, at most; more are empty in sets of some dozen images."""
+LETTER, LINE = 7.0, 13.0
+"""Units of a letter and of a line of names in a scatter."""
 LABELLED = 12
 """Points of a scatter that are named beside them; more would lie on each other."""
 
@@ -56,7 +58,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    """One named point. anchor: of its name, start or end."""
+    """One named point. anchor: of its name, start or end; name_y: where the name stands."""
 
     x: float
     y: float
@@ -64,6 +66,13 @@ class Point:
     name: str
     title: str
     anchor: str
+    name_y: float
+
+    @property
+    def name_spans(self) -> tuple[float, float]:
+        """Where the name begins and ends, about."""
+        width = LETTER * len(self.name)
+        return (self.x, self.x + width) if self.anchor == "start" else (self.x - width, self.x)
 
 
 @dataclass(frozen=True)
@@ -184,17 +193,13 @@ def scatter(points: Sequence[tuple[str, float, float, int]], x_name: str, y_name
     x_ticks, y_ticks = (nice_ticks(min(v, default=0), max(v, default=1)) for v in (xs, ys))
     x = _scale(x_ticks[0], x_ticks[-1], LEFT, WIDTH - RIGHT)
     y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    made = [
-        Point(
-            x(a),
-            y(b),
-            series,
-            name if len(points) <= LABELLED else "",
-            f"{name}: {number(a)}, {number(b)}",
-            "end" if x(a) > WIDTH * 0.6 else "start",
-        )
-        for name, a, b, series in points
-    ]
+    made: list[Point] = []
+    for name, a, b, series in sorted(points, key=lambda point: -point[2]):
+        text = name if len(points) <= LABELLED else ""
+        anchor = "end" if x(a) > WIDTH * 0.6 else "start"
+        title = f"{name}: {number(a)}, {number(b)}"
+        point = Point(x(a), y(b), series, text, title, anchor, y(b))
+        made.append(replace(point, name_y=_free(point, made)))
     frame = Frame(
         x_name,
         y_name,
@@ -204,6 +209,17 @@ def scatter(points: Sequence[tuple[str, float, float, int]], x_name: str, y_name
     )
     rows = [[name, number(a), number(b)] for name, a, b, _ in points]
     return _figure(frame, points=made, table=Table(["", x_name, y_name], rows))
+
+
+def _free(point: Point, placed: Sequence[Point]) -> float:
+    """A height for the point's name below all names that it would lie on."""
+    place = point.y
+    left, right = point.name_spans
+    for other in placed:
+        a, b = other.name_spans
+        if left < b and a < right and abs(place - other.name_y) < LINE:
+            place = other.name_y + LINE
+    return place
 
 
 def _figure(frame: Frame, **marks: Any) -> Markup:

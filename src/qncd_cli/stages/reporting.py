@@ -85,7 +85,7 @@ def run(
             tallied(sources.tally) if sources.tally else None,
         )
     )
-    shown = [pair for group in groups for pair in group.pairs]
+    shown = sorted((pair for group in groups for pair in group.pairs), key=lambda pair: pair.psnr)
     return report, png_bytes(pair_sheet(shown))
 
 
