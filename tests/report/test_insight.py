@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qncd_cli.correction.offline import PtqdCorrection
+from qncd_cli.correction.offline import AffineCorrection, PtqdCorrection
 from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.report.insight import (
     AFTER,
@@ -20,7 +20,7 @@ from qncd_cli.report.insight import (
 )
 
 
-def test_noise_before_and_after_ptqd_is_that_of_the_pairs() -> None:
+def test_noise_before_and_after_each_offline_correction_is_that_of_the_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     statistics, pairs = NoiseStatistics(), {}
     for t in (1, 500):
@@ -31,11 +31,17 @@ def test_noise_before_and_after_ptqd_is_that_of_the_pairs() -> None:
     tensors = statistics.finish()
     curves = noise_curves(tensors)
     assert curves.timesteps == [500, 1], "in the order of sampling"
-    correct = PtqdCorrection(tensors).correct
+    ptqd, affine = PtqdCorrection(tensors).correct, AffineCorrection(tensors).correct
     for place, t in enumerate(curves.timesteps):
         eps, noisy = pairs[t]
         step = type("Step", (), {"t": float(t)})
-        for name, prediction in {"no correction": noisy, "ptqd": correct(step, noisy)}.items():
+        corrected = {
+            "no correction": noisy,
+            "ptqd": ptqd(step, noisy),
+            "affine": affine(step, noisy),
+        }
+        assert corrected.keys() == curves.mean.keys() == curves.spread.keys()
+        for name, prediction in corrected.items():
             left = (prediction - eps).transpose(0, 1).flatten(1).double()
             mean = left.mean(1).square().mean().sqrt()
             assert curves.mean[name][place] == pytest.approx(float(mean), abs=1e-5)

@@ -77,7 +77,8 @@ class NoiseStatistics:
         mean, variance [T, C] of q; correlation_k [T], residual_mean [T, C], residual_variance [T]
         of q = k eps + r (least squares with one intercept per channel; the variance is what
         remains around the intercepts); affine_a, affine_b [T, C] of eps ~ a eps~ + b, ridge
-        regression toward a = 1, b = 0. Raises ValueError if nothing was added.
+        regression toward a = 1, b = 0; affine_mean [T, C], affine_variance [T] of what that leaves,
+        a eps~ + b - eps. Raises ValueError if nothing was added.
         """
         if not self.sums:
             raise ValueError("no noise statistics: update was never called")
@@ -95,14 +96,19 @@ class NoiseStatistics:
         det = slope_weight * (1 + ridge) - g * g
         alpha = (g * q - (1 + ridge) * gq) / det
         b = (g * gq - slope_weight * q) / det
+        a = 1 + alpha
+        cov_fg, cov_gg = cov_ff + cov_qf, cov_ff + 2 * cov_qf + cov_qq
+        left = (cov_ff - 2 * a * cov_fg + a**2 * cov_gg).clamp(min=0)
         result = {
             "mean": q,
             "variance": cov_qq.clamp(min=0),
             "correlation_k": k,
             "residual_mean": q - kc * f,
             "residual_variance": residual.mean(1),
-            "affine_a": 1 + alpha,
+            "affine_a": a,
             "affine_b": b,
+            "affine_mean": a * g + b - f,
+            "affine_variance": left.mean(1),
         }
         tensors = {name: value.to(torch.float32) for name, value in result.items()}
         return {"timesteps": torch.tensor(times, dtype=torch.int64), **tensors}

@@ -100,9 +100,14 @@ def noise_curves(statistics: Tensors) -> NoiseCurves | None:
     power = statistics["mean"].double().square().mean(1)
     variance = statistics["variance"].double().mean(1)
     left = statistics["residual_variance"].double() / k.square()
-    raw, ptqd = "no correction", "ptqd"
-    mean = {raw: power.sqrt(), ptqd: torch.zeros_like(power)}
-    spread = {raw: variance.sqrt(), ptqd: left.sqrt()}
+    raw, ptqd, affine = "no correction", "ptqd", "affine"
+    shifted = statistics["affine_mean"].double().square().mean(1)
+    mean = {raw: power.sqrt(), ptqd: torch.zeros_like(power), affine: shifted.sqrt()}
+    spread = {
+        raw: variance.sqrt(),
+        ptqd: left.sqrt(),
+        affine: statistics["affine_variance"].double().sqrt(),
+    }
     return NoiseCurves(
         steps[::-1],
         {name: values.flip(0).tolist() for name, values in mean.items()},

@@ -207,8 +207,9 @@ def _steps(report: Report) -> list[tuple[str, Markup, str]]:
     if report.noise is not None:
         at_once = (
             "Of the quantized model at the same inputs as full precision, on calibration seeds: "
-            "before any correction, and what PTQD's statistics leave of it. The run-time "
-            "correction estimates noise anew in every trajectory; its effect is in the SQNR."
+            "before any correction, and what those leave that are prepared offline for single "
+            "predictions. The run-time and the step-wise correction work along a trajectory; "
+            "their effect is in the SQNR of a set that was drawn with them."
         )
         mean = line_chart(report.noise.mean, STEP, "mean of the noise")
         spread = line_chart(report.noise.spread, STEP, "spread of the noise")

@@ -7,7 +7,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, batch_min, batch_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
 | quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
-| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, runtime_mean [T, C], correlation_k, residual_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T]; stepwise_prediction, stepwise_latent [S, C], stepwise_field [S, C, *grid] | channels, steps, sampler_steps, grid, sampling, target |
+| noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, affine_mean, runtime_mean [T, C], correlation_k, residual_variance, affine_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T]; stepwise_prediction, stepwise_latent [S, C], stepwise_field [S, C, *grid] | channels, steps, sampler_steps, grid, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 | partial | `<piece>/<name>`: whatever a stage has done so far (store/partial.py) | made_from, pieces {name: {value, tensors {name: [type, shape]}}} |
 """
@@ -104,9 +104,17 @@ def _quantized_layout(body: dict) -> Layout:
 
 def _noise_stats_layout(body: dict) -> Layout:
     steps, channels = body["steps"], body["channels"]
-    per_channel = ("mean", "variance", "residual_mean", "affine_a", "affine_b", "runtime_mean")
+    per_channel = (
+        *("mean", "variance", "residual_mean", "runtime_mean"),
+        *("affine_a", "affine_b", "affine_mean"),
+    )
     runtime = ("variance", "slope", "tensor_gain", "channel_gain", "slope_gain")
-    per_step = ("correlation_k", "residual_variance", *[f"runtime_{name}" for name in runtime])
+    per_step = (
+        "correlation_k",
+        "residual_variance",
+        "affine_variance",
+        *[f"runtime_{name}" for name in runtime],
+    )
     layout: Layout = {"timesteps": (INT64, (steps,))}
     layout |= dict.fromkeys(per_channel, (FLOAT32, (steps, channels)))
     layout |= dict.fromkeys(per_step, (FLOAT32, (steps,)))
@@ -146,7 +154,7 @@ KINDS: dict[str, _Kind] = {
     "calibration": _Kind(3, _calibration_layout, "qncd calibrate"),
     "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate"),
     "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
-    "noise_stats": _Kind(3, _noise_stats_layout, "qncd quantize"),
+    "noise_stats": _Kind(4, _noise_stats_layout, "qncd quantize"),
     "latents": _Kind(1, _latents_layout, "qncd sample"),
     "partial": _Kind(1, _partial_layout, "qncd calibrate or qncd quantize"),
 }
