@@ -66,18 +66,23 @@ def bench_files(run: RunDir) -> list[Path]:
 
 def read_bench(run: RunDir, source: str) -> dict[str, Any] | None:
     """The first of them that is about the model of this source and this machine."""
-    from .. import machine
-
-    here = machine.described()
     for path in bench_files(run):
         try:
             found = read_json(path, "qncd bench")
         except ArtifactError:
             continue
         known = isinstance(found, dict) and isinstance(found.get("rows"), list)
-        if known and found.get("model") == source and found.get("machine") == here:
+        if known and found.get("model") == source and _is_here(found):
             return found
     return None
+
+
+def _is_here(found: Mapping[str, Any]) -> bool:
+    """Whether it was measured on this machine."""
+    from .. import machine
+
+    here: bool = found.get("machine") == machine.described()
+    return here
 
 
 def is_whole(metrics: Any) -> bool:
