@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from qncd_cli import __version__
 from qncd_cli.cli.main import cli
 from qncd_cli.config.presets import PRESETS
 from qncd_cli.config.shipped import shipped_configs
+from qncd_cli.store.files import read_json, write_sealed_json
 
 COMMANDS = [
     "ablate",
@@ -348,9 +348,9 @@ def test_compare_puts_runs_under_full_precision(evaluated, tmp_path):
 def test_compare_refuses_runs_of_different_protocols(evaluated, tmp_path, key):
     work = Qncd(shutil.copytree(evaluated.folder, tmp_path / "work"))
     other = shutil.copytree(work.folder / "runs/tiny", work.folder / "runs/other")
-    metrics = json.loads((other / "metrics.json").read_text())
+    metrics = read_json(other / "metrics.json", "qncd eval")
     metrics["protocol"][key] = "changed"
-    (other / "metrics.json").write_text(json.dumps(metrics))
+    write_sealed_json(other / "metrics.json", metrics)
     result = work("compare", "runs/tiny", "runs/other", ok=False)
     assert result.exit_code == 4
     assert f"different protocols: {key} " in one_line(result)
