@@ -25,7 +25,7 @@ FILES = sorted(str(path.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")
 @pytest.mark.parametrize("name", [f for f in FILES if not {f, f.split("/")[0]} & NO_MODULE.keys()])
 def test_a_test_file_stands_beside_its_module(name):
     folder = Path(name).parent
-    source = ROOT if folder.name == "scripts" else ROOT / "src" / "qncd_cli"
+    source = ROOT if folder.name in ("scripts", "training") else ROOT / "src" / "qncd_cli"
     words = Path(name).stem.removeprefix("test_").split("_")
     modules = ["_".join(words[:count]) for count in range(1, len(words) + 1)]
     assert any((source / folder / f"{module}.py").is_file() for module in modules), name

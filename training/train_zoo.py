@@ -1,13 +1,15 @@
 #!/usr/bin/env python
-"""Train the packaged models on Fashion-MNIST and write them into the package.
+"""Train the packaged models and write them into the package.
 
-    python training/train_zoo.py classifier vq unet ddpm dit record   # all, in this order
-    python training/train_zoo.py unet --steps 6000           # one part again
+    python training/train_zoo.py classifier vq unet ddpm dit record   # on Fashion-MNIST
+    python training/train_zoo.py unet --steps 6000                    # one part again
+    python training/train_zoo.py emoji-vae emoji-unet emoji-classifier emoji-record
 
 Data: the Debian package dataset-fashion-mnist, or any folder with the same four IDX files
-(--data DIR). Images are padded from 28x28 to 32x32. Everything is seeded; training runs in
-bfloat16 autocast on the CPU. Each part appends what it did (data digest, steps, loss, seed,
-quality reached) to training.json beside the weights.
+(--data DIR); images are padded from 28x28 to 32x32. The emoji parts are in emoji_ldm.py, their
+images and classes in emoji_data.py. Everything is seeded; training runs in bfloat16 autocast on
+the CPU. Each part appends what it did (data digest, steps, loss, seed, quality reached) to
+training.json beside the weights.
 """
 
 from __future__ import annotations
@@ -15,28 +17,38 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import json
 import math
-import platform
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import emoji_data
+import emoji_ldm
 import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
-    DiffusionPipeline,
     DiTTransformer2DModel,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
 )
-from diffusers.models.attention_processor import Attention, AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training_loop import (
+    ZOO,
+    Ema,
+    batches,
+    cosine,
+    log,
+    make_scheduler,
+    plain_attention,
+    save_half,
+    save_pipeline,
+    signed,
+    write_record,
+)
 
 from qncd_cli.metrics.features import FashionClassifier
 from qncd_cli.models.pipelines import (
@@ -46,7 +58,6 @@ from qncd_cli.models.pipelines import (
     ClassEmbedder,
 )
 
-ZOO = Path(__file__).resolve().parent.parent / "src" / "qncd_cli" / "zoo"
 LDM = ZOO / "fashion-ldm"
 DDPM = ZOO / "fashion-ddpm"
 DIT = ZOO / "fashion-dit"
@@ -75,46 +86,6 @@ def data_digest(folder: Path) -> str:
     for path in sorted(folder.glob("*-ubyte.gz")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def signed(images: Tensor) -> Tensor:
-    """uint8 -> float in [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def cosine(step: int, steps: int, warmup: int = 200) -> float:
-    """Learning-rate factor: linear warm-up, then cosine to zero."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def batches(count: int, size: int, generator: torch.Generator):
-    """Endless shuffled index batches."""
-    while True:
-        order = torch.randperm(count, generator=generator)
-        for i in range(0, count - size + 1, size):
-            yield order[i : i + size]
-
-
-def log(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
-
-
-def write_record(folder: Path, part: str, record: dict) -> None:
-    path = folder / "training.json"
-    everything = json.loads(path.read_text()) if path.exists() else {}
-    record["torch"] = torch.__version__
-    record["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    record["date"] = time.strftime("%Y-%m-%d")
-    everything[part] = record
-    path.write_text(json.dumps(everything, indent=2, sort_keys=True) + "\n")
-
-
-def save_half(module: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.half() if v.is_floating_point() else v for k, v in module.state_dict().items()}
-    save_file({k: v.contiguous() for k, v in state.items()}, path)
 
 
 # ---------------------------------------------------------------- classifier
@@ -326,37 +297,6 @@ def make_unet() -> UNet2DConditionModel:
     )
 
 
-def make_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="scaled_linear",
-        beta_start=0.0015,
-        beta_end=0.0195,
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
-
-
-class Ema:
-    """Exponential moving average of parameters, with warm-up of the decay."""
-
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay, self.updates = decay, 0
-        self.shadow = [p.detach().clone() for p in module.parameters()]
-
-    def update(self, module: nn.Module) -> None:
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.shadow, list(module.parameters()), 1 - decay)
-
-    def copy_to(self, module: nn.Module) -> None:
-        with torch.no_grad():
-            for p, s in zip(module.parameters(), self.shadow, strict=True):
-                p.copy_(s)
-
-
 def fit(
     args: argparse.Namespace,
     part: str,
@@ -423,13 +363,6 @@ def fit(
     }
 
 
-def plain_attention(model: nn.Module) -> None:
-    """SDPA's backward is slow on a CPU; plain products train faster."""
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.set_processor(AttnProcessor())
-
-
 def load_vq() -> VQModel:
     return VQModel.from_pretrained(LDM / "vqvae", low_cpu_mem_usage=False).float().eval()
 
@@ -474,15 +407,6 @@ def train_unet(args: argparse.Namespace) -> None:
         decay=0.9995,
     )
     write_record(LDM, "unet", record)
-
-
-def save_pipeline(folder: Path, pipeline: DiffusionPipeline) -> None:
-    pipeline.to(torch.float16)
-    pipeline.save_pretrained(folder)
-    for config in folder.glob("*/config.json"):  # diffusers notes the folder a part was read from
-        entries = json.loads(config.read_text())
-        entries.pop("_name_or_path", None)
-        config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
 
 
 # ---------------------------------------------------------------- pixel-space U-Net
@@ -638,6 +562,7 @@ PARTS = {
     "ddpm": train_ddpm,
     "dit": train_dit,
     "record": record_quality,
+    **emoji_ldm.PARTS,
 }
 
 
@@ -647,6 +572,18 @@ def main() -> None:
     )
     parser.add_argument("parts", nargs="+", choices=list(PARTS))
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the four IDX files")
+    parser.add_argument(
+        "--emoji",
+        type=Path,
+        default=emoji_data.CACHE,
+        help="folder of the npm package, fetched there once",
+    )
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=emoji_data.CACHE / "state",
+        help="folder from which stopped emoji parts go on",
+    )
     parser.add_argument("--steps", type=int, help="training steps (samples for record)")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seed", type=int, default=0)

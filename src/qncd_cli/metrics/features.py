@@ -23,23 +23,33 @@ def _stage(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
     )
 
 
-class FashionClassifier(nn.Module):
-    """[N, 1, 32, 32] in [0, 1] -> features [N, 128], logits [N, 10]."""
+class SmallClassifier(nn.Module):
+    """[N, channels, H, W] in [0, 1] -> features [N, 128], logits [N, num_classes].
 
-    def __init__(self) -> None:
+    stride: of the first convolution; 2 for images of twice the side.
+    """
+
+    def __init__(self, channels: int, num_classes: int, stride: int = 1) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            _stage(1, 32, 1),
+            _stage(channels, 32, stride),
             _stage(32, 48, 2),
             _stage(48, 64, 1),
             _stage(64, FEATURE_SIZE, 2),
             _stage(FEATURE_SIZE, FEATURE_SIZE, 1),
         )
-        self.head = nn.Linear(FEATURE_SIZE, NUM_CLASSES)
+        self.head = nn.Linear(FEATURE_SIZE, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features = self.trunk(images - 0.5).mean(dim=(2, 3))
         return features, self.head(features)
+
+
+class FashionClassifier(SmallClassifier):
+    """[N, 1, 32, 32] in [0, 1] -> features [N, 128], logits [N, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__(1, NUM_CLASSES)
 
 
 def to_classifier_input(images: Tensor) -> Tensor:
