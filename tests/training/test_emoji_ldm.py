@@ -108,6 +108,7 @@ def package(folder):
             archive.addfile(entry, io.BytesIO(data.getvalue()))
 
 
+@pytest.mark.slow
 def test_the_parts_in_their_order_write_a_model_that_loads(tmp_path, monkeypatch):
     """Two steps each; then the denoiser, asked for fewer than it has made, is written again."""
     package(tmp_path)
