@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from qncd_cli.cli import commands
 from qncd_cli.cli.main import EPILOG
+from qncd_cli.errors import BackendUnavailable
 
 PROGRAM = (sys.executable, "-m", "qncd_cli")
 
@@ -63,3 +65,32 @@ def test_few_file_handles_are_one_line(qncd):
     assert done.returncode in (1, 4)
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert "Too many open files" in done.stderr or "unforeseen" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (("sample", "--run-dir", "nowhere"), "ArtifactError", 4),
+        (("calibrate", "--config", "tiny.yaml", "--set", "sampling.steps=no"), "ConfigError", 3),
+        (("sample", "--num", "-1"), "BadParameter", 2),
+        (("sample", "--run-dir", "a" * 5000), "OSError", 4),
+    ],
+)
+def test_with_json_a_failure_is_an_object_on_stdout(qncd, arguments, kind, code):
+    failed = qncd(*arguments, "--json", ok=False)
+    (error,) = json.loads(failed.stdout).values()
+    assert failed.exit_code == error["exit_code"] == code
+    assert error["kind"] == kind and error["message"] in failed.stderr
+    assert len(failed.stderr.splitlines()) == 1 and len(failed.stderr) < 1000
+    plain = qncd(*arguments, ok=False)
+    assert plain.stdout == "" and plain.stderr == failed.stderr
+
+
+def test_what_was_printed_before_a_failure_stays_the_only_object(qncd, monkeypatch):
+    def fails(console, *_: object, **__: object) -> None:
+        console.result({"a": 1}, print)
+        raise BackendUnavailable("cannot be measured")
+
+    monkeypatch.setattr(commands, "calibrate", fails)
+    failed = qncd("calibrate", "--config", "tiny.yaml", "--json", ok=False)
+    assert failed.exit_code == 6 and json.loads(failed.stdout) == {"a": 1}

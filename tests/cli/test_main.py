@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -287,8 +288,10 @@ def test_stage_summaries_say_what_was_done(evaluated):
     assert "quantize: unchanged, skipped" in evaluated("quantize").stdout
 
 
-def test_an_error_with_json_leaves_stdout_empty(qncd):
-    assert one_line(qncd("quantize", "--json", ok=False)).startswith("Error: ")
+def test_an_error_with_json_is_the_only_object_on_stdout(qncd):
+    failed = qncd("quantize", "--json", ok=False)
+    said = json.loads(failed.stdout)["error"]
+    assert failed.stderr == f"Error: {said['message']} ({said['hint']})\n"
 
 
 # ---- dry run, models, inspect, compare ----------------------------------------------------------
@@ -379,3 +382,16 @@ def test_a_set_cannot_be_named_out_of_its_run(qncd, name):
     result = qncd("sample", "--name", name, ok=False)
     assert result.exit_code == 2
     assert "--name" in result.stderr
+
+
+def test_a_damaged_artifact_is_read_where_nobody_wants_it_verified(sampled_shallow, tmp_path):
+    work = Qncd(shutil.copytree(sampled_shallow, tmp_path / "work"))
+    path = work.folder / "runs/tiny/quantized.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    sample = ("sample", "--num", "1", "--name", "one", "--no-compile")
+    refused = work(*sample, ok=False)
+    assert refused.exit_code == 4 and "does not match its digest" in refused.stderr
+    assert work(*sample, "--no-verify").exit_code == 0
+    assert work(*sample, ok=False).exit_code == 4  # of that call alone

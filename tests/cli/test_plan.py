@@ -10,6 +10,8 @@ import pytest
 from conftest import Qncd, tiny_config
 
 from qncd_cli.forecast import plan as forecast
+from qncd_cli.store import partial
+from qncd_cli.store.partial import Partial
 
 RUN = Path("runs/tiny")
 PLAN = ("calibrate", "--config", "tiny.yaml", "--plan")
@@ -47,8 +49,31 @@ def test_the_bytes_are_those_of_the_artifacts(planned, sampled):
     calibrate, quantize, _ = planned["stages"]
     of_calibrate = [sampled / RUN / f"{n}.safetensors" for n in ("calibration", "smoothing")]
     of_quantize = [sampled / RUN / f"{n}.safetensors" for n in ("quantized", "noise_stats")]
-    assert calibrate["disk_bytes"] == pytest.approx(sum(map(size, of_calibrate)), rel=0.02)
-    assert quantize["disk_bytes"] == pytest.approx(sum(map(size, of_quantize)), rel=0.02)
+    for stage, files in ((calibrate, of_calibrate), (quantize, of_quantize)):
+        left = stage["disk_bytes"] - stage["partial_bytes"]
+        assert left == pytest.approx(sum(map(size, files)), rel=0.02)
+
+
+def test_what_stages_keep_until_they_are_done_takes_at_most_what_was_said(
+    qncd, planned, monkeypatch
+):
+    """With everything written at once."""
+    most: dict[str, int] = {}
+    write = Partial.write
+
+    def measured(self: Partial, *states: object) -> None:
+        write(self, *states)
+        here = sum(map(size, self.folder.rglob("*.safetensors")))
+        most[self.folder.name] = max(here, most.get(self.folder.name, 0))
+
+    monkeypatch.setattr(Partial, "write", measured)
+    monkeypatch.setattr(partial, "EVERY", 0.0)
+    monkeypatch.setattr(partial, "SHARE", 1e9)
+    qncd("calibrate", "--config", "tiny.yaml")
+    qncd("quantize")
+    for stage in planned["stages"][:2]:
+        headers = 400_000  # a file of its own for every piece, most of a few bytes
+        assert 0 < most[stage["stage"]] - headers <= stage["partial_bytes"]
 
 
 def test_samples_take_at_most_what_was_said(qncd, sampled):

@@ -177,7 +177,6 @@ def test_eval_takes_no_set_of_nan_for_identical(sampled, tmp_path):
     shutil.copytree(sampled, work.folder)
     folder = next(work.folder.glob("runs/*/samples/quantized"))
     path = folder / "latents.safetensors"
-    before = path.read_bytes()
     from qncd_cli.store import artifacts
 
     drawn = artifacts.read(path, "latents")
@@ -187,7 +186,8 @@ def test_eval_takes_no_set_of_nan_for_identical(sampled, tmp_path):
     refused = work("eval", ok=False)
     assert refused.exit_code == 4
     assert "the latents of seed 2 are not finite" in refused.stderr
-    path.write_bytes(before)
+    del drawn.body["pixels"]  # as an earlier version wrote it
+    artifacts.write(path, drawn)
     from PIL import Image
 
     for image in folder.glob("*.png"):

@@ -88,7 +88,8 @@ def quantized() -> Artifact:
         "attn": {"bits": 8, "probabilities_bits": 8, "observer": "mse"},
         "softmax_only": {"bits": 32, "probabilities_bits": 32, "observer": "mse"},
     }
-    body = {"layers": layers, "attention": attention, "groups": 2}
+    bounds = {"groups": 2, "group_bounds": [500], "cache_time_embeddings": True}
+    body = {"layers": layers, "attention": attention, **bounds}
     return Artifact("quantized", tensors, body, "c" * 16, "m" * 16)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ def compare(console: Console, run_dirs: Sequence[str], *, force: bool = False) -
     for d, metrics in evaluated.items():
         differs = {field: _value(protocols[d], field) for field in fields}
         kind = json.dumps(differs, sort_keys=True)
-        if kind not in full:
-            size = metrics["bytes"]["full"]
-            full[kind] = _compared(FULL, metrics["full"], None, size, {}, differs)
-        size, made = metrics["bytes"]["quantized"], metrics.get("quantization") or {}
-        measured = metrics["quantized"], metrics["fidelity"]
-        row = _compared(Path(d).name, *measured, size, made, differs)
-        rows.append({**row, "share_of_float32": size / full[kind]["bytes"]})
+        with _whole(d):
+            if kind not in full:
+                size = metrics["bytes"]["full"]
+                full[kind] = _compared(FULL, metrics["full"], None, size, {}, differs)
+            size, made = metrics["bytes"]["quantized"], metrics.get("quantization") or {}
+            measured = metrics["quantized"], metrics["fidelity"]
+            row = _compared(Path(d).name, *measured, size, made, differs)
+            rows.append({**row, "share_of_float32": size / full[kind]["bytes"]})
     rows = [*({**row, "share_of_float32": 1.0} for row in full.values()), *rows]
     protocol = protocols[run_dirs[0]]
     payload = {"rows": rows, "protocol": protocol, "differing": fields}
@@ -64,6 +66,22 @@ def _read(run_dir: str) -> dict[str, Any]:
         what = "of an earlier version of qncd" if whole else "damaged"
         raise ArtifactError(f"{path}: {what}", f'repeat "qncd eval --run-dir {run_dir}"')
     return metrics
+
+
+@contextmanager
+def _whole(run_dir: str) -> Iterator[None]:
+    """Within the block, what is missing in a run's metrics.json or of another type is damage.
+
+    Raises ArtifactError.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        path = RunDir(Path(run_dir)).metrics
+        raise ArtifactError(
+            f"{path}: damaged ({type(error).__name__}: {error})",
+            f'repeat "qncd eval --run-dir {run_dir}"',
+        ) from error
 
 
 def _fields(console: Console, protocols: Mapping[str, Any], *, force: bool) -> list[str]:

@@ -44,6 +44,9 @@ class ErrorReportingCommand(click.Command):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
+        given = kwargs.get("args", args[0] if args else None)
+        _answer.wanted = "--json" in (sys.argv[1:] if given is None else given)
+        _answer.printed = False
         try:
             if sys.stdout is None:  # the next file that is opened would get what is printed
                 _fail("Error: standard output is closed (> /dev/null discards it)", EXIT_FILE)
@@ -51,7 +54,7 @@ class ErrorReportingCommand(click.Command):
             sys.stdout.flush()
             sys.exit(result if isinstance(result, int) else 0)
         except QncdError as error:
-            _fail(f"Error: {error}", error.exit_code)
+            _fail(f"Error: {error}", error.exit_code, error)
         except Interrupted as interruption:
             _interrupted(interruption, f": {interruption}.")
         except (click.Abort, KeyboardInterrupt) as interruption:
@@ -61,17 +64,18 @@ class ErrorReportingCommand(click.Command):
             sys.exit(EXIT_USAGE)
         except click.UsageError as error:
             usage = error.ctx.command_path if error.ctx else "qncd"
-            _fail(f'Error: {error.format_message()} (see "{usage} --help")', EXIT_USAGE)
+            _fail(f'Error: {error.format_message()} (see "{usage} --help")', EXIT_USAGE, error)
         except click.ClickException as error:
-            _fail(f"Error: {error.format_message()}", EXIT_USAGE)
+            _fail(f"Error: {error.format_message()}", EXIT_USAGE, error)
         except BrokenPipeError:
             sys.exit(0)
         except OSError as error:
             what = error.strerror or str(error)
             where = f"{shortened(str(error.filename))}: " if error.filename else ""
-            _fail(f"Error: {where}{what}", EXIT_FILE)
+            _fail(f"Error: {where}{what}", EXIT_FILE, error)
         except Exception as error:
-            _fail(f"Error: {_unforeseen(error)} (--debug shows where from)", EXIT_UNFORESEEN)
+            said = f"Error: {_unforeseen(error)} (--debug shows where from)"
+            _fail(said, EXIT_UNFORESEEN, error)
 
 
 class ErrorReportingGroup(ErrorReportingCommand, click.Group):
@@ -116,13 +120,42 @@ def _unforeseen(error: Exception) -> str:
     return f"{what}, unforeseen, at {name}:{last.lineno}"
 
 
-def _fail(line: str, code: int) -> None:
+class _Answer:
+    """The one JSON object of a command: whether it is wanted, and printed by now."""
+
+    wanted = False
+    printed = False
+
+
+_answer = _Answer()
+
+
+def _fail(line: str, code: int, error: Exception | None = None) -> None:
+    """Say why the command ends, with --json in its object as well, and end it."""
     context = click.get_current_context(silent=True)
     if "--debug" in sys.argv or (context and context.params.get("debug")):
         traceback.print_exc()
     with suppress(OSError):  # the terminal may be gone
         click.echo(line, err=True)
+    if _answer.wanted and not _answer.printed:
+        known = error if isinstance(error, QncdError) else None
+        told = {
+            "kind": type(error).__name__ if error else "Stopped" if code > EXIT_SIGNAL else "Usage",
+            "message": known.message if known else line.removeprefix("Error: "),
+            "hint": known.hint if known else "",
+            "exit_code": code,
+        }
+        with suppress(OSError, AttributeError):  # it may be what failed
+            _print({"error": told})
+            sys.stdout.flush()
     sys.exit(code)
+
+
+def _print(payload: dict[str, Any]) -> None:
+    from ..store.files import finite
+
+    _answer.printed = True
+    click.echo(json.dumps(finite(payload), sort_keys=True, allow_nan=False))
 
 
 class Console:
@@ -157,10 +190,8 @@ class Console:
 
     def result(self, payload: dict[str, Any], render: Callable[[], None]) -> None:
         """payload as JSON, or whatever render prints for people."""
-        from ..store.files import finite
-
         if self.as_json:
-            click.echo(json.dumps(finite(payload), sort_keys=True, allow_nan=False))
+            _print(payload)
         else:
             render()
 

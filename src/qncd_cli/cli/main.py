@@ -169,6 +169,7 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, deb
 @options.device
 @options.force("Replace samples made with other settings.")
 @options.plan
+@options.no_verify
 @options.json_output
 def sample(**options):
     """Draw images from the quantized model; a repeated command resumes."""
@@ -212,6 +213,7 @@ def sample(**options):
 @options.show("the pairs that differ most, with their difference,")
 @options.run_dir
 @options.device
+@options.no_verify
 @options.json_output
 def evaluate(**options):
     """Measure the samples against a reference and against full precision on the same seeds.

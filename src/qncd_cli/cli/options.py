@@ -16,6 +16,22 @@ def json_output(command: Command) -> Command:
     return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
 
 
+def no_verify(command: Command) -> Command:
+    def leave_out(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+        from ..store.artifact_files import unverified
+
+        if wanted:
+            context.with_resource(unverified())
+
+    return click.option(
+        "--no-verify",
+        is_flag=True,
+        expose_value=False,
+        callback=leave_out,
+        help="Do not hold artifacts against their digests: large ones are read faster.",
+    )(command)
+
+
 def run_dir(command: Command) -> Command:
     return click.option(
         "--run-dir",

@@ -32,6 +32,7 @@ from ..store.layer_entry import layer_entries
 from ..vocabulary import megabytes
 from . import activations, artifacts, memory
 from .memory import Foreseen
+from .partial import partial_bytes
 from .shapes import DENOISERS, Shapes
 from .work import measured_rates
 
@@ -76,16 +77,15 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     result = _result(config, shapes, covered, quantized)
     backend = get_backend(request.backend, "cpu").name
     sizes = Foreseen.of(calibration, smoothing, quantized)
-    stages = _stages(config, shapes, request, batch_size, backend, costs, sizes, quantized)
     noise = artifacts.noise_stats(config, shapes, times)
     disk = {
         "calibrate": sum(map(artifacts.file_bytes, (calibration, smoothing))),
         "quantize": result["artifact_bytes"] + artifacts.file_bytes(noise),
         "sample": _samples_bytes(shapes, request),
     }
+    stages = _stages(config, shapes, request, batch_size, backend, costs, sizes, quantized, disk)
     available = {"memory": available_memory(), "disk": available_disk(request.run_dir)}
     for stage in stages:
-        stage["disk_bytes"] += disk[stage["stage"]]
         free = available["memory"]
         stage["fits"] = free is None or stage["needed_bytes"] <= free
     return {
@@ -178,7 +178,9 @@ def _stages(
     macs: list[LayerCost],
     sizes: Foreseen,
     quantized: Artifact,
+    disk: dict[str, int],
 ) -> list[dict[str, Any]]:
+    """disk: bytes that each stage leaves there."""
     steps, drawn = (len(_timesteps(c, shapes)) for c in (config, request.sampling))
     call = activations.meter(config, shapes, quantized, macs, steps)
     integers = backend == "int8"
@@ -199,6 +201,7 @@ def _stages(
         "sample": memory.sample_phases(shapes, rest, sizes, weights, costs["sample"]),
     }
     rates = measured_rates()
+    kept = partial_bytes(config, shapes, steps, costs, disk)
     started = request.imports + round(memory.KERNELS)
     mapped = dict.fromkeys(phases, memory.mapped(shapes))
     mapped["sample"] = memory.mapped(shapes, DENOISERS)
@@ -218,7 +221,8 @@ def _stages(
                 "phases": {phase: started + round(size) for phase, size in found.items()},
                 "macs": round(sum(cost.macs for cost in costs[name].values())),
                 "seconds": rates.seconds(costs[name].values()),
-                "disk_bytes": sum(cost.disk for cost in costs[name].values()),
+                "partial_bytes": kept[name],
+                "disk_bytes": disk[name] + kept[name] + sum(c.disk for c in costs[name].values()),
             }
         )
     return stages

@@ -37,6 +37,13 @@ IDENTITY = (
     *("guidance", "backend", "compiled", "batches"),
 )
 """Keys of a manifest that its own digest is of."""
+TYPES: dict[str, type] = {
+    **dict.fromkeys(("digest", "kind", "source", "dtype", "backend", "device"), str),
+    **dict.fromkeys(("sampling", "digests", "batches"), dict),
+    **dict.fromkeys(("batch_size", "steps", "extra_calls"), int),
+    **{"classes": list, "complete": bool, "compiled": bool},
+}
+"""Types of what a manifest holds, where it does."""
 LARGEST_BATCH = 50
 BATCH_MACS = 10**12
 """MACs that one call may take with the default batch; larger: more samples, more memory."""
@@ -76,7 +83,8 @@ def read_manifest(folder: Path, command: str) -> dict[str, Any]:
     path = folder / MANIFEST
     found = read_json(path, command)
     seeds = [found.get(k, []) for k in ("seeds", ASKED)] if isinstance(found, dict) else [None]
-    if not all(isinstance(s, list) and all(type(n) is int for n in s) for s in seeds):
+    sound = all(isinstance(s, list) and all(type(n) is int for n in s) for s in seeds)
+    if not sound or any(type(found[k]) is not t for k, t in TYPES.items() if k in found):
         raise ArtifactError(f"{path}: damaged", f'repeat "{command}"')
     return found
 

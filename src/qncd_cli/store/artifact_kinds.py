@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from ..spec import ATTENTION_OPERANDS, FLOAT_BITS
 from .layer_entry import attention_entries, layer_entries
@@ -145,16 +146,63 @@ def _partial_layout(body: dict) -> Layout:
 
 @dataclass(frozen=True)
 class _Kind:
+    """version: of the grammar; layout: of the tensors that a body announces; command: what makes a
+    good file; body: keys that a body has, each with the type of its value."""
+
     version: int
     layout: Callable[[dict], Layout]
-    command: str  # what makes a good file
+    command: str
+    body: dict[str, type]
+
+    def problem(self, body: Any) -> str | None:
+        """What is wrong with a body in words, or None."""
+        if not isinstance(body, dict):
+            return "its description is no object"
+        for key, wanted in self.body.items():
+            if type(body.get(key)) is not wanted:
+                return f"its description has no {key}, or one of another type"
+        return None
 
 
 KINDS: dict[str, _Kind] = {
-    "calibration": _Kind(3, _calibration_layout, "qncd calibrate"),
-    "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate"),
-    "quantized": _Kind(2, _quantized_layout, "qncd quantize"),
-    "noise_stats": _Kind(4, _noise_stats_layout, "qncd quantize"),
-    "latents": _Kind(1, _latents_layout, "qncd sample"),
-    "partial": _Kind(1, _partial_layout, "qncd calibrate or qncd quantize"),
+    "calibration": _Kind(
+        3,
+        _calibration_layout,
+        "qncd calibrate",
+        {
+            **{"rows": int, "latent_shape": list, "groups": int, "group_bounds": list},
+            **{"layers": dict, "attention": dict, "timesteps": list},
+        },
+    ),
+    "smoothing": _Kind(2, _smoothing_layout, "qncd calibrate", {"layers": dict}),
+    "quantized": _Kind(
+        2,
+        _quantized_layout,
+        "qncd quantize",
+        {
+            **{"layers": dict, "attention": dict, "groups": int, "group_bounds": list},
+            "cache_time_embeddings": bool,
+        },
+    ),
+    "noise_stats": _Kind(
+        4,
+        _noise_stats_layout,
+        "qncd quantize",
+        {
+            **{"channels": int, "steps": int, "sampler_steps": int, "grid": list},
+            **{"sampling": dict, "target": str},
+        },
+    ),
+    "latents": _Kind(
+        1,
+        _latents_layout,
+        "qncd sample",
+        {"count": int, "latent_shape": list, "traced": int, "steps": int, "extra_calls": int},
+    ),
+    "partial": _Kind(
+        1,
+        _partial_layout,
+        "qncd calibrate or qncd quantize",
+        {"made_from": dict, "pieces": dict},
+    ),
 }

@@ -156,7 +156,7 @@ def read(path: Path, kind: str | None = None) -> Artifact:
         raise ArtifactError(f"{path}: missing", again(kind))
     try:
         text, tensors = _load(path)
-    except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
         raise unreadable(path, kind) from error
     return checked(path, text, tensors, kind)
 

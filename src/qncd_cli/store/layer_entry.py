@@ -87,10 +87,13 @@ class LayerEntry:
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> LayerEntry:
         """An entry as it was read; keys that are no field's are left alone. Raises TypeError where
-        one is missing."""
-        known = {field.name for field in fields(cls)}
+        one is missing or of another type."""
+        known = {field.name: str(field.type) for field in fields(cls)}
         found = {name: value for name, value in body.items() if name in known}
-        found["weight_shape"] = tuple(body.get("weight_shape", ()))
+        _check_types(found, known)
+        found["weight_shape"] = shape = tuple(body.get("weight_shape", ()))
+        if len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
+            raise TypeError(f"weight_shape {shape}")
         if "sensitivity" in found:
             found["sensitivity"] = {int(bits): e for bits, e in found["sensitivity"].items()}
         if "estimated_error" in found:
@@ -119,7 +122,16 @@ class AttentionEntry:
     @classmethod
     def from_body(cls, body: Mapping[str, Any]) -> AttentionEntry:
         """An entry as it was read. Raises TypeError for a body of another form."""
+        _check_types(body, {field.name: str(field.type) for field in fields(cls)})
         return cls(**body)
+
+
+def _check_types(body: Mapping[str, Any], types: Mapping[str, str]) -> None:
+    """types: of the fields, as they are written in this file. Raises TypeError."""
+    for name, value in body.items():
+        wanted = {"str": str, "int": int, "bool": bool}.get(types.get(name, ""))
+        if wanted is not None and type(value) is not wanted:
+            raise TypeError(f"{name} is {value!r}")
 
 
 def layer_entries(body: Mapping[str, Any]) -> dict[str, LayerEntry]:

@@ -9,11 +9,13 @@ from typing import Any
 from ..errors import ArtifactError
 from .files import read_json, write_bytes
 
-COVERAGE_KEYS = {
-    *("layers", "macs", "bit_operations", "mean_weight_bits", "mean_input_bits"),
-    *("integer_macs_share", "average_weight_bits", "rest_bytes", "float_denoiser_bytes"),
+COVERAGE_KEYS: dict[str, type] = {
+    "layers": list,
+    **dict.fromkeys(("macs", "bit_operations", "rest_bytes", "float_denoiser_bytes"), int),
+    **dict.fromkeys(("mean_weight_bits", "mean_input_bits"), float),
+    **dict.fromkeys(("integer_macs_share", "average_weight_bits"), float),
 }
-"""Keys that every reader of coverage.json may ask for."""
+"""Keys that every reader of coverage.json may ask for, and types of their values."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,21 @@ def read_coverage(path: Path, command: str = "qncd quantize --force") -> dict[st
     """
     found = read_json(path, command)
     known = found if isinstance(found, dict) else {}
-    lacking = sorted(COVERAGE_KEYS - known.keys())
+    lacking = sorted(COVERAGE_KEYS.keys() - known.keys())
     if lacking:
         raise ArtifactError(
             f"{path}: without {lacking[0]}, as an earlier version wrote it", f'repeat "{command}"'
         )
+    for key, wanted in COVERAGE_KEYS.items():
+        number = wanted is float and type(known[key]) in (int, float, type(None))
+        if not number and type(known[key]) is not wanted:
+            raise ArtifactError(
+                f"{path}: damaged: {key} is no {wanted.__name__}", f'repeat "{command}"'
+            )
+    if not all(
+        isinstance(row, dict) and isinstance(row.get("name"), str) for row in known["layers"]
+    ):
+        raise ArtifactError(f"{path}: damaged: layers", f'repeat "{command}"')
     return known
 
 

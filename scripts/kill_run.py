@@ -1,0 +1,168 @@
+#!/usr/bin/env python
+"""The four stages of a run, killed by SIGKILL at random times, against an undisturbed run.
+
+    python scripts/kill_run.py --kills 100
+
+Rounds of all four stages in new folders, each stage killed up to so many times before it may end,
+until there were enough kills. After each round every file has to be the undisturbed run's, byte for
+byte (times of day aside), and nothing may be left beside them or in the temporary folder. What a
+kill costs is the processor's time of all processes of a stage beyond the undisturbed one's.
+
+Processes are forked from one that has imported everything, so that kills hit the work.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from qncd_cli.cli.console import ErrorReportingCommand
+from qncd_cli.errors import ArtifactError
+
+CONFIG, RUN = "fashion_ldm_w4a8", Path("runs/killed")
+SMALL = ("sampling.steps=4", "calibration.trajectories=4", "calibration.noise_trajectories=2")
+"""Settings that make a stage of minutes one of seconds."""
+HOUR = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d|\"outputs\": \"\w+\"")
+"""Times of day in reports, and digests of these."""
+LEFT_OUT = (".txt", ".ses")
+"""What commands printed, and a file of onnxruntime's own that it makes where it is imported."""
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "diffusers", "qncd_cli.cli.commands", "kill_run"])
+
+
+def stages(num: int) -> dict[str, tuple[str, ...]]:
+    settings = tuple(word for setting in SMALL for word in ("--set", setting))
+    return {
+        "calibrate": ("calibrate", "--config", CONFIG, "--run-dir", str(RUN), *settings),
+        "quantize": ("quantize",),
+        "sample": ("sample", "--num", str(num), "--batch-size", "2", "--no-compile"),
+        "eval": ("eval", "--fid"),
+    }
+
+
+def _command(folder: Path, arguments: tuple[str, ...], every: float) -> None:
+    from qncd_cli.cli.main import cli
+    from qncd_cli.cli.process import receive_signals, run_alone
+    from qncd_cli.store import partial
+
+    partial.EVERY = every
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    sys.argv = ["qncd", *arguments]
+    receive_signals()
+    run_alone(lambda: cli(list(arguments), prog_name="qncd"))
+
+
+def ended(
+    folder: Path, arguments: tuple[str, ...], every: float, after: float | None
+) -> tuple[bool, float]:
+    """Run a command, killed after so many seconds of the processor's; whether it ended before, and
+    what it took. Raises ArtifactError where it failed."""
+    process = CONTEXT.Process(target=_command, args=(folder, arguments, every))
+    process.start()
+    taken, killed = 0.0, False
+    while process.is_alive():
+        taken = max(taken, _processor_seconds(process.pid))
+        if after is not None and taken >= after:
+            process.kill()
+            killed = True
+            break
+        time.sleep(0.01)
+    process.join()
+    if not killed and process.exitcode != 0:
+        raise ArtifactError(f"{' '.join(arguments)}: exit code {process.exitcode} in {folder}")
+    return not killed, taken
+
+
+def _processor_seconds(pid: int | None) -> float:
+    """Of a process by now; 0 where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def new_folder(root: Path, name: str) -> Path:
+    (root / name / "tmp").mkdir(parents=True)
+    return root / name
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file that a round has left, by name; times of day left out."""
+    found = [
+        p for p in folder.rglob("*") if p.is_file() and {p.suffix, p.name}.isdisjoint(LEFT_OUT)
+    ]
+    return {str(p.relative_to(folder)): HOUR.sub(b"", p.read_bytes()) for p in found}
+
+
+@click.command(cls=ErrorReportingCommand)
+@click.option("--kills", default=100, show_default=True, help="How many at least.")
+@click.option("--num", default=4, show_default=True, help="Images.")
+@click.option("--a-stage", default=25, show_default=True, help="Kills of one stage in a round.")
+@click.option(
+    "--share", default=0.3, show_default=True, help="Latest kill, as a share of a stage's time."
+)
+@click.option("--every", default=0.5, show_default=True, help="Seconds between partial results.")
+@click.option("--seed", default=0, show_default=True, help="Of the times.")
+def main(kills: int, num: int, a_stage: int, share: float, every: float, seed: int) -> None:
+    """Kill the four stages of fashion_ldm_w4a8, and compare."""
+    draw, root = random.Random(seed), Path(tempfile.mkdtemp(prefix="qncd-kills-"))
+    plain, seconds = new_folder(root, "undisturbed"), {}
+    for stage, arguments in stages(num).items():
+        _, seconds[stage] = ended(plain, arguments, every, None)
+    wanted = files_of(plain)
+    count, spent = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0.0)
+    rounds = 0
+    while sum(count.values()) < kills:
+        rounds += 1
+        folder = new_folder(root, f"round{rounds}")
+        for stage, arguments in stages(num).items():
+            for number in range(a_stage + 1):
+                last = number == a_stage
+                after = None if last else draw.uniform(0, share * seconds[stage])
+                done, taken = ended(folder, arguments, every, after)
+                spent[stage] += taken
+                if done:
+                    break
+                count[stage] += 1
+        found = files_of(folder)
+        other = sorted(n for n in {*wanted, *found} if wanted.get(n) != found.get(n))
+        if other:
+            kills = sum(count.values())
+            raise ArtifactError(f"{folder}: differs after {kills} kills: {other}")
+        shutil.rmtree(folder)
+        click.echo(f"round {rounds}: {sum(count.values())} kills, the same files", err=True)
+    report = {
+        "kills": sum(count.values()),
+        "rounds": rounds,
+        "files": len(wanted),
+        "stages": {
+            stage: {
+                "seconds": round(seconds[stage], 1),
+                "kills": count[stage],
+                "lost_a_kill": round((spent[stage] - rounds * s) / max(1, count[stage]) / s, 3),
+            }
+            for stage, s in seconds.items()
+        },
+    }
+    shutil.rmtree(root)
+    click.echo(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

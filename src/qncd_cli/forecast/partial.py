@@ -1,0 +1,38 @@
+"""What a stage keeps on disk until its artifacts are written, at most (store/partial.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ..config.schema import Config
+from ..ptq.cost import Cost
+from . import activations
+from .shapes import Shapes
+
+CALLS_PER_STEP = 3
+"""Calls of the denoiser at a step whose noise is measured: in full precision, quantized on the same
+input, quantized on its own."""
+WRITTEN_TWICE = 2
+"""A state is written beside the one that it replaces."""
+
+
+def partial_bytes(
+    config: Config,
+    shapes: Shapes,
+    steps: int,
+    costs: Mapping[str, Mapping[str, Cost]],
+    results: Mapping[str, int],
+) -> dict[str, int]:
+    """Bytes by stage: outputs of all calls, inputs that are kept with them, and pieces of the
+    result. results: bytes that each stage leaves; batches of samples are counted there."""
+    row = 4 * math.prod(shapes.latent_shape) * activations.copies(config, shapes) * steps
+    rows = {
+        "calibrate": config.calibration.trajectories,
+        "quantize": CALLS_PER_STEP * config.calibration.noise_trajectories,
+    }
+    found = dict.fromkeys(costs, 0)
+    for stage, count in rows.items():
+        kept = round(sum(cost.kept for cost in costs[stage].values()))
+        found[stage] = count * row + kept + WRITTEN_TWICE * results[stage]
+    return found
