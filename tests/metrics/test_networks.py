@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from urllib.error import URLError
 
@@ -131,3 +132,25 @@ def test_networks_without_such_a_layer_have_no_sfid(network) -> None:
     protocol = prepared(Protocol(("fid", "sfid"), network, Reference("r", random_images(1))), 12)
     assert protocol.metrics == ("fid",)
     assert "no spatial features" in protocol.left_out["sfid"][0]
+
+
+# ---- EfficientNet -------------------------------------------------------------------------------
+
+
+def test_efficientnet_is_measured_in_under_its_own_name() -> None:
+    network = networks.efficientnet()
+    reference = image.load_reference(random_images(1, 6))
+    found = image.measure(random_images(0, 6), reference, network, {"fid", "isc"}, rounds=2).entry
+    assert found["fid"] is found["inception_score"] is None
+    distance = found["feature_distance"]
+    assert (distance["network"], distance["name"]) == ("efficientnet-lite0", "fd_efficientnet")
+    assert distance["value"] > 0 and 1 <= found["class_score"]["value"] <= 6
+    assert found["network"]["weights_sha256"] == network.sha256
+    features = extract_features(random_images(0, 2), network)
+    assert features.features.shape == (2, 1280) and features.logits.shape == (2, 1000)
+
+
+def test_efficientnet_that_is_not_installed_is_one_line_with_the_command(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(BackendUnavailable, match=r"--network efficientnet.*qncd-cli\[efficientnet"):
+        networks.efficientnet()

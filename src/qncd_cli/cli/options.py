@@ -228,11 +228,12 @@ def features(command: Command) -> Command:
         ),
         click.option(
             "--network",
-            type=click.Choice(["auto", "fashion", "inception"]),
+            type=click.Choice(["auto", "fashion", "inception", "efficientnet"]),
             default="auto",
             show_default=True,
             help="Feature network; auto: the packaged one for packaged models, else Inception if "
-            "its weights are here. fashion: for packaged models; inception: downloads the weights.",
+            "its weights are here. fashion: for packaged models; inception: downloads the weights; "
+            "efficientnet: of ImageNet (extra efficientnet).",
         ),
         click.option(
             "--inception-weights",

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -30,7 +29,7 @@ from torch_fidelity import (
 from ..errors import ArtifactError, BackendUnavailable
 from ..progress import Track, counted, no_progress
 from . import bootstrap
-from .features import IMAGE_SIZE, FashionClassifier, to_classifier_input
+from .features import IMAGE_SIZE, OWN
 from .networks import SPATIAL_CHANNELS, FeatureNetwork, first_line
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
@@ -74,15 +73,14 @@ class Features:
         )
 
 
-class FashionFeatureExtractor(FeatureExtractorBase):
-    """The packaged classifier as torch-fidelity runs it: uint8 [N, 3, H, W] -> layers by name."""
+class OwnFeatureExtractor(FeatureExtractorBase):
+    """A network of features.OWN as torch-fidelity runs it: uint8 [N, 3, H, W] -> layers by name."""
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any
     ) -> None:
         super().__init__(name, features_list)
-        self.classifier = FashionClassifier()
-        self.classifier.load_state_dict(safetensors.torch.load_file(feature_extractor_weights_path))
+        self.network = OWN[name](feature_extractor_weights_path)
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, ...]:
@@ -101,7 +99,7 @@ class FashionFeatureExtractor(FeatureExtractorBase):
         return torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        features, logits = self.classifier(to_classifier_input(images))
+        features, logits = self.network(images)
         named = {"features": features, "logits": logits}
         return tuple(named[layer] for layer in self.features_list)
 
@@ -209,7 +207,7 @@ def create_extractor(network: FeatureNetwork) -> FeatureExtractorBase:
     Raises ArtifactError if the weights do not fit.
     """
     if network.extractor not in registry.FEATURE_EXTRACTORS_REGISTRY:
-        registry.register_feature_extractor(network.extractor, FashionFeatureExtractor)
+        registry.register_feature_extractor(network.extractor, OwnFeatureExtractor)
     try:
         return utils.create_feature_extractor(
             network.extractor,

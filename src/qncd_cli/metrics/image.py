@@ -22,6 +22,7 @@ from .features import NUM_CLASSES
 from .fidelity import MINIMUM_IMAGES, SEED, Features, extract_features
 from .networks import FeatureNetwork, packaged
 from .networks import downloaded_inception as downloaded_inception
+from .networks import efficientnet as efficientnet
 from .networks import inception as inception
 from .record import METRICS
 from .reference import Reference

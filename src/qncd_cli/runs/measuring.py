@@ -41,7 +41,7 @@ class Wishes:
     @property
     def insists(self) -> bool:
         """Whether Inception's features are asked for by name."""
-        return self.network == "inception" or bool(self.named)
+        return self.network in ("inception", "efficientnet") or bool(self.named)
 
 
 def check(wishes: Wishes, config: Config) -> None:
@@ -106,10 +106,13 @@ def protocol_of_images(wishes: Wishes) -> Any:
 
 
 def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
-    from ..metrics.image import load_reference, packaged
+    from ..metrics.image import efficientnet, load_reference, packaged
     from ..metrics.protocol import Protocol
 
-    network, why = (packaged(), "") if fashion else _inception(wishes)
+    if wishes.network == "efficientnet":
+        network, why = efficientnet(), ""
+    else:
+        network, why = (packaged(), "") if fashion else _inception(wishes)
     needed = [name for name in wishes.metrics if name != "isc"]
     there = reference == ZOO or (reference is not None and Path(reference).exists())
     known = None
