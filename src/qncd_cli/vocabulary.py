@@ -130,6 +130,17 @@ IMAGES = {
         "equal.",
         better="up",
     ),
+    "cvvdp_jod": Number(
+        "visible quality",
+        "ColorVideoVDP beside full precision, mean over the images: 10 is equal, and of 9 three in "
+        "four observers prefer full precision.",
+        "JOD",
+        "up",
+    ),
+    "cvvdp_jod_median": Number("its median", "Visible quality of the median image.", "JOD", "up"),
+    "cvvdp_jod_q05": Number(
+        "its worst 5 %", "Visible quality that 5 % of the images lie below.", "JOD", "up"
+    ),
     "ssim_median": Number("SSIM of the median", "SSIM of the median image.", better="up"),
     "ssim_q05": Number(
         "SSIM of the worst 5 %", "SSIM that 5 % of the images lie below.", better="up"

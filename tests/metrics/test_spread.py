@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qncd_cli.metrics import bootstrap, image, spread
+from qncd_cli.metrics.similarity import ssim_each
 
 from .shared import gaussian, random_images
 
@@ -22,7 +23,9 @@ def pairs(count: int = 40, size: int = 16) -> dict:
 
 
 def measured(seeds: list[int], classes: list[int], seen: dict | None = None, **more) -> dict:
-    return spread.of_pairs(seeds, classes, **{**pairs(len(seeds)), **more}, seen=seen or {}, seed=1)
+    given = {**pairs(len(seeds)), **more}
+    scores = {"ssim": ssim_each(*given["images"]), "cvvdp_jod": None}
+    return spread.of_pairs(seeds, classes, **given, seen=seen or {}, seed=1, scores=scores)
 
 
 def test_every_pooled_number_has_its_spread_and_an_interval_around_it():
@@ -34,6 +37,7 @@ def test_every_pooled_number_has_its_spread_and_an_interval_around_it():
     worst = sorted(range(40), key=lambda seed: found["per_seed"]["psnr_db"][str(seed)])
     assert found["worst_seeds"] == worst[: spread.WORST]
     assert found["ssim_q05"] < found["ssim_median"]
+    assert found["cvvdp_jod"] is None and "cvvdp_jod" not in found["intervals"]
     assert found["ssim"] == pytest.approx(np.mean(list(found["per_seed"]["ssim"].values())))
 
 
@@ -48,7 +52,7 @@ def test_an_interval_of_pooled_psnr_covers_the_truth():
     for seed in range(200):
         psnr = (-10 * np.log10(errors(100))).tolist()
         drawn = bootstrap.weights(100, 50, seed)
-        found = spread.intervals(psnr, psnr, [1.0] * 100, None, drawn)
+        found = spread.intervals(psnr, psnr, [1.0] * 100, {}, drawn)
         covered += all(
             found[key]["low"] <= truth <= found[key]["high"]
             for key in ("psnr_db", "sqnr_latents_db")

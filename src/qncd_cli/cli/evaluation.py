@@ -29,6 +29,7 @@ class EvalOptions:
     isc: bool
     kid: bool
     prc: bool
+    cvvdp: bool
     reference: str | None
     network: str
     inception_weights: str | None

@@ -207,6 +207,11 @@ def metrics(command: Command) -> Command:
         click.option("--kid", is_flag=True, help="Kernel distance."),
         click.option("--prc", is_flag=True, help="Precision and recall."),
         click.option(
+            "--cvvdp",
+            is_flag=True,
+            help="How visible the differences to full precision are (extra cvvdp).",
+        ),
+        click.option(
             "--skip-broken",
             is_flag=True,
             help="Leave out and count images of a folder that cannot be read.",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..vocabulary import number
 from .networks import FeatureNetwork
+from .record import UNREFERENCED
 from .reference import Reference
 
 Note = dict[str, Any]
@@ -120,7 +121,7 @@ def notes_of_reference(
     count, size: how many images there are, and their height and width; reference: prepared for the
     metrics.
     """
-    if reference is None or network is None or not set(metrics) - {"isc"}:
+    if reference is None or network is None or not set(metrics) - UNREFERENCED:
         return []
     notes: list[Note] = []
     enough = IMAGES_PER_FEATURE * network.feature_size

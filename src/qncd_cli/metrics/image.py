@@ -24,7 +24,7 @@ from .networks import FeatureNetwork, packaged
 from .networks import downloaded_inception as downloaded_inception
 from .networks import efficientnet as efficientnet
 from .networks import inception as inception
-from .record import METRICS
+from .record import METRICS, UNREFERENCED
 from .reference import Reference
 from .reference import load_images as load_images
 from .reference import load_reference as load_reference
@@ -113,7 +113,7 @@ def prepare_reference(
         assert ready.features is not None
         ready = replace(ready, statistics=frechet.statistics(ready.features))
     if ready.features is not None:
-        _check_count(what, len(ready.features), set(metrics) - {"isc"})
+        _check_count(what, len(ready.features), set(metrics) - UNREFERENCED)
     return ready
 
 
@@ -142,7 +142,7 @@ def measure(
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
         raise ValueError(f"unknown metrics {unknown}, known are {list(METRICS)}")
-    if reference is None and set(metrics) - {"isc"}:
+    if reference is None and set(metrics) - UNREFERENCED:
         raise ArtifactError("fid, kid and prc need a reference set", "name one or ask for isc only")
     options: dict[str, Any] = {"device": device, "track": track}
     known = prepare_reference(reference, network, metrics, **options) if reference else None
@@ -276,8 +276,9 @@ def _to_features(
 
 
 def _check_count(what: str, count: int, metrics: Collection[str]) -> None:
-    short = [f"{name} needs {MINIMUM_IMAGES[name]}" for name in METRICS if name in metrics]
-    if count < max((MINIMUM_IMAGES[name] for name in metrics), default=0):
+    needs = {name: MINIMUM_IMAGES[name] for name in METRICS if name in metrics}
+    short = [f"{name} needs {least}" for name, least in needs.items()]
+    if count < max(needs.values(), default=0):
         raise ArtifactError(f"{what}: too few images, {count}: {', '.join(short)}", "add images")
 
 

@@ -11,7 +11,7 @@ from ..progress import Track, no_progress
 from .fidelity import MINIMUM_IMAGES, SEED
 from .frechet import least_for_limit
 from .image import FeatureNetwork, Reference, prepare_reference
-from .record import METRICS
+from .record import METRICS, UNREFERENCED
 
 PIXEL_RANGE = (0, 255)
 FEATURES_DEVICE = "cpu"
@@ -50,7 +50,7 @@ def prepared(protocol: Protocol, count: int, track: Track = no_progress) -> Prot
     """
     reference, network = protocol.reference, protocol.network
     protocol = protocol.without(_unmet(protocol, count))
-    if reference is None or network is None or not set(protocol.metrics) - {"isc"}:
+    if reference is None or network is None or not set(protocol.metrics) - UNREFERENCED:
         return protocol
     ready = prepare_reference(reference, network, protocol.metrics, track=track)
     return replace(protocol, reference=ready)
@@ -82,7 +82,10 @@ def _unmet(protocol: Protocol, count: int) -> dict[str, str]:
     small = {
         name: f"reference {reference.source} holds {held} images, {name} needs {least}"
         for name, least in MINIMUM_IMAGES.items()
-        if name in protocol.metrics and name != "isc" and held is not None and held < least
+        if name in protocol.metrics
+        and name not in UNREFERENCED
+        and held is not None
+        and held < least
     }
     return {**few, **small, **lacking}
 
@@ -96,7 +99,7 @@ def describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str, 
     network = protocol.network
     device = {**more.get("device", {}), "features": FEATURES_DEVICE if network else None}
     here = machine.described()
-    reference = protocol.reference if set(protocol.metrics) - {"isc"} else None
+    reference = protocol.reference if set(protocol.metrics) - UNREFERENCED else None
     return {
         "version": __version__,
         "metrics": [name for name in METRICS if name in protocol.metrics],

@@ -10,7 +10,11 @@ from typing import Any
 
 from ..store.digests import flat
 
-METRICS = ("fid", "sfid", "fid_infinity", "isc", "kid", "prc")  # torch-fidelity's words, and two
+PAIRED = ("cvvdp",)
+"""Metrics of pairs of images, which need neither a network nor a reference."""
+METRICS = ("fid", "sfid", "fid_infinity", "isc", "kid", "prc", *PAIRED)
+"""What can be asked for by name, in torch-fidelity's words where it has some."""
+UNREFERENCED = {"isc", *PAIRED}
 OPTIONAL = {"network_sha256": "network", "reference_sha256": "reference"}
 """Digests that only distances need -> what they are of; None where none was measured."""
 FIXED = (
@@ -83,7 +87,8 @@ def grown(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("full", "quantized", "fidelity"):
         merged[name] = _filled(now[name], earlier[name])
     moved = [m["fidelity"].get("changes") or {} for m in (earlier, now)]
-    merged["fidelity"]["changes"] = {**moved[0], **moved[1]}
+    if any(moved):
+        merged["fidelity"]["changes"] = {**moved[0], **moved[1]}
     notes = {(note["set"], note["what"]) for note in now.get("checks", ())}
     others = (n for n in earlier.get("checks", ()) if (n["set"], n["what"]) not in notes)
     return {**merged, "checks": [*now.get("checks", ()), *others]}

@@ -29,6 +29,7 @@ OF_FIDELITY = (
     *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
     *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
     *("ssim", "ssim_median", "ssim_q05"),
+    *("cvvdp_jod", "cvvdp_jod_median", "cvvdp_jod_q05"),
 )
 """Keys of `fidelity`, shown in the column of the quantized set, which they are about."""
 POOLED = ("sqnr_latents_db", "psnr_db")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from . import bootstrap
-from .similarity import ssim_each
 from .tensor import (
     CHANGED_DB,
     LOW_QUANTILE,
@@ -22,6 +21,7 @@ from .tensor import (
 )
 
 Interval = dict[str, float | None]
+Scores = Mapping[str, Sequence[float] | None]
 WORST = 5
 """Seeds that are named: those of the lowest PSNR."""
 SCORES = (
@@ -38,16 +38,18 @@ def of_pairs(
     latents: tuple[Tensor, Tensor],
     seen: Mapping[str, Sequence[int]],
     seed: int,
+    scores: Scores,
 ) -> dict[str, Any]:
     """What `fidelity` of metrics.json says of pairs: pooled, by seed, spread, intervals, by class.
 
-    images, latents: full precision and quantized, in the order of the seeds; seen: see by_class.
+    images, latents: full precision and quantized, in the order of the seeds; seen: see by_class;
+    scores: of each pair, by name, higher for better ones, None where there is none.
     """
     found = paired_fidelity(seeds, psnr_each_db(*images), sqnr_each_db(*latents))
     psnr, sqnr = (list(found["per_seed"][key].values()) for key in ("psnr_db", "sqnr_db"))
-    ssim = ssim_each(*images)
-    if ssim is not None:
-        found["per_seed"]["ssim"] = dict(zip(map(str, seeds), ssim, strict=True))
+    for name, values in scores.items():
+        if values is not None:
+            found["per_seed"][name] = dict(zip(map(str, seeds), values, strict=True))
     worst = sorted(found["per_seed"]["psnr_db"].items(), key=lambda pair: pair[1])
     signals = [float(one.to(torch.float64).square().sum()) for one in latents[0]]
     drawn = bootstrap.weights(len(seeds), seed=seed)
@@ -55,10 +57,10 @@ def of_pairs(
         "psnr_db": psnr_db(*images),
         "sqnr_latents_db": sqnr_db(*latents),
         **found,
-        **similarities(ssim),
+        **_spread(scores),
         "worst_seeds": [int(name) for name, _ in worst[:WORST]],
-        "intervals": intervals(psnr, sqnr, signals, ssim, drawn),
-        "by_class": by_class(classes, psnr, sqnr, ssim, seen),
+        "intervals": intervals(psnr, sqnr, signals, scores, drawn),
+        "by_class": by_class(classes, psnr, sqnr, scores.get("ssim"), seen),
     }
 
 
@@ -74,27 +76,29 @@ def _decibels(ratio: float) -> float:
     return 10 * np.log10(ratio)
 
 
-def similarities(values: Sequence[float] | None) -> dict[str, Any]:
-    """SSIM of pairs, as `fidelity` of metrics.json has it; all None where it is not defined."""
-    if values is None:
-        return {"ssim": None, "ssim_median": None, "ssim_q05": None}
-    rows = np.array(values)
-    found = {"ssim": rows.mean(), "ssim_median": np.median(rows), "ssim_q05": _low(rows)}
-    return {key: float(value) for key, value in found.items()}
+def _spread(scores: Scores) -> dict[str, float | None]:
+    """Mean, median and 5 % quantile of each score; all None where there is none."""
+    found: dict[str, float | None] = {}
+    for name, values in scores.items():
+        keys = (name, f"{name}_median", f"{name}_q05")
+        rows = None if values is None else np.array(values)
+        numbers = (None,) * 3 if rows is None else (rows.mean(), np.median(rows), _low(rows))
+        found |= {k: None if n is None else float(n) for k, n in zip(keys, numbers, strict=True)}
+    return found
 
 
 def intervals(
     psnr: Sequence[float],
     sqnr: Sequence[float],
     signals: Sequence[float],
-    ssim: Sequence[float] | None,
+    scores: Scores,
     drawn: Tensor,
 ) -> dict[str, Interval]:
     """95 % intervals of the numbers in `fidelity`, by their keys.
 
     psnr, sqnr: of each pair, dB between -IDENTICAL_DB and IDENTICAL_DB; signals: squared length of
-    each latent of full precision; drawn: weights of a bootstrap [R, N]. Statistics of equal pairs
-    alone do not vary.
+    each latent of full precision; scores: see of_pairs; drawn: weights of a bootstrap [R, N].
+    Statistics of equal pairs alone do not vary.
     """
     errors = 10 ** (-np.array(psnr) / 10)
     energy = np.stack([signals, np.array(signals) / 10 ** (np.array(sqnr) / 10)], axis=1)
@@ -113,12 +117,13 @@ def intervals(
     for name, values in (("psnr", psnr), ("sqnr", sqnr)):
         wanted[f"{name}_median_db"] = (lambda rows: float(np.median(rows)), values)
         wanted[f"{name}_q05_db"] = (_low, values)
-    if ssim is not None:
-        wanted |= {
-            "ssim": (mean, ssim),
-            "ssim_median": (lambda rows: float(np.median(rows)), ssim),
-            "ssim_q05": (_low, ssim),
-        }
+    for name, each in scores.items():
+        if each is not None:
+            wanted |= {
+                name: (mean, each),
+                f"{name}_median": (lambda rows: float(np.median(rows)), each),
+                f"{name}_q05": (_low, each),
+            }
     found = {}
     for key, (statistic, values) in wanted.items():
         value = statistic(np.asarray(values))

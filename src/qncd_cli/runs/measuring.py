@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config.schema import Config
 from ..errors import ArtifactError, BackendUnavailable, ConfigError
+from ..metrics.record import PAIRED, UNREFERENCED
 
 ZOO = "zoo"
 PACKAGED = "zoo:"
@@ -41,7 +42,7 @@ class Wishes:
     @property
     def insists(self) -> bool:
         """Whether Inception's features are asked for by name."""
-        return self.network in ("inception", "efficientnet") or bool(self.named)
+        return self.network in ("inception", "efficientnet") or bool({*self.named} - {*PAIRED})
 
 
 def check(wishes: Wishes, config: Config) -> None:
@@ -97,7 +98,7 @@ def protocol_of_images(wishes: Wishes) -> Any:
     )
     _check_named("--reference", None if wishes.reference == ZOO else wishes.reference)
     reference = wishes.reference or (ZOO if fashion else None)
-    if reference is None and set(wishes.metrics) - {"isc"}:
+    if reference is None and set(wishes.metrics) - UNREFERENCED:
         raise ConfigError("--images: there is no reference", "name one with --reference DIR|NPZ")
     protocol = _protocol(wishes, reference, fashion=fashion)
     if protocol.network is None:
@@ -108,19 +109,23 @@ def protocol_of_images(wishes: Wishes) -> Any:
 def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
     from ..metrics.image import efficientnet, load_reference, packaged
     from ..metrics.protocol import Protocol
+    from ..metrics.visible import why_not
 
     if wishes.network == "efficientnet":
         network, why = efficientnet(), ""
     else:
         network, why = (packaged(), "") if fashion else _inception(wishes)
-    needed = [name for name in wishes.metrics if name != "isc"]
+    needed = [name for name in wishes.metrics if name not in UNREFERENCED]
     there = reference == ZOO or (reference is not None and Path(reference).exists())
     known = None
     if network is not None and needed and reference is not None and there:
         known = load_reference(reference, skip_broken=wishes.skip_broken)
     protocol = Protocol(wishes.metrics, network, known)
     if network is None:
-        protocol = protocol.without(dict.fromkeys((*wishes.metrics, "distance"), why))
+        known_by_features = [name for name in wishes.metrics if name not in PAIRED]
+        protocol = protocol.without(dict.fromkeys((*known_by_features, "distance"), why))
+    if "cvvdp" in wishes.metrics and (reason := why_not()):
+        protocol = protocol.without({"cvvdp": reason})
     if not there:
         none = f"evaluation.reference {reference} is not here (--reference DIR|NPZ)"
         protocol = protocol.without(dict.fromkeys(needed, none if reference else NO_REFERENCE))

@@ -31,9 +31,11 @@ from ..metrics.image import (
 )
 from ..metrics.image_files import digest_of_files, image_paths
 from ..metrics.protocol import Protocol, describe, prepared
-from ..metrics.record import grown
+from ..metrics.record import PAIRED, UNREFERENCED, grown
+from ..metrics.similarity import ssim_each
 from ..metrics.spread import changes, of_pairs
 from ..metrics.tensor import sqnr_steps_db
+from ..metrics.visible import jod_each
 from ..progress import Track, no_progress
 from ..sampling.noise import ranges
 from ..store.artifacts import Artifact
@@ -51,7 +53,8 @@ def measure_images(
     images = load_images(source, broken if skip_broken else None)
     paths = image_paths(source) if source.is_dir() else []
     paths = [path for path in paths if path not in {*broken}]
-    protocol = prepared(protocol, len(images), track)
+    alone = dict.fromkeys(set(protocol.metrics) & {*PAIRED}, "one set of images is no pair")
+    protocol = prepared(protocol.without(alone), len(images), track)
     if not protocol.metrics:
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
         raise ArtifactError(f"{source}: nothing can be measured: {'; '.join(reasons)}")
@@ -104,11 +107,12 @@ def _entry(
     track: Track,
     names: Sequence[str] | None = None,
 ) -> Measures:
-    if protocol.network is None or not protocol.metrics:
+    if protocol.network is None or not set(protocol.metrics) - {*PAIRED}:
         held = images.features if isinstance(images, Features) else images
         return Measures(not_measured(len(held)), {})
-    reference = protocol.reference if set(protocol.metrics) - {"isc"} else None
-    network, metrics = protocol.network, protocol.metrics
+    reference = protocol.reference if set(protocol.metrics) - UNREFERENCED else None
+    network = protocol.network
+    metrics = [name for name in protocol.metrics if name not in PAIRED]
     seed = protocol.seed
     return measure(images, reference, network, metrics, names=names, seed=seed, track=track)
 
@@ -161,6 +165,9 @@ def _fidelity(
         if "class_agreement" in full.entry and "class_agreement" in quantized.entry:
             logits = {"full": a.logits, "quantized": b.logits}
             seen = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
+    images = (one.images, other.images)
+    scores = {"ssim": ssim_each(*images)}
+    scores["cvvdp_jod"] = jod_each(*images, track) if "cvvdp" in protocol.metrics else None
     return {
         "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
         "feature_distance": distance,
@@ -168,10 +175,11 @@ def _fidelity(
         **of_pairs(
             one.seeds,
             one.manifest["classes"],
-            (one.images, other.images),
+            images,
             (one.latents.tensors["latents"], other.latents.tensors["latents"]),
             seen,
             protocol.seed,
+            scores,
         ),
     }
 
