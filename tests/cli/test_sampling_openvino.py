@@ -57,7 +57,7 @@ def test_images_are_those_of_the_simulation_up_to_single_codes(exported, own):
 def test_a_graph_is_exported_once_for_any_batch_size(exported, tmp_path):
     runner = Qncd(shutil.copytree(exported.folder, tmp_path / "own"))
     (place,) = graphs_of(runner)
-    assert {path.suffix for path in place.iterdir()} == {".xml", ".bin"}
+    assert {path.name for path in place.iterdir()} == {"denoiser.xml", "denoiser.bin", "sealed"}
     again = runner(*DRAW, "--name", "again")
     assert "exporting" not in again.stderr
     assert torch.equal(set_of(runner, "again")[1], set_of(runner, "graph")[1])
