@@ -17,7 +17,7 @@ import torch
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.errors import ConfigError
 from qncd_cli.lineage.sample_set import read_set
-from qncd_cli.metrics.tensor import psnr_db, sqnr_db
+from qncd_cli.metrics.tensor import psnr_db, sqnr_db, squared_errors
 from qncd_cli.store.run_dir import find_run
 
 
@@ -31,10 +31,10 @@ def main(first: str, second: str, run_dir: str | None) -> None:
     a, b = (read_set(run.samples(name)) for name in (first, second))
     if a.seeds != b.seeds:
         raise ConfigError(f"{first} and {second} have different seeds", "draw them alike")
-    latents = [one.latents.tensors["latents"] for one in (a, b)]
+    latents = [one.latents.of(one.seeds) for one in (a, b)]
     click.echo(f"images: PSNR {psnr_db(a.images, b.images):.1f} dB")
     click.echo(f"final latents: SQNR {sqnr_db(*latents):.1f} dB")
-    equal = int((a.images == b.images).flatten(1).all(1).sum())
+    equal = int((squared_errors(a.images, b.images) == 0).sum())
     same = "equal" if torch.equal(*latents) else "not equal"
     click.echo(f"{equal} of {len(a.images)} images are identical, the latents are {same}")
 

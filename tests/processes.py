@@ -58,15 +58,24 @@ class At:
         os.replace = replaced  # type: ignore[assignment]
 
 
-def _command(folder: Path, arguments: tuple[str, ...], arm: Callable[[], None] | None) -> None:
+def _command(
+    folder: Path,
+    arguments: tuple[str, ...],
+    arm: Callable[[], None] | None,
+    environment: dict[str, str],
+    streams: str,
+) -> None:
     from qncd_cli.cli.main import cli
     from qncd_cli.cli.process import receive_signals, run_alone
 
     for number in (signal.SIGINT, signal.SIGHUP):  # which a suite in the background ignores
         signal.signal(number, signal.SIG_DFL)
     os.chdir(folder)
+    os.environ.update(environment)
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(
+            os.open(folder / f"{streams}{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number
+        )
     torch.set_num_threads(1)
     sys.argv = ["qncd", *arguments]
     if arm is not None:
@@ -76,11 +85,20 @@ def _command(folder: Path, arguments: tuple[str, ...], arm: Callable[[], None] |
 
 
 def started(
-    folder: Path, *arguments: str, at: At | None = None
+    folder: Path,
+    *arguments: str,
+    at: At | None = None,
+    environment: dict[str, str] | None = None,
+    streams: str = "",
 ) -> multiprocessing.process.BaseProcess:
-    """The command in a process that has begun; stdout.txt and stderr.txt of the folder are its."""
+    """The command in a process that has begun; stdout.txt and stderr.txt of the folder are its.
+
+    streams: what the names of these two begin with.
+    """
     arm = None if at is None else at.arm
-    process = _context.Process(target=_command, args=(folder, arguments, arm))
+    process = _context.Process(
+        target=_command, args=(folder, arguments, arm, environment or {}, streams)
+    )
     process.start()
     return process
 

@@ -116,6 +116,7 @@ APART = {"stages": "stages.pipeline"}
 GROUND: dict[str, list[str]] = {
     "": ["config", "runs"],  # its five names, each imported when it is asked for
     "errors": [],
+    "launch": [],
     "machine": [""],
     "progress": [],
     "spec": [],
@@ -129,9 +130,24 @@ OUTSIDE: dict[str, list[str]] = {
 # What these may import while they are being imported themselves: --help must be instant.
 TOP_LEVEL: dict[str, list[str]] = {
     "": [],
-    "cli.main": ["", "errors", "vocabulary", "cli.console", "cli.options", "cli.tools", "click"],
+    "cli.main": [
+        *("", "errors", "vocabulary", "click"),
+        *("cli.batch", "cli.console", "cli.options", "cli.tools"),
+    ],
+    "cli.batch": ["cli.console", "cli.options", "click"],
     "cli.tools": ["cli.console", "cli.options", "click"],
-    "cli.console": ["errors", "stopping", "vocabulary", "cli.process", "cli.progress", "click"],
+    "cli.console": [
+        "",
+        "errors",
+        "launch",
+        "progress",
+        "stopping",
+        "vocabulary",
+        "cli.options",
+        "cli.process",
+        "cli.progress",
+        "click",
+    ],
     "cli.progress": [],
     "cli.options": ["vocabulary", "click"],
 }
@@ -156,6 +172,8 @@ DOORS: dict[str, list[str]] = {
         "exported",
         "models.*",
         "metrics.*",
+        "runtime.ranks",
+        "store.streamed",
     ],
     "yaml": [
         "config.schema",
@@ -187,9 +205,10 @@ DOORS: dict[str, list[str]] = {
         "forecast.*",
         "ptq.*",
         "runtime.*",
-        "lineage.sample_set",
+        *("lineage.growing_set", "lineage.latents", "lineage.pairs", "lineage.sample_set"),
         "store.artifacts",
         "store.partial",
+        "store.streamed",
         "exported",
         "quant.*",
         "models.*",
@@ -198,7 +217,7 @@ DOORS: dict[str, list[str]] = {
         "metrics.*",
         "stages.*",
     ],
-    "numpy": ["metrics.*", "lineage.sample_set", "backends.onnx.layers"],
+    "numpy": ["metrics.*", "lineage.sample_set", "lineage.set_formats", "backends.onnx.layers"],
     "onnx": ["backends.* (inside)"],
     "onnx_ir": ["backends.onnx.graph", "backends.onnx.layers"],
     "onnxruntime": ["backends.* (inside)"],

@@ -10,6 +10,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 NO_MODULE = {
     "end_to_end": "promises of the whole command line, which pass through all rooms",
+    "test_batch.py": "docs/batch.md",
     "test_docs.py": "the documents",
     "test_examples.py": "examples/",
     "test_layers.py": "imports between all rooms",

@@ -16,9 +16,11 @@ EXIT_SIGNAL = 128
 
 
 class QncdError(Exception):
-    """message: what is wrong and where; hint: what to do, a phrase or a command."""
+    """message: what is wrong and where; hint: what to do, a phrase or a command; told: whether
+    another process of the job says it."""
 
     exit_code = EXIT_UNFORESEEN
+    told = False
 
     def __init__(self, message: str, hint: str = ""):
         super().__init__(message)

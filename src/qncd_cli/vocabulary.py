@@ -180,6 +180,11 @@ MODEL = {
     ),
     "extra_calls": Number("extra calls", "Denoiser calls that the correction adds to a batch."),
     "seconds": Number("time", "Spent on the row or the stage.", "s"),
+    "images_per_second": Number(
+        "images per second",
+        "Drawn by all processes of the job together, loading and compiling aside.",
+        better="up",
+    ),
 }
 """Numbers of coverage.json, of --plan and of the stages."""
 

@@ -99,10 +99,10 @@ def test_a_lost_image_of_a_finished_set_is_made_from_its_latent(work, whole, dam
 def test_a_set_is_not_complete_without_a_seed_that_was_asked_for(work):
     work(*SAMPLE)
     folder = work.folder / SET
-    drawn = sample_set.artifacts.read(folder / "latents.safetensors", "latents")
+    drawn = sample_set.Latents.open(folder / "latents.safetensors")
     before = (folder / "manifest.json").read_bytes()
     with pytest.raises(ArtifactError, match=r"1 images are not there .*000009\.png"):
-        sample_set.assemble(folder, {}, drawn, 2, "cpu", {0, 9})
+        sample_set.assemble(folder, {}, [drawn], {}, {0, 9})
     assert (folder / "manifest.json").read_bytes() == before
 
 
@@ -161,7 +161,11 @@ def test_a_changed_manifest_is_found(drawn, key, change):
 
 def test_parts_of_a_set_keep_what_their_images_look_like(drawn):
     whole = sample_set.read_set(drawn)
+    pixels = whole.latents.pixels()
     cut = whole.cut([1, 4])
-    assert cut.latents.body["pixels"] == [whole.latents.body["pixels"][row] for row in (1, 4)]
-    left = sample_set.without(whole.latents, {0, 2, 3, 5})
-    assert left is not None and left.body["pixels"] == cut.latents.body["pixels"]
+    assert [sample_set.pixels_digest(image) for image in cut.images] == [pixels[1], pixels[4]]
+    left = whole.latents.without({0, 2, 3, 5})
+    assert left.pixels() == {1: pixels[1], 4: pixels[4]}
+    shutil.copy(drawn / "000003.png", drawn / "000004.png")
+    with pytest.raises(ArtifactError, match=r"1 of 6 images are not those .*first: 000004.png"):
+        cut.images.read()

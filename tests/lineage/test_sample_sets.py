@@ -42,7 +42,7 @@ def test_seeds_that_cross_a_million_are_read_in_their_order(work):
     folder = work.folder / SAMPLES / "c"
     seeds = list(range(999997, 1000003))
     found = read_set(folder)
-    assert found.seeds == seeds == found.latents.tensors["seeds"].tolist()
+    assert found.seeds == seeds == found.latents.seeds
     for image, seed in zip(found.images, seeds, strict=True):
         stored = np.array(Image.open(folder / f"{seed}.png").convert("RGB"))
         assert (image.permute(1, 2, 0).numpy() == stored).all()

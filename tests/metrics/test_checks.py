@@ -8,8 +8,7 @@ import torch
 
 from qncd_cli.metrics import frechet
 from qncd_cli.metrics.checks import (
-    duplicates,
-    flat_images,
+    Seen,
     frechet_bias,
     not_finite,
     notes_of_classes,
@@ -33,7 +32,7 @@ def test_one_pixel_is_enough_to_be_no_constant_image():
     some = torch.full((3, 3, 4, 4), 7, dtype=torch.uint8)
     some[1, 0, 0, 0] = 8
     some[2] = 0
-    assert flat_images(some) == {0: (7, 7, 7), 2: (0, 0, 0)}
+    assert Seen.of(some).flat() == {0: (7, 7, 7), 2: (0, 0, 0)}
     latents = torch.zeros(3, 2, 2)
     latents[1, 1, 1] = float("inf")
     assert not_finite(latents) == {1: 1}
@@ -41,17 +40,19 @@ def test_one_pixel_is_enough_to_be_no_constant_image():
 
 def test_black_constant_and_repeated_images_are_counted_and_the_first_is_named():
     some = images()
-    assert notes_of_images("quantized", some, list("abcdef")) == []
+    assert notes_of_images("quantized", Seen.of(some), list("abcdef")) == []
     some[1], some[4], some[5] = 0, 9, some[2]
-    found = notes_of_images("quantized", some, list("abcdef"))
+    found = notes_of_images("quantized", Seen.of(some), list("abcdef"))
     assert [note["says"] for note in found] == [
         "quantized: 1 of 6 images are black (first: b)",
         "quantized: 1 of 6 images are of one colour (first: e)",
         "quantized: 1 of 6 images repeat an earlier one (first: f, like c)",
     ]
     some[5, 0, 0, 0] ^= 1
-    assert duplicates(some) == {}
-    assert kinds(notes_of_images("images", images() // 128, list("abcdef"))) == ["pixel_range"]
+    assert Seen.of(some).duplicates() == {}
+    assert kinds(notes_of_images("images", Seen.of(images() // 128), list("abcdef"))) == [
+        "pixel_range"
+    ]
 
 
 def test_classes_in_turn_are_balanced_and_others_are_not():

@@ -41,7 +41,7 @@ def test_every_kind_is_read_with_its_pixels(tmp_path, suffix):
     for i, name in enumerate((f"0{suffix}", f"1{suffix.upper()}")):
         options = {"lossless": True} if suffix == ".webp" else {}
         picture(i).convert("L" if suffix == ".pgm" else "RGB").save(tmp_path / name, **options)
-    images = image.load_images(tmp_path)
+    images = image.load_images(tmp_path).read()
     assert images.shape == (2, 3, 8, 8)
     expected = torch.from_numpy(np.array(picture(0))).expand(3, -1, -1)
     difference = (images[0].int() - expected.int()).abs().max()
@@ -58,7 +58,7 @@ def test_one_set_in_many_kinds_and_folders_is_the_same_set(tmp_path):
         place = tmp_path / "mixed" / ("a/b", "a", ".")[i % 3]
         options = {"lossless": True} if kinds[i % 8] == ".webp" else {}
         picture(10 * i).save(place / f"{i:02d}{kinds[i % 8]}", **options)
-    plain, mixed = (image.load_images(tmp_path / name) for name in ("plain", "mixed"))
+    plain, mixed = (image.load_images(tmp_path / name).read() for name in ("plain", "mixed"))
     network = image.packaged()
     distance = image.feature_distance(plain, mixed, network, rounds=0)["value"]
     assert len(mixed) == len(plain) == 16
@@ -81,7 +81,7 @@ def test_files_that_are_not_read_are_counted_and_refused(tmp_path, others, said)
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ArtifactError, match="files, ") as caught:
-        image.load_images(tmp_path)
+        image.load_images(tmp_path).read()
     assert said in str(caught.value)
     with pytest.raises(ArtifactError):
         image.load_reference(tmp_path)
@@ -145,7 +145,7 @@ def test_transparency_is_laid_on_white(tmp_path):
     palette.save(tmp_path / "2.gif", transparency=1)
     clear = [Image.new("L", (8, 8), value) for value in (7, 0)]
     Image.merge("LA", clear).save(tmp_path / "3.png")
-    images = image.load_images(tmp_path)
+    images = image.load_images(tmp_path).read()
     assert images[0, :, 0, 0].tolist() == [200, 100, 0]
     assert images[0, :, 0, 4].tolist() == [227, 177, 127]
     assert images[0, :, 0, 7].tolist() == [255, 255, 255]
@@ -162,7 +162,7 @@ def test_orientation_is_as_exif_says(tmp_path):
         turned.save(tmp_path / f"{orientation}.png", exif=exif)
         turned.convert("RGB").save(tmp_path / f"{orientation}.tif", exif=exif)
     expected = torch.from_numpy(np.array(upright)).expand(3, -1, -1)
-    images = image.load_images(tmp_path)
+    images = image.load_images(tmp_path).read()
     assert len(images) == 4
     assert all(torch.equal(found, expected) for found in images)
 
@@ -194,7 +194,7 @@ def deep_tiff(path: Path) -> None:
 def test_more_than_8_bits_are_not_cut(tmp_path, write, name):
     write(tmp_path / name)
     with pytest.raises(ArtifactError, match="more than 8 bits"):
-        image.load_images(tmp_path)
+        image.load_images(tmp_path).read()
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp", ".png"])
@@ -202,11 +202,11 @@ def test_several_images_in_one_file_are_refused(tmp_path, suffix):
     first, second = picture(0).convert("RGB"), picture(90).convert("RGB")
     first.save(tmp_path / f"0{suffix}", save_all=True, append_images=[second])
     with pytest.raises(ArtifactError, match="2 frames in one file"):
-        image.load_images(tmp_path)
+        image.load_images(tmp_path).read()
 
 
 def test_a_photograph_with_a_preview_is_one_image(tmp_path):
     picture(0).convert("RGB").save(
         tmp_path / "0.jpg", "MPO", save_all=True, append_images=[picture(0, 4).convert("RGB")]
     )
-    assert torch.equal(image.load_images(tmp_path)[0], pixels_of(tmp_path / "0.jpg"))
+    assert torch.equal(image.load_images(tmp_path).read()[0], pixels_of(tmp_path / "0.jpg"))

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from qncd_cli.errors import ArtifactError
-from qncd_cli.metrics.reference import load_images, load_reference, read_images
+from qncd_cli.metrics.images_on_disk import read_images
+from qncd_cli.metrics.reference import load_images, load_reference
 
 HINT = "not a readable image"
 
@@ -67,7 +68,7 @@ def test_broken_images_are_left_out_where_that_is_wanted(folder):
     skipped: list[Path] = []
     images = load_images(folder, skipped)
     assert [path.name for path in skipped] == ["1.png", "2.png"]
-    assert images.shape == (2, 3, 4, 4) and images[:, 0, 0, 0].tolist() == [0, 30]
+    assert images.shape == (2, 3, 4, 4) and images.read()[:, 0, 0, 0].tolist() == [0, 30]
     reference = load_reference(folder, skip_broken=True)
     assert reference.skipped == ("1.png", "2.png") and reference.num_samples == 2
     for name in reference.skipped:

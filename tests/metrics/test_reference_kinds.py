@@ -27,7 +27,7 @@ def test_load_images_sorts_by_name(tmp_path) -> None:
     (folder / "manifest.json").write_text("{}")
     (folder / "more.png").mkdir()
     (folder / "more.png").rmdir()
-    assert torch.equal(image.load_images(folder), images)
+    assert torch.equal(image.load_images(folder).read(), images)
 
 
 def test_load_images_reads_the_usual_kinds(tmp_path) -> None:
@@ -35,7 +35,7 @@ def test_load_images_reads_the_usual_kinds(tmp_path) -> None:
     for name, mode in (("a.png", "L"), ("b.BMP", "RGB"), ("c.webp", "RGB"), ("d.jpg", "L")):
         Image.fromarray(grey).convert(mode).save(tmp_path / name)
     Image.fromarray(grey).convert("RGBA").save(tmp_path / "e.png")
-    images = image.load_images(tmp_path)
+    images = image.load_images(tmp_path).read()
     assert images.shape == (5, 3, 8, 8)
     assert torch.equal(images[0], torch.from_numpy(grey).expand(3, 8, 8))
     assert torch.equal(images[4], images[0])

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from qncd_cli.metrics import bootstrap, image, spread
-from qncd_cli.metrics.similarity import ssim_each
 
 from .shared import gaussian, random_images
 
@@ -23,9 +22,8 @@ def pairs(count: int = 40, size: int = 16) -> dict:
 
 
 def measured(seeds: list[int], classes: list[int], seen: dict | None = None, **more) -> dict:
-    given = {**pairs(len(seeds)), **more}
-    scores = {"ssim": ssim_each(*given["images"]), "cvvdp_jod": None}
-    return spread.of_pairs(seeds, classes, **given, seen=seen or {}, seed=1, scores=scores)
+    found = spread.Pairs.of(**{**pairs(len(seeds)), **more})
+    return spread.of_pairs(seeds, classes, found, seen or {}, 1, {"cvvdp_jod": None})
 
 
 def test_every_pooled_number_has_its_spread_and_an_interval_around_it():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..lineage import sample_sets
-from ..metrics.reference import read_images
+from ..metrics.images_on_disk import read_images
 from ..models.loading import DiffusionModel
 from ..runtime.sampled_model import SampledModel
 from ..stages import sample

@@ -17,9 +17,12 @@ from typing import Any, TypeVar
 
 import click
 
+from .. import launch
 from ..errors import EXIT_FILE, EXIT_SIGNAL, EXIT_UNFORESEEN, EXIT_USAGE, QncdError
+from ..progress import no_progress
 from ..stopping import Stopped
 from ..vocabulary import is_number, number
+from .options import QUIET
 from .process import begun
 from .progress import Bars, lines
 
@@ -54,6 +57,8 @@ class ErrorReportingCommand(click.Command):
             sys.stdout.flush()
             sys.exit(result if isinstance(result, int) else 0)
         except QncdError as error:
+            if error.told:
+                sys.exit(error.exit_code)
             _fail(f"Error: {error}", error.exit_code, error)
         except Interrupted as interruption:
             _interrupted(interruption, f": {interruption}.")
@@ -135,9 +140,10 @@ def _fail(line: str, code: int, error: Exception | None = None) -> None:
     context = click.get_current_context(silent=True)
     if "--debug" in sys.argv or (context and context.params.get("debug")):
         traceback.print_exc()
+    who = f"rank {launch.rank()}: " if launch.count() > 1 else ""
     with suppress(OSError):  # the terminal may be gone
-        click.echo(line, err=True)
-    if _answer.wanted and not _answer.printed:
+        click.echo(who + line, err=True)
+    if _answer.wanted and not _answer.printed and launch.rank() == 0:
         known = error if isinstance(error, QncdError) else None
         told = {
             "kind": type(error).__name__ if error else "Stopped" if code > EXIT_SIGNAL else "Usage",
@@ -170,11 +176,16 @@ class Console:
         self.as_json = as_json
         self._lap = begun()
         self._bars = Bars()
+        context = click.get_current_context(silent=True)
+        self._heard = launch.rank() == 0  # of a job, the first process speaks for all
+        self._quiet = not self._heard or (context is not None and QUIET in context.meta)
 
     def track(
         self, items: Iterable[T], description: str, total: int, unit: str
     ) -> Generator[T, None, None]:
         """Progress on stderr (see progress.py)."""
+        if self._quiet:
+            return no_progress(items, description, total, unit)
         if not sys.stderr.isatty():
             return lines(items, description, total, unit, self.note)
         return self._bars.track(items, description, total, unit)
@@ -186,10 +197,13 @@ class Console:
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal, on stderr."""
-        click.echo(text, err=True)
+        if not self._quiet:
+            click.echo(text, err=True)
 
     def result(self, payload: dict[str, Any], render: Callable[[], None]) -> None:
         """payload as JSON, or whatever render prints for people."""
+        if not self._heard:
+            return
         if self.as_json:
             _print(payload)
         else:

@@ -9,7 +9,7 @@ import click
 
 from .. import __version__
 from ..vocabulary import sentences
-from . import options, tools
+from . import batch, options, tools
 from .console import Console, ErrorReportingGroup
 
 EPILOG = """\b
@@ -163,6 +163,13 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, deb
 )
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
 @options.show("the contact sheet")
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Draw the I-th of N parts, 1/N to N/N, each by a process of its own; qncd merge joins"
+    " them.",
+)
+@options.set_format
 @options.set_name("Name of the sample set (default: quantized, full, full_compiled).")
 @options.overrides
 @options.run_dir
@@ -172,7 +179,10 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, deb
 @options.no_verify
 @options.json_output
 def sample(**options):
-    """Draw images from the quantized model; a repeated command resumes."""
+    """Draw images from the quantized model; a repeated command resumes.
+
+    Under torchrun all processes share the work (docs/batch.md).
+    """
     from ..spec import Compile
     from . import plan as planning
     from . import sampling
@@ -293,5 +303,5 @@ def compare(run_dirs, force, as_json, debug):
     comparing.compare(Console(as_json), run_dirs, force=force)
 
 
-for command in tools.COMMANDS:
+for command in (*batch.COMMANDS, *tools.COMMANDS):
     cli.add_command(command)

@@ -8,11 +8,20 @@ from typing import Any
 import click
 
 Command = Callable[..., Any]
+QUIET = "qncd.quiet"
+"""Key of a context's `meta` under which --quiet is found."""
 
 
 def json_output(command: Command) -> Command:
     help_text = "Print one JSON object on stdout, nothing else."
     command = click.option("--json", "as_json", is_flag=True, help=help_text)(command)
+    command = click.option(
+        "--quiet",
+        is_flag=True,
+        expose_value=False,
+        callback=_hush,
+        help="No progress and no remarks on stderr; errors are told.",
+    )(command)
     return click.option("--debug", is_flag=True, help="Show the traceback of an error.")(command)
 
 
@@ -32,22 +41,29 @@ def no_verify(command: Command) -> Command:
     )(command)
 
 
+def _hush(context: click.Context, option: click.Parameter, quiet: bool) -> None:
+    if quiet:
+        context.meta[QUIET] = True
+
+
 def run_dir(command: Command) -> Command:
     return click.option(
         "--run-dir",
+        envvar="QNCD_RUN_DIR",
         metavar="DIR",
         help="Run directory (default: runs/<config name>, of a model runs/<model>_<bits>; later "
-        "stages: the current run).",
+        "stages: the current run; or QNCD_RUN_DIR).",
     )(command)
 
 
 def device(command: Command) -> Command:
     return click.option(
         "--device",
+        envvar="QNCD_DEVICE",
         metavar="auto|cpu|cuda",
         default="auto",
         show_default=True,
-        help="Where the model runs; auto takes a CUDA device if there is one.",
+        help="Where the model runs; auto takes a CUDA device if there is one (or QNCD_DEVICE).",
     )(command)
 
 
@@ -171,6 +187,17 @@ def _plain(context: click.Context, option: click.Parameter, name: str | None) ->
     if name is not None and (name.startswith(".") or "/" in name or not name):
         raise click.BadParameter("a plain name without /, not starting with a dot")
     return name
+
+
+def set_format(command: Command) -> Command:
+    return click.option(
+        "--format",
+        type=click.Choice(["png", "folders", "webdataset", "npz"]),
+        default="png",
+        show_default=True,
+        help="Write the whole set in another layout too, beside it: a folder for every thousand "
+        "images, WebDataset tar files, or one .npz as ADM's evaluator reads it.",
+    )(command)
 
 
 def batch_size(command: Command) -> Command:

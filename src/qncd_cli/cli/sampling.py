@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..config.loading import load_config, parse_config
 from ..config.schema import Config
 from ..errors import ConfigError
-from ..runs.sample import DEFAULT_NUM, check_settled
+from ..runs.merge import merge as merge_run
+from ..runs.sample import DEFAULT_NUM, Sampled, check_settled
 from ..runs.sample import sample as sample_run
 from ..spec import Compile
 from ..store.run_dir import find_run
@@ -39,6 +41,8 @@ class SampleOptions:
     device: str = "auto"
     force: bool = False
     show: bool = False
+    shard: str | None = None
+    format: str = "png"
 
 
 def sampling_config(config: Config, options: SampleOptions) -> Config:
@@ -93,17 +97,31 @@ def sample(console: Console, options: SampleOptions) -> Path:
         low_memory=options.low_memory,
         device=options.device,
         force=options.force,
+        shard=options.shard,
+        format=options.format,
         watch=watching(console),
     )
-    done(
-        console,
-        "sample",
-        run,
-        images=len(made.seeds),
-        folder=str(made.folder),
-        contact_sheet=str(made.contact_sheet),
-        skipped=made.skipped,
-    )
+    _show(console, "sample", made)
     if options.show and not console.as_json:
         show_picture(made.contact_sheet)
     return made.folder
+
+
+def merge(console: Console, run_dir: str | None, **options: Any) -> None:
+    _show(console, "merge", merge_run(run_dir, **options, watch=watching(console)))
+
+
+def _show(console: Console, stage: str, made: Sampled) -> None:
+    rate = {"images_per_second": made.drawn / made.seconds} if made.drawn else {}
+    packed = {} if made.packed in (None, made.folder) else {"packed": str(made.packed)}
+    done(
+        console,
+        stage,
+        made.run,
+        images=len(made.seeds),
+        **rate,
+        folder=str(made.folder),
+        **packed,
+        contact_sheet=str(made.contact_sheet),
+        skipped=made.skipped,
+    )

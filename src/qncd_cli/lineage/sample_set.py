@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import shutil
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,15 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..metrics.reference import read_images
+from ..metrics.images_on_disk import CHUNK, ImagesOnDisk, read_images
 from ..report.images import contact_sheet
-from ..store import artifacts
 from ..store.artifact_files import read_stored
-from ..store.artifacts import Artifact
 from ..store.files import write_bytes, write_json
+from .latents import Latents, join
 from .sample_sets import (
     LATENTS,
     MANIFEST,
     PARTS,
-    PIXELS,
     begun,
     check_identity,
     check_own_digest,
@@ -45,7 +44,7 @@ SET_KEYS = ("seeds", "classes", "sampling", "correction", "digests", "source", "
 # ------------------------------------------------------------------ writing
 
 
-def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
+def finished(folder: Path, identity: dict[str, Any]) -> Latents | None:
     """Latents of the samples in the folder, some of whose images may be lost, None for none.
 
     Raises ArtifactError when they were made with other settings.
@@ -56,7 +55,7 @@ def finished(folder: Path, identity: dict[str, Any]) -> Artifact | None:
     check_identity(folder, manifest, identity)
     if not (folder / LATENTS).is_file():
         return None
-    return artifacts.read(folder / LATENTS, "latents")
+    return Latents.open(folder / LATENTS)
 
 
 def is_sound(part: Path) -> bool:
@@ -67,25 +66,6 @@ def is_sound(part: Path) -> bool:
         return False
     first = int(part.stem.partition("-")[0])
     return not without_image(part.parent.parent, range(first, first + stored.body["count"]))
-
-
-def without(drawn: Artifact, seeds: set[int]) -> Artifact | None:
-    """The samples of all other seeds, None where no others are there."""
-    if not seeds:
-        return drawn
-
-    def keep(key: str) -> list[int]:
-        return [row for row, s in enumerate(drawn.tensors[key].tolist()) if s not in seeds]
-
-    rows, traced = keep("seeds"), keep("prediction_seeds")
-    if not rows:
-        return None
-    tensors = {name: drawn.tensors[name][rows] for name in ("latents", "seeds", "classes")}
-    tensors |= {name: drawn.tensors[name][traced] for name in ("predictions", "prediction_seeds")}
-    body = {**drawn.body, "count": len(rows), "traced": len(traced)}
-    if PIXELS in body:
-        body[PIXELS] = [body[PIXELS][row] for row in rows]
-    return Artifact("latents", tensors, body, "", drawn.model)
 
 
 def png_bytes(image: Tensor) -> bytes:
@@ -108,20 +88,16 @@ def pixels_digest(image: Tensor) -> str:
 def assemble(
     folder: Path,
     identity: dict[str, Any],
-    drawn: Artifact | None,
-    batch_size: int,
-    device: str,
+    pieces: Sequence[Latents],
+    more: dict[str, Any],
     wanted: set[int],
 ) -> dict[str, Any]:
-    """Join the parts, and what was drawn before, into one latents file, a sheet and the manifest,
-    which is returned. device: of the last batch.
+    """Join what was drawn into one latents file, a sheet and the manifest, which is returned.
 
-    Raises ArtifactError where a wanted seed is in none of them, or an image is gone.
+    pieces: at least one; more: what else the manifest says. Raises ArtifactError where a wanted
+    seed is in none of them, or an image is gone.
     """
-    parts = sorted((folder / PARTS).glob("*.safetensors"))
-    pieces = [drawn] if drawn else []
-    latents = merge_latents(pieces + [artifacts.read(path, "latents") for path in parts])
-    seeds = latents.tensors["seeds"].tolist()
+    seeds = sorted(set().union(*(piece.row_of for piece in pieces)))
     lost = {*without_image(folder, seeds), *wanted.difference(seeds)}
     if lost:
         raise ArtifactError(
@@ -129,7 +105,7 @@ def assemble(
             f" (first: {image_path(folder, min(lost)).name})",
             "does something else write or remove files there? repeat the command",
         )
-    artifacts.write(folder / LATENTS, latents)
+    joined = join(folder / LATENTS, pieces)
     images = read_images([image_path(folder, seed) for seed in seeds[:SHEET_IMAGES]])
     sheet = contact_sheet(images, columns=None, scale=2)
     buffer = io.BytesIO()
@@ -137,55 +113,21 @@ def assemble(
     write_bytes(sheet_path(folder), buffer.getvalue())
     manifest = {
         **identity,
+        **more,
         "complete": True,
         "seeds": seeds,
-        "classes": latents.tensors["classes"].tolist(),
-        "batch_size": batch_size,
-        "device": device,
-        "extra_calls": latents.body["extra_calls"],
-        "steps": latents.body["steps"],
+        "classes": Latents.open(folder / LATENTS).tensor("classes").tolist(),
+        "extra_calls": joined.body["extra_calls"],
+        "steps": joined.body["steps"],
     }
     write_json(folder / MANIFEST, manifest)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
     return manifest
 
 
-def merge_latents(pieces: list[Artifact]) -> Artifact:
-    """One latents artifact, ordered by seed, each seed once (the later piece wins)."""
-
-    def merged(key: str, names: list[str]) -> dict[str, Tensor]:
-        row_of = {
-            seed: (piece, row)
-            for piece in pieces
-            for row, seed in enumerate(piece.tensors[key].tolist())
-        }
-        order = [row_of[seed] for seed in sorted(row_of)]
-        if not order:
-            return {name: pieces[0].tensors[name] for name in [key, *names]}
-        return {
-            name: torch.stack([piece.tensors[name][row] for piece, row in order])
-            for name in [key, *names]
-        }
-
-    tensors = merged("seeds", ["latents", "classes"])
-    tensors |= merged("prediction_seeds", ["predictions"])
-    body = {
-        **pieces[0].body,
-        "count": len(tensors["seeds"]),
-        "traced": len(tensors["prediction_seeds"]),
-        "extra_calls": max(piece.body["extra_calls"] for piece in pieces),
-    }
-    pixels = {
-        seed: digest
-        for piece in pieces
-        for seed, digest in zip(
-            piece.tensors["seeds"].tolist(), piece.body.get(PIXELS, ()), strict=False
-        )
-    }
-    body.pop(PIXELS, None)
-    if all(seed in pixels for seed in tensors["seeds"].tolist()):
-        body[PIXELS] = [pixels[seed] for seed in tensors["seeds"].tolist()]
-    return Artifact("latents", tensors, body, "", pieces[0].model)
+def parts_of(folder: Path) -> list[Path]:
+    """Files of finished batches, in the order of their seeds."""
+    return sorted((folder / PARTS).glob("*.safetensors"))
 
 
 # ------------------------------------------------------------------ reading
@@ -193,12 +135,13 @@ def merge_latents(pieces: list[Artifact]) -> Artifact:
 
 @dataclass(frozen=True)
 class SampleSet:
-    """images uint8 [N, 3, H, W], by seed; latents: the set's artifact."""
+    """Samples that stay on disk. images: uint8 [N, 3, H, W], by seed; latents: of at least these
+    seeds."""
 
     folder: Path
     manifest: dict[str, Any]
-    images: Tensor
-    latents: Artifact
+    images: ImagesOnDisk
+    latents: Latents
 
     @property
     def seeds(self) -> list[int]:
@@ -210,23 +153,22 @@ class SampleSet:
             return self
         wanted = set(seeds)
         rows = [i for i, seed in enumerate(self.seeds) if seed in wanted]
-        tensors = dict(self.latents.tensors)
-        for name in ("latents", "seeds", "classes"):
-            tensors[name] = tensors[name][rows]
         manifest = {**self.manifest, "seeds": seeds}
         manifest["classes"] = [self.manifest["classes"][i] for i in rows]
-        body = {**self.latents.body, "count": len(rows)}
-        if PIXELS in body:
-            body[PIXELS] = [body[PIXELS][i] for i in rows]
-        latents = Artifact("latents", tensors, body, "", self.latents.model)
-        return SampleSet(self.folder, manifest, self.images[rows], latents)
+        return SampleSet(self.folder, manifest, self.images.take(rows), self.latents)
+
+    def latent_chunks(self) -> Iterator[tuple[int, Tensor]]:
+        """Latents of all seeds, CHUNK at a time: the first row, and theirs."""
+        for start in range(0, len(self.seeds), CHUNK):
+            yield start, self.latents.of(self.seeds[start : start + CHUNK])
 
 
 def read_set(folder: Path, *, whatever: bool = False) -> SampleSet:
     """The samples that the manifest names, in its order; other files in the folder are left out.
 
-    whatever: also samples that are not finite, and sets of nothing but black images.
-    Raises ArtifactError when the set is missing, incomplete or does not fit its manifest.
+    whatever: also samples that are not finite or not those that were drawn, and sets of nothing but
+    black images. Raises
+    ArtifactError when the set is missing, incomplete or does not fit its manifest.
     """
     manifest = read_manifest(folder, "qncd sample")
     if not manifest.get("complete"):
@@ -245,49 +187,56 @@ def read_set(folder: Path, *, whatever: bool = False) -> SampleSet:
             f"{folder}: {len(seeds) - len(lost)} images, the manifest names {len(seeds)}{first}",
             'repeat "qncd sample", which draws what is missing',
         )
-    latents = artifacts.read(folder / LATENTS, "latents")
+    latents = Latents.open(folder / LATENTS)
     for key in ("seeds", "classes"):
-        if latents.tensors[key].tolist() != manifest[key]:
+        if latents.tensor(key).tolist() != manifest[key]:
             raise ArtifactError(
                 f"{folder / LATENTS}: of other {key} than the manifest names",
                 'repeat "qncd sample --force"',
             )
     check_own_digest(folder, manifest)
-    images = read_images([image_path(folder, seed) for seed in seeds])
-    _check_pixels(folder, seeds, images, latents)
+    check = None if whatever else _drawn(folder, latents)
+    images = ImagesOnDisk([image_path(folder, seed) for seed in seeds], check)
+    samples = SampleSet(folder, manifest, images, latents)
     if not whatever:
-        _check_values(folder, seeds, images, latents)
-    return SampleSet(folder, manifest, images, latents)
+        _check_values(samples)
+    return samples
 
 
-def _check_pixels(folder: Path, seeds: list[int], images: Tensor, latents: Artifact) -> None:
-    """Raises ArtifactError for images that are not those that were drawn. Sets of earlier versions
-    do not know theirs."""
-    known = latents.body.get(PIXELS)
+def _drawn(folder: Path, latents: Latents) -> Callable[[Sequence[Path], Tensor], None] | None:
+    """A check that raises ArtifactError for images that are not those that were drawn. Sets of
+    earlier versions do not know theirs."""
+    known = latents.pixels()
     if known is None:
-        return
-    rows = zip(seeds, images, known, strict=True)
-    other = [seed for seed, image, digest in rows if pixels_digest(image) != digest]
-    if other:
-        raise ArtifactError(
-            f"{folder}: {len(other)} of {len(seeds)} images are not those that were drawn "
-            f"(first: {image_path(folder, other[0]).name})",
-            'remove them and repeat "qncd sample", which makes them again',
-        )
+        return None
+    digests = {image_path(folder, seed): digest for seed, digest in known.items()}
 
-
-def _check_values(folder: Path, seeds: list[int], images: Tensor, latents: Artifact) -> None:
-    """Sets drawn before anything looked at values may hold black images of what was none."""
-    found = latents.tensors["latents"]
-    for seed, latent in zip(seeds, found, strict=False):
-        if not torch.isfinite(latent).all():
+    def check(paths: Sequence[Path], images: Tensor) -> None:
+        rows = zip(paths, images, strict=True)
+        other = [path for path, image in rows if pixels_digest(image) != digests[path]]
+        if other:
             raise ArtifactError(
-                f"{folder}: the latents of seed {seed} are not finite, its image shows nothing",
-                'draw it again: "qncd sample --force"',
+                f"{folder}: {len(other)} of {len(digests)} images are not those that were drawn "
+                f"(first: {other[0].name})",
+                'remove them and repeat "qncd sample", which makes them again',
             )
-    if not images.any():
+
+    return check
+
+
+def _check_values(samples: SampleSet) -> None:
+    """Sets drawn before anything looked at values may hold black images of what was none."""
+    for start, chunk in samples.latent_chunks():
+        for seed, latent in zip(samples.seeds[start:], chunk, strict=False):
+            if not torch.isfinite(latent).all():
+                raise ArtifactError(
+                    f"{samples.folder}: the latents of seed {seed} are not finite, its image shows"
+                    " nothing",
+                    'draw it again: "qncd sample --force"',
+                )
+    if not any(chunk.any() for chunk in samples.images.split(CHUNK)):
         raise ArtifactError(
-            f"{folder}: every image is black", 'draw them again: "qncd sample --force"'
+            f"{samples.folder}: every image is black", 'draw them again: "qncd sample --force"'
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary import number
+from .images_on_disk import CHUNK, Images
 from .networks import FeatureNetwork
 from .record import UNREFERENCED
 from .reference import Reference
@@ -30,32 +31,52 @@ one image more is always free, since classes are taken in turn."""
 # ------------------------------------------------------------------ single images
 
 
-def flat_images(images: Tensor) -> dict[int, tuple[int, ...]]:
-    """Images of one colour: row -> that colour, a value for each channel.
+class Seen:
+    """What there is to notice of images, which pass one chunk after the other.
 
-    images: uint8 [N, C, H, W]. All zeros is black.
+    digests: of the pixels of each; colours: of each the one colour that it is of, a value for each
+    channel, or None; brightest: the largest value of any pixel.
     """
-    pixels = images.flatten(2)  # [N, C, H * W]
-    low, high = pixels.amin(2), pixels.amax(2)
-    flat = (low == high).all(1).nonzero().flatten().tolist()
-    return {row: tuple(low[row].tolist()) for row in flat}
+
+    def __init__(self) -> None:
+        self.digests: list[str] = []
+        self.colours: list[list[int] | None] = []
+        self.brightest = 0
+
+    @classmethod
+    def of(cls, images: Images) -> Seen:
+        seen = cls()
+        for chunk in images.split(CHUNK):
+            seen.add(chunk)
+        return seen
+
+    def add(self, images: Tensor) -> None:
+        """The next images, uint8 [N, C, H, W]."""
+        pixels = images.flatten(2)  # [N, C, H * W]
+        low, high = pixels.amin(2), pixels.amax(2)
+        flat = (low == high).all(1).tolist()
+        self.colours += [c if f else None for c, f in zip(low.tolist(), flat, strict=True)]
+        self.digests += [hashlib.sha256(i.contiguous().numpy()).hexdigest() for i in images]
+        self.brightest = max(self.brightest, int(pixels.amax()))
+
+    def flat(self) -> dict[int, tuple[int, ...]]:
+        """Images of one colour: row -> that colour. All zeros is black."""
+        return {row: tuple(c) for row, c in enumerate(self.colours) if c is not None}
+
+    def duplicates(self) -> dict[int, int]:
+        """Images that equal an earlier one in every pixel: row -> the first such row."""
+        first: dict[str, int] = {}
+        found = {}
+        for row, digest in enumerate(self.digests):
+            if first.setdefault(digest, row) != row:
+                found[row] = first[digest]
+        return found
 
 
 def not_finite(values: Tensor) -> dict[int, int]:
     """Samples that hold NaN or infinity: row -> how many. values: [N, ...] float."""
     counts = (~values.isfinite()).flatten(1).sum(1).tolist()
     return {row: count for row, count in enumerate(counts) if count}
-
-
-def duplicates(images: Tensor) -> dict[int, int]:
-    """Images that equal an earlier one in every pixel: row -> the first such row."""
-    first: dict[bytes, int] = {}
-    found = {}
-    for row, image in enumerate(images):
-        digest = hashlib.sha256(image.contiguous().numpy()).digest()
-        if first.setdefault(digest, row) != row:
-            found[row] = first[digest]
-    return found
 
 
 # ------------------------------------------------------------------ notes
@@ -69,26 +90,26 @@ def notes_of_skipped(name: str, files: Sequence[str]) -> list[Note]:
     return [{"set": name, "what": "skipped", "count": len(files), "says": says}]
 
 
-def notes_of_images(which: str, images: Tensor, names: Sequence[str]) -> list[Note]:
+def notes_of_images(which: str, seen: Seen, names: Sequence[str]) -> list[Note]:
     """Black, constant and repeated images, and pixels that end at 1.
 
-    images: uint8 [N, C, H, W]; names: of the images, N.
+    seen: of N images; names: of the images, N.
     """
     notes: list[Note] = []
 
     def note(what: str, rows: Collection[int], says: str, more: str = "") -> None:
         if rows:
             first = names[min(rows)]
-            text = f"{which}: {len(rows)} of {len(images)} images {says} (first: {first}{more})"
+            text = f"{which}: {len(rows)} of {len(names)} images {says} (first: {first}{more})"
             notes.append({"set": which, "what": what, "count": len(rows), "says": text})
 
-    flat = flat_images(images)
+    flat = seen.flat()
     note("black", [row for row in flat if not any(flat[row])], "are black")
     note("constant", [row for row in flat if any(flat[row])], "are of one colour")
-    twice = duplicates(images)
+    twice = seen.duplicates()
     like = f", like {names[twice[min(twice)]]}" if twice else ""
     note("duplicates", twice, "repeat an earlier one", like)
-    if images.amax() == 1:
+    if seen.brightest == 1:
         says = f"{which}: no pixel is above 1 of 255; images stored as 0 to 1 are black to a metric"
         notes.append({"set": which, "what": "pixel_range", "count": None, "says": says})
     return notes
@@ -141,7 +162,7 @@ def notes_of_reference(
         notes.append({"set": "reference", "what": "too_few", "count": held, "says": says})
     if reference.images is not None:
         names = [f"number {row + 1}" for row in range(len(reference.images))]
-        notes += notes_of_images("reference", reference.images, names)
+        notes += notes_of_images("reference", Seen.of(reference.images), names)
         other = reference.images.shape[-2:]
         if list(other) != list(size):
             mine, its = (f"{width}x{height}" for height, width in (size, other))

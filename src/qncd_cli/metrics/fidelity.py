@@ -7,7 +7,7 @@ keyed by name alone, worker processes, a progress bar) are never used.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from ..errors import ArtifactError, BackendUnavailable
 from ..progress import Track, counted, no_progress
 from . import bootstrap
 from .features import IMAGE_SIZE, OWN
+from .images_on_disk import Images
 from .networks import SPATIAL_CHANNELS, FeatureNetwork, first_line
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000  # torch-fidelity's defaults
@@ -118,19 +119,21 @@ class _ImageDataset(Dataset):
 
 
 def extract_features(
-    images: Tensor,
+    images: Images,
     network: FeatureNetwork,
     *,
     names: Sequence[Any] | None = None,
     spatial: bool = False,
     device: str = "cpu",
     track: Track = no_progress,
+    see: Callable[[Tensor], object] | None = None,
 ) -> Features:
     """First rung: features and logits of images, by torch-fidelity's extractor.
 
     images: uint8 [N, 1 or 3, H, W], any size (all networks resize); names: of the images, by which
     torch-fidelity's command would sort them, their contents unless given; spatial: whether the
-    features of sFID are wanted too; device: cpu or cuda[:n].
+    features of sFID are wanted too; device: cpu or cuda[:n]; see: is shown every chunk of images,
+    in their order, so that they are read once.
     Deterministic, and an image's features do not depend on the others or on its place among them.
     Raises ValueError for another dtype or shape, BackendUnavailable for a missing device,
     ArtifactError if the weights do not fit the network or give features that are not finite.
@@ -161,6 +164,8 @@ def extract_features(
             if seen:
                 part["spatial"] = seen.pop()
             parts.append({layer: rows[: len(chunk)] for layer, rows in part.items()})
+            if see is not None:
+                see(chunk)
             for _ in chunk:
                 tick()
     keys = digests if names is None else list(names)

@@ -20,6 +20,7 @@ from ..progress import Track, no_progress
 from . import bootstrap, fidelity, frechet
 from .features import NUM_CLASSES
 from .fidelity import MINIMUM_IMAGES, SEED, Features, extract_features
+from .images_on_disk import Images
 from .networks import FeatureNetwork, packaged
 from .networks import downloaded_inception as downloaded_inception
 from .networks import efficientnet as efficientnet
@@ -47,8 +48,8 @@ class Measures:
 
 
 def feature_distance(
-    images_a: Tensor | Features,
-    images_b: Tensor | Features,
+    images_a: Images | Features,
+    images_b: Images | Features,
     network: FeatureNetwork,
     *,
     paired: bool = False,
@@ -118,7 +119,7 @@ def prepare_reference(
 
 
 def measure(
-    images: Tensor | Features,
+    images: Images | Features,
     reference: Reference | None,
     network: FeatureNetwork,
     metrics: Collection[str],
@@ -228,7 +229,7 @@ def fits_labels(labels: Sequence[int]) -> bool:
 
 
 def class_agreement(
-    images: Tensor | Features,
+    images: Images | Features,
     labels: Tensor | Sequence[int],
     network: FeatureNetwork | None = None,
     *,
@@ -251,7 +252,7 @@ def class_agreement(
 
 
 def _to_features(
-    images: Tensor | Features,
+    images: Images | Features,
     network: FeatureNetwork,
     metrics: Collection[str],
     what: str,

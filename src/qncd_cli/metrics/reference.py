@@ -1,38 +1,27 @@
-"""Reading sets of images from disk, and the reference that samples are compared with.
+"""The reference that samples are compared with, and sets of images that qncd did not make.
 
 A reference holds images, or what is left of them: features, or mean and covariance of features.
 """
 
 from __future__ import annotations
 
-import struct
-import warnings
-import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..store.regular import open_regular
 from .array_files import REFERENCE_HINT, read_arrays
 from .frechet import Statistics
 from .image_files import digest_of_files, image_paths
-from .networks import CLASSIFIER, FeatureNetwork, first_line
+from .images_on_disk import Images, checked_images
+from .networks import CLASSIFIER, FeatureNetwork
 
 ZOO = "zoo"
 ZOO_REFERENCE = CLASSIFIER.with_name("reference.safetensors")
-LARGEST = 1 << 26
-"""Pixels from which on an image is refused before it is decoded: 8192 x 8192."""
-TOLD = 3
-"""Broken files that are named at once."""
-# Pillow would clip these to 8 bits when it converts them to RGB
-DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +35,7 @@ class Reference:
     """
 
     source: str
-    images: Tensor | None = None
+    images: Images | None = None
     statistics: Statistics | None = None
     features: Tensor | None = None
     spatial: Statistics | None = None
@@ -94,14 +83,15 @@ class Reference:
             )
 
 
-def load_images(source: Path, skipped: list[Path] | None = None) -> Tensor:
+def load_images(source: Path, skipped: list[Path] | None = None) -> Images:
     """The images of a folder, or of an .npz in arr_0 -> uint8 [N, 1 or 3, H, W].
 
-    image_files.py says which files of a folder are read, in which order and how; skipped: as in
-    read_images. Raises ArtifactError if there are none, and what read_images raises.
+    image_files.py says which files of a folder are images, in which order and how they are read;
+    skipped: as in checked_images. Raises ArtifactError if there are none, and what checked_images
+    raises.
     """
     if source.suffix != ".npz" or source.is_dir():
-        return read_images(image_paths(source), skipped)
+        return checked_images(image_paths(source), skipped)
     if not source.is_file():
         raise ArtifactError(f"{source}: no such file", "check the path")
     images = _to_images(source, read_arrays(source))
@@ -127,7 +117,7 @@ def load_reference(
     if path.is_dir():
         broken: list[Path] = []
         paths = image_paths(path)
-        images = read_images(paths, broken if skip_broken else None)
+        images = checked_images(paths, broken if skip_broken else None)
         read = [p for p in paths if p not in {*broken}]
         return Reference(
             str(spec),
@@ -148,103 +138,6 @@ def load_reference(
         features=_to_features(path, arrays),
         digest=digest_of_files([path]),
     )
-
-
-def read_images(paths: Sequence[Path], skipped: list[Path] | None = None) -> Tensor:
-    """Images in the order of their paths -> uint8 [N, 3, H, W]; at least one.
-
-    skipped: receives files that cannot be read, which are left out then. Raises ArtifactError, with
-    the names of the files, if images are damaged, deeper than 8 bits, or of several frames, and for
-    one of another size than the first.
-    """
-    images, first, broken = torch.empty(0), None, []
-    count = 0
-    for path in paths:
-        try:
-            image = _read_image(path)
-        except ArtifactError as error:
-            broken.append((path, error))
-            continue
-        if first is None:
-            first = path
-            images = torch.empty((len(paths), *image.shape), dtype=torch.uint8)
-        elif image.shape != images.shape[1:]:
-            raise ArtifactError(
-                f"{path}: {_size(image)} pixels, but {first.name} has {_size(images)}",
-                "all images of a set must have one size: resize this one or move it away",
-            )
-        images[count] = image
-        count += 1
-    if broken and (skipped is None or first is None):
-        raise _broken(broken, len(paths))
-    if skipped is not None:
-        skipped += [path for path, _ in broken]
-    return images[:count]
-
-
-def _broken(broken: Sequence[tuple[Path, ArtifactError]], count: int) -> ArtifactError:
-    path, error = broken[0]
-    if len(broken) == 1:
-        return error
-    names = ", ".join(other.name for other, _ in broken[:TOLD])
-    more = f" and {len(broken) - TOLD} more" if len(broken) > TOLD else ""
-    return ArtifactError(
-        f"{len(broken)} of {count} images cannot be read: {names}{more} (first: {error.message})",
-        error.hint,
-    )
-
-
-def _read_image(path: Path) -> Tensor:
-    """-> uint8 [3, H, W]."""
-    try:
-        with _unwarned(), open_regular(path) as file, Image.open(file) as image:
-            if image.width * image.height > LARGEST:
-                said = f"{image.width}x{image.height} pixels, more than {LARGEST}"
-                raise ArtifactError(f"{path}: {said}", "make it smaller or move it away")
-            deep = image.mode if _deep(image) else ""
-            frames = getattr(image, "n_frames", 1)
-            photograph = image.format == "MPO"  # a JPEG with previews of itself
-            pixels = np.array(_on_white(ImageOps.exif_transpose(image)))
-    except (
-        *(OSError, SyntaxError, ValueError, TypeError, IndexError, OverflowError, struct.error),
-        *(Image.DecompressionBombError, zlib.error),
-    ) as error:
-        raise ArtifactError(
-            f"{path}: not a readable image: {first_line(error)}", "make it again or move it away"
-        ) from error
-    if deep:
-        raise ArtifactError(f"{path}: more than 8 bits a channel ({deep})", "convert it to 8 bits")
-    if frames > 1 and not photograph:
-        raise ArtifactError(f"{path}: {frames} frames in one file", "store one image a file")
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def _unwarned() -> warnings.catch_warnings:
-    """Pillow's warning of large images: ours is an error."""
-    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
-
-
-def _deep(image: ImageFile.ImageFile) -> bool:
-    """Whether an image has over 8 bits a channel; of colours only the decoder's mode says so."""
-    return image.mode in DEEP_MODES or any(_deep_code(*tile) for tile in image.tile)
-
-
-def _deep_code(codec: str, extents: Any, offset: int, args: Any) -> bool:
-    """Whether a decoder of Pillow's reads more than 8 bits a channel; BGR;16 is 5, 6 and 5."""
-    values = args if isinstance(args, tuple) else (args,)
-    code = str(values[0]) if values else ""
-    return (";16" in code and code != "BGR;16") or (codec == "ppm" and max(values[1:]) > 255)
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    pixels = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels).convert("RGB")
-
-
-def _size(image: Tensor) -> str:
-    return f"{image.shape[-1]}x{image.shape[-2]}"
 
 
 def _to_images(path: Path, arrays: Mapping[str, np.ndarray]) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,17 @@ import torch
 from torch import Tensor
 
 from . import bootstrap
+from .similarity import ssim_each
 from .tensor import (
     CHANGED_DB,
     LOW_QUANTILE,
+    each_psnr_db,
+    each_sqnr_db,
+    energies,
     paired_fidelity,
-    psnr_db,
-    psnr_each_db,
-    sqnr_db,
-    sqnr_each_db,
+    pooled_psnr_db,
+    pooled_sqnr_db,
+    squared_errors,
 )
 
 Interval = dict[str, float | None]
@@ -31,31 +35,56 @@ SCORES = (
 """Numbers of a set whose change from full precision is told."""
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """How far the samples of two sets are apart, pair by pair, float64.
+
+    errors: [N] of pixels (`squared_errors`); energies: [N, 2] of latents (`energies`); ssim: [N],
+    [0] where it is not defined.
+    """
+
+    errors: Tensor
+    energies: Tensor
+    ssim: Tensor
+
+    @classmethod
+    def of(cls, images: tuple[Tensor, Tensor], latents: tuple[Tensor, Tensor]) -> Pairs:
+        """Pairs of full precision and quantized, as the metrics in question take them."""
+        ssim = torch.tensor(ssim_each(*images) or (), dtype=torch.float64)
+        return cls(squared_errors(*images), energies(*latents), ssim)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Pairs]) -> Pairs:
+        """All pairs of parts, one part after the other."""
+        names = ("errors", "energies", "ssim")
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
+
+
 def of_pairs(
     seeds: Sequence[int],
     classes: Sequence[int],
-    images: tuple[Tensor, Tensor],
-    latents: tuple[Tensor, Tensor],
+    pairs: Pairs,
     seen: Mapping[str, Sequence[int]],
     seed: int,
     scores: Scores,
 ) -> dict[str, Any]:
     """What `fidelity` of metrics.json says of pairs: pooled, by seed, spread, intervals, by class.
 
-    images, latents: full precision and quantized, in the order of the seeds; seen: see by_class;
-    scores: of each pair, by name, higher for better ones, None where there is none.
+    pairs: full precision and quantized, in the order of the seeds; seen: see by_class; scores: more
+    of each pair, by name, higher for better ones, None where there is none.
     """
-    found = paired_fidelity(seeds, psnr_each_db(*images), sqnr_each_db(*latents))
+    found = paired_fidelity(seeds, each_psnr_db(pairs.errors), each_sqnr_db(pairs.energies))
     psnr, sqnr = (list(found["per_seed"][key].values()) for key in ("psnr_db", "sqnr_db"))
+    scores = {"ssim": pairs.ssim.tolist() if len(pairs.ssim) else None, **scores}
     for name, values in scores.items():
         if values is not None:
             found["per_seed"][name] = dict(zip(map(str, seeds), values, strict=True))
     worst = sorted(found["per_seed"]["psnr_db"].items(), key=lambda pair: pair[1])
-    signals = [float(one.to(torch.float64).square().sum()) for one in latents[0]]
+    signals = pairs.energies[:, 0].tolist()
     drawn = bootstrap.weights(len(seeds), seed=seed)
     return {
-        "psnr_db": psnr_db(*images),
-        "sqnr_latents_db": sqnr_db(*latents),
+        "psnr_db": pooled_psnr_db(pairs.errors),
+        "sqnr_latents_db": pooled_sqnr_db(pairs.energies),
         **found,
         **_spread(scores),
         "worst_seeds": [int(name) for name, _ in worst[:WORST]],

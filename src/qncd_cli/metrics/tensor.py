@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..vocabulary import IDENTICAL_DB
+from .images_on_disk import Images
 
 PEAK = 255  # largest value of a uint8 image
 IMAGES_PER_CHUNK = 64  # bounds the integer copies that psnr_each_db makes
@@ -31,9 +32,7 @@ def sqnr_db(reference: Tensor, noisy: Tensor) -> float:
     Raises ValueError if the shapes differ or are empty.
     """
     _check_same_shape(reference, noisy)
-    signal = reference.detach().to(torch.float64)
-    noise = signal - noisy.detach().to(torch.float64).to(signal.device)
-    return _ratio_db(signal.square().sum().item(), noise.square().sum().item())
+    return _ratio_db(*_energies(reference, noisy))
 
 
 def sqnr_steps_db(reference: Tensor, noisy: Tensor) -> list[float]:
@@ -49,26 +48,56 @@ def sqnr_steps_db(reference: Tensor, noisy: Tensor) -> list[float]:
     return [sqnr_db(reference[:, step], noisy[:, step]) for step in steps]
 
 
-def psnr_db(reference: Tensor, other: Tensor) -> float:
+def psnr_db(reference: Images, other: Images) -> float:
     """Peak signal-to-noise ratio over all pixels of all images, 10 log10(255^2 / MSE), dB.
 
     reference, other: uint8 [N, C, H, W]. One mean squared error over the whole set, not the mean
     of the images' PSNR (which is infinite as soon as one pair is identical).
     Raises ValueError if a dtype is not uint8, the shapes differ or there are no images.
     """
-    return _ratio_db(PEAK**2, _mean_squared_errors(reference, other).mean().item())
+    return pooled_psnr_db(squared_errors(reference, other))
 
 
-def psnr_each_db(reference: Tensor, other: Tensor) -> list[float]:
+def pooled_psnr_db(errors: Tensor) -> float:
+    """The PSNR of all images together, dB. errors: of `squared_errors`, float64 [N]."""
+    return _ratio_db(PEAK**2, errors.mean().item())
+
+
+def psnr_each_db(reference: Images, other: Images) -> list[float]:
     """PSNR of every pair of images, dB; arguments and errors as psnr_db. Returns N numbers."""
-    errors = _mean_squared_errors(reference, other).tolist()
-    return [_ratio_db(PEAK**2, error) for error in errors]
+    return each_psnr_db(squared_errors(reference, other))
 
 
-def sqnr_each_db(reference: Tensor, noisy: Tensor) -> list[float]:
-    """sqnr_db of every sample, [N, ...] twice -> N numbers; errors as sqnr_db."""
+def each_psnr_db(errors: Tensor) -> list[float]:
+    """The PSNR of every image, dB. errors: of `squared_errors`, float64 [N]."""
+    return [_ratio_db(PEAK**2, error) for error in errors.tolist()]
+
+
+def energies(reference: Tensor, noisy: Tensor) -> Tensor:
+    """Signal and noise of every sample, float64 [N, 2]: what the SQNR is the ratio of.
+
+    reference, noisy: [N, ...], any real dtype. Raises ValueError as sqnr_db does.
+    """
     _check_same_shape(reference, noisy)
-    return [sqnr_db(a, b) for a, b in zip(reference, noisy, strict=True)]
+    both = [_energies(a, b) for a, b in zip(reference, noisy, strict=True)]
+    return torch.tensor(both, dtype=torch.float64)
+
+
+def _energies(reference: Tensor, noisy: Tensor) -> tuple[float, float]:
+    signal = reference.detach().to(torch.float64)
+    noise = signal - noisy.detach().to(torch.float64).to(signal.device)
+    return signal.square().sum().item(), noise.square().sum().item()
+
+
+def pooled_sqnr_db(energies: Tensor) -> float:
+    """The SQNR of all samples together, dB. energies: of `energies`, [N, 2]."""
+    signal, noise = energies.sum(0).tolist()
+    return _ratio_db(signal, noise)
+
+
+def each_sqnr_db(energies: Tensor) -> list[float]:
+    """The SQNR of every sample, dB. energies: of `energies`, [N, 2]."""
+    return [_ratio_db(signal, noise) for signal, noise in energies.tolist()]
 
 
 def paired_fidelity(
@@ -94,18 +123,21 @@ def paired_fidelity(
     return found
 
 
-def _mean_squared_errors(reference: Tensor, other: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] twice -> mean squared error of each image, float64 [N], on the CPU."""
+def squared_errors(reference: Images, other: Images) -> Tensor:
+    """uint8 [N, C, H, W] twice -> mean squared error of each image, float64 [N], on the CPU.
+
+    Raises ValueError as psnr_db does.
+    """
     _check_same_shape(reference, other)
     if reference.dtype != torch.uint8 or other.dtype != torch.uint8:
         raise ValueError(f"expected uint8 images, got {reference.dtype} and {other.dtype}")
-    if reference.dim() != 4:
+    if len(reference.shape) != 4:
         raise ValueError(f"expected images [N, C, H, W], got shape {list(reference.shape)}")
     sums = []
     for a, b in zip(reference.split(IMAGES_PER_CHUNK), other.split(IMAGES_PER_CHUNK), strict=True):
         difference = a.to(torch.int32) - b.to(a.device, torch.int32)
         sums.append(difference.square().sum(dim=(1, 2, 3), dtype=torch.int64).cpu())
-    return torch.cat(sums).to(torch.float64) / reference[0].numel()
+    return torch.cat(sums).to(torch.float64) / math.prod(reference.shape[1:])
 
 
 def _ratio_db(signal: float, noise: float) -> float:
@@ -116,9 +148,9 @@ def _ratio_db(signal: float, noise: float) -> float:
     return 10 * (math.log10(signal) - math.log10(noise)) if signal > 0 else -math.inf
 
 
-def _check_same_shape(reference: Tensor, other: Tensor) -> None:
+def _check_same_shape(reference: Images, other: Images) -> None:
     if reference.shape != other.shape:
         shapes = f"{list(reference.shape)} against {list(other.shape)}"
         raise ValueError(f"the two tensors must have the same shape, got {shapes}")
-    if reference.numel() == 0:
+    if math.prod(reference.shape) == 0:
         raise ValueError(f"nothing to compare: shape {list(reference.shape)}")

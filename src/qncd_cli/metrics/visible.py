@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import BackendUnavailable
 from ..progress import Track, no_progress
+from .images_on_disk import Images
 
 DISPLAY = "standard_4k"
 """The display that images are seen on: 30 inches, 4K, 200 cd/m^2, from 0.75 m."""
@@ -28,7 +28,7 @@ def why_not() -> str:
     return ""
 
 
-def jod_each(reference: Tensor, other: Tensor, track: Track = no_progress) -> list[float]:
+def jod_each(reference: Images, other: Images, track: Track = no_progress) -> list[float]:
     """Quality of each image beside its counterpart in just-objectionable differences, 10 for equal.
 
     One less, and three of four observers prefer the reference. reference, other: uint8 [N, 1 or 3,

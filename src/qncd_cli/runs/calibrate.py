@@ -10,10 +10,11 @@ from ..config.schema import Config
 from ..lineage import freshness
 from ..lineage.freshness import State
 from ..store.files import write_bytes
-from ..store.lock import locked
 from ..store.partial_folder import discard_unneeded, kept_phrase
 from ..store.run_dir import RunDir
+from .job import agreed
 from .model import model_digest, note_sampling, open_model
+from .status import reported
 from .watch import SILENT, Watch
 
 
@@ -53,23 +54,28 @@ def calibrate(
     run = RunDir(Path(run_dir))
     digest = model_digest(config)
     state = freshness.calibrated(run, config, digest) if digest is not None else None
-    skipped = state is not None and state.holds and not force
+    skipped = agreed(lambda: state is not None and state.holds and not force)
     if state is not None and skipped:
         body = state.found["calibration"].body
         freshness.note_settings(run, "calibrate", config)
         discard_unneeded(run.path, "calibrate")
     else:
         watch.reason(state, force)
+        from ..runtime.ranks import of_job
         from ..stages import pipeline
 
+        ranks = of_job()
         with watch.keeping(lambda: kept_phrase(run.path, "calibrate")):
-            model = open_model(config, device, run.path, watch)
+            model = open_model(config, ranks.device(device), run.path, watch)
             note_sampling(watch, config, model)
             if state is None:
                 watch.reason(freshness.calibrated(run, config, model.digest), force)
-            with locked(run.path, watch.note):
+            with (
+                ranks.locked(run.path, watch.note),
+                reported(run.path, "calibrate", watch) as watch,
+            ):
                 made, _, skipped = pipeline.calibrate(
-                    run, config, model, watch.track, force=force, tell=watch.note
+                    *(run, config, model, watch.track), force=force, tell=watch.note, ranks=ranks
                 )
         body = made.body
     keep_config(run, config)

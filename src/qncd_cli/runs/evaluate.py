@@ -13,12 +13,13 @@ from ..errors import ArtifactError
 from ..lineage.measured import Measurement
 from ..metrics.record import same_protocol
 from ..store.files import finite, read_json, write_sealed_json
-from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run, read_coverage
+from .job import agreed
 from .measuring import Wishes, protocol_of, settle
 from .model import model_digest, open_model
 from .reporting import bench_files, is_whole, read_bench, write_report
 from .sets import check_model, check_quantized, full_folder
+from .status import reported
 from .watch import SILENT, Watch
 
 CALLED = "qncd_cli.evaluate"
@@ -74,12 +75,11 @@ def evaluate(
     reference, weights = (None if p is None else str(p) for p in (reference, inception_weights))
     wishes = Wishes(tuple(metrics), reference, network, weights, skip_broken)
     work = _measurement(run, config, wishes, name)
-    found = work.still_holds() if work is not None else None
+    found = agreed(lambda: work.still_holds() if work is not None else None)
     if work is not None and found is not None:
         measured, skipped = found, True
     else:
-        with locked(run.path, watch.note):
-            measured = _evaluate(run, config, wishes, name, device, command, work, watch)
+        measured = _evaluate(run, config, wishes, name, device, command, work, watch)
         skipped = False
     source = config.model.source
     places = _outputs(run, name)[1:]
@@ -104,29 +104,40 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Measure, write, and give metrics.json."""
     from ..lineage.sample_set import read_set
+    from ..runtime.ranks import of_job
     from ..stages import evaluate as stage
 
-    protocol = protocol_of(wishes, config)
-    quantized_set = read_set(run.samples(name))
-    check_quantized(run, quantized_set)
-    model = open_model(config, device, run.path, watch)
-    check_model(quantized_set, model)
-    full_set = read_set(full_folder(run, config, model, quantized_set, watch))
-    coverage = read_coverage(run.coverage)
-    sizes = stage.sizes(run.tensors("quantized"), coverage)
-    outputs = _outputs(run, name)
-    metrics_path = outputs[0]
-    earlier = _earlier(metrics_path)
-    with watch.keeping("all images are kept, the same command measures them again"):
-        made = _made(config, coverage)
-        metrics = stage.run(
-            full_set, quantized_set, sizes, protocol, watch.track, earlier, made=made
-        )
-    write_sealed_json(metrics_path, finite(metrics))
-    write_report(run, config, (full_set, quantized_set), metrics, coverage, outputs, command)
-    if work is not None:
-        grew = same_protocol(earlier.get("protocol", {}), metrics["protocol"])
-        work.note(full_set.folder, grew=grew)
+    ranks = of_job()
+    with ranks.locked(run.path, watch.note), reported(run.path, "eval", watch) as watch:
+        ranks.agreed(lambda: None)  # the lock is held
+        protocol = protocol_of(wishes, config)
+        quantized_set = read_set(run.samples(name))
+        check_quantized(run, quantized_set)
+        model = open_model(config, ranks.device(device), run.path, watch)
+        check_model(quantized_set, model)
+        full_set = read_set(full_folder(run, config, model, quantized_set, watch, ranks))
+        coverage = read_coverage(run.coverage)
+        sizes = stage.sizes(run.tensors("quantized"), coverage)
+        outputs = _outputs(run, name)
+        metrics_path = outputs[0]
+        earlier = _earlier(metrics_path)
+        with watch.keeping("all images are kept, the same command measures them again"):
+            made = _made(config, coverage)
+            metrics = stage.run(
+                *(full_set, quantized_set, sizes, protocol, watch.track, earlier),
+                made=made,
+                ranks=ranks,
+            )
+
+        def write() -> None:
+            sets = full_set, quantized_set
+            write_sealed_json(metrics_path, finite(metrics))
+            write_report(run, config, sets, metrics, coverage, outputs, command)
+            if work is not None:
+                grew = same_protocol(earlier.get("protocol", {}), metrics["protocol"])
+                work.note(full_set.folder, grew=grew)
+
+        ranks.agreed(write)
     return metrics
 
 

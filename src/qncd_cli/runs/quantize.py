@@ -17,7 +17,9 @@ from ..store.lock import locked
 from ..store.partial_folder import discard_unneeded, kept_phrase
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .calibrate import keep_config
+from .job import agreed
 from .model import model_digest, open_model
+from .status import reported
 from .watch import SILENT, Watch
 
 
@@ -58,12 +60,12 @@ def quantize(
     digest = model_digest(wanted)
     check_parents(run, wanted, digest)
     state = freshness.of_run(run, wanted, digest)[1] if digest is not None else None
-    skipped = state is not None and state.holds and not force
+    skipped = agreed(lambda: state is not None and state.holds and not force)
     if skipped:
         freshness.note_settings(run, "quantize", wanted)
         discard_unneeded(run.path, "quantize")
     else:
-        skipped = _quantize(run, wanted, device, state, force, watch)
+        skipped = agreed(lambda: _quantize(run, wanted, device, state, force, watch))
     if config is not None:
         keep_config(run, config)
     size = run.tensors("quantized").stat().st_size
@@ -82,7 +84,7 @@ def _quantize(
         model = open_model(config, device, run.path, watch)
         if state is None:
             watch.reason(freshness.of_run(run, config, model.digest)[1], force)
-        with locked(run.path, watch.note):
+        with locked(run.path, watch.note), reported(run.path, "quantize", watch) as watch:
             check_parents(run, config, model.digest)
             smoothing, calibration = (
                 artifacts.read(run.tensors(kind), kind) for kind in ("smoothing", "calibration")

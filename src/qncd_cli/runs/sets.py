@@ -16,6 +16,7 @@ from .watch import Watch
 if TYPE_CHECKING:
     from ..lineage.sample_set import SampleSet
     from ..models.loading import DiffusionModel
+    from ..runtime.ranks import Ranks
 
 KEPT = "images of finished batches are kept, the same command goes on with the next"
 """What whoever interrupts the drawing of images is told."""
@@ -41,9 +42,15 @@ def check_model(samples: SampleSet, model: DiffusionModel) -> None:
 
 
 def full_folder(
-    run: RunDir, config: Config, model: DiffusionModel, quantized: SampleSet, watch: Watch
+    run: RunDir,
+    config: Config,
+    model: DiffusionModel,
+    quantized: SampleSet,
+    watch: Watch,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Full-precision samples for the seeds and settings of a quantized set; drawn if missing."""
+    from ..runtime.ranks import ALONE
     from ..runtime.sampled_model import SampledModel
     from ..stages import pipeline
     from ..stages import sample as stage
@@ -62,5 +69,7 @@ def full_folder(
     batch_size = quantized.manifest["batch_size"]
     with watch.keeping(KEPT):
         return pipeline.full_precision_samples(
-            *(run.path.parent, config, model, seeds, batch_size, watch.track), tell=watch.note
+            *(run.path.parent, config, model, seeds, batch_size, watch.track),
+            tell=watch.note,
+            ranks=ranks or ALONE,
         )

@@ -181,10 +181,14 @@ def _compared(
 
 def _faults(kind: str, samples: SampleSet) -> Iterator[Fault]:
     """Faults of a set's images by themselves, one an image: the first that explains it."""
-    from ..metrics.checks import flat_images, not_finite
+    from ..metrics.checks import Seen, not_finite
 
-    lost = not_finite(samples.latents.tensors["latents"])
-    flat = flat_images(samples.images)
+    lost = {
+        start + row: count
+        for start, chunk in samples.latent_chunks()
+        for row, count in not_finite(chunk).items()
+    }
+    flat = Seen.of(samples.images).flat()
     for row, seed in enumerate(samples.seeds):
         if row in lost:
             says = f"{lost[row]} of its latents are not finite"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from ..quant.smoothing import IDENTITY
 from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser, full_denoiser, group_bounds, timestep_group
 from ..runtime.kept_calls import KeptCalls, calls_kept
+from ..runtime.ranks import ALONE, Message, Ranks
 from ..sampling.noise import chunks
 from ..sampling.samplers import OnStep
 from ..spec import ATTENTION_OPERANDS
@@ -30,6 +33,8 @@ from ..store.partial import NOTHING_KEPT, Partial, Piece
 SMOOTHING, OBSERVERS, CALLS = "smoothing", "observers", "trajectories"
 """Names in partial results."""
 
+ROWS = ("x", "prediction", "timestep", "class", "seed")
+"""What is kept of a row of the calibration set."""
 TRAJECTORIES = "trajectories"
 """The part in which the calibration is held."""
 
@@ -39,13 +44,15 @@ def run(
     model: DiffusionModel,
     track: Track = no_progress,
     partial: Partial = NOTHING_KEPT,
-) -> tuple[Artifact, Artifact]:
-    """Returns the calibration and the smoothing artifact (not yet written).
+    ranks: Ranks = ALONE,
+) -> tuple[Artifact, Artifact] | None:
+    """Returns the calibration and the smoothing artifact (not yet written), on the first rank.
 
     Every trajectory is a function of its own seed; a row of the calibration set is one sample at
     one step: model input x, timestep, class, seed and the full-precision guided prediction. Layers
     that no input reaches (those of inputs that the pipeline does not give) are left out.
-    partial: what an earlier process has done.
+    partial: what an earlier process has done; ranks: the first chooses smoothing factors, all
+    draw their share of the trajectories.
     """
     digest = config.stage_digest("calibrate")
     denoiser = full_denoiser(model)
@@ -55,7 +62,12 @@ def run(
         factors, described = choose_factors(config, model, denoiser, timesteps, track, partial)
         return Piece(described, _factor_tensors(factors))
 
-    chosen = partial.piece(SMOOTHING, choose)
+    def chosen_once() -> Message:
+        piece = partial.piece(SMOOTHING, choose)
+        return Message(piece.value, piece.tensors)
+
+    told = ranks.told(chosen_once)
+    chosen = Piece(told.value, {**told.tensors})
     partial.forget(*BEFORE_FACTORS)
     body = {"layers": chosen.value}
     smoothing = seal(Artifact("smoothing", chosen.tensors, body, digest, model.digest))
@@ -81,7 +93,11 @@ def run(
         capture_attention(model.denoiser, sites, observe_operand),
     ):
         kept = _kept_calls(denoiser, partial, observers, operands)
-        rows = _collect_rows(config, model, kept, track)
+        rows = _collect_rows(config, model, kept, track, ranks)
+    _merge(observers, ranks)
+    _merge(operands, ranks)
+    if not ranks.first:
+        return None
     observers = {name: observer for name, observer in observers.items() if observer.seen}
     sites = [s for s in sites if all(operands[f"{s.name}.{o}"].seen for o in ATTENTION_OPERANDS)]
     operands = {
@@ -156,6 +172,16 @@ def _kept_calls(
     return calls
 
 
+def _merge(observers: Mapping[str, RangeObserver], ranks: Ranks) -> None:
+    """Let the first rank's observers take in what those of the others saw."""
+    seen = {f"{n}/{part}": t for n, o in observers.items() for part, t in o.memory().items()}
+    for message in ranks.gathered(Message(None, seen))[1:]:
+        for name, mine in observers.items():
+            other = RangeObserver(len(mine.channel_absmax), mine.channel_axis, len(mine.min))
+            other.restore({part: message.tensors[f"{name}/{part}"] for part in other.memory()})
+            mine.merge(other)
+
+
 def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
     """Each a copy: layers that read one tensor share a factor, safetensors shares no memory."""
     return {
@@ -166,20 +192,27 @@ def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
 
 
 def _collect_rows(
-    config: Config, model: DiffusionModel, denoiser: Denoiser, track: Track
+    config: Config, model: DiffusionModel, denoiser: Denoiser, track: Track, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Run the trajectories; rows in the order of batch, step, seed."""
+    """Run the trajectories; rows in the order of batch, step, seed. On the first rank, which
+    has all of them."""
     calibration = config.calibration
     seeds = list(range(calibration.seed, calibration.seed + calibration.trajectories))
-    parts: dict[str, list[Tensor]] = {
-        name: [] for name in ("x", "prediction", "timestep", "class", "seed")
-    }
     batches = chunks(seeds, calibration.batch_size)
-    calls = len(batches) * len(trajectory.timesteps(config, model))
-    for batch, tick in counted(track, batches, "calibrating", calls, "calls"):
+    mine = ranks.share(list(enumerate(batches)))
+    found: dict[str, Tensor] = {}
+    calls = len(mine) * len(trajectory.timesteps(config, model))
+    for (number, batch), tick in counted(track, mine, "calibrating", calls, "calls"):
+        parts: dict[str, list[Tensor]] = {name: [] for name in ROWS}
         record = _recorder(parts, batch, model.labels(batch, config.sampling.classes))
         trajectory.draw(config, model, denoiser, batch, on_step=record, tick=tick)
-    return {name: torch.cat(values) for name, values in parts.items()}
+        found |= {f"{number}/{name}": torch.cat(values) for name, values in parts.items()}
+    for message in ranks.gathered(Message(None, found))[1:]:
+        found |= message.tensors
+    if not ranks.first:
+        return {}
+    numbers = range(len(batches))
+    return {name: torch.cat([found[f"{number}/{name}"] for number in numbers]) for name in ROWS}
 
 
 def _recorder(parts: dict[str, list[Tensor]], seeds: list[int], labels: Tensor) -> OnStep:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import ArtifactError
+from ..lineage.pairs import joined_pairs, pair_up
 from ..lineage.sample_set import SampleSet, match_sets
 from ..lineage.sample_sets import image_path
 from ..metrics import checks
-from ..metrics.fidelity import Features, extract_features
+from ..metrics.fidelity import Features
 from ..metrics.image import (
     Measures,
     class_agreement,
@@ -30,15 +29,16 @@ from ..metrics.image import (
     not_measured,
 )
 from ..metrics.image_files import digest_of_files, image_paths
+from ..metrics.images_on_disk import Images
+from ..metrics.look import Look, joined, look_at, rows_of_parts
 from ..metrics.protocol import Protocol, describe, prepared
 from ..metrics.record import PAIRED, UNREFERENCED, grown
-from ..metrics.similarity import ssim_each
-from ..metrics.spread import changes, of_pairs
+from ..metrics.spread import Pairs, changes, of_pairs
 from ..metrics.tensor import sqnr_steps_db
 from ..metrics.visible import jod_each
 from ..progress import Track, no_progress
+from ..runtime.ranks import ALONE, Message, Ranks
 from ..sampling.noise import ranges
-from ..store.artifacts import Artifact
 
 
 def measure_images(
@@ -58,7 +58,8 @@ def measure_images(
     if not protocol.metrics:
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
         raise ArtifactError(f"{source}: nothing can be measured: {'; '.join(reasons)}")
-    entry = _entry(images, protocol, track, [*map(str, paths)] or None).entry
+    look = look_at(images, protocol, [*map(str, paths)] or None, track)
+    entry = _entry(len(images), look.features, protocol, track).entry
     size = list(images.shape[-2:])
     known = {"images": str(source), "image_size": size}
     names = [path.name for path in paths] or None
@@ -68,7 +69,7 @@ def measure_images(
         "images": entry,
         "checks": [
             *checks.notes_of_skipped("images", [path.name for path in broken]),
-            *checks.notes_of_images("images", images, names or numbered),
+            *checks.notes_of_images("images", look.seen, names or numbered),
             *_notes_of_reference(images, protocol),
         ],
     }
@@ -76,45 +77,36 @@ def measure_images(
 
 @dataclass(frozen=True)
 class Measured:
-    """A set, the features of its images, its object in metrics.json and that one's replicates."""
+    """A set, a look at its images, its object in metrics.json and that one's replicates."""
 
     samples: SampleSet
-    features: Features | None
+    look: Look
     entry: dict[str, Any]
     replicates: Mapping[str, Any]
 
 
 def measure_set(samples: SampleSet, protocol: Protocol, track: Track = no_progress) -> Measured:
     """Features and metrics of one set that need no other set. Raises what measure raises."""
-    network = protocol.network
-    if network is None:
-        return Measured(samples, None, not_measured(len(samples.images)), {})
-    spatial = "sfid" in protocol.metrics
-    features = extract_features(
-        samples.images, network, names=samples.seeds, spatial=spatial, track=track
-    )
-    found = _entry(features, protocol, track)
-    entry = found.entry
-    classes = samples.manifest["classes"]
-    if network.name == "fashion-classifier" and fits_labels(classes):
-        entry["class_agreement"] = class_agreement(features, classes, network)
-    return Measured(samples, features, entry, found.replicates)
+    look = look_at(samples.images, protocol, samples.seeds, track)
+    return _measured(samples, look, protocol, track)
 
 
-def _entry(
-    images: Tensor | Features,
-    protocol: Protocol,
-    track: Track,
-    names: Sequence[str] | None = None,
-) -> Measures:
-    if protocol.network is None or not set(protocol.metrics) - {*PAIRED}:
-        held = images.features if isinstance(images, Features) else images
-        return Measures(not_measured(len(held)), {})
-    reference = protocol.reference if set(protocol.metrics) - UNREFERENCED else None
-    network = protocol.network
+def _measured(samples: SampleSet, look: Look, protocol: Protocol, track: Track) -> Measured:
+    found = _entry(len(samples.images), look.features, protocol, track)
+    network, classes = protocol.network, samples.manifest["classes"]
+    if network is not None and network.name == "fashion-classifier" and fits_labels(classes):
+        assert look.features is not None
+        found.entry["class_agreement"] = class_agreement(look.features, classes, network)
+    return Measured(samples, look, found.entry, found.replicates)
+
+
+def _entry(count: int, features: Features | None, protocol: Protocol, track: Track) -> Measures:
     metrics = [name for name in protocol.metrics if name not in PAIRED]
-    seed = protocol.seed
-    return measure(images, reference, network, metrics, names=names, seed=seed, track=track)
+    if protocol.network is None or features is None or not metrics:
+        return Measures(not_measured(count), {})
+    reference = protocol.reference if set(protocol.metrics) - UNREFERENCED else None
+    network, seed = protocol.network, protocol.seed
+    return measure(features, reference, network, metrics, seed=seed, track=track)
 
 
 def compare(
@@ -123,8 +115,12 @@ def compare(
     quantized_bytes: dict[str, int],
     protocol: Protocol,
     track: Track = no_progress,
+    pairs: Pairs | None = None,
 ) -> dict[str, Any]:
-    """metrics.json of two sets of the same seeds; quantized_bytes: of `sizes`."""
+    """metrics.json of two sets of the same seeds.
+
+    quantized_bytes: of `sizes`; pairs: all of them, None to look at them now.
+    """
     one, other = full.samples, quantized.samples
     sampling = {
         "model": one.manifest["digests"]["model"],
@@ -146,18 +142,18 @@ def compare(
         "protocol": describe(protocol, len(one.seeds), sampling),
         "full": full.entry,
         "quantized": quantized.entry,
-        "fidelity": _fidelity(full, quantized, protocol, track),
+        "fidelity": _fidelity(full, quantized, pairs, protocol, track),
         "bytes": quantized_bytes,
     }
 
 
 def _fidelity(
-    full: Measured, quantized: Measured, protocol: Protocol, track: Track
+    full: Measured, quantized: Measured, pairs: Pairs | None, protocol: Protocol, track: Track
 ) -> dict[str, Any]:
     """metrics.json's `fidelity`: of images and latents of the same seeds."""
     one, other = full.samples, quantized.samples
     distance, seen = None, {}
-    network, a, b = protocol.network, full.features, quantized.features
+    network, a, b = protocol.network, full.look.features, quantized.look.features
     if network is not None and a is not None and b is not None:
         if len(one.seeds) > 1:
             seed = protocol.seed
@@ -165,22 +161,16 @@ def _fidelity(
         if "class_agreement" in full.entry and "class_agreement" in quantized.entry:
             logits = {"full": a.logits, "quantized": b.logits}
             seen = {name: rows.argmax(1).tolist() for name, rows in logits.items()}
-    images = (one.images, other.images)
-    scores = {"ssim": ssim_each(*images)}
-    scores["cvvdp_jod"] = jod_each(*images, track) if "cvvdp" in protocol.metrics else None
+    if pairs is None:
+        pairs = pair_up(one, other, range(len(one.seeds)))
+    classes, seed = one.manifest["classes"], protocol.seed
+    visible = "cvvdp" in protocol.metrics
+    scores = {"cvvdp_jod": jod_each(one.images, other.images, track) if visible else None}
     return {
-        "sqnr_steps_db": _sqnr_steps(one.latents, other.latents),
+        "sqnr_steps_db": _sqnr_steps(one, other),
         "feature_distance": distance,
         "changes": changes(full.entry, quantized.entry, full.replicates, quantized.replicates),
-        **of_pairs(
-            one.seeds,
-            one.manifest["classes"],
-            images,
-            (one.latents.tensors["latents"], other.latents.tensors["latents"]),
-            seen,
-            protocol.seed,
-            scores,
-        ),
+        **of_pairs(one.seeds, classes, pairs, seen, seed, scores),
     }
 
 
@@ -193,19 +183,52 @@ def run(
     earlier: Mapping[str, Any] | None = None,
     *,
     made: Mapping[str, Any],
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """metrics.json of two sets that share their seeds and sampling settings.
 
     quantized_bytes: of `sizes`; earlier: the metrics.json that is there, whose numbers are kept
-    where they were measured in the same protocol; made: preset and bits. Raises ArtifactError if
-    the sets do not share settings or seeds.
+    where they were measured in the same protocol; made: preset and bits; ranks: look at a share
+    of the samples each. Raises ArtifactError if the sets do not share settings or seeds.
     """
     full, quantized = match_sets(full, quantized)
-    protocol = prepared(protocol, len(full.seeds), track)
-    sets = [measure_set(samples, protocol, track) for samples in (full, quantized)]
-    metrics = compare(sets[0], sets[1], quantized_bytes, protocol, track)
-    metrics["checks"] = _checks(full, quantized, protocol)
-    return {**grown(earlier or {}, metrics), "quantization": dict(made)}
+    ready: list[Protocol] = []
+
+    def prepare() -> list[str]:
+        ready.append(prepared(protocol, len(full.seeds), track))
+        return [*ready[0].metrics]
+
+    told = replace(protocol, metrics=tuple(ranks.agreed(prepare)))
+    looks = [_look(samples, told, track, ranks) for samples in (full, quantized)]
+    pairs = _pair_up(full, quantized, ranks)
+
+    def measured() -> dict[str, Any]:
+        sets = [
+            _measured(samples, look, ready[0], track)
+            for samples, look in zip((full, quantized), looks, strict=True)
+        ]
+        metrics = compare(sets[0], sets[1], quantized_bytes, ready[0], track, pairs)
+        metrics["checks"] = _checks(sets[0], sets[1], ready[0])
+        return {**grown(earlier or {}, metrics), "quantization": dict(made)}
+
+    return ranks.agreed(measured)
+
+
+def _look(samples: SampleSet, protocol: Protocol, track: Track, ranks: Ranks) -> Look:
+    """A look at all images, on the first rank; at this rank's share elsewhere."""
+    rows = rows_of_parts(len(samples.seeds), ranks.count)
+    own = samples.cut([samples.seeds[row] for row in rows[ranks.rank]])
+    mine = look_at(own.images, protocol, own.seeds, track)
+    found = ranks.gathered(Message(*mine.told()))
+    return joined([Look.of(m.value, m.tensors) for m in found], rows) if found else mine
+
+
+def _pair_up(full: SampleSet, quantized: SampleSet, ranks: Ranks) -> Pairs:
+    """All pairs, on the first rank; this rank's share elsewhere."""
+    rows = rows_of_parts(len(full.seeds), ranks.count)
+    mine = pair_up(full, quantized, rows[ranks.rank])
+    found = ranks.gathered(Message(None, vars(mine)))
+    return joined_pairs([Pairs(**message.tensors) for message in found], rows) if found else mine
 
 
 def sizes(quantized: Path, coverage: dict[str, Any]) -> dict[str, int]:
@@ -219,18 +242,19 @@ def sizes(quantized: Path, coverage: dict[str, Any]) -> dict[str, int]:
     return {"full": full, "quantized": artifact + rest, "artifact": artifact, "rest": rest}
 
 
-def _checks(full: SampleSet, quantized: SampleSet, protocol: Protocol) -> list[checks.Note]:
+def _checks(full: Measured, quantized: Measured, protocol: Protocol) -> list[checks.Note]:
     """metrics.json's `checks`: what there is to say of the images themselves."""
-    names = [f"seed {seed}" for seed in full.seeds]
+    samples = full.samples
+    names = [f"seed {seed}" for seed in samples.seeds]
     return [
-        *checks.notes_of_images("full precision", full.images, names),
-        *checks.notes_of_images("quantized", quantized.images, names),
-        *checks.notes_of_classes(_counts(full.manifest["classes"])),
-        *_notes_of_reference(full.images, protocol),
+        *checks.notes_of_images("full precision", full.look.seen, names),
+        *checks.notes_of_images("quantized", quantized.look.seen, names),
+        *checks.notes_of_classes(_counts(samples.manifest["classes"])),
+        *_notes_of_reference(samples.images, protocol),
     ]
 
 
-def _notes_of_reference(images: Tensor, protocol: Protocol) -> list[checks.Note]:
+def _notes_of_reference(images: Images, protocol: Protocol) -> list[checks.Note]:
     skipped = protocol.reference.skipped if protocol.reference is not None else ()
     return [
         *checks.notes_of_skipped("reference", skipped),
@@ -251,14 +275,10 @@ def _content(samples: SampleSet) -> dict[str, str]:
     return {"set": samples.manifest["digest"], "images": digest_of_files(paths)}
 
 
-def _sqnr_steps(full: Artifact, quantized: Artifact) -> list[float]:
+def _sqnr_steps(full: SampleSet, quantized: SampleSet) -> list[float]:
     """SQNR in dB of the prediction at every step, over the traced seeds that both sets share."""
-    seeds = [a.tensors["prediction_seeds"].tolist() for a in (full, quantized)]
-    shared = sorted(set(seeds[0]) & set(seeds[1]))
+    traced = [samples.latents.rows("prediction_seeds") for samples in (full, quantized)]
+    shared = sorted(traced[0].keys() & traced[1].keys() & {*full.seeds})
     if not shared:
         return []
-    predictions = [
-        a.tensors["predictions"][[s.index(seed) for seed in shared]]
-        for a, s in zip((full, quantized), seeds, strict=True)
-    ]
-    return sqnr_steps_db(*predictions)
+    return sqnr_steps_db(*(s.latents.predictions(shared) for s in (full, quantized)))

@@ -18,13 +18,13 @@ from ..lineage.freshness import Stage
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
+from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
 from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import write_sealed_json
-from ..store.lock import locked
 from ..store.partial import Partial
-from ..store.partial_folder import code_digest, discard, folder_of
+from ..store.partial_folder import code_digest, discard, discard_stage, folder_of
 from ..store.run_dir import RunDir
 from ..store.unfinished import remove_unfinished
 from . import calibrate as calibrate_stage
@@ -46,27 +46,39 @@ def calibrate(
     *,
     force: bool = False,
     tell: Tell = unheard,
+    ranks: Ranks = ALONE,
 ) -> tuple[Artifact, Artifact, bool]:
     """calibration, smoothing, and whether both were there already.
 
     A stage that was interrupted goes on from there, forced or not: the same comes out. tell:
-    receives a line where it has to begin again.
+    receives a line where it has to begin again. ranks: share the trajectories, each keeps its own.
     """
-    if not force and freshness.calibrated(run, config, model.digest).holds:
-        kinds = ("calibration", "smoothing")
+    kinds = ("calibration", "smoothing")
+    if ranks.agreed(lambda: not force and freshness.calibrated(run, config, model.digest).holds):
         calibration, smoothing = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
         freshness.note_settings(run, "calibrate", config)
-        discard(folder_of(run.path, "calibrate"))
+        discard_stage(run.path, "calibrate")
         return calibration, smoothing, True
-    remove_unfinished(run.path)
-    made_from = _made_from("calibrate", config, model, {})
-    with Partial(folder_of(run.path, "calibrate"), made_from, tell) as partial:
+    ranks.agreed(lambda: remove_unfinished(run.path))
+    made_from, folder = _made_from("calibrate", config, model, {}), folder_of(run.path, "calibrate")
+    if ranks.count > 1:
+        made_from["rank"] = f"{ranks.rank} of {ranks.count}"
+        folder = folder.with_name(f"calibrate.{ranks.rank}-of-{ranks.count}")
+    with Partial(folder, made_from, tell) as partial:
         with explained(model):
-            calibration, smoothing = calibrate_stage.run(config, model, track, partial)
-        smoothing = artifacts.write(run.tensors("smoothing"), smoothing)
-        calibration = artifacts.write(run.tensors("calibration"), calibration)
-        freshness.note_settings(run, "calibrate", config)
+            made = calibrate_stage.run(config, model, track, partial, ranks)
+
+        def write() -> None:
+            assert made is not None
+            for kind, artifact in reversed([*zip(kinds, made, strict=True)]):
+                artifacts.write(run.tensors(kind), artifact)
+            freshness.note_settings(run, "calibrate", config)
+
+        ranks.agreed(write)
         partial.remove()
+    ranks.gathered(Message())  # nobody needs theirs any more
+    ranks.agreed(lambda: discard_stage(run.path, "calibrate"))
+    calibration, smoothing = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
     return calibration, smoothing, False
 
 
@@ -129,15 +141,17 @@ def full_precision_samples(
     track: Track = no_progress,
     *,
     tell: Tell = unheard,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """The folder of full-precision samples of these seeds; what is missing is drawn.
 
     They belong to the model and the sampler, not to one run, so that runs beside each other
-    share them: <runs>/full-precision/<digest>. tell: hears of another process that draws there.
+    share them: <runs>/full-precision/<digest>. tell: hears of another process that draws there;
+    ranks: draw together.
     """
     sampled = SampledModel.full_precision(model)
     folder = runs / "full-precision" / sample_stage.identify(config, model, sampled)["digest"]
     request = sample_stage.SampleRequest(folder, seeds, batch_size)
-    with locked(folder, tell):
-        sample_stage.run(config, model, sampled, request, track)
+    with ranks.locked(folder, tell):
+        sample_stage.run(config, model, sampled, request, track, ranks)
     return folder

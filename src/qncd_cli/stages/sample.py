@@ -8,6 +8,8 @@ for byte, the set that an uninterrupted run writes.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +22,24 @@ from ..correction.baseline import EstimatorBaseline
 from ..correction.offline import AffineCorrection, PtqdCorrection
 from ..correction.runtime import RuntimeCorrection
 from ..correction.stepwise import StepwiseCorrection
-from ..errors import ConfigError
+from ..errors import ArtifactError, ConfigError
 from ..lineage import sample_set, sample_sets
+from ..lineage.growing_set import GrowingSet, go_on, part_path
 from ..lineage.sample_sets import Drawing, identity_of
+from ..lineage.shards import SHARD, Shard
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
 from ..ptq.cost import HEADROOM, SIMULATION, Cost, DenoiserCall
 from ..runtime import trajectory
+from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
 from ..sampling.levels import plan_steps, supports_variance_deduction
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction
 from ..store import artifacts
 from ..store.artifacts import Artifact
-from ..store.files import write_bytes, write_json
-from ..store.unfinished import remove_unfinished
+from ..store.files import write_bytes
 
 TRACED = 32
 """Seeds whose predictions are kept at every step, for the SQNR over the steps."""
@@ -46,11 +50,36 @@ INTEGERS = 0.5
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw: seeds in ascending order, gaps allowed, in batches, into folder."""
+    """What to draw: seeds in ascending order, gaps allowed, in batches, into folder.
+
+    shard: the part of a larger request that this is, and that request's seeds; None for a whole.
+    """
 
     folder: Path
     seeds: list[int]
     batch_size: int
+    shard: Shard | None = None
+
+    @property
+    def whole(self) -> Sequence[int]:
+        """All seeds that are asked for, by whatever process they are drawn."""
+        return self.seeds if self.shard is None else self.shard.whole
+
+    @property
+    def noted(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        about = {} if self.shard is None else {SHARD: self.shard.described()}
+        return {"batch_size": self.batch_size, **about}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """manifest: of the set; images, seconds: how many were drawn now, by all ranks, and what that
+    took."""
+
+    manifest: dict[str, Any]
+    images: int = 0
+    seconds: float = 0.0
 
 
 def run(
@@ -59,64 +88,47 @@ def run(
     sampled: SampledModel,
     request: SampleRequest,
     track: Track = no_progress,
-) -> dict[str, Any]:
-    """Draw what is missing of the set and return its manifest.
+    ranks: Ranks = ALONE,
+) -> Drawn:
+    """Draw what is missing of the set.
 
     Samples that are there beyond those asked for are kept, and drawn again where their images are
-    gone.
+    gone. ranks: draw a share of the batches each.
 
     Raises ArtifactError when the folder holds another set than the one asked for, ConfigError
     when the correction was prepared for other sampling settings.
     """
-    identity = identify(config, model, sampled, request)
     check(config, model, sampled.noise_stats, request.seeds)
-    before = sample_sets.begun(request.folder) or {}
-    drawn = sample_set.finished(request.folder, identity)
-    beyond = sorted({*before.get("seeds", ())} - {*request.seeds})
-    batches = chunks(request.seeds, request.batch_size) + chunks(beyond, request.batch_size)
-    asked = {*request.seeds, *beyond, *before.get(sample_sets.ASKED, ())}
-    if drawn is not None:
-        drawn = sample_set.without(drawn, _images_again(model, request.folder, drawn, batches))
-    done = set(drawn.tensors["seeds"].tolist()) if drawn else set()
+    identity = identify(config, model, sampled, request)
+    growing: list[GrowingSet] = []
+
+    def begin() -> dict[str, Any]:
+        def cut(seeds: Sequence[int]) -> list[list[int]]:
+            return chunks(seeds, request.batch_size)
+
+        noted, decode = request.noted, torch.no_grad()(model.decode)
+        growing.append(go_on(request.folder, identity, request.seeds, cut, noted, decode))
+        return {"digest": identity["digest"], "pending": growing[0].pending}
+
+    agreed = ranks.agreed(begin)
+    if agreed["digest"] != identity["digest"]:
+        raise ArtifactError(
+            f"{request.folder}: rank {ranks.rank} would draw with other settings than rank 0",
+            "use machines of one kind, or name a --backend",
+        )
+    pending, what = ranks.share(agreed["pending"]), f"{sampled.kind}{ranks.label}"
     scheduler = trajectory.timed_scheduler(config, model)
-    unfinished = {
-        "complete": False,
-        "seeds": sorted(done),
-        sample_sets.ASKED: sorted(asked),
-        "batch_size": request.batch_size,
-    }
-    write_json(request.folder / sample_sets.MANIFEST, {**identity, **unfinished})
-    remove_unfinished(request.folder)
-    pending = [batch for batch in batches if not done.issuperset(batch)]
     calls = len(pending) * (len(scheduler.timesteps) + 1)  # the decoder's counts as one
-    what = f"sampling {sum(map(len, pending))} images ({sampled.kind})"
+    what = f"sampling {sum(map(len, pending))} images ({what})"
+    images, started = 0, time.monotonic()
     for seeds, tick in counted(track, pending, what, calls, "calls"):
-        part = request.folder / sample_sets.PARTS / f"{seeds[0]:06d}-{len(seeds)}.safetensors"
+        part = part_path(request.folder, seeds)
         if not sample_set.is_sound(part):
             draw_batch(config, model, sampled, scheduler, seeds, part, tick)
-    wanted = {*request.seeds, *beyond}
-    device = str(model.device)
-    return sample_set.assemble(request.folder, identity, drawn, request.batch_size, device, wanted)
-
-
-def _images_again(
-    model: DiffusionModel, folder: Path, drawn: Artifact, batches: list[list[int]]
-) -> set[int]:
-    """Write lost images from their latents, decoded in the batches that they are drawn in; the
-    seeds whose image has to be drawn, because latents of their batch are missing."""
-    row_of = {seed: row for row, seed in enumerate(drawn.tensors["seeds"].tolist())}
-    lost = set(sample_sets.without_image(folder, row_of))
-    for seeds in batches:
-        again = lost.intersection(seeds)
-        if not again or not row_of.keys() >= set(seeds):
-            continue
-        with torch.no_grad():
-            images = model.decode(drawn.tensors["latents"][[row_of[seed] for seed in seeds]])
-        for seed, image in zip(seeds, images, strict=True):
-            if seed in again:
-                write_bytes(sample_sets.image_path(folder, seed), sample_set.png_bytes(image))
-        lost -= again
-    return lost
+            images += len(seeds)
+    images = sum(message.value for message in ranks.gathered(Message(images)))
+    seconds = time.monotonic() - started
+    return Drawn(ranks.agreed(lambda: growing[0].ended(str(model.device))), images, seconds)
 
 
 def costs(
@@ -166,7 +178,7 @@ def identify(
         sampled.backend.name if sampled.backend is not None else None,
         sampled.compiled,
         config.sampling.guidance_scale < 1 and not model.interpolates,
-        *((request.seeds[0], len(request.seeds), request.batch_size) if request else ()),
+        *((request.whole[0], len(request.whole), request.batch_size) if request else ()),
     )
     return identity_of(config, drawing)
 

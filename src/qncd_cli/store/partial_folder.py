@@ -23,7 +23,9 @@ def folder_of(run: Path, stage: str) -> Path:
 
 def kept_phrase(run: Path, stage: str) -> str:
     """What an interrupted stage has kept on disk, for people."""
-    written = [path.stat().st_mtime for path in folder_of(run, stage).glob("*.safetensors")]
+    files = [*folder_of(run, stage).glob("*.safetensors")]
+    files += (run / FOLDER).glob(f"{stage}.*/*.safetensors")
+    written = [path.stat().st_mtime for path in files]
     if not written:
         return f"nothing of {stage} is kept, the same command begins it again"
     ago = max(0.0, time.time() - max(written))
@@ -33,10 +35,10 @@ def kept_phrase(run: Path, stage: str) -> str:
 
 def discard_unneeded(run: Path, stage: str) -> None:
     """Remove what a process left that was killed after the stage was written, unless one works."""
-    if folder_of(run, stage).is_dir() or (run / LOCK).exists():
+    if (run / FOLDER).is_dir() or (run / LOCK).exists():
         with locked_if_free(run) as free:
             if free:
-                discard(folder_of(run, stage))
+                discard_stage(run, stage)
 
 
 def discard(folder: Path) -> None:
@@ -44,6 +46,12 @@ def discard(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     if folder.parent.name == FOLDER and folder.parent.is_dir() and not any(folder.parent.iterdir()):
         shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def discard_stage(run: Path, stage: str) -> None:
+    """Remove the partial results of a stage, those of all ranks of a job among them."""
+    for folder in [folder_of(run, stage), *(run / FOLDER).glob(f"{stage}.*")]:
+        discard(folder)
 
 
 def code_digest() -> str:
