@@ -17,7 +17,11 @@ def all_types() -> dict[str, torch.Tensor]:
     types = {
         name: getattr(torch, spelled.removeprefix("torch.")) for name, (spelled, _) in TYPES.items()
     }
-    return {f"{place}/{name}": values.to(type_) for name, type_ in types.items() for place in "ba"}
+    return {
+        f"{place}/{name}": values.to(type_, copy=True)
+        for name, type_ in types.items()
+        for place in "ba"
+    }
 
 
 def test_every_type_lies_where_safetensors_puts_it(tmp_path):
