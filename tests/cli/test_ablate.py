@@ -14,6 +14,7 @@ from conftest import Qncd, packaged, tiny_config
 from PIL import Image
 
 from qncd_cli.ablation.variants import variants
+from qncd_cli.store.files import read_json
 
 TABLE = Path("runs/ablate_tiny")
 MEASURE = ("--num", "4", "--reference", "reference")
@@ -106,7 +107,7 @@ def test_every_row_is_measured_and_written(ablated):
     assert eight["bytes"] > four["bytes"]
     assert table["full"]["bytes"] > eight["bytes"]
     assert eight["bit_operations"] > four["bit_operations"]
-    stored = json.loads((ablated.folder / TABLE / "ablation.json").read_text())
+    stored = read_json(ablated.folder / TABLE / "ablation.json", "qncd ablate")
     assert stored == {k: v for k, v in table.items() if k != "run_dir"}
 
 
@@ -168,9 +169,8 @@ def test_a_repeated_command_touches_no_row(work):
     before = row_files(work)
     again = ablate(work, *TWO, "--json").data
     assert row_files(work) == before
-    assert again == json.loads((work.folder / TABLE / "ablation.json").read_text()) | {
-        "run_dir": again["run_dir"]
-    }
+    stored = read_json(work.folder / TABLE / "ablation.json", "qncd ablate")
+    assert again == stored | {"run_dir": again["run_dir"]}
 
 
 def test_a_missing_row_alone_is_measured_again_from_what_is_there(work):
@@ -180,9 +180,8 @@ def test_a_missing_row_alone_is_measured_again_from_what_is_there(work):
     before = row_files(work)
     ablate(work, *TWO)
     after = row_files(work)
-    assert written(before, after) == {"rows/minmax_w4a6", "samples/minmax_w4a6"} | {
-        n for n in written(before, after) if n.startswith("samples/minmax_w4a6_sheet")
-    }
+    sheets = {n for n in written(before, after) if n.startswith("samples/minmax_w4a6_sheet")}
+    assert written(before, after) == {"rows/minmax_w4a6"} | sheets
     again = json.loads((work.folder / TABLE / name).read_text())["row"]
     assert again["psnr_db"] == stored["psnr_db"]
     assert again["reused"] == ["calibrate", "quantize"]

@@ -11,7 +11,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from conftest import Qncd, packaged, tiny_config
+from conftest import Qncd, packaged, rewrite_latents, tiny_config
 from PIL import Image
 
 RUN = Path("runs/tiny")
@@ -222,6 +222,7 @@ def test_labels_that_no_network_knows_are_not_judged(work, classes):
     manifest = json.loads(path.read_text())
     manifest["classes"] = (classes * 6)[:6]
     path.write_text(json.dumps(manifest))
+    rewrite_latents(path.parent, classes=torch.tensor(manifest["classes"]))
     with as_packaged(work) as eval_:
         data = eval_("--json").data
     assert data["quantized"].get("class_agreement") is None

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import html
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Qncd, packaged, tiny_config
+from conftest import Qncd, packaged, rewrite_latents, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 
 from qncd_cli.config import model_card
+from qncd_cli.store.files import read_json, write_sealed_json
 from qncd_cli.vocabulary import IDENTICAL_DB
 
 RUN = Path("runs/tiny")
@@ -54,7 +54,8 @@ def work(made, tmp_path) -> Qncd:
 
 
 def metrics_of(runner: Qncd, run: Path = RUN) -> dict:
-    return json.loads((runner.folder / run / "metrics.json").read_text())
+    found: dict = read_json(runner.folder / run / "metrics.json", "qncd eval")
+    return found
 
 
 # ---- metrics add up -----------------------------------------------------------------------------
@@ -119,14 +120,9 @@ def draw_more_samples(runner: Qncd) -> None:
     runner("sample", "--num", "8", "--batch-size", "4")
 
 
-def exchange_an_image_of_the_set(runner: Qncd) -> None:
-    folder = runner.folder / RUN / "samples/quantized"
-    shutil.copy(folder / "000001.png", folder / "000000.png")
-
-
 @pytest.mark.parametrize(
     "change",
-    [replace_an_image_of_the_reference, draw_more_samples, exchange_an_image_of_the_set],
+    [replace_an_image_of_the_reference, draw_more_samples],
     ids=lambda f: f.__name__,
 )
 def test_metrics_of_another_protocol_replace_them(work, change):
@@ -158,6 +154,7 @@ def test_a_damaged_record_is_replaced(work, content):
 def test_one_changed_image_is_counted_and_does_not_hide_the_others(work):
     work("sample", "--full-precision", "--num", "6", "--batch-size", "4")
     full, quantized = (work.folder / RUN / "samples" / name for name in ("full", "quantized"))
+    rewrite_latents(quantized)
     for seed in range(6):  # one grey value of every image: 48.13 dB + 10 log10(256) = 72.21 dB
         pixels = Image.open(full / f"{seed:06d}.png").copy()
         value = pixels.getpixel((0, 0))
@@ -225,7 +222,9 @@ def test_seeds_between_two_ranges_are_not_drawn(work):
 
 
 def test_faults_of_images_are_noted_on_stderr_in_the_record_and_in_the_report(work):
-    exchange_an_image_of_the_set(work)
+    folder = work.folder / RUN / "samples/quantized"
+    rewrite_latents(folder)
+    shutil.copy(folder / "000001.png", folder / "000000.png")
     result = work("eval", "--fid", *REFERENCE)
     repeated = "quantized: 1 of 6 images repeat an earlier one (first: seed 1, like seed 0)"
     assert repeated in result.stderr.splitlines()
@@ -262,19 +261,20 @@ def test_runs_with_a_reference_of_the_same_name_and_other_images_are_refused(two
 
 
 def test_runs_of_different_models_are_refused(two):
-    path = two.folder / "runs/other/metrics.json"
-    metrics = json.loads(path.read_text())
+    path, metrics = two.folder / "runs/other/metrics.json", metrics_of(two, Path("runs/other"))
     metrics["protocol"]["model"] = "another"
-    path.write_text(json.dumps(metrics))
+    write_sealed_json(path, metrics)
     result = two("compare", "runs/tiny", "runs/other", ok=False)
     assert "different protocols: model " in result.stderr and "against another" in result.stderr
 
 
 def change_protocol(runner: Qncd, **changes) -> None:
-    path = runner.folder / "runs/other/metrics.json"
-    metrics = json.loads(path.read_text())
+    path, metrics = (
+        runner.folder / "runs/other/metrics.json",
+        metrics_of(runner, Path("runs/other")),
+    )
     metrics["protocol"] |= changes
-    path.write_text(json.dumps(metrics))
+    write_sealed_json(path, metrics)
 
 
 def test_a_forced_comparison_shows_what_differs_and_full_precision_of_each_protocol(two):
@@ -316,21 +316,19 @@ def test_the_protocol_says_how_images_were_made_and_measured(work):
 
 
 def test_records_of_a_version_that_knew_less_go_on_and_are_compared(two):
-    path = two.folder / "runs/other/metrics.json"
-    metrics = json.loads(path.read_text())
+    path, metrics = two.folder / "runs/other/metrics.json", metrics_of(two, Path("runs/other"))
     for key in ("image_size", "resize", "pixel_range", "libraries", "machine", "device", "backend"):
         del metrics["protocol"][key]
-    path.write_text(json.dumps(metrics))
+    write_sealed_json(path, metrics)
     assert two("compare", "runs/tiny", "runs/other").stderr == ""
     two("eval", "--isc", *REFERENCE, "--run-dir", "runs/other")
     assert metrics_of(two, Path("runs/other"))["protocol"]["metrics"] == ["fid", "isc"]
 
 
 def test_metrics_of_an_earlier_version_are_to_be_measured_again(two):
-    path = two.folder / "runs/other/metrics.json"
-    metrics = json.loads(path.read_text())
+    path, metrics = two.folder / "runs/other/metrics.json", metrics_of(two, Path("runs/other"))
     del metrics["fidelity"]["per_seed"]
-    path.write_text(json.dumps(metrics))
+    write_sealed_json(path, metrics)
     result = two("compare", "runs/tiny", "runs/other", ok=False)
     assert result.exit_code == 4
     assert 'repeat "qncd eval --run-dir runs/other"' in result.stderr

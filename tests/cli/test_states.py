@@ -8,6 +8,8 @@ import shutil
 import pytest
 from conftest import Qncd, save_tiny_pipeline
 
+from qncd_cli.store.files import read_json
+
 RUN = "runs/tiny"
 NEAREST = ("--set", "quantization.weights.rounding=nearest")
 MEASURE = ("--reference", "reference")
@@ -208,32 +210,36 @@ def test_an_unchanged_evaluation_is_skipped_and_says_the_same(work):
     assert second.stdout.splitlines()[:-1] == first.stdout.splitlines()[:-1]
     assert second.stderr.splitlines()[-1:] == first.stderr.splitlines()[-1:]
     before = work("eval", *MEASURE, "--json").data
-    stored = json.loads((work.folder / RUN / "metrics.json").read_text())
+    stored = read_json(work.folder / RUN / "metrics.json", "qncd eval")
     assert before == {**stored, "run_dir": RUN}
 
 
-@pytest.mark.parametrize(
-    "change", ["an image", "full precision", "the reference", "metrics.json", "report.html", "set"]
-)
+@pytest.mark.parametrize("change", ["the reference", "metrics.json", "report.html", "set"])
 def test_whatever_a_number_depends_on_makes_eval_measure_again(work, change):
     work("eval", *MEASURE)
-    paths = {
-        "an image": work.folder / RUN / "samples/quantized/000001.png",
-        "the reference": work.folder / "reference/000001.png",
-        "metrics.json": work.folder / RUN / "metrics.json",
-        "report.html": work.folder / RUN / "report.html",
-    }
-    if change == "full precision":
-        (path,) = (work.folder / "runs/full-precision").rglob("000001.png")
+    if change == "the reference":
+        path = work.folder / "reference/000001.png"
         shutil.copy(path.with_name("000002.png"), path)
     elif change == "set":
         work("sample", "--num", "8", "--batch-size", "4")
-    elif change.endswith((".json", ".html")):
-        paths[change].unlink()
     else:
-        shutil.copy(paths[change].with_name("000002.png"), paths[change])
+        (work.folder / RUN / change).unlink()
     assert "eval: done in" in work("eval", *MEASURE).stdout
     assert "eval: unchanged, skipped" in work("eval", *MEASURE).stdout
+
+
+@pytest.mark.parametrize("place", ["tiny/samples/quantized", "full-precision"])
+def test_an_exchanged_image_is_refused_and_made_again_once_it_is_removed(work, place):
+    data = work("eval", *MEASURE, "--json").data
+    (path,) = (work.folder / "runs" / place).rglob("000001.png")
+    shutil.copy(path.with_name("000002.png"), path)
+    result = work("eval", *MEASURE, ok=False)
+    assert result.exit_code == 4
+    assert "1 of 6 images are not those that were drawn (first: 000001.png)" in result.stderr
+    path.unlink()
+    if "quantized" in place:
+        work("sample", "--num", "6", "--batch-size", "4")
+    assert work("eval", *MEASURE, "--json").data["fidelity"] == data["fidelity"]
 
 
 def test_other_wishes_are_measured(work):
