@@ -132,9 +132,10 @@ TOP_LEVEL: dict[str, list[str]] = {
     "": [],
     "cli.main": [
         *("", "errors", "vocabulary", "click"),
-        *("cli.batch", "cli.console", "cli.options", "cli.tools"),
+        *("cli.batch", "cli.console", "cli.judging", "cli.options", "cli.tools"),
     ],
     "cli.batch": ["cli.console", "cli.options", "click"],
+    "cli.judging": ["cli.console", "cli.options", "click"],
     "cli.tools": ["cli.console", "cli.options", "click"],
     "cli.console": [
         "",

@@ -1,4 +1,4 @@
-"""The qncd command: options and help of the pipeline; what is beside it is in tools.py.
+"""The qncd command: options and help of the pipeline; other commands are in modules of their own.
 
 Everything heavy is imported inside the commands.
 """
@@ -9,7 +9,7 @@ import click
 
 from .. import __version__
 from ..vocabulary import sentences
-from . import batch, options, tools
+from . import batch, judging, options, tools
 from .console import Console, ErrorReportingGroup
 
 EPILOG = """\b
@@ -303,5 +303,5 @@ def compare(run_dirs, force, as_json, debug):
     comparing.compare(Console(as_json), run_dirs, force=force)
 
 
-for command in (*batch.COMMANDS, *tools.COMMANDS):
+for command in (*batch.COMMANDS, *tools.COMMANDS, *judging.COMMANDS):
     cli.add_command(command)
