@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from conftest import Qncd
 
 from qncd_cli.backends.int8 import SWITCH
+from qncd_cli.store.files import read_json
 
 ROW_KEYS = {
     "name",
@@ -46,7 +45,7 @@ def test_json_has_the_names_of_the_design(benched):
 def test_json_and_markdown_are_written(benched):
     folder = benched.folder / "made"
     assert sorted(p.name for p in folder.iterdir()) == ["bench.json", "bench.md"]
-    stored = json.loads((folder / "bench.json").read_text())
+    stored = read_json(folder / "bench.json", "qncd bench")
     assert stored == {k: v for k, v in benched.data.items() if k != "out"}
     text = (folder / "bench.md").read_text()
     assert "| float32-eager |" in text

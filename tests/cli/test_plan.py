@@ -11,6 +11,7 @@ from conftest import Qncd, tiny_config
 
 from qncd_cli.forecast import plan as forecast
 from qncd_cli.store import partial
+from qncd_cli.store.files import read_json
 from qncd_cli.store.partial import Partial
 
 RUN = Path("runs/tiny")
@@ -35,7 +36,7 @@ def size(path: Path) -> int:
 
 
 def test_the_layers_and_macs_are_those_of_coverage_json(planned, sampled):
-    written = json.loads((sampled / RUN / "coverage.json").read_text())
+    written = read_json(sampled / RUN / "coverage.json", "qncd quantize")
     # a plan sees no numbers: of a file in float32 it cannot know which tensors fit 16 bits
     assert 0 < written.pop("rest_bytes") <= planned["coverage"]["rest_bytes"]
     assert {k: v for k, v in planned["coverage"].items() if k != "rest_bytes"} == written

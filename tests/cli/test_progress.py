@@ -154,7 +154,7 @@ def test_the_pipeline_counts_what_it_does(qncd, monkeypatch):
     assert told["measuring quantization noise"] == "18 calls"
     assert told["sampling 6 images (quantized)"] == "10 calls"  # the decoder's two, too
     assert told["extracting features"] == "6 images"
-    assert told["bootstrapping the distance"] == "50 rounds"
+    assert told["fitting the step-wise correction"] == "4 steps"
 
 
 def test_encoding_prompts_counts_prompts(tmp_path, monkeypatch):

@@ -166,6 +166,7 @@ def metrics_of(weights: int, psnr: float | None) -> dict:
     decibels = ("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db", "psnr_median_db", "psnr_q05_db")
     fidelity = dict.fromkeys(decibels, 28.21) | {"psnr_db": psnr, "feature_distance": entry}
     fidelity |= {"ssim": 0.987, "ssim_median": 0.991, "ssim_q05": 0.912}
+    fidelity |= dict.fromkeys(("cvvdp_jod", "cvvdp_jod_median", "cvvdp_jod_q05"))
     made = {"preset": "best", "weights": weights, "activations": 8, "bit_operations": 10**12}
     protocol = {"num_samples": 300, "network": "fashion-classifier"}
     return {

@@ -88,9 +88,11 @@ def work(done, tmp_path) -> Qncd:
 
 
 def snapshot(runner: Qncd) -> dict[str, bytes]:
-    """Every file below runs/ by name; the hour of a report, and digests of it, left out."""
+    """Every file below runs/ by name; the hour of a report, and digests of it, left out, and what
+    processes say of themselves."""
     root = runner.folder / "runs"
-    found = {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    paths = (p for p in root.rglob("*") if p.is_file() and p.name != "status.json")
+    found = {str(p.relative_to(root)): p.read_bytes() for p in paths}
     hour = rb"\d{4}-\d\d-\d\d \d\d:\d\d|\"outputs\": \"\w+\""
     timed = (".html", "settings.json")
     return {n: re.sub(hour, b"", b) if n.endswith(timed) else b for n, b in found.items()}
