@@ -189,6 +189,7 @@ def test_runs_are_compared_in_full(qncd, width):
     folders = [f"runs/{name}" for name in names]
     text = qncd("compare", *folders).stdout
     whole(text, width, "full precision", *names, "W4A8 (5.9 / 9.1)", "31.87", "92.1", "identical")
+    assert "visible quality" not in text  # which nobody measured
     assert "43.44" in text and "4.321" in text and "9.9" in text  # MB, and % of float32
     rows = qncd("compare", *folders, "--json").data["rows"]
     assert rows[2]["share_of_float32"] == 4_321_000 / 43_440_000

@@ -24,6 +24,8 @@ SHOWN = (
     *(*OF_FIDELITY, "bytes", "share_of_float32"),
 )
 """What compare shows."""
+ON_REQUEST = ("cvvdp_jod", "cvvdp_jod_median", "cvvdp_jod_q05")
+"""Shown only where it was measured."""
 FULL = "full precision"
 DIGEST = 12
 """Characters of a digest in a sentence."""
@@ -155,12 +157,14 @@ def _render(
         title += f"; distances in the features of {protocol['network']}"
     if fields:
         title = f"Not measured alike: {', '.join(fields)}"
+    unasked = {key for key in ON_REQUEST if all(row.get(key) is None for row in rows)}
+    keys = [key for key in SHOWN if key not in unasked]
     cells = []
     for row in rows:
         width = "float32" if row["name"] == FULL else bits(row) if "weights" in row else MISSING
         differs = [_shown(field, row["differs"][field]) for field in fields]
-        cells.append([row["name"], width, *differs, *(_cell(row, key) for key in SHOWN)])
-    headings = ["", "bits", *fields, *map(heading, SHOWN)]
+        cells.append([row["name"], width, *differs, *(_cell(row, key) for key in keys)])
+    headings = ["", "bits", *fields, *map(heading, keys)]
     console.table(headings, cells, title)
     explain(headings)
 
