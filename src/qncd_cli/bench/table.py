@@ -9,13 +9,11 @@ before that, each row in a process of its own.
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 from torch import nn
 
 from .. import machine
+from ..backends.compiled.compiler import CACHE, environment
 from ..backends.compiled.graph import silence_compiler
 from ..config import presets
 from ..config.loading import parse_config
@@ -119,7 +118,10 @@ def run(
     start = time.perf_counter()
     silence_compiler()
     macs = sum(cost.macs for cost in denoiser_costs(config, model))
-    with tempfile.TemporaryDirectory(prefix="qncd-bench-") as name, _compile_cache(Path(name)):
+    with (
+        tempfile.TemporaryDirectory(prefix="qncd-bench-") as name,
+        environment(CACHE, f"{name}/inductor"),  # a row is compiled only once, none before
+    ):
         inputs = _inputs(config, model, request.batch_size)
         floats = {"float32": model.denoiser}
         bench = _Bench(config, model, request, inputs, Path(name), tell, track, floats)
@@ -156,21 +158,6 @@ def run(
         "profile": profile,
         "seconds": round(time.perf_counter() - start, 1),
     }
-
-
-@contextmanager
-def _compile_cache(folder: Path) -> Iterator[None]:
-    """Compiled code goes to the folder: none is there before, and a row is compiled only once."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    os.environ[name] = str(folder / "inductor")
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 # ------------------------------------------------------------------ what the rows need

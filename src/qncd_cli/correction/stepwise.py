@@ -16,7 +16,7 @@ predictions instead, from uncorrected trajectories, and cannot take back what ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from .offline import OfflineCorrection
 from .runtime import Step
 from .statistics import per_channel
 
@@ -124,22 +125,16 @@ def _field(left: Tensor) -> Tensor:
     return share * mean
 
 
-class StepwiseCorrection:
+class StepwiseCorrection(OfflineCorrection):
     """eps <- eps~ + a eps~ + b x~_t + f, by step and channel, fitted by `StepwiseFit`.
 
     statistics: stepwise_prediction, stepwise_latent [S, C], stepwise_field [S, C, *grid] of the S
     steps of the sampler. Zeros change no bit.
     """
 
-    extra_calls = 0
-
     def __init__(self, statistics: Mapping[str, Tensor]):
         rows = [statistics[f"stepwise_{name}"] for name in ("prediction", "latent", "field")]
         self.terms = [Terms(*row) for row in zip(*rows, strict=True)]
-
-    def tries(self, step: Step) -> bool:
-        """Never: there is nothing to estimate."""
-        return False
 
     def correct(self, step: StepOf, prediction: Tensor) -> Tensor:
         """Add the step's terms. Raises ConfigError for a step that nothing was fitted for."""
@@ -152,15 +147,8 @@ class StepwiseCorrection:
         assert step.x is not None
         return prediction + self.terms[step.index].added(prediction, step.x)
 
-    def observe(self, step: Step, x_next: Tensor, predict: object) -> None:
-        """Nothing to see at run time."""
 
-    def deductible_variance(self, step: Step) -> Tensor | None:
-        """None: the fit brings latents back, it does not model what remains."""
-        return None
-
-
-class StepwiseFit:
+class StepwiseFit(OfflineCorrection):
     """Fits the terms of every step while the quantized model draws, and applies them at once.
 
     One object for all calibration trajectories, drawn together: later steps are fitted on latents
@@ -169,8 +157,6 @@ class StepwiseFit:
     goals: [S, N, C, ...], latents of full precision after each step, VP scale. responses: of each
     step; one that answers nothing is left as it is.
     """
-
-    extra_calls = 0
 
     def __init__(self, goals: Tensor, responses: Sequence[float]):
         self.goals, self.responses = goals, responses
@@ -181,7 +167,9 @@ class StepwiseFit:
         """Always: where the uncorrected step ends is what is to be mended."""
         return True
 
-    def observe(self, step: Step, x_next: Tensor, predict: object) -> None:
+    def observe(
+        self, step: Step, x_next: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         """Take the result of the step on trial."""
         self._reached = x_next
 
@@ -196,10 +184,6 @@ class StepwiseFit:
             terms = fit_terms(torch.zeros_like(left), prediction, step.x)
         self.terms.append(terms)
         return prediction + terms.added(prediction, step.x)
-
-    def deductible_variance(self, step: Step) -> Tensor | None:
-        """None, as in StepwiseCorrection."""
-        return None
 
     def statistics(self) -> dict[str, Tensor]:
         """What StepwiseCorrection takes."""
