@@ -118,6 +118,7 @@ GROUND: dict[str, list[str]] = {
     "errors": [],
     "launch": [],
     "machine": [""],
+    "phases": ["machine", "progress"],
     "progress": [],
     "spec": [],
     "stopping": [],

@@ -7,7 +7,6 @@ be: what a row holds shows in a process that holds nothing else.
 from __future__ import annotations
 
 import difflib
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .. import machine
 from ..backends.base import BACKENDS
 from ..backends.compiled import graph
 from ..backends.compiled.graph import silence_compiler
@@ -38,7 +38,6 @@ _QUANTIZED_ROWS = (
     *(f"int8-{w}{dtype}-compiled" for w in _EXAMPLES for dtype in ("", "-bfloat16")),
 )
 FACTS = ("load_seconds", "prepare_seconds", "peak_bytes", "running_bytes")
-_PROC = Path("/proc/self")
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def measure_alone(job: Alone) -> dict[str, Any]:
 
 def _measure(job: Alone) -> dict[str, Any]:
     inputs = Inputs.load(job.inputs)
-    before = _resident("VmRSS") if _reset_peak() else None
+    before = machine.resident() if machine.forget_peak() else None
     seconds = [time.perf_counter()]
     module = load_denoiser(job.weights, DTYPES[job.row.dtype])
     artifact = None if job.artifact is None else artifacts.read(job.artifact, "quantized")
@@ -219,11 +218,11 @@ def _measure(job: Alone) -> dict[str, Any]:
     for _ in range(2):
         call()
         seconds.append(time.perf_counter())
-    peak = _resident("VmHWM")
+    peak = machine.peak_resident()
     running = None
-    if _reset_peak():
+    if machine.forget_peak():
         call()
-        running = _resident("VmHWM")
+        running = machine.peak_resident()
     load, first, second = (b - a for a, b in zip(seconds, seconds[1:], strict=False))
     ends = (peak, running)
     grown = [None if before is None or end is None else end - before for end in ends]
@@ -234,22 +233,3 @@ def reason(error: Exception) -> str:
     """An unforeseen error in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-
-
-def _reset_peak() -> bool:
-    """Let VmHWM begin again at what is resident now; False where that is not possible."""
-    try:
-        (_PROC / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _resident(what: str) -> int | None:
-    """VmRSS (now) or VmHWM (highest) of this process in bytes; None where there is no /proc."""
-    try:
-        status = (_PROC / "status").read_text()
-    except OSError:
-        return None
-    found = re.search(rf"^{what}:\s+(\d+) kB", status, re.MULTILINE)
-    return 1024 * int(found[1]) if found else None

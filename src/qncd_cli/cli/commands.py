@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..config.loading import load_config
+from ..phases import Phases
 from ..runs.calibrate import calibrate as calibrate_run
 from ..runs.measuring import check
 from ..runs.model import model_digest
@@ -26,18 +27,27 @@ DRAWING = ("steps", "num", "seed", "classes", "prompts", "batch_size", "backend"
 
 
 def calibrate(
-    console: Console, wanted: Wanted, device: str, *, force: bool, dry_run: bool = False
+    console: Console,
+    wanted: Wanted,
+    device: str,
+    *,
+    force: bool,
+    dry_run: bool = False,
+    profile: bool = False,
 ) -> RunDir:
     config = wanted.config(None if dry_run else download)
     if dry_run:
         console.result({"config": config.to_dict()}, lambda: print(config.to_yaml(), end=""))
         return RunDir(wanted.folder)
-    made = calibrate_run(config, wanted.folder, device=device, force=force, watch=watching(console))
+    phases = Phases(console.track) if profile else None
+    watch = watching(console, phases)
+    made = calibrate_run(config, wanted.folder, device=device, force=force, watch=watch)
     set_current(made.run)
     done(
         console,
         "calibrate",
         made.run,
+        phases,
         rows=made.rows,
         layers=made.layers,
         skipped=made.skipped,
@@ -50,16 +60,25 @@ def calibrate(
 
 
 def quantize(
-    console: Console, overrides: Sequence[str], run_dir: str | None, device: str, *, force: bool
+    console: Console,
+    overrides: Sequence[str],
+    run_dir: str | None,
+    device: str,
+    *,
+    force: bool,
+    profile: bool = False,
 ) -> None:
     config = load_config(str(find_run(run_dir).config), overrides) if overrides else None
-    made = quantize_run(run_dir, config, device=device, force=force, watch=watching(console))
+    phases = Phases(console.track) if profile else None
+    watch = watching(console, phases)
+    made = quantize_run(run_dir, config, device=device, force=force, watch=watch)
     coverage = made.coverage
     size = made.artifact_bytes + coverage["rest_bytes"]
     done(
         console,
         "quantize",
         made.run,
+        phases,
         bytes=size,
         artifact_bytes=made.artifact_bytes,
         share_of_float32=size / coverage["float_denoiser_bytes"],

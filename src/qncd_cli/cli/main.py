@@ -63,8 +63,9 @@ def cli() -> None:
 @options.force("Calibrate again although nothing has changed.")
 @click.option("--dry-run", is_flag=True, help="Check and print the configuration, run nothing.")
 @options.plan
+@options.profile
 @options.json_output
-def calibrate(device, force, dry_run, plan, as_json, debug, **names):
+def calibrate(device, force, dry_run, plan, profile, as_json, debug, **names):
     """Collect calibration inputs, activation statistics and smoothing factors.
 
     MODEL (instead of --config): a diffusers folder, hub id, zoo:NAME or checkpoint, with the
@@ -78,7 +79,9 @@ def calibrate(device, force, dry_run, plan, as_json, debug, **names):
     if plan:
         planning.of_config(Console(as_json), wanted, planning.STAGES[:2])
         return
-    commands.calibrate(Console(as_json), wanted, device, force=force, dry_run=dry_run)
+    commands.calibrate(
+        *(Console(as_json), wanted, device), force=force, dry_run=dry_run, profile=profile
+    )
 
 
 @cli.command(
@@ -104,8 +107,9 @@ def calibrate(device, force, dry_run, plan, as_json, debug, **names):
 @options.device
 @options.force("Quantize again although nothing has changed.")
 @options.plan
+@options.profile
 @options.json_output
-def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, debug):
+def quantize(bits, budget, overrides, run_dir, device, force, plan, profile, as_json, debug):
     """Round the weights to integers, set activation ranges, measure the quantization noise."""
     from ..config.widths import bits_overrides
     from . import commands
@@ -118,7 +122,8 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, as_json, deb
     if plan:
         planning.of_run(Console(as_json), run_dir, overrides, ("quantize",))
         return
-    commands.quantize(Console(as_json), overrides, run_dir, device, force=force)
+    console = Console(as_json)
+    commands.quantize(console, overrides, run_dir, device, force=force, profile=profile)
 
 
 @cli.command(

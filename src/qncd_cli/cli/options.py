@@ -46,6 +46,14 @@ def _hush(context: click.Context, option: click.Parameter, quiet: bool) -> None:
         context.meta[QUIET] = True
 
 
+def profile(command: Command) -> Command:
+    return click.option(
+        "--profile",
+        is_flag=True,
+        help="Afterwards say where time and memory went: by phase, and by layer.",
+    )(command)
+
+
 def run_dir(command: Command) -> Command:
     return click.option(
         "--run-dir",

@@ -112,8 +112,12 @@ def merge(console: Console, run_dir: str | None, **options: Any) -> None:
 
 
 def _show(console: Console, stage: str, made: Sampled) -> None:
-    rate = {"images_per_second": made.drawn / made.seconds} if made.drawn else {}
-    packed = {} if made.packed in (None, made.folder) else {"packed": str(made.packed)}
+    rate: dict[str, Any] = {}
+    if made.drawn:
+        rate = {"images_per_second": made.drawn / made.seconds}
+    packed: dict[str, Any] = {}
+    if made.packed not in (None, made.folder):
+        packed = {"packed": str(made.packed)}
     done(
         console,
         stage,

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
+from ..phases import Phases
 from ..runs.model import open_model as open_configured
 from ..runs.model import silence_diffusers
 from ..runs.watch import Watch
 from ..store.run_dir import RunDir
 from ..vocabulary import DIRECTIONS, phrase, terms
+from . import profiling
 from .console import Console, keeping
 from .process import collect_as_usual
 from .states import say
@@ -22,10 +24,10 @@ UNSAID = ("because", "keys")
 """Keys of a stage's payload that were told before it began."""
 
 
-def watching(console: Console) -> Watch:
-    """What a console shows of a stage."""
+def watching(console: Console, phases: Phases | None = None) -> Watch:
+    """What a console shows of a stage. phases: measures what is tracked."""
     return Watch(
-        console.track,
+        console.track if phases is None else phases.track,
         console.note,
         lambda state, force: say(console, state, force=force),
         keeping,
@@ -46,16 +48,22 @@ def download(source: str) -> None:
     find_folder(source)
 
 
-def done(console: Console, stage: str, run: RunDir, **more: Any) -> None:
-    """The result of a stage that ended."""
+def done(
+    console: Console, stage: str, run: RunDir, phases: Phases | None = None, **more: Any
+) -> None:
+    """The result of a stage that ended. phases: where its time went, shown below."""
     seconds = console.lap()
     payload = {"stage": stage, "run_dir": str(run.path), "seconds": round(seconds, 2), **more}
+    if phases is not None:
+        payload["phases"] = [phase.body() for phase in phases.found]
     more = {k: v for k, v in more.items() if k not in UNSAID}
 
     def render() -> None:
         what = "unchanged, skipped" if more.get("skipped") else f"done in {seconds:.1f} s"
         details = [phrase(k, v) for k, v in more.items() if k != "skipped"]
         print(f"{stage}: {what}" + (f" ({', '.join(details)})" if details else ""))
+        if phases is not None and phases.found:
+            profiling.show(console, phases.found, seconds)
 
     console.result(payload, render)
 

@@ -1,0 +1,101 @@
+"""Seconds, peak memory and layers of a stage's phases."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qncd_cli import machine
+from qncd_cli.phases import Phases
+from qncd_cli.progress import counted, no_progress
+
+
+class Clock:
+    """Seconds that pass where a test says so."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def recorded():
+    clock = Clock()
+    return Phases(no_progress, clock), clock
+
+
+def test_a_phase_has_the_seconds_of_its_units_and_of_what_makes_them():
+    phases, clock = recorded()
+
+    def made():
+        for number in range(3):
+            clock.now += 1
+            yield number
+
+    clock.now += 5
+    for _ in phases.track(made(), "drawing", 3, "calls"):
+        clock.now += 10
+    clock.now += 7
+    (phase,) = phases.found
+    assert (phase.name, phase.seconds, phase.units) == ("drawing", 33, 3)
+
+
+def test_time_inside_of_an_inner_phase_is_not_the_outer_ones():
+    phases, clock = recorded()
+    for _ in phases.track(range(2), "rounding", 2, "layers"):
+        clock.now += 1
+        for _ in phases.track(range(3), "collecting", 3, "calls"):
+            clock.now += 4
+    seconds = {phase.name: phase.seconds for phase in phases.found}
+    assert seconds == {"rounding": 2, "collecting": 24}
+    assert sum(seconds.values()) == clock.now - 100
+
+
+def test_layers_are_named_and_their_seconds_added():
+    phases, clock = recorded()
+    layers = [SimpleNamespace(name=name) for name in ("a", "b")]
+    for layer in phases.track(layers, "ranges", 2, "layers"):
+        clock.now += 1 if layer.name == "a" else 2
+    for _ in phases.track([(layer, None) for layer in layers], "rounding", 2, "layers"):
+        clock.now += 10
+    assert [phase.layers for phase in phases.found] == [{"a": 1, "b": 2}, {"a": 10, "b": 10}]
+    assert list(phases.found[0].body()["layers"]) == ["b", "a"]
+
+
+def test_ticks_count_as_units_and_a_loop_that_fails_ends_its_phase():
+    phases, clock = recorded()
+
+    def draw():
+        for _, tick in counted(phases.track, range(4), "drawing", 8, "calls"):
+            clock.now += 3
+            tick()
+            tick()
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        draw()
+    clock.now += 50
+    for _ in phases.track([], "nothing", 0, "calls"):
+        pass
+    assert [(p.name, p.seconds, p.units) for p in phases.found] == [
+        ("drawing", 3, 2),
+        ("nothing", 0, 0),
+    ]
+
+
+@pytest.mark.skipif(not machine.forget_peak(), reason="the system does not tell peaks of memory")
+def test_a_phase_has_its_own_peak():
+    phases, _ = recorded()
+    for _ in phases.track(range(1), "much", 1, "calls"):
+        held = torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
+        size = held.numel()
+        del held
+        for _ in phases.track(range(1), "inner", 1, "calls"):
+            pass
+    for _ in phases.track(range(1), "little", 1, "calls"):
+        pass
+    much, inner, little = (phase.peak_bytes for phase in phases.found)
+    assert much - little > size / 2
+    assert much - inner > size / 2
