@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qncd_cli.ablation.gains import median_gain, with_gains
-from qncd_cli.ablation.variants import GROUPS, named, variants
+from qncd_cli.ablation.variants import GROUPS, INTER, named, variants
 
 
 def by_seed(values) -> dict[str, float]:
@@ -59,3 +59,23 @@ def test_a_group_stands_for_its_rows():
     assert named(["minmax", "corrections"]) == ["minmax", *GROUPS["corrections"]]
     rows = variants("fashion_ldm", named(["corrections"]), ["w4a6"], [])
     assert [r.name for r in rows] == list(GROUPS["corrections"])
+
+
+def test_the_corrections_stand_on_qdiffusion_and_on_best_each_with_its_settings():
+    rows = {row.name: row.config for row in variants("fashion_ldm", GROUPS["corrections"], [], [])}
+    on = {"qdiffusion": "qncd-inter", "best": "best+published"}
+    for base, published in on.items():
+        inter = {name: rows[f"{base}+{name}"].correction.inter for name in INTER if name != "ptqd"}
+        assert {name: i.method for name, i in inter.items()} == {
+            **{name: name for name in ("runtime", "affine", "stepwise")},
+            "stepwise+flat": "stepwise",
+        }
+        assert (inter["stepwise+flat"].field, inter["stepwise"].field) == (1, 8)
+        assert rows[published].correction.inter == rows["qncd-inter"].correction.inter
+        assert rows[published].quantization.weights == rows[base].quantization.weights
+    assert rows["qncd"].correction.intra == rows["best+embedding+published"].correction.intra
+
+
+def test_a_published_estimate_falls_into_short_samplers():
+    (row,) = variants("fashion_ldm", ["best+published"], [], ["sampling.steps=4"])
+    assert row.config.correction.inter.first == 2

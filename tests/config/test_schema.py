@@ -199,6 +199,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "correction.inter.baseline": ("none", NEITHER),
     "correction.inter.slope": (True, NEITHER),
     "correction.inter.noise": ("balanced", NEITHER),
+    "correction.inter.field": (4, QUANTIZE),
     "evaluation.num_samples": (50, NEITHER),
     "evaluation.reference": ("elsewhere", NEITHER),
 }

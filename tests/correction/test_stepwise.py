@@ -134,6 +134,17 @@ def test_a_fit_that_does_not_carry_over_is_nothing():
     assert terms.added(eps, x).square().mean() < 0.02 * wanted.square().mean()
 
 
+def test_a_field_of_one_value_is_an_offset_per_channel_and_leaves_patterns():
+    generator = generator_for(6)
+    eps, x = torch.randn(2, 16, 3, 24, 24, generator=generator)
+    wanted = 0.2 * eps - 0.1 * x + 0.3 + wave(x, 0)
+    flat, fine = (fit_terms(wanted, eps, x, field) for field in (1, 8))
+    assert flat.field.shape == (3, 1, 1)
+    assert torch.allclose(flat.added(eps, x), wanted - wave(x, 0), atol=5e-3)
+    left = [(terms.added(eps, x) - wanted).square().mean() for terms in (flat, fine)]
+    assert left[1] < 0.1 * left[0]
+
+
 def test_one_trajectory_gives_no_terms():
     wanted, eps, x = torch.randn(3, 1, 2, 4, 4, generator=generator_for(4))
     assert not fit_terms(wanted, eps, x).added(eps, x).any()

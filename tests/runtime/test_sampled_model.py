@@ -161,6 +161,15 @@ def test_a_baseline_of_the_other_target_is_refused(tiny_model, v_model, name):
         check(tree, *v_model)
 
 
+def test_terms_of_another_field_are_refused(tiny_model, v_model):
+    tree = config_for(tiny_model, "none").to_dict()
+    tree["correction"]["inter"] |= {"method": "stepwise", "field": 2}
+    with pytest.raises(ConfigError, match=r"a field of \[8, 8\] values, not \[2, 2\]"):
+        check(tree, *v_model)
+    tree["correction"]["inter"]["field"] = 8
+    check(tree, *v_model)
+
+
 def test_the_run_time_correction_alone_needs_no_preparation(tiny_model, v_model):
     tree = config_for(tiny_model, "runtime alone").to_dict()
     tree["sampling"] |= {"steps": 2, "eta": 0.5}

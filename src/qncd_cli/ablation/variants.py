@@ -8,13 +8,12 @@ takes suffixes `+INGREDIENT`, each of which changes one thing.
 from __future__ import annotations
 
 import difflib
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..config.loading import load_config, parse_config
-from ..config.presets import PRESETS
+from ..config.presets import PRESETS, PUBLISHED_INTER, Tree, for_steps, merged
 from ..config.schema import Config
 from ..config.widths import parse_widths
 from ..errors import ConfigError
@@ -33,19 +32,35 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "correction.intra": ("embedding", "smoothquant", "auto"),
     "quantization.weights.rounding": ("nearest", "gptq", "adaround", "brecq"),
 }
-INGREDIENTS: dict[str, tuple[str, Any]] = {
-    **{value: (path, value) for path, values in _CHOICES.items() for value in values},
-    "bias": ("quantization.bias_correction", True),
+
+
+def _setting(path: str, value: Any) -> Tree:
+    """A tree of one key."""
+    tree = value
+    for key in reversed(path.split(".")):
+        tree = {key: tree}
+    return tree
+
+
+INGREDIENTS: dict[str, Tree] = {
+    **{value: _setting(path, value) for path, values in _CHOICES.items() for value in values},
+    "published": PUBLISHED_INTER,
+    "flat": {"correction": {"inter": {"field": 1}}},
+    "bias": {"quantization": {"bias_correction": True}},
 }
-"""Suffix: the key that it sets, whatever the row's preset and --set say of it, and the value."""
+"""Suffix: the keys that it sets, whatever the row's preset and --set say of them."""
+INTER = ("runtime", "ptqd", "affine", "stepwise+flat", "stepwise")
+"""Ingredients of the inter corrections that are more than the published one."""
 GROUPS = {
     "corrections": (
         *("qdiffusion", "qncd-intra", "qncd-inter", "qncd"),
-        *("qdiffusion+runtime", "ptqd", "qdiffusion+affine", "qdiffusion+stepwise"),
-        *("best", "best+embedding", "best+runtime", "best+ptqd", "best+affine", "best+stepwise"),
+        *(f"qdiffusion+{name}" for name in INTER),
+        *("best", "best+embedding", "best+published", "best+embedding+published"),
+        *(f"best+{name}" for name in INTER),
     ),
 }
-"""A word for several rows."""
+"""A word for several rows: no correction, intra, inter, both as published; inter estimated well;
+the offline ones; stepwise with an offset per channel alone, and one that depends on the place."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +130,7 @@ def _tree(config_name: str, name: str, overrides: Sequence[str]) -> dict[str, An
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(_KNOWN)}"
         raise ConfigError(f"--presets {name}: unknown preset {base}", hint)
     for ingredient in ingredients:
-        path, value = INGREDIENTS[ingredient]
-        *sections, key = path.split(".")
-        functools.reduce(dict.__getitem__, sections, tree)[key] = value
+        tree = merged(tree, for_steps(INGREDIENTS[ingredient], tree["sampling"]["steps"]))
     return tree
 
 

@@ -24,7 +24,8 @@ from .console import Console
     show_default=True,
     help="Rows: presets, or none, intra, inter, both: the configuration's own settings with these "
     "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
-    "ptqd, affine, stepwise), the intra correction (embedding, smoothquant, auto), the rounding "
+    "ptqd, affine, stepwise; published: runtime as in qncd-inter; stepwise+flat: its offset the "
+    "same at all places), the intra correction (embedding, smoothquant, auto), the rounding "
     "(nearest, gptq, adaround, brecq) or bias. corrections: every correction on qdiffusion and on "
     "best. Gains are over the first row of the same widths.",
 )

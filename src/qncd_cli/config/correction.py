@@ -54,6 +54,14 @@ class InterConfig(Section):
         "channel, or twice with opposite signs",
     )
 
+    field: int = Field(
+        8,
+        ge=1,
+        le=64,
+        description="of stepwise: values of its offset along each side of the latent, at most; "
+        "1: one for each channel",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> InterConfig:
         if self.slope and self.baseline == "none":
@@ -74,7 +82,12 @@ class InterConfig(Section):
             self.part == 1 or not self.depends_on_batch
         ):  # sets drawn before there was a part stay valid
             del tree["part"]
-        added = ("first", "repeat", "noise")  # sets drawn before there were these keys stay valid
+        added = (
+            "first",
+            "repeat",
+            "noise",
+            "field",
+        )  # sets drawn before there were these keys stay valid
         for key in added:
             if tree[key] == InterConfig.model_fields[key].default:
                 del tree[key]

@@ -88,7 +88,7 @@ _BEST_LABEL: Tree = merged(
     },
 )
 _INTRA: Tree = {"correction": {"intra": "embedding"}}
-_INTER: Tree = {
+PUBLISHED_INTER: Tree = {
     "correction": {
         "inter": {
             "method": "runtime",
@@ -132,13 +132,13 @@ PRESETS: dict[str, Preset] = {
     "qncd-inter": Preset(
         "qdiffusion with the published run-time estimate, one number for all samples that are "
         "drawn together (arXiv 2403.19140, inter noise)",
-        merged(_QDIFFUSION, _INTER),
+        merged(_QDIFFUSION, PUBLISHED_INTER),
         _TRANSFORMER_BLOCKS,
         _TRANSFORMER_NOTE,
     ),
     "qncd": Preset(
         "qncd-intra and qncd-inter together (arXiv 2403.19140)",
-        merged(merged(_QDIFFUSION, _INTRA), _INTER),
+        merged(merged(_QDIFFUSION, _INTRA), PUBLISHED_INTER),
         _TRANSFORMER_BLOCKS,
         _TRANSFORMER_NOTE,
     ),
@@ -171,16 +171,22 @@ def filled(tree: Tree, steps: int) -> Tree:
     preset = PRESETS.get(section["preset"])
     if preset is None:
         return tree
-    settings = copy.deepcopy(preset.settings)
+    settings = for_steps(preset.settings, steps)
+    if preset.exclusions and not section.get("strict", False):
+        settings = merged(settings, {"quantization": {"overrides": preset.exclusions}})
+    return merged(settings, tree)
+
+
+def for_steps(settings: Tree, steps: int) -> Tree:
+    """A preset's settings for a sampler of so many steps."""
+    settings = copy.deepcopy(settings)
     activations = settings.get("quantization", {}).get("activations", {})
     if "timestep_groups" in activations:
         activations["timestep_groups"] = min(activations["timestep_groups"], steps)
     inter = settings.get("correction", {}).get("inter", {})
     if "first" in inter:  # published for 50 steps; shorter samplers get an estimate halfway
         inter["first"] = min(inter["first"], steps // 2)
-    if preset.exclusions and not section.get("strict", False):
-        settings = merged(settings, {"quantization": {"overrides": preset.exclusions}})
-    return merged(settings, tree)
+    return settings
 
 
 def without_settings(tree: Tree) -> Tree:

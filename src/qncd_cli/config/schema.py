@@ -94,7 +94,10 @@ class Config(Section):
             for section, key, value in (*added, (quantization["weights"], "asymmetry", 0.0)):
                 if section[key] == value:  # as before there was the key
                     del section[key]
-            inputs["estimator_target"] = tree["correction"]["inter"]["target"]
+            inter = tree["correction"]["inter"]
+            inputs["estimator_target"] = inter["target"]
+            if inter["field"] != 8:  # as before there was the key
+                inputs["stepwise_field"] = inter["field"]
         return inputs
 
     def stage_digest(self, stage: Literal["calibrate", "quantize"]) -> str:

@@ -31,8 +31,6 @@ from .statistics import per_channel
 
 RIDGE = 1e-4
 """Added to the power of every regressor, relative to it."""
-FIELD = 8
-"""Values of the offset along each side of the latent, at most; between them it is bilinear."""
 FOLDS = 4
 """Parts of the trajectories, each of which judges a fit of the others."""
 
@@ -63,9 +61,10 @@ class Terms:
         return Terms(factor * self.prediction, factor * self.latent, factor * self.field)
 
 
-def field_grid(shape: Sequence[int]) -> tuple[int, ...]:
-    """Sides of the offset's grid for latents [C, *shape]; one value unless they are images."""
-    return tuple(min(FIELD, side) for side in shape) if len(shape) == 2 else (1,) * len(shape)
+def field_grid(shape: Sequence[int], most: int) -> tuple[int, ...]:
+    """Sides of the offset's grid, of at most so many values each, for latents [C, *shape]; one
+    value unless they are images."""
+    return tuple(min(most, side) for side in shape) if len(shape) == 2 else (1,) * len(shape)
 
 
 def spread(field: Tensor, shape: Sequence[int]) -> Tensor:
@@ -75,8 +74,10 @@ def spread(field: Tensor, shape: Sequence[int]) -> Tensor:
     return F.interpolate(field[None], tuple(shape), mode="bilinear", align_corners=False)
 
 
-def fit_terms(wanted: Tensor, eps: Tensor, x: Tensor) -> Terms:
+def fit_terms(wanted: Tensor, eps: Tensor, x: Tensor, field: int = 8) -> Terms:
     """Terms for one step; wanted, eps, x: [N, C, ...] float32 of N trajectories.
+
+    field: values of the offset along each side of the latent, at most; between them it is bilinear.
 
     Everything is made smaller by the slope of what held-out trajectories wanted over what a fit
     of the others gives them, and is nothing where that is not positive: a fit that does not carry
@@ -89,14 +90,15 @@ def fit_terms(wanted: Tensor, eps: Tensor, x: Tensor) -> Terms:
         seen, held = folds != fold, folds == fold
         if not seen.any():
             continue
-        foretold = _fit(wanted[seen], eps[seen], x[seen]).added(eps[held], x[held]).double()
+        part = _fit(wanted[seen], eps[seen], x[seen], field)
+        foretold = part.added(eps[held], x[held]).double()
         given += float((foretold * wanted[held]).sum())
         power += float(foretold.square().sum())
     carries_over = min(1.0, max(0.0, given / power)) if power > 0 else 0.0
-    return _fit(wanted, eps, x).times(carries_over)
+    return _fit(wanted, eps, x, field).times(carries_over)
 
 
-def _fit(wanted: Tensor, eps: Tensor, x: Tensor) -> Terms:
+def _fit(wanted: Tensor, eps: Tensor, x: Tensor, field: int) -> Terms:
     """The least squares alone, and the field of what it leaves."""
     constant = torch.ones_like(eps)
     regressors = torch.stack([constant, eps, x], -1).transpose(0, 1).flatten(1, -2).double()
@@ -109,13 +111,13 @@ def _fit(wanted: Tensor, eps: Tensor, x: Tensor) -> Terms:
     flat = offset.reshape(channels, *[1] * (wanted.ndim - 2))
     linear = Terms(by_eps, by_x, flat)
     left = wanted - linear.added(eps, x)
-    return Terms(by_eps, by_x, flat + _field(left))
+    return Terms(by_eps, by_x, flat + _field(left, field))
 
 
-def _field(left: Tensor) -> Tensor:
+def _field(left: Tensor, most: int) -> Tensor:
     """Mean of [N, C, ...] on the grid, shrunk to what exceeds its own chance (empirical Bayes)."""
-    grid = field_grid(left.shape[2:])
-    if len(grid) != 2 or len(left) < 2:
+    grid = field_grid(left.shape[2:], most)
+    if len(grid) != 2 or max(grid) == 1 or len(left) < 2:  # the offset of all places is known
         return torch.zeros(left.shape[1], *grid)
     cells = F.adaptive_avg_pool2d(left, grid)
     mean, chance = cells.mean(0), cells.var(0) / len(cells)
@@ -155,11 +157,11 @@ class StepwiseFit(OfflineCorrection):
     that the earlier steps' terms have corrected.
 
     goals: [S, N, C, ...], latents of full precision after each step, VP scale. responses: of each
-    step; one that answers nothing is left as it is.
+    step; one that answers nothing is left as it is. field: as fit_terms has it.
     """
 
-    def __init__(self, goals: Tensor, responses: Sequence[float]):
-        self.goals, self.responses = goals, responses
+    def __init__(self, goals: Tensor, responses: Sequence[float], field: int = 8):
+        self.goals, self.responses, self.field = goals, responses, field
         self.terms: list[Terms] = []
         self._reached: Tensor | None = None
 
@@ -179,9 +181,9 @@ class StepwiseFit(OfflineCorrection):
         response = self.responses[step.index]
         left = self.goals[step.index] - self._reached
         if abs(response) > torch.finfo().eps:
-            terms = fit_terms(left / response, prediction, step.x)
+            terms = fit_terms(left / response, prediction, step.x, self.field)
         else:
-            terms = fit_terms(torch.zeros_like(left), prediction, step.x)
+            terms = fit_terms(torch.zeros_like(left), prediction, step.x, self.field)
         self.terms.append(terms)
         return prediction + terms.added(prediction, step.x)
 

@@ -77,7 +77,7 @@ def noise_body(
     sampling = config.sampling
     return {
         "channels": latent_shape[0],
-        "grid": list(field_grid(latent_shape[1:])),
+        "grid": list(field_grid(latent_shape[1:], config.correction.inter.field)),
         "steps": len({timestep_key(t) for t in timesteps}),
         "sampler_steps": len(timesteps),
         "sampling": {

@@ -72,7 +72,8 @@ def fit_stepwise(
     """
     sampling = config.sampling
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
-    fit = StepwiseFit(goals, responses(scheduler, sampling.steps, sampling.eta))
+    answers = responses(scheduler, sampling.steps, sampling.eta)
+    fit = StepwiseFit(goals, answers, config.correction.inter.field)
     rows = config.calibration.batch_size * (2 if model.guides(sampling.guidance_scale) else 1)
     together = InBatches(denoiser, rows)
     steps = counted(track, [None], "fitting the step-wise correction", sampling.steps, "steps")

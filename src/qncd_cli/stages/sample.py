@@ -21,7 +21,7 @@ from ..config.schema import Config
 from ..correction.baseline import EstimatorBaseline
 from ..correction.offline import AffineCorrection, PtqdCorrection
 from ..correction.runtime import RuntimeCorrection
-from ..correction.stepwise import StepwiseCorrection
+from ..correction.stepwise import StepwiseCorrection, field_grid
 from ..errors import ArtifactError, ConfigError
 from ..lineage import sample_set, sample_sets
 from ..lineage.growing_set import GrowingSet, go_on, part_path
@@ -159,7 +159,7 @@ def check(
     """
     model.labels(seeds, config.sampling.classes)
     if noise_stats is not None:
-        _check_correction(config, noise_stats)
+        _check_correction(config, model, noise_stats)
     timed = trajectory.timed_scheduler(config, model)
     if noise_stats is not None and config.correction.inter.method != "none":
         plan_steps(timed, config.sampling.eta)
@@ -186,7 +186,7 @@ def identify(
 # ------------------------------------------------------------------ corrections
 
 
-def _check_correction(config: Config, stats: Artifact) -> None:
+def _check_correction(config: Config, model: DiffusionModel, stats: Artifact) -> None:
     """Statistics hold for the sampler they were measured with, and for no other."""
     inter = config.correction.inter
     needs = inter.method in ("ptqd", "affine", "stepwise") or (
@@ -202,6 +202,12 @@ def _check_correction(config: Config, stats: Artifact) -> None:
             f"the {inter.method} correction was prepared for other sampling"
             f" ({'; '.join(differing)})",
             'repeat "qncd calibrate" and "qncd quantize" with these settings, or add --inter none',
+        )
+    wanted, found = list(field_grid(model.latent_shape[1:], inter.field)), stats.body["grid"]
+    if inter.method == "stepwise" and found != wanted:
+        raise ConfigError(
+            f"the stepwise correction was fitted with a field of {found} values, not {wanted}",
+            'repeat "qncd quantize" with this correction.inter.field',
         )
     if inter.method == "runtime" and stats.body["target"] != inter.target:
         raise ConfigError(
