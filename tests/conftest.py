@@ -183,11 +183,11 @@ def tiny_config(model: Path | str, **changes) -> dict:
 
 
 @contextmanager
-def packaged(model: Path) -> Iterator[str]:
-    """The source by which the model is a packaged one, which the packaged features may judge."""
+def packaged(model: Path, domain: str = "fashion") -> Iterator[str]:
+    """The source by which the model is a packaged one, which the domain's features may judge."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zoo, "zoo_models", lambda: {"tiny": model})
-        yield "zoo:tiny"
+        patch.setattr(zoo, "zoo_models", lambda: {f"{domain}-tiny": model})
+        yield f"zoo:{domain}-tiny"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

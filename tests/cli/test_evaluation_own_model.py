@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import Qncd, packaged, rewrite_latents, tiny_config
 from PIL import Image
+
+from qncd_cli.metrics.domains import DOMAINS, EMOJI
+from qncd_cli.metrics.features import SmallClassifier
 
 RUN = Path("runs/tiny")
 DISTANCES = ("feature_distance", "fid", "kid", "inception_score", "precision", "class_agreement")
@@ -169,14 +174,14 @@ def test_with_features_alone_the_distance_to_data_is_left_out(work):
 @pytest.mark.parametrize("command", [["eval"], ["run", "--config", "tiny.yaml"], ["ablate"]])
 @pytest.mark.parametrize(
     "options",
-    [["--network", "fashion"], ["--reference", "zoo"]],
+    [["--network", "fashion"], ["--network", "emoji"], ["--reference", "zoo"]],
     ids=" ".join,
 )
 def test_packaged_features_do_not_judge_other_models(work, command, options):
     command = [*command, "--config", "tiny.yaml"] if command == ["ablate"] else command
     before = sorted((work.folder / "runs").rglob("*"))
     line = one_line(work(*command, *options, ok=False), 3)
-    assert "packaged" in line and "Fashion-MNIST" in line
+    assert "packaged" in line and ("Fashion-MNIST" in line or "Fluent emoji" in line)
     assert sorted((work.folder / "runs").rglob("*")) == before
 
 
@@ -190,13 +195,13 @@ def test_nor_does_a_configuration_make_them(qncd, tiny_model):
 class as_packaged:
     """Within it the run's model is a packaged one; gives the eval command."""
 
-    def __init__(self, runner: Qncd):
+    def __init__(self, runner: Qncd, domain: str = "fashion"):
         self.runner = runner
         self.config = runner.folder / RUN / "config.yaml"
         lines = self.config.read_text().splitlines()
         (line,) = [line for line in lines if line.startswith("  source: ")]
         self.model = Path(line.removeprefix("  source: "))
-        self.patch = packaged(self.model)
+        self.patch = packaged(self.model, domain)
 
     def __enter__(self):
         source = self.patch.__enter__()
@@ -214,6 +219,40 @@ def test_packaged_models_have_the_packaged_reference_by_default(work):
     assert data["protocol"]["network"] == "fashion-classifier"
     assert data["quantized"]["feature_distance"]["value"] > 0
     assert data["protocol"]["left_out"] == {}
+
+
+@pytest.mark.parametrize(("own", "other"), [("fashion", "emoji"), ("emoji", "fashion")])
+def test_a_classifier_does_not_judge_packaged_models_of_another_domain(work, own, other):
+    with as_packaged(work, own) as eval_:
+        line = one_line(eval_("--network", other, ok=False), 3)
+    assert f"knows {DOMAINS[other].data} alone, not zoo:{own}-tiny (--network {own}, or" in line
+
+
+@pytest.fixture
+def emoji_stand_in(monkeypatch, tmp_path):
+    """A classifier of emoji with random weights, and features of no image for its reference."""
+    torch.manual_seed(0)
+    weights, reference = tmp_path / "classifier.safetensors", tmp_path / "reference.safetensors"
+    safetensors.torch.save_file(SmallClassifier(3, 12, stride=2).half().state_dict(), weights)
+    rows = torch.rand(200, 128)
+    statistics = {"mu": rows.double().mean(0), "sigma": torch.cov(rows.double().T)}
+    safetensors.torch.save_file({"features": rows.half(), **statistics}, reference)
+    stand_in = replace(EMOJI, weights=weights, reference=reference)
+    monkeypatch.setitem(DOMAINS, "emoji", stand_in)
+
+
+def test_a_packaged_model_of_emoji_is_judged_by_their_classifier_and_statistics(
+    work, emoji_stand_in
+):
+    with as_packaged(work, "emoji") as eval_:
+        data = eval_("--json").data
+        assert eval_("--network", "emoji", "--json").data["protocol"] == data["protocol"]
+    assert data["protocol"]["reference"] == "zoo"
+    assert data["protocol"]["network"] == "emoji-classifier"
+    assert data["protocol"]["left_out"] == {}
+    assert data["quantized"]["feature_distance"]["name"] == "fd_emoji"
+    assert data["fidelity"]["feature_distance"]["name"] == "fd_emoji"
+    assert 0 <= data["quantized"]["class_agreement"] <= 1
 
 
 @pytest.mark.parametrize("classes", [[1, 7, 207], [-1, 0, 5], list(range(10, 16))])
@@ -250,6 +289,15 @@ def test_images_of_an_npz_are_measured(work):
     np.savez(work.folder / "one.npz", pixels[:1])
     line = one_line(work("eval", "--images", "one.npz", *measure, ok=False), 4)
     assert "nothing can be measured: 1 images, fid needs 2" in line
+
+
+def test_images_are_measured_in_the_domain_that_is_named(work, emoji_stand_in):
+    measure = ("eval", "--images", "reference", "--reference", "zoo")
+    found = work(*measure, "--network", "emoji", "--json").data
+    assert found["images"]["feature_distance"]["name"] == "fd_emoji"
+    line = one_line(work(*measure, ok=False), 3)
+    assert "--reference zoo is Fashion-MNIST and Fluent emoji" in line
+    assert line.endswith("(say which one: --network fashion or --network emoji)")
 
 
 def test_images_need_features_and_a_reference(work):

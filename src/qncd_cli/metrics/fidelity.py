@@ -29,7 +29,8 @@ from torch_fidelity import (
 from ..errors import ArtifactError, BackendUnavailable
 from ..progress import Track, counted, no_progress
 from . import bootstrap
-from .features import IMAGE_SIZE, OWN
+from .domains import FASHION
+from .features import OWN
 from .images_on_disk import Images
 from .networks import SPATIAL_CHANNELS, FeatureNetwork, first_line
 
@@ -97,7 +98,7 @@ class OwnFeatureExtractor(FeatureExtractorBase):
 
     @staticmethod
     def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+        return torch.zeros(1, 3, FASHION.side, FASHION.side, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         features, logits = self.network(images)

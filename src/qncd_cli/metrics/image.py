@@ -18,7 +18,6 @@ from torch import Tensor
 from ..errors import ArtifactError
 from ..progress import Track, no_progress
 from . import bootstrap, fidelity, frechet
-from .features import NUM_CLASSES
 from .fidelity import MINIMUM_IMAGES, SEED, Features, extract_features
 from .images_on_disk import Images
 from .networks import FeatureNetwork, packaged
@@ -223,9 +222,9 @@ def not_measured(count: int) -> dict[str, Any]:
     return {"network": None, "num_samples": count, "reference": None, **_named(None, {})}
 
 
-def fits_labels(labels: Sequence[int]) -> bool:
-    """Whether the packaged classifier knows all classes that were asked for."""
-    return all(0 <= label < NUM_CLASSES for label in labels)
+def fits_labels(labels: Sequence[int], network: FeatureNetwork) -> bool:
+    """Whether the network is a packaged classifier that knows all classes that were asked for."""
+    return network.classes > 0 and all(0 <= label < network.classes for label in labels)
 
 
 def class_agreement(
@@ -235,16 +234,16 @@ def class_agreement(
     *,
     device: str = "cpu",
 ) -> float:
-    """Share of images that the packaged classifier puts into the class that was asked for.
+    """Share of images that a packaged classifier puts into the class that was asked for.
 
-    images: uint8 [N, 1 or 3, H, W], or their features; labels: N classes, 0 to 9.
-    network: the packaged one unless given. Raises ValueError if the labels do not match, and what
-    extract_features raises.
+    images: uint8 [N, 1 or 3, H, W], or their features; labels: N classes, of those it knows.
+    network: that of Fashion-MNIST unless given. Raises ValueError if the labels do not match, and
+    what extract_features raises.
     """
     network = packaged() if network is None else network
     asked = torch.as_tensor(labels).cpu()
-    if not fits_labels(asked.flatten().tolist()):
-        raise ValueError(f"labels must lie in 0..{NUM_CLASSES - 1}")
+    if not fits_labels(asked.flatten().tolist(), network):
+        raise ValueError(f"labels must lie in 0..{network.classes - 1}")
     logits = _to_features(images, network, {"isc"}, "the samples", device=device).logits
     if asked.shape != logits.shape[:1]:
         raise ValueError(f"{len(logits)} images need as many labels, got {list(asked.shape)}")

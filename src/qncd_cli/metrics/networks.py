@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from ..errors import ArtifactError, BackendUnavailable
-from .features import FEATURE_SIZE, IMAGE_SIZE, LITE_FEATURES, LITE_SIZE
+from .domains import FASHION, Domain
+from .features import FEATURE_SIZE, LITE_FEATURES, LITE_SIZE
 
-CLASSIFIER = Path(__file__).resolve().parents[1] / "zoo" / "features" / "classifier.safetensors"
 # torch-fidelity's file, the same bytes as pytorch-fid's: TensorFlow's Inception-v3 of 2015-12-05
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -42,7 +42,8 @@ class FeatureNetwork:
     layers: torch-fidelity's names of the features [N, feature_size] and of the logits; resize: what
     becomes of an image of 0 to 255 before its first layer; spatial_size: numbers that sFID takes of
     an image, 0 where the network has no such layer; batch: images of every call, the last one
-    filled up, because kernels depend on the number and an image's features must not.
+    filled up, because kernels depend on the number and an image's features must not; classes: how
+    many classes of its domain's models the logits tell apart, 0 where they are no model's.
     """
 
     name: str
@@ -55,6 +56,7 @@ class FeatureNetwork:
     resize: str
     spatial_size: int = 0
     batch: int = 32
+    classes: int = 0
 
     @property
     def is_fid(self) -> bool:
@@ -62,21 +64,25 @@ class FeatureNetwork:
         return self.distance_name == "fid"
 
 
-def packaged(weights: Path = CLASSIFIER) -> FeatureNetwork:
-    """The Fashion-MNIST classifier that ships with qncd; its Frechet distance is `fd_fashion`.
+def packaged(weights: Path | None = None, domain: Domain = FASHION) -> FeatureNetwork:
+    """A domain's classifier that ships with qncd; its Frechet distance is `fd_fashion`, `fd_emoji`.
 
-    weights: safetensors of features.FashionClassifier. Raises ArtifactError if it is not there.
+    weights: safetensors of features.SmallClassifier, the domain's own unless given. Raises
+    ArtifactError if it is not there.
     """
     hint = "reinstall qncd, or train the packaged models with training/train_zoo.py"
+    path = domain.weights if weights is None else weights
+    grey = "grey, " if domain.channels == 1 else ""
     return FeatureNetwork(
-        name="fashion-classifier",
-        extractor="fashion-classifier",
-        distance_name="fd_fashion",
-        weights=weights,
-        sha256=_sha256(weights, hint),
+        name=domain.network,
+        extractor=domain.network,
+        distance_name=domain.distance_name,
+        weights=path,
+        sha256=_sha256(path, hint),
         feature_size=FEATURE_SIZE,
         layers=("features", "logits"),
-        resize=f"grey, {IMAGE_SIZE}x{IMAGE_SIZE} bilinear with antialiasing, 0 to 1",
+        resize=f"{grey}{domain.side}x{domain.side} bilinear with antialiasing, 0 to 1",
+        classes=domain.classes,
     )
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from .array_files import REFERENCE_HINT, read_arrays
+from .domains import FASHION
 from .frechet import Statistics
 from .image_files import digest_of_files, image_paths
 from .images_on_disk import Images, checked_images
-from .networks import CLASSIFIER, FeatureNetwork
+from .networks import FeatureNetwork
 
 ZOO = "zoo"
-ZOO_REFERENCE = CLASSIFIER.with_name("reference.safetensors")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,11 +101,11 @@ def load_images(source: Path, skipped: list[Path] | None = None) -> Images:
 
 
 def load_reference(
-    spec: str | Path | Tensor, zoo: Path = ZOO_REFERENCE, *, skip_broken: bool = False
+    spec: str | Path | Tensor, zoo: Path = FASHION.reference, *, skip_broken: bool = False
 ) -> Reference:
     """A reference from the word zoo, a folder, an .npz or .safetensors file, or a tensor of images.
 
-    spec: "zoo" is the packaged statistics (the file `zoo`); files hold any of `arr_0` (uint8
+    spec: "zoo" is a domain's packaged statistics (the file `zoo`); files hold any of `arr_0` (uint8
     [N, H, W, C] images, .npz only), `mu` [D] with `sigma` [D, D], `mu_s` with `sigma_s` likewise,
     `features` [N, D], which clean-fid calls `feats`. skip_broken: whether files of a folder that
     cannot be read are left out.

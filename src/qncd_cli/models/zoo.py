@@ -1,4 +1,4 @@
-"""The packaged models: small, real, trained by training/train_zoo.py on Fashion-MNIST."""
+"""The packaged models: small, real, trained by training/train_zoo.py on Fashion-MNIST and emoji."""
 
 from __future__ import annotations
 

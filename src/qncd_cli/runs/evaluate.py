@@ -60,7 +60,7 @@ def evaluate(
     Draws the full-precision images that are missing; writes metrics.json and report.html. run_dir:
     a sampled run, None for the current one. metrics: of fid, sfid,
     fid_infinity, isc, kid, prc; none for fid where it can be had. reference: a folder of images, an
-    .npz or statistics file, or zoo. network: auto, fashion, inception or efficientnet;
+    .npz or statistics file, or zoo. network: auto, fashion, emoji, inception or efficientnet;
     inception_weights: its file. skip_broken: leave out files of the reference that cannot be read.
     name: of the set. command: for the report.
     show: hears the result before what could not be had is raised.

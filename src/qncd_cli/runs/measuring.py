@@ -9,11 +9,10 @@ from typing import Any
 
 from ..config.schema import Config
 from ..errors import ArtifactError, BackendUnavailable, ConfigError
+from ..metrics.domains import DOMAINS, Domain, domain_of
 from ..metrics.record import PAIRED, UNREFERENCED
 
 ZOO = "zoo"
-PACKAGED = "zoo:"
-"""How sources of packaged models begin."""
 NO_WEIGHTS = (
     "no Inception weights here (--inception-weights FILE, or --network inception to download them)"
 )
@@ -48,26 +47,31 @@ class Wishes:
 def check(wishes: Wishes, config: Config) -> None:
     """Check, before hours of work, that what the command line names is there.
 
-    Packaged features and the packaged reference are for packaged models alone.
+    Packaged features and references are for packaged models of the same domain alone.
 
     Raises ConfigError, ArtifactError.
     """
     _check_named("--reference", None if wishes.reference == ZOO else wishes.reference)
     _check_named("--inception-weights", wishes.inception_weights)
     source = config.model.source
-    if source.startswith(PACKAGED):
-        return
-    if wishes.network == "fashion":
+    own, named = domain_of(source), DOMAINS.get(wishes.network)
+    if named is not None and named != own:
+        other = "--inception-weights FILE measures distances of other models"
         raise ConfigError(
-            f"--network fashion: the packaged classifier knows Fashion-MNIST alone, not {source}",
-            "leave the option out; --inception-weights FILE measures distances of other models",
+            f"--network {named.name}: the packaged classifier knows {named.data} alone, "
+            f"not {source}",
+            f"--network {own.name}, or leave the option out" if own else f"leave it out; {other}",
         )
-    if ZOO in (wishes.reference, wishes.reference or config.evaluation.reference):
+    if own is None and ZOO in (wishes.reference, wishes.reference or config.evaluation.reference):
         key = "--reference zoo" if wishes.reference else "evaluation.reference: zoo"
         raise ConfigError(
-            f"{key}: the packaged reference is Fashion-MNIST, for packaged models, not {source}",
+            f"{key}: the packaged references are {_data()}, for packaged models, not {source}",
             "name images of the model's own data (--reference DIR|NPZ), or none",
         )
+
+
+def _data() -> str:
+    return " and ".join(domain.data for domain in DOMAINS.values())
 
 
 def _check_named(option: str, path: str | None) -> None:
@@ -78,35 +82,39 @@ def _check_named(option: str, path: str | None) -> None:
 def protocol_of(wishes: Wishes, config: Config) -> Any:
     """How a model is measured. Raises what check raises, and ArtifactError for damaged files."""
     check(wishes, config)
-    packaged = config.model.source.startswith(PACKAGED)
-    reference = wishes.reference or config.evaluation.reference or (ZOO if packaged else None)
-    fashion = wishes.network == "fashion" or (
-        packaged and wishes.network == "auto" and wishes.inception_weights is None
-    )
-    return _protocol(wishes, reference, fashion=fashion)
+    own = domain_of(config.model.source)
+    reference = wishes.reference or config.evaluation.reference or (ZOO if own else None)
+    usual = wishes.network == "auto" and wishes.inception_weights is None
+    judge = own if usual else DOMAINS.get(wishes.network)
+    return _protocol(wishes, reference, own, judge)
 
 
 def protocol_of_images(wishes: Wishes) -> Any:
-    """How images are measured that no model is known of: in Inception's features, unless the
-    packaged ones are named.
+    """How images are measured that no model is known of: in Inception's features, unless packaged
+    ones are named.
 
     Raises ConfigError without a reference, BackendUnavailable without weights, and ArtifactError as
     protocol_of.
     """
-    fashion = wishes.network == "fashion" or (
-        wishes.network == "auto" and wishes.reference == ZOO and wishes.inception_weights is None
-    )
+    judge = DOMAINS.get(wishes.network)
+    if wishes.reference == ZOO and judge is None:
+        networks = " or ".join(f"--network {name}" for name in DOMAINS)
+        raise ConfigError(f"--images: --reference zoo is {_data()}", f"say which one: {networks}")
     _check_named("--reference", None if wishes.reference == ZOO else wishes.reference)
-    reference = wishes.reference or (ZOO if fashion else None)
+    reference = wishes.reference or (ZOO if judge else None)
     if reference is None and set(wishes.metrics) - UNREFERENCED:
         raise ConfigError("--images: there is no reference", "name one with --reference DIR|NPZ")
-    protocol = _protocol(wishes, reference, fashion=fashion)
+    protocol = _protocol(wishes, reference, judge, judge)
     if protocol.network is None:
         raise BackendUnavailable(*protocol.left_out["distance"])
     return protocol
 
 
-def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
+def _protocol(
+    wishes: Wishes, reference: str | None, own: Domain | None, judge: Domain | None
+) -> Any:
+    """own: whose statistics the reference zoo is; judge: whose classifier supplies the features,
+    None for another network."""
     from ..metrics.image import efficientnet, load_reference, packaged
     from ..metrics.protocol import Protocol
     from ..metrics.visible import why_not
@@ -114,12 +122,13 @@ def _protocol(wishes: Wishes, reference: str | None, *, fashion: bool) -> Any:
     if wishes.network == "efficientnet":
         network, why = efficientnet(), ""
     else:
-        network, why = (packaged(), "") if fashion else _inception(wishes)
+        network, why = (packaged(domain=judge), "") if judge else _inception(wishes)
     needed = [name for name in wishes.metrics if name not in UNREFERENCED]
     there = reference == ZOO or (reference is not None and Path(reference).exists())
     known = None
     if network is not None and needed and reference is not None and there:
-        known = load_reference(reference, skip_broken=wishes.skip_broken)
+        zoo = own.reference if own else Path(reference)
+        known = load_reference(reference, zoo, skip_broken=wishes.skip_broken)
     protocol = Protocol(wishes.metrics, network, known)
     if network is None:
         known_by_features = [name for name in wishes.metrics if name not in PAIRED]

@@ -94,7 +94,7 @@ def measure_set(samples: SampleSet, protocol: Protocol, track: Track = no_progre
 def _measured(samples: SampleSet, look: Look, protocol: Protocol, track: Track) -> Measured:
     found = _entry(len(samples.images), look.features, protocol, track)
     network, classes = protocol.network, samples.manifest["classes"]
-    if network is not None and network.name == "fashion-classifier" and fits_labels(classes):
+    if network is not None and fits_labels(classes, network):
         assert look.features is not None
         found.entry["class_agreement"] = class_agreement(look.features, classes, network)
     return Measured(samples, look, found.entry, found.replicates)
