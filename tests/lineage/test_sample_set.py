@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from qncd_cli.errors import ArtifactError
 from qncd_cli.lineage import sample_set
+from qncd_cli.store import artifacts
 
 SET = Path("runs/tiny/samples/new")
 STEPS = 4
@@ -104,6 +106,68 @@ def test_a_set_is_not_complete_without_a_seed_that_was_asked_for(work):
     with pytest.raises(ArtifactError, match=r"1 images are not there .*000009\.png"):
         sample_set.assemble(folder, {}, [drawn], {}, {0, 9})
     assert (folder / "manifest.json").read_bytes() == before
+
+
+MORE = ("sample", "--num", "10", "--batch-size", "2", "--name", "new", "--no-compile")
+
+
+def test_a_finished_set_stays_one_while_more_of_it_is_drawn(work):
+    work(*MORE)
+    files = files_of(work.folder / SET)
+    shutil.rmtree(work.folder / SET)
+    work(*SAMPLE)
+    before = sample_set.read_set(work.folder / SET)
+    with calls(stop_at=STEPS + 2):
+        assert work(*MORE, ok=False).exit_code == 130
+    assert (work.folder / SET / "000007.png").exists()
+    there = sample_set.read_set(work.folder / SET)
+    assert there.seeds == before.seeds == list(range(6))
+    assert there.manifest["complete"]
+    assert work("eval", "--name", "new", "--json").data["protocol"]["num_samples"] == 6
+    with calls() as made:
+        work(*SAMPLE)
+    assert made == []
+    with calls() as made:
+        work(*MORE)
+    assert len(made) == STEPS  # the batch that was interrupted
+    assert files_of(work.folder / SET) == files
+
+
+def test_latents_are_there_before_the_manifest_that_names_them(work):
+    """A process that dies between the two leaves a set that is whole, and is ended by the next."""
+    work(*SAMPLE)
+    manifest = work.folder / SET / "manifest.json"
+    before = json.loads(manifest.read_text())
+    work(*MORE)
+    files = files_of(work.folder / SET)
+    manifest.write_text(json.dumps({**before, "asked": list(range(10))}))
+    assert sample_set.read_set(work.folder / SET).seeds == list(range(6))
+    with calls() as made:
+        work(*MORE)
+    assert made == []
+    assert files_of(work.folder / SET) == files
+
+
+def test_a_set_that_was_begun_at_another_seed_is_the_same_set(work, monkeypatch):
+    """Predictions are traced of the first seeds of the set, not of those that were drawn first."""
+    for module in ("stages.sample", "lineage.latents"):
+        monkeypatch.setattr(f"qncd_cli.{module}.TRACED", 3)
+    work(*SAMPLE)
+    files = files_of(work.folder / SET)
+    shutil.rmtree(work.folder / SET)
+    work(*SAMPLE, "--seed", "2", "--num", "4")
+    work(*SAMPLE)
+    assert files_of(work.folder / SET) == files
+
+
+def test_latents_of_another_set_are_found(drawn):
+    """Sound ones, of the same seeds and classes."""
+    path = drawn / "latents.safetensors"
+    found = artifacts.read(path, "latents")
+    tensors = {**found.tensors, "latents": found.tensors["latents"] + 0.01}
+    artifacts.write(path, replace(found, tensors=tensors))
+    with pytest.raises(ArtifactError, match="of other values than the manifest names"):
+        sample_set.read_set(drawn)
 
 
 @pytest.mark.parametrize("text", ["[]", '"text"', '{"seeds": 3}', '{"seeds": ["a"]}', "null"])

@@ -15,7 +15,7 @@ from ..backends.base import get_backend
 from ..config.schema import Config
 from ..errors import BackendUnavailable
 from ..lineage.sample_set import SHEET_IMAGES
-from ..lineage.sample_sets import default_batch
+from ..lineage.sample_sets import TRACED, default_batch
 from ..machine import available_disk, available_memory
 from ..models.loading import DTYPES, known_classes
 from ..models.topology import LayerCost, count_macs
@@ -26,7 +26,6 @@ from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
 from ..spec import FLOAT_BITS
 from ..stages import calibrate, quantize, sample
-from ..stages.sample import TRACED
 from ..store.artifacts import Artifact
 from ..store.layer_entry import layer_entries
 from ..vocabulary import megabytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class GrowingSet:
 
         device: what drew it. Raises ArtifactError where something is missing all the same.
         """
-        if self.before.get("complete") and not self.pending:
+        if is_finished(self.before) and not self.pending:
             shutil.rmtree(self.folder / sample_sets.PARTS, ignore_errors=True)
             return self.before
         drawn = [self.drawn] if self.drawn is not None else []
@@ -78,13 +78,33 @@ def go_on(
     wanted = {*seeds, *beyond}
     drawn = drawn if done else None
     growing = GrowingSet(folder, identity, noted, before, drawn, pending, wanted)
-    if before.get("complete") and not pending:
-        return growing
-    asked = {*wanted, *before.get(sample_sets.ASKED, ())}
-    more = {"complete": False, "seeds": sorted(done), sample_sets.ASKED: sorted(asked)}
-    write_json(folder / sample_sets.MANIFEST, {**identity, **noted, **more})
-    remove_unfinished(folder)
+    if not is_finished(before) or pending:
+        note_asked(folder, {**identity, **noted}, before, done, wanted)
+        remove_unfinished(folder)
     return growing
+
+
+def is_finished(manifest: Mapping[str, Any]) -> bool:
+    """Whether a set has everything that was ever asked of it."""
+    return bool(manifest.get("complete")) and sample_sets.ASKED not in manifest
+
+
+def note_asked(
+    folder: Path, now: dict[str, Any], before: dict[str, Any], done: set[int], wanted: set[int]
+) -> None:
+    """Note in the manifest that a set is being drawn. It stays complete as it was, where that all
+    is still there.
+
+    now: what the manifest says of how it is drawn; before: the manifest as it is; done: seeds that
+    are there; wanted: those that will be.
+    """
+    asked = {sample_sets.ASKED: sorted({*wanted, *before.get(sample_sets.ASKED, ())})}
+    if before.get("complete") and done.issuperset(before["seeds"]):
+        manifest = {**before, **asked}
+    else:
+        manifest = {**now, "complete": False, "seeds": sorted(done), **asked}
+    if manifest != before:
+        write_json(folder / sample_sets.MANIFEST, manifest)
 
 
 def note_begun(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..store.artifact_files import Stored, read_stored
 from ..store.artifacts import Artifact
 from ..store.streamed import Streamed, read_rows, write_streamed
-from .sample_sets import PIXELS
+from .sample_sets import PIXELS, TRACED
 
 BY_SEED = {
     "seeds": ("seeds", "latents", "classes"),
@@ -83,7 +83,8 @@ class Latents:
 def join(path: Path, pieces: Sequence[Latents]) -> Artifact:
     """Write one latents artifact, ordered by seed, each seed once (the later piece wins).
 
-    At least one piece; `path` itself may be among them.
+    At least one piece; `path` itself may be among them. Predictions are kept of the first TRACED
+    seeds, in whatever order they were drawn.
     """
     body = {
         **pieces[0].body,
@@ -95,13 +96,15 @@ def join(path: Path, pieces: Sequence[Latents]) -> Artifact:
         pixels = {seed: digest for found in known for seed, digest in (found or {}).items()}
         body[PIXELS] = [pixels[seed] for seed in sorted(pixels)]
     tensors = {}
+    first = sorted(set().union(*(piece.row_of for piece in pieces)))[:TRACED]
     for key, count in (("seeds", "count"), ("prediction_seeds", "traced")):
         place = {
             seed: (number, row)
             for number, piece in enumerate(pieces)
             for seed, row in piece.rows(key).items()
         }
-        order = [place[seed] for seed in sorted(place)]
+        kept = place if key == "seeds" else place.keys() & {*first}
+        order = [place[seed] for seed in sorted(kept)]
         body[count] = len(order)
         for name in BY_SEED[key]:
             type_, shape = pieces[0].stored.tensors[name]

@@ -22,6 +22,8 @@ from ..store.artifact_files import read_stored
 from ..store.files import write_bytes, write_json
 from .latents import Latents, join
 from .sample_sets import (
+    ASKED,
+    CONTENT,
     LATENTS,
     MANIFEST,
     PARTS,
@@ -115,6 +117,7 @@ def assemble(
         **identity,
         **more,
         "complete": True,
+        CONTENT: joined.digest,
         "seeds": seeds,
         "classes": Latents.open(folder / LATENTS).tensor("classes").tolist(),
         "extra_calls": joined.body["extra_calls"],
@@ -188,12 +191,7 @@ def read_set(folder: Path, *, whatever: bool = False) -> SampleSet:
             'repeat "qncd sample", which draws what is missing',
         )
     latents = Latents.open(folder / LATENTS)
-    for key in ("seeds", "classes"):
-        if latents.tensor(key).tolist() != manifest[key]:
-            raise ArtifactError(
-                f"{folder / LATENTS}: of other {key} than the manifest names",
-                'repeat "qncd sample --force"',
-            )
+    _check_latents(folder, manifest, latents)
     check_own_digest(folder, manifest)
     check = None if whatever else _drawn(folder, latents)
     images = ImagesOnDisk([image_path(folder, seed) for seed in seeds], check)
@@ -201,6 +199,28 @@ def read_set(folder: Path, *, whatever: bool = False) -> SampleSet:
     if not whatever:
         _check_values(samples)
     return samples
+
+
+def _check_latents(folder: Path, manifest: dict[str, Any], latents: Latents) -> None:
+    """Raises ArtifactError for latents that are not those that the manifest was written with.
+
+    While more of a set is drawn, they may hold more seeds than it.
+    """
+    seeds, classes = latents.seeds, latents.tensor("classes").tolist()
+    found: dict[str, Any] = {key: latents.body[key] for key in ("steps", "extra_calls")}
+    found[CONTENT] = latents.stored.digest
+    if ASKED in manifest:
+        wanted, found = {*manifest["seeds"]}, {}
+        rows = [row for row, seed in enumerate(seeds) if seed in wanted]
+        seeds, classes = [seeds[row] for row in rows], [classes[row] for row in rows]
+    found |= {"seeds": seeds, "classes": classes}
+    other = [key for key, value in found.items() if manifest.get(key, value) != value]
+    if other:
+        what = "values" if other == [CONTENT] else other[-1]
+        raise ArtifactError(
+            f"{folder / LATENTS}: of other {what} than the manifest names",
+            'repeat "qncd sample --force"',
+        )
 
 
 def _drawn(folder: Path, latents: Latents) -> Callable[[Sequence[Path], Tensor], None] | None:

@@ -29,7 +29,13 @@ MANIFEST = "manifest.json"
 LATENTS = "latents.safetensors"
 PARTS = ".parts"
 ASKED = "asked"
-"""Key of an unfinished set's manifest: all seeds whose images may be there by now."""
+"""Key of the manifest of a set that is being drawn: all seeds whose images may be there by now. A
+complete set that more is asked of keeps its seeds until they are all there."""
+CONTENT = "latents"
+"""Key of a manifest: the digest of its latents, which were its own."""
+TRACED = 32
+"""Seeds of a set, the first ones, whose predictions are kept at every step, for the SQNR over the
+steps."""
 PIXELS = "pixels"
 """Key in the body of latents: a digest of every image's colours, in the order of their seeds."""
 IDENTITY = (
@@ -38,7 +44,7 @@ IDENTITY = (
 )
 """Keys of a manifest that its own digest is of."""
 TYPES: dict[str, type] = {
-    **dict.fromkeys(("digest", "kind", "source", "dtype", "backend", "device"), str),
+    **dict.fromkeys(("digest", "kind", "source", "dtype", "backend", "device", CONTENT), str),
     **dict.fromkeys(("sampling", "digests", "batches"), dict),
     **dict.fromkeys(("batch_size", "steps", "extra_calls"), int),
     **{"classes": list, "complete": bool, "compiled": bool},

@@ -13,7 +13,7 @@ from ..lineage import sample_sets
 from ..lineage.shards import Shard, shard_folders, shards_folder
 from ..store.artifact_files import read_stored
 from ..store.digests import differing
-from ..store.files import sync_folder, write_json
+from ..store.files import sync_folder
 from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run
 from .drawing import in_format
@@ -137,6 +137,7 @@ def _check(run: RunDir, parts: Sequence[_Part]) -> None:
 def _joined(folder: Path, parts: Sequence[_Part]) -> dict[str, Any]:
     """Join the shards, and what is there of the set, into its folder; the manifest."""
     from ..lineage import sample_set
+    from ..lineage.growing_set import note_asked
     from ..lineage.latents import Latents
     from ..lineage.set_formats import link_or_copy
 
@@ -152,10 +153,9 @@ def _joined(folder: Path, parts: Sequence[_Part]) -> dict[str, Any]:
                 HOW.format(part.shard.label) + " and --force",
             )
     wanted = {seed for piece in pieces for seed in piece.row_of}
-    begun = {"complete": False, "seeds": [], sample_sets.ASKED: sorted(wanted)}
-    if earlier is not None:
-        begun["seeds"] = earlier.seeds
-    write_json(folder / sample_sets.MANIFEST, {**identity, **_more(parts), **begun})
+    there = set() if earlier is None else {*earlier.row_of}
+    before = sample_sets.begun(folder) or {}
+    note_asked(folder, {**identity, **_more(parts)}, before, there, wanted)
     for part in parts:
         for seed in part.manifest["seeds"]:
             link_or_copy(*(sample_sets.image_path(f, seed) for f in (part.folder, folder)))

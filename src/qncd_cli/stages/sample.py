@@ -25,7 +25,7 @@ from ..correction.stepwise import StepwiseCorrection, field_grid
 from ..errors import ArtifactError, ConfigError
 from ..lineage import sample_set, sample_sets
 from ..lineage.growing_set import GrowingSet, go_on, part_path
-from ..lineage.sample_sets import Drawing, identity_of
+from ..lineage.sample_sets import TRACED, Drawing, identity_of
 from ..lineage.shards import SHARD, Shard
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
@@ -41,8 +41,6 @@ from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import write_bytes
 
-TRACED = 32
-"""Seeds whose predictions are kept at every step, for the SQNR over the steps."""
 INTEGERS = 0.5
 """Time of the int8 backend, uncompiled, over full precision's: LDM-4 0.30 and 0.37, fashion-ldm
 0.83 (speed in docs/notebook)."""
@@ -108,7 +106,8 @@ def run(
 
         noted, decode = request.noted, torch.no_grad()(model.decode)
         growing.append(go_on(request.folder, identity, request.seeds, cut, noted, decode))
-        return {"digest": identity["digest"], "pending": growing[0].pending}
+        traced = sorted({*request.whole, *growing[0].wanted})[:TRACED]
+        return {"digest": identity["digest"], "pending": growing[0].pending, "traced": traced}
 
     agreed = ranks.agreed(begin)
     if agreed["digest"] != identity["digest"]:
@@ -124,7 +123,7 @@ def run(
     for seeds, tick in counted(track, pending, what, calls, "calls"):
         part = part_path(request.folder, seeds)
         if not sample_set.is_sound(part):
-            draw_batch(config, model, sampled, scheduler, seeds, part, tick)
+            draw_batch(config, model, sampled, scheduler, seeds, agreed["traced"], part, tick)
             images += len(seeds)
     images = sum(message.value for message in ranks.gathered(Message(images)))
     seconds = time.monotonic() - started
@@ -260,16 +259,18 @@ def draw_batch(
     sampled: SampledModel,
     scheduler: Any,
     seeds: list[int],
+    to_trace: Sequence[int],
     part: Path,
     tick: Tick,
 ) -> None:
     """Sample one batch; write its images, then its part file, which says that it is done.
 
-    tick: called at every step, and when the images are decoded.
+    to_trace: seeds whose predictions are kept, this batch's and others; tick: called at every step,
+    and when the images are decoded.
     """
     correction = make_correction(config, sampled, scheduler, seeds)
     traced: list[Tensor] = []
-    keep = [i for i, seed in enumerate(seeds) if 0 <= seed - config.sampling.seed < TRACED]
+    keep = [i for i, seed in enumerate(seeds) if seed in to_trace]
 
     def trace(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
         traced.append(prediction[keep].float().clone())
