@@ -119,6 +119,41 @@ def test_a_calibration_whose_rank_was_killed_goes_on_to_the_same_bytes(work):
     assert not (work.folder / RUN / "partial").exists()
 
 
+QUANTIZED = ("quantized.safetensors", "noise_stats.safetensors", "coverage.json")
+DEPENDENT = (
+    *("--set", "quantization.weights.passes=2", "--set", "quantization.weights.asymmetry=0.5"),
+    *("--set", "quantization.weights.budget=4.5", "--set", "quantization.bias_correction=true"),
+    *("--set", "quantization.activations.observer=output"),
+    *("--set", "quantization.sensitive.activation_bits=0.5"),
+)
+"""Settings with which layers depend on each other, or on what all of them have been asked."""
+
+
+@pytest.mark.parametrize(
+    ("count", "settings"), [(2, ()), (3, ()), (2, DEPENDENT)], ids=["2", "3", "2, dependent"]
+)
+def test_ranks_quantize_what_one_process_quantizes(work, count, settings):
+    work("quantize", "--force", *settings)
+    before = {name: (work.folder / RUN / name).read_bytes() for name in QUANTIZED}
+    for name in QUANTIZED:
+        (work.folder / RUN / name).unlink()
+    assert job(work.folder, count, "quantize", *settings) == [0] * count
+    assert {name: (work.folder / RUN / name).read_bytes() for name in QUANTIZED} == before
+    assert not (work.folder / RUN / "partial").exists()
+
+
+def test_a_quantization_whose_rank_was_killed_goes_on_to_the_same_bytes(work):
+    before = {name: (work.folder / RUN / name).read_bytes() for name in QUANTIZED}
+    (work.folder / RUN / "quantized.safetensors").unlink()
+    assert job(work.folder, 2, "quantize", kill=At(write=4)) == [6, -signal.SIGKILL]
+    line = (work.folder / "rank0.stderr.txt").read_text().splitlines()[-1]
+    assert "another rank of the job has ended" in line and "goes on" in line
+    assert list((work.folder / RUN / "partial" / "quantize.1-of-2").glob("*.safetensors"))
+    assert job(work.folder, 2, "quantize") == [0, 0]
+    assert {name: (work.folder / RUN / name).read_bytes() for name in QUANTIZED} == before
+    assert not (work.folder / RUN / "partial").exists()
+
+
 def test_ranks_measure_what_one_process_measures(work):
     metrics = work.folder / RUN / "metrics.json"
     work("eval")

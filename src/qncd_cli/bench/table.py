@@ -186,6 +186,7 @@ def _quantize(widths: tuple[int, int], bench: _Bench) -> tuple[Artifact, float]:
         bench.calibrated = calibrate_stage.run(config, bench.model, bench.track)
         assert bench.calibrated is not None  # this process is alone
     result = quantize_stage.run(config, bench.model, *bench.calibrated, bench.track)
+    assert result is not None
     path = bench.folder / f"w{widths[0]}a{widths[1]}.safetensors"
     return artifacts.write(path, result.quantized), result.coverage["integer_macs_share"]
 

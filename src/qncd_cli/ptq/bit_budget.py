@@ -25,6 +25,7 @@ from ..progress import Track
 from ..quant.affine import dequantize
 from ..quant.rounding import round_nearest
 from ..quant.smoothing import SmoothingFactor
+from ..runtime.ranks import ALONE, Message, Ranks
 from ..spec import FLOAT_BITS, weight_spec
 from ..store.artifacts import Artifact
 from ..store.partial import Piece
@@ -55,16 +56,23 @@ class BitAssignment:
     sensitivity: dict[str, ErrorByBits]
 
 
-def assign_bits(job: QuantizationJob, track: Track) -> BitAssignment:
+def assign_bits(job: QuantizationJob, track: Track, ranks: Ranks = ALONE) -> BitAssignment:
     """Bits for every layer without bits of its own, so that the average stays in the budget.
 
-    The average is over all weights that are quantized, outer layers included. Raises ConfigError
-    where no assignment meets the budget.
+    The average is over all weights that are quantized, outer layers included. ranks: try their
+    share of the layers each; the first one's answer counts. Raises ConfigError where no assignment
+    meets the budget.
     """
     quantized = [p for p in job.plans if p.weight_bits != FLOAT_BITS]
     free = [p for p in quantized if not has_own_weight_bits(p, job.config)]
-    spare = spare_bits(job.config.quantization.weights.budget, quantized, free)
-    sensitivity = measure_sensitivity(job.planned(free), track)
+    budget = job.config.quantization.weights.budget
+    spare = ranks.agreed(lambda: spare_bits(budget, quantized, free))
+    mine = measure_sensitivity(job.planned([*ranks.share(free)]), track)
+    found = ranks.gathered(Message({name: [*errors.items()] for name, errors in mine.items()}))
+    if not ranks.first:
+        return BitAssignment({}, {})
+    tables = {name: dict(errors) for message in found for name, errors in message.value.items()}
+    sensitivity = {plan.name: {int(b): e for b, e in tables[plan.name].items()} for plan in free}
     sizes = [p.layer.weight.numel() for p in free]
     widths = allocate(sizes, [sensitivity[p.name] for p in free], spare)
     return BitAssignment({p.name: b for p, b in zip(free, widths, strict=True)}, sensitivity)

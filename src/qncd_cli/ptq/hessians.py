@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -36,12 +36,17 @@ def with_hessians(
     qparams: dict[str, QParams | None],
     rounded: Mapping[str, Piece],
     track: Track,
+    mine: Collection[str] | None = None,
+    exchange: Callable[[Sequence[str]], None] | None = None,
 ) -> Iterator[tuple[LayerPlan, Curvature | None]]:
     """Every layer that is not rounded yet with its curvature; None where rounding is nearest.
 
     rounded: finished layers; whoever takes a layer puts it there, and layers of later passes get
-    their inputs from behind it (weights.passes).
+    their inputs from behind it (weights.passes). mine: names of the layers that this process
+    rounds, None for all; exchange: makes others' layers of a pass be rounded, too, given their
+    names.
     """
+    plans = [plan for plan in job.plans if mine is None or plan.name in mine]
     weights = job.config.quantization.weights
     gptq = weights.rounding != "nearest"  # the others start from its codes
     wanted = [p for p in job.plans if gptq and p.weight_bits != FLOAT_BITS]
@@ -50,14 +55,17 @@ def with_hessians(
         groups = passes_of(job, weights.passes)
     for number, group in enumerate(groups):
         prefix = before(groups, number)
-        for part in hessian_groups([plan for plan in group if plan.name not in rounded]):
+        if number and exchange is not None:
+            exchange([plan.name for plan in groups[number - 1]])
+        left = [p for p in group if p.name not in rounded and (mine is None or p.name in mine)]
+        for part in hessian_groups(left):
             denoiser = full_denoiser(job.model)
             if twofold:
                 denoiser = TwofoldDenoiser(job, {n: rounded[n].tensors for n in prefix})
             found = collect_hessians(job.planned(part), qparams, track, denoiser)
             for plan in part:
                 yield plan, found.pop(plan.name)
-    yield from ((plan, None) for plan in job.plans if plan.name not in rounded)
+    yield from ((plan, None) for plan in plans if plan.name not in rounded)
 
 
 def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:

@@ -78,7 +78,7 @@ def calibrate(
                     *(run, config, model, watch.track), force=force, tell=watch.note, ranks=ranks
                 )
         body = made.body
-    keep_config(run, config)
+    agreed(lambda: keep_config(run, config))
     rows, layers = body["rows"], len(body["layers"])
     return Calibrated(run, rows, layers, skipped, None if skipped else state)
 

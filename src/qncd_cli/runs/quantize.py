@@ -13,7 +13,6 @@ from ..errors import ArtifactError
 from ..lineage import freshness
 from ..lineage.freshness import State
 from ..store.artifact_files import check_lineage, read_stored
-from ..store.lock import locked
 from ..store.partial_folder import discard_unneeded, kept_phrase
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .calibrate import keep_config
@@ -58,16 +57,16 @@ def quantize(
     run = find_run(None if run_dir is None else str(run_dir))
     wanted = load_config(str(run.config)) if config is None else config
     digest = model_digest(wanted)
-    check_parents(run, wanted, digest)
+    agreed(lambda: check_parents(run, wanted, digest))
     state = freshness.of_run(run, wanted, digest)[1] if digest is not None else None
     skipped = agreed(lambda: state is not None and state.holds and not force)
     if skipped:
         freshness.note_settings(run, "quantize", wanted)
         discard_unneeded(run.path, "quantize")
     else:
-        skipped = agreed(lambda: _quantize(run, wanted, device, state, force, watch))
+        skipped = _quantize(run, wanted, device, state, force, watch)
     if config is not None:
-        keep_config(run, config)
+        agreed(lambda: keep_config(run, config))
     size = run.tensors("quantized").stat().st_size
     return Quantized(run, size, read_coverage(run.coverage), skipped, None if skipped else state)
 
@@ -77,15 +76,17 @@ def _quantize(
 ) -> bool:
     """Whether the outputs were there already."""
     watch.reason(state, force)
+    from ..runtime.ranks import of_job
     from ..stages import pipeline
     from ..store import artifacts
 
+    ranks = of_job()
     with watch.keeping(lambda: f"calibrate is kept, {kept_phrase(run.path, 'quantize')}"):
-        model = open_model(config, device, run.path, watch)
+        model = open_model(config, ranks.device(device), run.path, watch)
         if state is None:
             watch.reason(freshness.of_run(run, config, model.digest)[1], force)
-        with locked(run.path, watch.note), reported(run.path, "quantize", watch) as watch:
-            check_parents(run, config, model.digest)
+        with ranks.locked(run.path, watch.note), reported(run.path, "quantize", watch) as watch:
+            ranks.agreed(lambda: check_parents(run, config, model.digest))  # the lock is held
             smoothing, calibration = (
                 artifacts.read(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
             )
@@ -93,6 +94,7 @@ def _quantize(
                 *(run, config, model, calibration, smoothing, watch.track),
                 force=force,
                 tell=watch.note,
+                ranks=ranks,
             )
 
 

@@ -119,6 +119,23 @@ class Ranks:
         found = all_of_them or []
         return [_decoded(d[: int(size)]) for d, size in zip(found, sizes, strict=False)]
 
+    def pooled(self, message: Message) -> list[Message]:
+        """What every rank says, in their order, on all of them."""
+        if self.count == 1:
+            return [message]
+        found = self.gathered(message)
+
+        def put() -> Message:
+            tensors = {f"{n}/{key}": t for n, m in enumerate(found) for key, t in m.tensors.items()}
+            return Message([m.value for m in found], tensors)
+
+        told = self.told(put)
+        parts: list[dict[str, Tensor]] = [{} for _ in told.value]
+        for name, tensor in told.tensors.items():
+            number, _, key = name.partition("/")
+            parts[int(number)][key] = tensor
+        return [Message(value, part) for value, part in zip(told.value, parts, strict=True)]
+
     def locked(self, folder: Path, tell: Callable[[str], None]) -> AbstractContextManager[None]:
         """`store.lock.locked` for the whole job: the first rank holds it."""
         return locked(folder, tell) if self.first else nullcontext()

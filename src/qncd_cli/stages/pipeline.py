@@ -6,7 +6,8 @@ configurations (the ablate stage) share the work that they have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import write_sealed_json
 from ..store.partial import Partial
-from ..store.partial_folder import code_digest, discard, discard_stage, folder_of
+from ..store.partial_folder import code_digest, discard_stage, folder_of
 from ..store.run_dir import RunDir
 from ..store.unfinished import remove_unfinished
 from . import calibrate as calibrate_stage
@@ -59,12 +60,7 @@ def calibrate(
         freshness.note_settings(run, "calibrate", config)
         discard_stage(run.path, "calibrate")
         return calibration, smoothing, True
-    ranks.agreed(lambda: remove_unfinished(run.path))
-    made_from, folder = _made_from("calibrate", config, model, {}), folder_of(run.path, "calibrate")
-    if ranks.count > 1:
-        made_from["rank"] = f"{ranks.rank} of {ranks.count}"
-        folder = folder.with_name(f"calibrate.{ranks.rank}-of-{ranks.count}")
-    with Partial(folder, made_from, tell) as partial:
+    with _kept("calibrate", run, config, model, {}, tell, ranks) as partial:
         with explained(model):
             made = calibrate_stage.run(config, model, track, partial, ranks)
 
@@ -75,9 +71,6 @@ def calibrate(
             freshness.note_settings(run, "calibrate", config)
 
         ranks.agreed(write)
-        partial.remove()
-    ranks.gathered(Message())  # nobody needs theirs any more
-    ranks.agreed(lambda: discard_stage(run.path, "calibrate"))
     calibration, smoothing = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
     return calibration, smoothing, False
 
@@ -92,25 +85,57 @@ def quantize(
     *,
     force: bool = False,
     tell: Tell = unheard,
+    ranks: Ranks = ALONE,
 ) -> bool:
     """Write quantized, noise_stats and coverage; whether they were there already. As calibrate."""
     parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
-    if not force and freshness.quantized_from(run, config, model.digest, parents).holds:
+
+    def holds() -> bool:
+        return not force and freshness.quantized_from(run, config, model.digest, parents).holds
+
+    if ranks.agreed(holds):
         freshness.note_settings(run, "quantize", config)
-        discard(folder_of(run.path, "quantize"))
+        discard_stage(run.path, "quantize")
         return True
-    remove_unfinished(run.path)
-    made_from = _made_from("quantize", config, model, parents)
-    with Partial(folder_of(run.path, "quantize"), made_from, tell) as partial:
+    with _kept("quantize", run, config, model, parents, tell, ranks) as partial:
         with explained(model):
-            result = quantize_stage.run(config, model, calibration, smoothing, track, partial)
-        artifacts.write(run.tensors("quantized"), result.quantized)
-        write_sealed_json(run.coverage, result.coverage)
-        # last, because it names the quantized: while it does not, the stage is not done
-        artifacts.write(run.tensors("noise_stats"), result.noise_stats)
-        freshness.note_settings(run, "quantize", config)
-        partial.remove()
+            result = quantize_stage.run(
+                *(config, model, calibration, smoothing, track, partial), ranks=ranks
+            )
+
+        def write() -> None:
+            assert result is not None
+            artifacts.write(run.tensors("quantized"), result.quantized)
+            write_sealed_json(run.coverage, result.coverage)
+            # last, because it names the quantized: while it does not, the stage is not done
+            artifacts.write(run.tensors("noise_stats"), result.noise_stats)
+            freshness.note_settings(run, "quantize", config)
+
+        ranks.agreed(write)
     return False
+
+
+@contextmanager
+def _kept(
+    stage: Stage,
+    run: RunDir,
+    config: Config,
+    model: DiffusionModel,
+    parents: dict[str, str],
+    tell: Tell,
+    ranks: Ranks,
+) -> Iterator[Partial]:
+    """Partial results of a stage, of a job each rank its own; gone once the block ends well."""
+    ranks.agreed(lambda: remove_unfinished(run.path))
+    made_from, folder = _made_from(stage, config, model, parents), folder_of(run.path, stage)
+    if ranks.count > 1:
+        made_from["rank"] = f"{ranks.rank} of {ranks.count}"
+        folder = folder.with_name(f"{stage}.{ranks.rank}-of-{ranks.count}")
+    with Partial(folder, made_from, tell) as partial:
+        yield partial
+        partial.remove()
+    ranks.gathered(Message())  # nobody needs theirs any more
+    ranks.agreed(lambda: discard_stage(run.path, stage))
 
 
 def _made_from(

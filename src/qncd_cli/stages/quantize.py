@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..ptq.attention import quantize_attention
 from ..ptq.bit_budget import BitAssignment, assign_bits
 from ..ptq.cost import Cost, DenoiserCall
 from ..ptq.coverage import coverage
-from ..ptq.extra_bits import refine
+from ..ptq.extra_bits import Sensitivity, refine
 from ..ptq.hessians import with_hessians
 from ..ptq.job import QuantizationJob
 from ..ptq.layer import correct_bias, quantize_layer
@@ -29,6 +30,7 @@ from ..ptq.smoothing_choice import factors_of
 from ..quant.affine import QParams, choose_qparams
 from ..quant.observers import choose_range
 from ..runtime.denoiser import full_denoiser
+from ..runtime.ranks import ALONE, Message, Ranks
 from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact, seal
 from ..store.layer_entry import EstimatedError, LayerEntry, bodies
@@ -39,6 +41,8 @@ MARGIN = 2.0
 outlier clipped in the first layer spoils its sample."""
 ROUNDING = "rounding weights"
 """The part from which on the result is held."""
+DECIDED = ("weight_bits", "activation_bits", "observer")
+"""What measurements decide about a layer's plan."""
 RANGES, LAYER = "range ", "layer "
 """Beginnings of names in partial results; that of the layer follows."""
 
@@ -59,9 +63,15 @@ def run(
     smoothing: Artifact,
     track: Track = no_progress,
     partial: Partial = NOTHING_KEPT,
-) -> QuantizeResult:
-    """calibration and smoothing: of this model and configuration (the caller checks that).
-    partial: what an earlier process has done."""
+    ranks: Ranks = ALONE,
+) -> QuantizeResult | None:
+    """The stage's outputs, on the first rank.
+
+    calibration and smoothing: of this model and configuration (the caller checks that). partial:
+    what an earlier process has done; ranks: do their share of the layers each, which depend on each
+    other only through what is exchanged. The first alone spends extra bits, learns roundings and
+    measures the noise.
+    """
     factors = factors_of(smoothing)
     plans = [
         plan
@@ -70,22 +80,21 @@ def run(
         and plan.name in calibration.body["layers"]  # what no input reached stays as it is
     ]
     job = QuantizationJob(config, model, calibration, plans, factors, partial)
-    assigned = BitAssignment({}, {})
-    if config.quantization.weights.budget is not None:
-        assigned = assign_bits(job, track)
-        plans = [replace(p, weight_bits=assigned.bits.get(p.name, p.weight_bits)) for p in plans]
-    plans, sensitivity = refine(job.planned(plans), track)
-    job = job.planned(plans)
+    job, assigned, sensitivity = decided(job, track, ranks)
+    mine = job.planned([*ranks.share(job.plans)])
     outputs: dict[str, LayerOutput] = {}
-    ranges_known = all(partial.has(f"{RANGES}{plan.name}") for plan in plans)
+    ranges_known = all(partial.has(f"{RANGES}{plan.name}") for plan in mine.plans)
     if config.quantization.bias_correction or not ranges_known:
-        outputs = layer_outputs(job, track)
-    qparams = choose_ranges(job, outputs, track)
+        outputs = layer_outputs(mine, track)
+    qparams = choose_ranges(mine, outputs, track)
     if not config.quantization.bias_correction:
         partial.forget(f"{PROBE_CALLS} ")
     tensors: dict[str, Tensor] = {}
     entries: dict[str, LayerEntry] = {}
-    for name, piece in quantized_layers(job, qparams, outputs, track).items():
+    layers = quantized_layers(job, qparams, outputs, track, ranks)
+    if not ranks.first:
+        return None
+    for name, piece in layers.items():
         entry = LayerEntry.from_body(piece.value)
         tensors |= {f"{name}.{key}": value for key, value in piece.tensors.items()}
         if name in sensitivity.inputs:
@@ -135,6 +144,29 @@ def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, 
         found["learning the rounding"] = reconstruct.cost(config, denoiser, rounded, call)
     found["measuring noise"] = noise.cost(config, denoiser, call)
     return found
+
+
+# ------------------------------------------------------------------ bits
+
+
+def decided(
+    job: QuantizationJob, track: Track, ranks: Ranks
+) -> tuple[QuantizationJob, BitAssignment, Sensitivity]:
+    """The job with the bits that every layer gets; and what decided it, on the first rank."""
+    assigned, found = BitAssignment({}, {}), Sensitivity()
+    if job.config.quantization.weights.budget is not None:
+        assigned = assign_bits(job, track, ranks)
+
+    def decide() -> Message:
+        nonlocal found
+        bits = assigned.bits
+        plans = [replace(p, weight_bits=bits.get(p.name, p.weight_bits)) for p in job.plans]
+        plans, found = refine(job.planned(plans), track)
+        return Message([{key: getattr(p, key) for key in DECIDED} for p in plans])
+
+    told = ranks.told(decide).value
+    plans = [replace(plan, **what) for plan, what in zip(job.plans, told, strict=True)]
+    return job.planned(plans), assigned, found
 
 
 # ------------------------------------------------------------------ activations
@@ -206,12 +238,22 @@ def quantized_layers(
     qparams: dict[str, QParams | None],
     outputs: dict[str, LayerOutput],
     track: Track,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Piece]:
-    """The artifact's tensors of every layer (without its name) and the body of its entry."""
+    """The artifact's tensors of every layer (without its name) and the body of its entry, on the
+    first rank."""
     config = job.config.quantization
-    names = [plan.name for plan in job.plans]
+    names = [plan.name for plan in ranks.share(job.plans)]
+
+    def said(some: Collection[str]) -> Message:
+        return _message({name: found[name] for name in names if name in some})
+
+    def exchange(some: Sequence[str]) -> None:
+        for message in ranks.pooled(said(some)):
+            found.update(_pieces(message))
+
     found = {n: piece for n in names if (piece := job.partial.take(f"{LAYER}{n}")) is not None}
-    work = with_hessians(job, qparams, found, track)
+    work = with_hessians(job, qparams, found, track, names, exchange)
     for plan, curvature in track(work, ROUNDING, len(names) - len(found), "layers"):
         name, asymmetry = plan.name, config.weights.asymmetry
         factor = job.factor(name)
@@ -223,4 +265,19 @@ def quantized_layers(
         found[name] = Piece(entry.to_body(), tensors)
         job.partial.keep(f"{LAYER}{name}", found[name])
         give_back()
-    return {name: found[name] for name in names}
+    for message in ranks.gathered(said(names))[1:]:
+        found |= _pieces(message)
+    return {plan.name: found[plan.name] for plan in job.plans} if ranks.first else {}
+
+
+def _message(pieces: Mapping[str, Piece]) -> Message:
+    tensors = {f"{n}/{key}": t for n, piece in pieces.items() for key, t in piece.tensors.items()}
+    return Message({name: piece.value for name, piece in pieces.items()}, tensors)
+
+
+def _pieces(message: Message) -> dict[str, Piece]:
+    found = {name: Piece(value, {}) for name, value in message.value.items()}
+    for key, tensor in message.tensors.items():
+        name, _, part = key.partition("/")
+        found[name].tensors[part] = tensor
+    return found
