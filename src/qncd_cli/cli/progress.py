@@ -1,8 +1,7 @@
 """Progress on stderr: bars with the time left at a terminal, a plain line now and then elsewhere.
 
 Loops that end within BRIEF seconds leave nothing behind. Without a terminal, a longer loop says so
-after BRIEF seconds and when it has ended; in between it gives a line once another tenth is done,
-but none within EVERY seconds of the last, and one at least every RARELY seconds.
+after BRIEF seconds and when it has ended; in between it gives a line every EVERY seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-BRIEF, EVERY, RARELY = 2.0, 30.0, 600.0
+BRIEF, EVERY = 2.0, 30.0
 WIDE = 80
 """Columns of a terminal with room for the bar itself."""
 
@@ -85,7 +84,7 @@ def lines(
     """The items, with a line now and then; say: receives each; clock: seconds."""
     start = clock()
     begun = None  # when the first item was there: what it waited for says nothing of the rest
-    said, at = None, 0  # when the last line was said, and how much was done then
+    said = None  # when the last line was said
     done = 0
     for item in items:
         begun = clock() if begun is None else begun
@@ -94,15 +93,10 @@ def lines(
         now = clock()
         if done == total:
             continue
-        if said is None:
-            due = now - start >= BRIEF
-        else:
-            tenth = 10 * (done - at) >= total
-            due = now - said >= (EVERY if tenth else RARELY)
-        if due:
+        if now - start >= BRIEF if said is None else now - said >= EVERY:
             left = (now - begun) / done * (total - done)
             say(f"{description}: {done} of {total} {unit}, about {duration(left)} left")
-            said, at = now, done
+            said = now
     if clock() - start >= BRIEF:
         say(f"{description}: {done} {unit} in {duration(clock() - start)}")
 
