@@ -22,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -29,14 +30,16 @@ import torch
 
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.errors import ArtifactError
+from qncd_cli.machine import described
 
 CONFIG, RUN = "fashion_ldm_w4a8", Path("runs/killed")
 SMALL = ("sampling.steps=4", "calibration.trajectories=4", "calibration.noise_trajectories=2")
 """Settings that make a stage of minutes one of seconds."""
 HOUR = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d|\"outputs\": \"\w+\"")
 """Times of day in reports, and digests of these."""
-LEFT_OUT = (".txt", ".ses")
-"""What commands printed, and a file of onnxruntime's own that it makes where it is imported."""
+LEFT_OUT = (".txt", ".ses", "status.json")
+"""What commands printed, a file of onnxruntime's own that it makes where it is imported, and what
+says which process worked when."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "diffusers", "qncd_cli.cli.commands", "kill_run"])
 
@@ -148,9 +151,13 @@ def main(kills: int, num: int, a_stage: int, share: float, every: float, seed: i
         shutil.rmtree(folder)
         click.echo(f"round {rounds}: {sum(count.values())} kills, the same files", err=True)
     report = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "machine": described(),
+        "every": every,
         "kills": sum(count.values()),
         "rounds": rounds,
-        "files": len(wanted),
+        "same_files": len(wanted),
+        "stray_files": 0,  # else a round would not have been the same
         "stages": {
             stage: {
                 "seconds": round(seconds[stage], 1),

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,29 +135,44 @@ def make_random_run(run: RunDir) -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), required=True)
 @click.option("--random", is_flag=True, help="Make the run, of a tiny random model.")
 @click.option("--num", default=20000, show_default=True)
-@click.option("--eval/--no-eval", "evaluates", default=True, help="Measure all of them, too.")
+@click.option("--draw/--no-draw", "draws", default=True, help="Draw the set.")
+@click.option("--eval/--no-eval", "evaluates", default=True, help="Measure the set.")
 @click.argument("options", nargs=-1)
-def main(run_dir: Path, random: bool, num: int, evaluates: bool, options: tuple[str, ...]) -> None:
+def main(
+    run_dir: Path, random: bool, num: int, draws: bool, evaluates: bool, options: tuple[str, ...]
+) -> None:
     """What stands after -- goes to every qncd sample."""
     run = RunDir(run_dir)
     if random and not run.tensors("quantized").is_file():
         make_random_run(run)
-    of_run = ("--run-dir", str(run.path), "--quiet")
-    for name in ("many", "many_start"):
-        shutil.rmtree(run.samples(name), ignore_errors=True)
-        sheet_path(run.samples(name)).unlink(missing_ok=True)
-    folder, sample = run.samples("many"), ("sample", *of_run, *options)
-    report = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": described(), "images": num}
+    report: dict[str, object] = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "images": num}
+    report |= {"machine": described(), "options": options}
 
     def tell(name: str, value: object) -> None:
         report[name] = value
         click.echo(f"{name}: {value}", err=True)
 
-    whole = (*sample, "--num", str(num))
-    start = ("--name", "many_start")
-    few = watched((*whole, *start), run.samples("many_start"), 0, kill_at=0)
+    if draws:
+        draw(run, num, options, tell)
+    if evaluates:
+        command = ("eval", "--run-dir", str(run.path), "--quiet", "--name", "many")
+        measured = watched(command, run.samples("many"), num)
+        tell("eval", {"seconds": measured.seconds, "peak_mib": measured.peak})
+    click.echo(json.dumps(report, indent=2))
+
+
+def draw(
+    run: RunDir, num: int, options: tuple[str, ...], tell: Callable[[str, object], None]
+) -> None:
+    """Draw the set in three processes, and say what was seen of them."""
+    for name in ("many", "many_start"):
+        shutil.rmtree(run.samples(name), ignore_errors=True)
+        sheet_path(run.samples(name)).unlink(missing_ok=True)
+    folder, start = run.samples("many"), run.samples("many_start")
+    whole = ("sample", "--run-dir", str(run.path), "--quiet", *options, "--num", str(num))
+    few = watched((*whole, "--name", start.name), start, 0, kill_at=0)
     tell("ordinary_start", {"seconds": few.first_image, "processor": few.first_image_cpu})
-    whole = (*whole, "--name", "many")
+    whole = (*whole, "--name", folder.name)
     most = watched(whole, folder, 0, kill_at=num - MISSING - 1)
     drawing = most.seconds - (most.first_image or 0)
     tell("images_per_second", round((num - MISSING) / drawing, 2))
@@ -165,18 +181,13 @@ def main(run_dir: Path, random: bool, num: int, evaluates: bool, options: tuple[
     tell("resumed_start", {"seconds": rest.first_image, "processor": rest.first_image_cpu})
     resident = {**most.resident, **rest.resident}
     tell("resident_mib", {n: resident[n] for n in sorted(resident)})
-    ends = [resident.get(n) for n in (1000, max(resident))]
-    tell("resident_growth", round(ends[1] / ends[0] - 1, 4) if all(ends) else None)
+    tell("resident_growth", round(resident[max(resident)] / resident[1000] - 1, 4))
     tell("resumed_seconds", rest.seconds)
     tell("joining_peak_mib", rest.peak)
     manifest = begun(folder) or {}
     tell("complete", manifest.get("complete") and manifest["seeds"] == list(range(num)))
     again = watched(whole, folder, num)
     tell("repeated", {"seconds": again.seconds, "peak_mib": again.peak})
-    if evaluates:
-        measured = watched(("eval", *of_run, "--name", "many"), folder, num)
-        tell("eval", {"seconds": measured.seconds, "peak_mib": measured.peak})
-    click.echo(json.dumps(report, indent=2))
 
 
 if __name__ == "__main__":

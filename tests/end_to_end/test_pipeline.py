@@ -529,6 +529,9 @@ def test_ranges_per_timestep_group_are_prepared_and_used(tmp_path, tiny_model):
     with watching(see):
         work("sample", "--num", "2")
     assert set(scales.tolist()) <= seen
+    few = ("--name", "few")  # with fewer steps than there are groups
+    work("sample", "--num", "2", "--steps", "1", "--inter", "none", *few)
+    assert work("eval", *few, "--json").data["protocol"]["num_samples"] == 2
 
 
 def test_attention_products_are_quantized_as_configured(tmp_path, tiny_model):

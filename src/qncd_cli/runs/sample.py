@@ -19,6 +19,7 @@ from ..store.run_dir import RunDir, find_run
 from .drawing import DrawingWishes, draw, in_format
 from .job import agreed
 from .model import model_digest
+from .sets import sampled_with
 from .watch import SILENT, Watch
 
 DEFAULT_NUM = 64
@@ -122,13 +123,9 @@ def _of_run(config: Config, own: Config) -> Config:
     """The run's own configuration with what sampling can follow of another; fewer steps have fewer
     groups of timesteps. Raises ConfigError for what sampling cannot follow."""
     tree, wanted = own.to_dict(), config.to_dict()
-    tree["sampling"], tree["correction"]["inter"] = (
-        wanted["sampling"],
-        wanted["correction"]["inter"],
-    )
-    groups = tree["quantization"]["activations"]
-    groups["timestep_groups"] = min(groups["timestep_groups"], config.sampling.steps)
-    check_settled(parse_config(tree, "sample"), config, "config")
+    tree["correction"]["inter"] = wanted["correction"]["inter"]
+    expected = sampled_with(parse_config(tree, "sample"), wanted["sampling"], "sample")
+    check_settled(expected, config, "config")
     return config
 
 

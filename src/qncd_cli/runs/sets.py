@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.loading import parse_config
 from ..config.schema import Config
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 
 KEPT = "images of finished batches are kept, the same command goes on with the next"
 """What whoever interrupts the drawing of images is told."""
+
+
+def sampled_with(config: Config, sampling: Mapping[str, Any], where: str) -> Config:
+    """The configuration with other sampling; fewer steps have fewer groups of timesteps. where: it
+    is said, for errors. Raises ConfigError."""
+    tree = config.to_dict()
+    tree["sampling"] = {**sampling}
+    groups = tree["quantization"]["activations"]
+    groups["timestep_groups"] = min(groups["timestep_groups"], sampling["steps"])
+    return parse_config(tree, where)
 
 
 def check_quantized(run: RunDir, samples: SampleSet) -> None:
@@ -55,10 +66,9 @@ def full_folder(
     from ..stages import pipeline
     from ..stages import sample as stage
 
-    tree = config.to_dict()
     seeds = quantized.seeds
-    tree["sampling"] = {**quantized.manifest["sampling"], "seed": seeds[0]}
-    config = parse_config(tree, str(quantized.folder))
+    sampling = {**quantized.manifest["sampling"], "seed": seeds[0]}
+    config = sampled_with(config, sampling, str(quantized.folder))
     sampled = SampledModel.full_precision(model)
     digest = stage.identify(config, model, sampled)["digest"]
     own = run.samples("full")
