@@ -17,7 +17,7 @@ from qncd_cli.config.schema import Config
 from qncd_cli.models.loading import load_model
 from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import LayerPlan
-from qncd_cli.ptq.output_ranges import CLIP_WEIGHT, LayerOutput
+from qncd_cli.ptq.output_ranges import CLIP_WEIGHT, FRACTIONS, LayerOutput
 from qncd_cli.ptq.probes import Probe
 from qncd_cli.quant.affine import QParams, choose_qparams, fake_quantize
 from qncd_cli.quant.layers import QuantizedLayer
@@ -94,6 +94,22 @@ def test_no_range_is_worse_than_min_max_or_least_squares(kind, bits):
             found = objective(plan, x, low[group], high[group])
             other = objective(plan, x, other_low[group], other_high[group])
             assert found <= other * (1 + 1e-5), (name, group)
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("tail", [0.0, 0.2, 2.0])
+def test_the_range_is_that_of_a_search_through_all_candidates(kind, bits, tail):
+    plan, generator = plan_of(kind, bits), torch.Generator().manual_seed(7)
+    x = torch.randn((4, 6, 9, 9) if kind == "conv" else (4, 81, 6), generator=generator)
+    x += tail * x**3 * torch.rand(x.shape, generator=generator)
+    state, spec = state_of(plan, {0: x}), activation_spec(bits)
+    low, high = (end[0] for end in choose_range(state, "minmax", spec))
+    ends = [(low * a, high * b) for a in FRACTIONS for b in FRACTIONS]
+    tight = choose_range(state, "mse", spec, 99.99)
+    least = min(objective(plan, x, *pair) for pair in [*ends, (tight[0][0], tight[1][0])])
+    found = output_of(plan, {0: x}).ranges(state, 99.99)
+    assert objective(plan, x, found[0][0], found[1][0]) <= least * 1.02
 
 
 def test_a_group_that_the_probe_does_not_hold_takes_min_max():

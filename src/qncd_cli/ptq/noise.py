@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.base import BACKENDS
 from ..config.schema import Config
 from ..correction.baseline import Estimate, EstimatorBaseline, StepError, fit_gains
 from ..correction.runtime import SLOPE_RATIOS, RuntimeCorrection
@@ -26,7 +27,7 @@ from ..sampling.parametrization import prediction_type, to_corrected
 from ..sampling.samplers import OnStep, Predict
 from ..store.artifacts import KINDS, Artifact, torch_type
 from ..store.partial import NOTHING_KEPT, Partial
-from .cost import SIMULATION, Cost, DenoiserCall
+from .cost import INTEGERS, SIMULATION, Cost, DenoiserCall
 from .stepwise import fit_stepwise, goals_of, latent_recorder
 
 CALLS_PER_STEP = 5
@@ -104,8 +105,9 @@ def _measure(
     full = KeptCalls(full_denoiser(model), partial, "noise, full precision")
     cache = config.quantization.cache_time_embeddings
     low_memory = not keeps(model.denoiser_bytes())
-    quantized_model = quantized_denoiser(model, quantized, "simulate", cache, low_memory=low_memory)
-    simulated = KeptCalls(quantized_model, partial, "noise, quantized")
+    backend = _fastest(model.device)
+    quantized_model = quantized_denoiser(model, quantized, backend, cache, low_memory=low_memory)
+    computed = KeptCalls(quantized_model, partial, "noise, quantized")
     statistics = NoiseStatistics()
     own: list[Estimate] = []
     goals: list[Tensor] = []
@@ -117,7 +119,7 @@ def _measure(
         errors: list[StepError] = []
         predict_full = trajectory.predict_for(config, model, full, batch, tick)
         record = pair_recorder(statistics, errors, plan, kind, predict_full)
-        estimates, _ = _estimates(config, model, simulated, batch, tick, on_step=record)
+        estimates, _ = _estimates(config, model, computed, batch, tick, on_step=record)
         readings.append((estimates, errors))
         passed: list[Tensor] = []
         estimates, end = _estimates(
@@ -126,7 +128,7 @@ def _measure(
         own += estimates
         goals.append(goals_of(passed, end, plan, scheduler))
     tensors = statistics.finish()
-    tensors |= fit_stepwise(config, model, simulated, torch.cat(goals, 1), seeds, track)
+    tensors |= fit_stepwise(config, model, computed, torch.cat(goals, 1), seeds, track)
     baseline = EstimatorBaseline.of(own)
     gains = fit_gains(baseline, readings, SLOPE_RATIOS)
     tables: dict[str, Mapping[int, Tensor]] = {
@@ -183,6 +185,12 @@ def pair_recorder(
     return record
 
 
+def _fastest(device: torch.device) -> str:
+    """The backend that computes the quantized model in the least time: integer kernels, which give
+    the numbers of the simulation, or that where they are not to be had."""
+    return "int8" if not BACKENDS["int8"].why_unavailable(device) else "simulate"
+
+
 def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     """Trajectories of both models, the quantized one's weights kept where there is room."""
     calibration = config.calibration
@@ -190,5 +198,7 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     kept = call.weights if keeps(4 * parameters) else 0
     batch = call.copies * min(calibration.batch_size, calibration.noise_trajectories)
     rows = calibration.noise_trajectories * call.copies * call.steps
-    calls = 3 * SIMULATION + 3  # of CALLS_PER_STEP, and one of fit_stepwise
+    device = next(denoiser.parameters()).device
+    quantized = INTEGERS if _fastest(device) == "int8" else SIMULATION
+    calls = 3 * quantized + 3  # of CALLS_PER_STEP, and one of fit_stepwise
     return Cost(kept + call.first_bytes(batch), rows * call.macs * calls)

@@ -20,6 +20,9 @@ from .probes import cost as probing_cost
 
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Fractions of the min-max range that are tried at either end, in all pairs."""
+SHORTLIST = 6
+"""Ranges whose error is computed in full, beside min-max and that of least squared error; all
+others are left out by an estimate. A larger value takes longer and finds the same range."""
 CLIP_WEIGHT = 4.0
 """What clipping cuts off is cut off again at every step; rounding errors average out."""
 
@@ -48,33 +51,66 @@ class LayerOutput:
     def ranges(self, state: dict[str, Tensor], percentile: float) -> tuple[Tensor, Tensor]:
         """(x_min, x_max), [G] each: per group the range with the least error of the output.
 
-        Candidates: min-max, its fractions at either end, and the range of least squared error.
+        Candidates: min-max, its fractions at either end, and the range of least squared error;
+        of the fractions, those of the shortlist.
         state: of the layer's observer. A group that the probe does not hold takes min-max.
         """
         spec = activation_spec(self.plan.activation_bits)
         low, high = (x.clone() for x in choose_range(state, "minmax", spec))
         tight = choose_range(state, "mse", spec, percentile)
         for group, parts in self.parts.items():
-            x = torch.cat(parts)
-            ends = [(low[group] * a, high[group] * b) for a in FRACTIONS for b in FRACTIONS]
+            x, whole = torch.cat(parts), (float(low[group]), float(high[group]))
+            short = whole[0] > -0.1 * whole[1]  # a short end (SiLU's): in full, or mse's
+            pairs = [(a, b) for a in FRACTIONS[: 1 if short else None] for b in FRACTIONS]
+            found = [(1.0, 1.0), *self._shortlist(x, whole, pairs)]
+            ends = [(low[group] * a, high[group] * b) for a, b in found]
             ends.append((tight[0][group], tight[1][group]))
-            if low[group] > -0.1 * high[group]:  # a short end (SiLU's): in full, or mse's
-                ends = [pair for pair in ends if pair[0] <= low[group]] + ends[-1:]
             errors = [self._error(x, *pair) for pair in ends]
             low[group], high[group] = ends[errors.index(min(errors))]
         return low, high
 
+    def _shortlist(
+        self, x: Tensor, whole: tuple[float, float], pairs: list[tuple[float, float]]
+    ) -> list[tuple[float, float]]:
+        """Pairs of fractions with the least estimated errors, at most SHORTLIST.
+
+        Rounding grows with the square of the step, as that of evenly spread values does, from what
+        it is at the whole range. Clipping is measured at either end by itself.
+        """
+        low, high = whole
+        below = {a: self._energy(x.clamp(min=a * low) - x) for a in {a for a, _ in pairs}}
+        above = {b: self._energy(x.clamp(max=b * high) - x) for b in {b for _, b in pairs}}
+        rounding = self._error(x, torch.tensor(low), torch.tensor(high))
+
+        def estimate(pair: tuple[float, float]) -> float:
+            a, b = pair
+            step = (b * high - a * low) / max(high - low, 1e-30)
+            return rounding * step**2 + CLIP_WEIGHT * (below[a] + above[b])
+
+        return sorted((p for p in pairs if p != (1.0, 1.0)), key=estimate)[:SHORTLIST]
+
     def _error(self, x: Tensor, low: Tensor, high: Tensor) -> float:
+        """Squared error of the output, summed, with what is clipped counted CLIP_WEIGHT times."""
         spec = activation_spec(self.plan.activation_bits)
         qparams = choose_qparams(low, high, spec)
         top = (spec.qmax - qparams.zero_point) * qparams.scale
         bottom = (spec.qmin - qparams.zero_point) * qparams.scale
         inside = x.clamp(bottom, top)
-        rounding = self.plan.apply(fake_quantize(x, qparams, spec) - inside, self.weight)
-        error = rounding.double().square().sum()
-        if not torch.equal(inside, x):
-            error += CLIP_WEIGHT * self.plan.apply(inside - x, self.weight).double().square().sum()
-        return float(error)
+        rounding = self._energy(fake_quantize(x, qparams, spec) - inside)
+        return rounding + CLIP_WEIGHT * self._energy(inside - x)
+
+    def _energy(self, change: Tensor) -> float:
+        """Squared sum of what a change of the input does to the output.
+
+        Samples of a convolution, and vectors of a linear layer, that are zero need no product.
+        """
+        rows = change if self.plan.is_conv else change.flatten(0, -2)
+        touched = rows.flatten(1).any(1)
+        if not touched.all():
+            rows = rows[touched]
+        if not len(rows):
+            return 0.0
+        return float(self.plan.apply(rows, self.weight).double().square().sum())
 
     def bias_correction(self, weight: Tensor, qparams: QParams | None, groups: int) -> Tensor:
         """Mean over the probe of what the output lost, [G, O]; 0 for groups it does not hold.
@@ -95,7 +131,7 @@ class LayerOutput:
 
 def cost(config: Config, judged: list[LayerPlan], call: DenoiserCall) -> Cost:
     """Probes of the layers that are judged, and each layer on its own at every pair of ends."""
-    tried = len(FRACTIONS) ** 2
+    tried = 2 * len(FRACTIONS) + SHORTLIST + 3  # clipping is a few rows, mostly
     macs = sum(tried * call.layer_macs.get(p.name, 0) * kept_rows(config, p, call) for p in judged)
     probing = probing_cost(config, judged, call)
     return replace(probing, macs=probing.macs + macs)

@@ -23,6 +23,10 @@ from .affine import QParams, dequantize, quantize
 
 DAMPENING = 0.01
 BLOCK = 128
+GRAM_BLOCK = 256
+"""Rows of a Hessian that are added to at once, from their diagonal on: half of it is the other
+half's mirror image. A larger value computes more of it twice, a smaller one in narrower products.
+"""
 MAX_DAMPENING_TRIES = 4
 
 
@@ -42,6 +46,7 @@ class HessianAccumulator:
 
     Convolutions are unfolded: an input vector is one receptive field, C * kh * kw long, in the
     order of the flattened weight. Accumulators of one layer merge by their sums.
+    total: [I, I], of which the blocks below the diagonal are not filled.
     """
 
     def __init__(self, in_features: int):
@@ -62,7 +67,10 @@ class HessianAccumulator:
         full precision, for the drift; in all updates or in none.
         """
         rows = input_vectors(x, layer, max_rows)
-        self.total = self.total.to(rows.device).addmm_(rows.T, rows)
+        self.total = self.total.to(rows.device)
+        for start in range(0, rows.shape[1], GRAM_BLOCK):  # the upper half; `hessian` mirrors it
+            left = rows[:, start : start + GRAM_BLOCK]
+            self.total[start : start + GRAM_BLOCK, start:].addmm_(left.T, rows[:, start:])
         self.count += len(rows)
         if full is not None:
             moved = torch.zeros_like(self.total) if self.moved is None else self.moved
@@ -76,7 +84,10 @@ class HessianAccumulator:
 
     def hessian(self) -> Tensor:
         """[I, I] float32 on the CPU."""
-        return self.total.cpu() * (2 / max(1, self.count))
+        found = self.total.cpu() * (2 / max(1, self.count))
+        for stop in range(GRAM_BLOCK, len(found), GRAM_BLOCK):
+            found[stop:, stop - GRAM_BLOCK : stop] = found[stop - GRAM_BLOCK : stop, stop:].T
+        return found
 
     def curvature(self) -> Curvature:
         """The Hessian, and the drift where `update` was given full precision."""

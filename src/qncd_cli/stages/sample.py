@@ -30,7 +30,7 @@ from ..lineage.shards import SHARD, Shard
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
-from ..ptq.cost import HEADROOM, SIMULATION, Cost, DenoiserCall
+from ..ptq.cost import HEADROOM, INTEGERS, SIMULATION, Cost, DenoiserCall
 from ..runtime import trajectory
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
@@ -40,10 +40,6 @@ from ..sampling.samplers import Correction
 from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.files import write_bytes
-
-INTEGERS = 0.5
-"""Time of the int8 backend, uncompiled, over full precision's: LDM-4 0.30 and 0.37, fashion-ldm
-0.83 (speed in docs/notebook)."""
 
 
 @dataclass(frozen=True)
