@@ -5,7 +5,9 @@ READY := .venv/.ready
 # What is tested is tiny: two processes help, more threads only wait for each other. tests/conftest.py puts
 # files with slow tests first; by number of tests those that compile would come last and alone.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+CONFIG := fashion_ldm
 BITS := w8a8 w4a8 w4a6
+SHOWN = $(or $(filter w4a8,$(BITS)),$(lastword $(BITS)))
 NUM ?= 300
 
 .PHONY: setup demo test lint check fmt docs browser
@@ -18,16 +20,16 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-# Quantize the packaged model at three widths and show what came of it.
+# Quantize a packaged model at three widths and show what came of it; also with CONFIG=emoji_ldm.
 demo: $(READY)
 	@set -e; for bits in $(BITS); do \
-	    echo "== fashion_ldm at $$bits"; \
-	    $(BIN)/qncd run --config fashion_ldm --bits $$bits --num $(NUM); \
+	    echo "== $(CONFIG) at $$bits"; \
+	    $(BIN)/qncd run --config $(CONFIG) --bits $$bits --num $(NUM); \
 	done
-	@echo "== full precision and the three widths"
-	@$(BIN)/qncd compare $(addprefix runs/fashion_ldm_,$(BITS))
-	@echo "report:        runs/fashion_ldm_w4a8/report.html"
-	@echo "contact sheet: runs/fashion_ldm_w4a8/samples/quantized_sheet.png"
+	@echo "== full precision and the widths"
+	@$(BIN)/qncd compare $(addprefix runs/$(CONFIG)_,$(BITS))
+	@echo "report:        runs/$(CONFIG)_$(SHOWN)/report.html"
+	@echo "contact sheet: runs/$(CONFIG)_$(SHOWN)/samples/quantized_sheet.png"
 
 # Everything that is tested.
 test: $(READY)

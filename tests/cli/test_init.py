@@ -15,6 +15,7 @@ from conftest import Qncd
 
 from qncd_cli.config.keys import sections
 from qncd_cli.config.loading import load_config
+from qncd_cli.models.zoo import zoo_models
 
 QUICK = (
     *("--set", "sampling.steps=2"),
@@ -109,7 +110,7 @@ def test_the_type_is_that_of_the_weights(empty, text_model):
         assert empty("init", folder, "--json").data["config"]["model"]["dtype"] == expected
 
 
-@pytest.mark.parametrize("model", ["zoo:fashion-ldm", "zoo:fashion-ddpm", "zoo:fashion-dit"])
+@pytest.mark.parametrize("model", [f"zoo:{name}" for name in zoo_models()])
 def test_a_packaged_model_has_a_configuration_too(empty, model):
     config = empty("init", model, "--json").data["config"]
     assert config["sampling"]["classes"] == "all"

@@ -10,7 +10,7 @@ from qncd_cli.config.shipped import find_config, shipped_configs, split_widths
 from qncd_cli.errors import ConfigError
 from qncd_cli.store.digests import digest_of
 
-# Before there was one file a model, each of these was a file of its own. Digests of what it
+# Before there was one file a model, most of these were files of their own. Digests of what it
 # resolves to beside defaults, and of what decides calibrate and quantize: runs made from it hold.
 # A preset that changes on purpose changes those of its configurations.
 WITH_WIDTHS = {
@@ -21,6 +21,10 @@ WITH_WIDTHS = {
     "dit_xl_w4a6": ("3817f5f2cf3a2695", "9e6e00a76a072e31", "1a376569a4c1e4a0"),
     "dit_xl_w4a8": ("6dd4adeeddeb2e89", "9e6e00a76a072e31", "c86eda683af71b53"),
     "dit_xl_w8a8": ("aa92404ff9dddbfb", "9e6e00a76a072e31", "53e632743baac0ad"),
+    "emoji_ldm_w4a4": ("720f5465a0b6c81b", "ace212ed90a53ed0", "b79687204b196036"),
+    "emoji_ldm_w4a6": ("8503a9645900aca3", "ace212ed90a53ed0", "95017625bd7e7876"),
+    "emoji_ldm_w4a8": ("d27dbb8866830763", "ace212ed90a53ed0", "ca7368c7a65c8f77"),
+    "emoji_ldm_w8a8": ("26877575877e1c6d", "ace212ed90a53ed0", "6f1ed531ebf89cd8"),
     "fashion_ddpm_w4a4": ("f489ed85b5fd7546", "e09e9c161a5181c5", "929686e60587477e"),
     "fashion_ddpm_w4a6": ("1db3167da5978155", "e09e9c161a5181c5", "c5b6ecf9c72a6c71"),
     "fashion_ddpm_w4a8": ("1dcaf926850ccb6a", "e09e9c161a5181c5", "5418371f3bf268c7"),
@@ -77,7 +81,7 @@ def test_a_name_with_widths_is_the_configuration_that_it_always_was(name):
 def test_one_configuration_a_model_and_the_published_protocols_are_shipped():
     models = {split_widths(name)[0] for name in WITH_WIDTHS}
     assert set(shipped_configs()) == models
-    assert len([name for name in models if not name.endswith("_paper")]) == 13
+    assert len([name for name in models if not name.endswith("_paper")]) == 14
 
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))

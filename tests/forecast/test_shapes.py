@@ -17,6 +17,7 @@ from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.text import Prompts
 from qncd_cli.models.topology import count_macs
+from qncd_cli.models.zoo import zoo_models
 from qncd_cli.runtime.denoiser import denoiser_costs
 
 READ_TEXT = {**diffusers_pipelines.TEXT, **diffusers_pipelines.FLUX}
@@ -57,7 +58,7 @@ def _denoiser_part(shapes) -> str:
     return next(name for name in ("unet", "transformer") if name in shapes.parts)
 
 
-@pytest.mark.parametrize("name", ["fashion-ldm", "fashion-ddpm", "fashion-dit"])
+@pytest.mark.parametrize("name", zoo_models())
 def test_packaged_models(name):
     same(shapes_of(f"zoo:{name}"), load_model(f"zoo:{name}"))
 

@@ -13,7 +13,7 @@ from qncd_cli.errors import ModelError
 from qncd_cli.models.digest import files_below, folder_digest, random_digest
 from qncd_cli.models.zoo import zoo_path
 
-DIGESTS = ["3f71e5e4f8e52f33", "c665a847ca9227e6", "3bfa740b082d6223"]
+DIGESTS = ["3f71e5e4f8e52f33", "c665a847ca9227e6", "3bfa740b082d6223", "fe6d57b9b20ac36f"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -33,7 +33,7 @@ def change(path):
 
 
 def test_digests_of_the_packaged_models_are_those_they_always_had():
-    names = ("fashion-ldm", "fashion-ddpm", "fashion-dit")
+    names = ("fashion-ldm", "fashion-ddpm", "fashion-dit", "emoji-ldm")
     found = [folder_digest(zoo_path(name)) for name in names]
     assert found == DIGESTS
 

@@ -1,9 +1,9 @@
 """Class-conditional diffusion as pipelines that diffusers saves and loads.
 
-LDM-4 ImageNet and the packaged fashion-ldm condition on a class through one cross-attention
-token (LDM, arXiv 2112.10752); ADM and fashion-ddpm add a class embedding to the timestep's in
-pixel space; diffusers has the parts but no pipeline that joins them. Its DiTPipeline takes class
-1000 for the null class whatever the model; fashion-dit has ten.
+LDM-4 ImageNet and the packaged fashion-ldm and emoji-ldm condition on a class through one
+cross-attention token (LDM, arXiv 2112.10752); ADM and fashion-ddpm add a class embedding to the
+timestep's in pixel space; diffusers has the parts but no pipeline that joins them. Its DiTPipeline
+takes class 1000 for the null class whatever the model; fashion-dit has ten.
 """
 
 from __future__ import annotations
