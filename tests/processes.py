@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,7 @@ def _command(
         signal.signal(number, signal.SIG_DFL)
     os.chdir(folder)
     os.environ.update(environment)
+    tempfile.tempdir = None  # where TMPDIR says now
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(
             os.open(folder / f"{streams}{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number
@@ -103,9 +105,14 @@ def started(
     return process
 
 
-def code_of(folder: Path, *arguments: str, at: At | None = None) -> int | None:
+def code_of(
+    folder: Path,
+    *arguments: str,
+    at: At | None = None,
+    environment: dict[str, str] | None = None,
+) -> int | None:
     """What the command ended with: an exit code, or minus a signal."""
-    process = started(folder, *arguments, at=at)
+    process = started(folder, *arguments, at=at, environment=environment)
     process.join()
     return process.exitcode
 

@@ -84,6 +84,33 @@ def test_the_workflow_of_github_actions(sampled_shallow, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_stages_under_torchrun(sampled_shallow, tmp_path):
+    """All four, by two processes each: the artifacts are those of one process."""
+    work = Path(shutil.copytree(sampled_shallow, tmp_path / "work"))
+    names = ("calibration", "smoothing", "quantized", "noise_stats")
+    files = [work / "runs" / "tiny" / f"{name}.safetensors" for name in names]
+    alone = [path.read_bytes() for path in files]
+    shutil.rmtree(work / "runs")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    lines = example("sh", "torchrun").splitlines()
+    stages = [line.partition("-- qncd ")[2].split()[0] for line in lines]
+    assert stages == ["calibrate", "quantize", "sample", "eval"]
+    here = {"fashion_ldm_w4a8": "tiny.yaml", "10000": "10", " --fid": ""}
+    for line in lines:
+        for name, value in here.items():
+            line = line.replace(name, value)
+        launch, command = line.split(" --no-python -- qncd ")
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        words += [*launch.split()[1:], "--no-python", "--", sys.executable, "-m", "qncd_cli"]
+        subprocess.run([*words, *command.split()], cwd=work, env=environment, check=True)
+    assert [path.read_bytes() for path in files] == alone
+    assert (
+        json.loads((work / "runs/tiny/metrics.json").read_text())["protocol"]["num_samples"] == 10
+    )
+    assert not (work / "runs/tiny/partial").exists()
+
+
+@pytest.mark.slow
 def test_the_array_of_slurm(sampled_shallow, tmp_path):
     work = Path(shutil.copytree(sampled_shallow, tmp_path / "work"))
     (work / "sample.sh").write_text(example("sh", "#!/bin/bash"))
