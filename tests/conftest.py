@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import getpass
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +26,9 @@ from qncd_cli.models import zoo
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 COMPILER_CACHE = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"  # as torch has it
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILER_CACHE)
+if "QNCD_CACHE" not in os.environ:  # what tests keep is not the user's
+    os.environ["QNCD_CACHE"] = tempfile.mkdtemp(prefix="qncd-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["QNCD_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)  # the model is tiny: more threads only wait for each other
 
 

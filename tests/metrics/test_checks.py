@@ -8,7 +8,6 @@ import torch
 
 from qncd_cli.metrics import frechet
 from qncd_cli.metrics.checks import (
-    Seen,
     frechet_bias,
     not_finite,
     notes_of_classes,
@@ -17,6 +16,7 @@ from qncd_cli.metrics.checks import (
 )
 from qncd_cli.metrics.networks import packaged
 from qncd_cli.metrics.reference import Reference
+from qncd_cli.metrics.seen import Seen
 
 
 def images(count: int = 6, size: int = 8) -> torch.Tensor:

@@ -14,7 +14,7 @@ from qncd_cli.store.file_stamps import remembered
 def large(tmp_path, monkeypatch):
     """A file that counts as large and was written a while ago; the cache is a folder of its own."""
     monkeypatch.setattr(file_stamps, "LARGE", 4)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("QNCD_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "weights"
     path.write_bytes(b"12345")
     os.utime(path, (1e9, 1e9))
@@ -86,7 +86,7 @@ def test_a_cache_that_is_no_use_is_ignored(large, tmp_path, place):
         (tmp_path / "cache").write_text("in the way")
     else:
         computed([large])
-        (kept,) = (tmp_path / "cache/qncd/digests").iterdir()
+        (kept,) = (tmp_path / "cache/digests").iterdir()
         kept.write_bytes(b"\xff half")
     assert computed([large]) == 1
 

@@ -6,7 +6,6 @@ it (None where it is about the whole set), and a sentence.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..vocabulary import number
-from .images_on_disk import CHUNK, Images
 from .networks import FeatureNetwork
 from .record import UNREFERENCED
 from .reference import Reference
+from .seen import Seen
 
 Note = dict[str, Any]
 IMAGES_PER_FEATURE = 5
@@ -26,51 +25,6 @@ features. Larger: more sets are noted."""
 IMBALANCE = 0.1
 """Difference between the most and the least frequent class that is noted, as a share of the mean;
 one image more is always free, since classes are taken in turn."""
-
-
-# ------------------------------------------------------------------ single images
-
-
-class Seen:
-    """What there is to notice of images, which pass one chunk after the other.
-
-    digests: of the pixels of each; colours: of each the one colour that it is of, a value for each
-    channel, or None; brightest: the largest value of any pixel.
-    """
-
-    def __init__(self) -> None:
-        self.digests: list[str] = []
-        self.colours: list[list[int] | None] = []
-        self.brightest = 0
-
-    @classmethod
-    def of(cls, images: Images) -> Seen:
-        seen = cls()
-        for chunk in images.split(CHUNK):
-            seen.add(chunk)
-        return seen
-
-    def add(self, images: Tensor) -> None:
-        """The next images, uint8 [N, C, H, W]."""
-        pixels = images.flatten(2)  # [N, C, H * W]
-        low, high = pixels.amin(2), pixels.amax(2)
-        flat = (low == high).all(1).tolist()
-        self.colours += [c if f else None for c, f in zip(low.tolist(), flat, strict=True)]
-        self.digests += [hashlib.sha256(i.contiguous().numpy()).hexdigest() for i in images]
-        self.brightest = max(self.brightest, int(pixels.amax()))
-
-    def flat(self) -> dict[int, tuple[int, ...]]:
-        """Images of one colour: row -> that colour. All zeros is black."""
-        return {row: tuple(c) for row, c in enumerate(self.colours) if c is not None}
-
-    def duplicates(self) -> dict[int, int]:
-        """Images that equal an earlier one in every pixel: row -> the first such row."""
-        first: dict[str, int] = {}
-        found = {}
-        for row, digest in enumerate(self.digests):
-            if first.setdefault(digest, row) != row:
-                found[row] = first[digest]
-        return found
 
 
 def not_finite(values: Tensor) -> dict[int, int]:
@@ -162,7 +116,8 @@ def notes_of_reference(
         notes.append({"set": "reference", "what": "too_few", "count": held, "says": says})
     if reference.images is not None:
         names = [f"number {row + 1}" for row in range(len(reference.images))]
-        notes += notes_of_images("reference", Seen.of(reference.images), names)
+        seen = reference.seen or Seen.of(reference.images)
+        notes += notes_of_images("reference", seen, names)
         other = reference.images.shape[-2:]
         if list(other) != list(size):
             mine, its = (f"{width}x{height}" for height, width in (size, other))

@@ -90,7 +90,9 @@ class PackagedNetwork(nn.Module):
 class LiteNetwork(nn.Module):
     """uint8 [N, 3, H, W] -> features [N, 1280], logits [N, 1000]. weights: a PyTorch state dict.
 
-    Images are resized bicubically with antialiasing; (x - 127) / 128 is what it was trained on.
+    Images are resized as a whole, bicubically with antialiasing. (x - 127) / 128 and 224 pixels are
+    what the network was trained on (tensorflow/tpu, models/official/efficientnet/lite); its
+    accuracy is published for the middle of the image, seven eighths of its sides.
     """
 
     def __init__(self, weights: str) -> None:

@@ -20,6 +20,7 @@ from ..progress import Track, no_progress
 from . import bootstrap, fidelity, frechet
 from .fidelity import MINIMUM_IMAGES, SEED, Features, extract_features
 from .images_on_disk import Images
+from .kept_features import kept_features
 from .networks import FeatureNetwork, packaged
 from .networks import downloaded_inception as downloaded_inception
 from .networks import efficientnet as efficientnet
@@ -104,9 +105,11 @@ def prepare_reference(
         wanted.add("sfid")
     wanted &= set(metrics)
     if ready.images is not None and wanted:
+        _check_count(what, len(ready.images), wanted)
         options: dict[str, Any] = {"device": device, "track": track, "names": ready.names}
-        found = _to_features(ready.images, network, wanted, what, **options).in_order()
-        ready = replace(ready, features=found.features)
+        found, seen = kept_features(ready.images, network, spatial="sfid" in wanted, **options)
+        found = found.in_order()
+        ready = replace(ready, features=found.features, seen=seen)
         if found.spatial is not None and ready.spatial is None:
             ready = replace(ready, spatial=frechet.statistics(found.spatial))
     if AGAINST_STATISTICS & set(metrics) and ready.statistics is None:

@@ -34,22 +34,25 @@ Check = Callable[[Sequence[Path], Tensor], None]
 class ImagesOnDisk:
     """Files that hold one image each, in the place of a tensor uint8 [N, 3, H, W].
 
-    check: raises for images that are not what they should be, whenever they are read. Reading
-    raises what `read_images` raises.
+    check: raises for images that are not what they should be, whenever they are read; like: an
+    image whose size all have to have, the first one's unless given. Reading raises what
+    `read_images` raises.
     """
 
     dtype = torch.uint8
 
-    def __init__(self, paths: Sequence[Path], check: Check | None = None):
+    def __init__(self, paths: Sequence[Path], check: Check | None = None, like: Path | None = None):
         self.paths, self._check = list(paths), check
+        self._like = like or next(iter(paths), None)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @cached_property
     def shape(self) -> torch.Size:
-        """The whole set's; every image has to have the first one's size."""
-        return torch.Size((len(self.paths), *read_images(self.paths[:1]).shape[1:]))
+        """The whole set's."""
+        assert self._like is not None, "no images have no size"
+        return torch.Size((len(self.paths), *read_images([self._like]).shape[1:]))
 
     def __getitem__(self, row: int) -> Tensor:
         return self._read([self.paths[row]])[0]
@@ -65,10 +68,10 @@ class ImagesOnDisk:
 
     def take(self, rows: Sequence[int]) -> ImagesOnDisk:
         """The images of these rows."""
-        return ImagesOnDisk([self.paths[row] for row in rows], self._check)
+        return ImagesOnDisk([self.paths[row] for row in rows], self._check, self._like)
 
     def _read(self, paths: Sequence[Path]) -> Tensor:
-        images = read_images(paths, self.paths[0], self.shape[1:])
+        images = read_images(paths, self._like, self.shape[1:])
         if self._check is not None:
             self._check(paths, images)
         return images

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ..progress import Track, no_progress
-from .checks import Seen
-from .fidelity import Features, extract_features
+from .fidelity import Features
 from .images_on_disk import CHUNK, Images
+from .kept_features import block_size, kept_features
+from .networks import FeatureNetwork
 from .protocol import Protocol
+from .seen import Seen
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,14 @@ class Look:
     def told(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The same as a value of JSON and tensors."""
         if self.features is None:
-            return {"network": None, "seen": vars(self.seen)}, {}
+            return {"network": None, "seen": self.seen.told()}, {}
         tensors = {n: t for n, t in vars(self.features).items() if isinstance(t, Tensor)}
-        return {"network": self.features.network, "seen": vars(self.seen)}, tensors
+        return {"network": self.features.network, "seen": self.seen.told()}, tensors
 
     @classmethod
     def of(cls, value: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Look:
         """The look that was told."""
-        seen, network = Seen(), value["network"]
-        vars(seen).update(value["seen"])
+        seen, network = Seen.of_told(value["seen"]), value["network"]
         return cls(seen, None if network is None else Features(network, **tensors))
 
 
@@ -51,10 +52,8 @@ def look_at(
     network = protocol.network
     if network is None or not len(images):
         return Look(Seen.of(images), None)
-    seen, spatial = Seen(), "sfid" in protocol.metrics
-    features = extract_features(
-        images, network, names=names, spatial=spatial, track=track, see=seen.add
-    )
+    spatial = "sfid" in protocol.metrics
+    features, seen = kept_features(images, network, names=names, spatial=spatial, track=track)
     return Look(seen, features)
 
 
@@ -66,11 +65,7 @@ def joined(looks: Sequence[Look], rows: Sequence[Sequence[int]]) -> Look:
     if len(looks) == 1:
         return looks[0]
     order = torch.tensor([row for part in rows for row in part]).argsort()
-    seen = Seen()
-    digests = [digest for look in looks for digest in look.seen.digests]
-    colours = [colour for look in looks for colour in look.seen.colours]
-    seen.digests, seen.colours = [digests[i] for i in order], [colours[i] for i in order]
-    seen.brightest = max(look.seen.brightest for look in looks)
+    seen = Seen.joined([look.seen for look in looks]).take(order.tolist())
     found = [look.features for look in looks if look.features is not None]
     if not found:
         return Look(seen, None)
@@ -85,8 +80,12 @@ def joined(looks: Sequence[Look], rows: Sequence[Sequence[int]]) -> Look:
     return Look(seen, Features(network, features, logits, whole("spatial"), names))
 
 
-def rows_of_parts(count: int, parts: int) -> list[list[int]]:
+def rows_of_parts(count: int, parts: int, network: FeatureNetwork | None = None) -> list[list[int]]:
     """Rows of `count` images for each of so many parts: whole chunks, so that every image is looked
-    at in the chunk that it has in the whole."""
-    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    at in the chunk that it has in the whole.
+
+    network: takes what is kept together.
+    """
+    size = CHUNK if network is None else block_size(network)
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     return [[row for chunk in chunks[part::parts] for row in chunk] for part in range(parts)]

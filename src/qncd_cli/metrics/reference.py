@@ -20,6 +20,7 @@ from .frechet import Statistics
 from .image_files import digest_of_files, image_paths
 from .images_on_disk import Images, checked_images
 from .networks import FeatureNetwork
+from .seen import Seen
 
 ZOO = "zoo"
 
@@ -31,7 +32,8 @@ class Reference:
     source: where it comes from, for messages and records; digest: of its files' contents, whatever
     they are called, None for images in memory; images: uint8 [N, 3, H, W]; names: of the images,
     None where only their order tells them apart; statistics: mean and covariance of the features,
-    spatial of those of sFID; features: [N, D] float32; skipped: broken files that were left out.
+    spatial of those of sFID; features: [N, D] float32; skipped: broken files that were left out;
+    seen: what there is to notice of the images, where they were looked at.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Reference:
     names: tuple[str, ...] | None = None
     digest: str | None = None
     skipped: tuple[str, ...] = ()
+    seen: Seen | None = None
 
     @property
     def num_samples(self) -> int | None:

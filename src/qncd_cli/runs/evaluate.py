@@ -121,7 +121,7 @@ def _evaluate(
         outputs = _outputs(run, name)
         metrics_path = outputs[0]
         earlier = _earlier(metrics_path)
-        with watch.keeping("all images are kept, the same command measures them again"):
+        with watch.keeping("all images are kept, and the features of those that were looked at"):
             made = _made(config, coverage)
             metrics = stage.run(
                 *(full_set, quantized_set, sizes, protocol, watch.track, earlier),

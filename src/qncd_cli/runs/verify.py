@@ -181,7 +181,8 @@ def _compared(
 
 def _faults(kind: str, samples: SampleSet) -> Iterator[Fault]:
     """Faults of a set's images by themselves, one an image: the first that explains it."""
-    from ..metrics.checks import Seen, not_finite
+    from ..metrics.checks import not_finite
+    from ..metrics.seen import Seen
 
     lost = {
         start + row: count

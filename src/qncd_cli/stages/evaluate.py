@@ -216,7 +216,7 @@ def run(
 
 def _look(samples: SampleSet, protocol: Protocol, track: Track, ranks: Ranks) -> Look:
     """A look at all images, on the first rank; at this rank's share elsewhere."""
-    rows = rows_of_parts(len(samples.seeds), ranks.count)
+    rows = rows_of_parts(len(samples.seeds), ranks.count, protocol.network)
     own = samples.cut([samples.seeds[row] for row in rows[ranks.rank]])
     mine = look_at(own.images, protocol, own.seeds, track)
     found = ranks.gathered(Message(*mine.told()))

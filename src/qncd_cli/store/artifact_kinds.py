@@ -9,6 +9,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, affine_mean, runtime_mean [T, C], correlation_k, residual_variance, affine_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T]; stepwise_prediction, stepwise_latent [S, C], stepwise_field [S, C, *grid] | channels, steps, sampler_steps, grid, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
+| features | features, logits, spatial [N, W] of N images (metrics/kept_features.py) | network, count, size [H, W], seen {digests, colours, brightest}, widths {tensor: W} |
 | partial | `<piece>/<name>`: whatever a stage has done so far (store/partial.py) | made_from, pieces {name: {value, tensors {name: [type, shape]}}} |
 """
 
@@ -136,6 +137,10 @@ def _latents_layout(body: dict) -> Layout:
     }
 
 
+def _features_layout(body: dict) -> Layout:
+    return {name: (FLOAT32, (body["count"], width)) for name, width in body["widths"].items()}
+
+
 def _partial_layout(body: dict) -> Layout:
     return {
         f"{key}/{name}": (type_, tuple(shape))
@@ -198,6 +203,12 @@ KINDS: dict[str, _Kind] = {
         _latents_layout,
         "qncd sample",
         {"count": int, "latent_shape": list, "traced": int, "steps": int, "extra_calls": int},
+    ),
+    "features": _Kind(
+        1,
+        _features_layout,
+        "qncd eval",
+        {"network": str, "count": int, "size": list, "seen": dict, "widths": dict},
     ),
     "partial": _Kind(
         1,

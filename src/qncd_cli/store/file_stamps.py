@@ -23,7 +23,9 @@ SETTLED = 2.0
 
 
 def cache_folder() -> Path:
-    """The user's cache folder of this package."""
+    """The user's cache folder of this package: QNCD_CACHE, else that of the system."""
+    if own := os.environ.get("QNCD_CACHE"):
+        return Path(own)
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "qncd"
 
