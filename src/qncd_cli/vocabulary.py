@@ -104,6 +104,12 @@ IMAGES = {
         "precision", "Share of the images that lie among the reference's.", better="up"
     ),
     "recall": Number("recall", "Share of the reference that lies among the images.", better="up"),
+    "clip_score": Number(
+        "CLIP score",
+        "How well images show their prompts: 100 times the cosine of CLIP's embeddings of both, "
+        "mean over the images.",
+        better="up",
+    ),
     "class_agreement": Number(
         "classified as asked", "Share of the images that show the class asked for.", "%", "up", 100
     ),
@@ -140,6 +146,16 @@ IMAGES = {
     "cvvdp_jod_median": Number("its median", "Visible quality of the median image.", "JOD", "up"),
     "cvvdp_jod_q05": Number(
         "its worst 5 %", "Visible quality that 5 % of the images lie below.", "JOD", "up"
+    ),
+    "lpips": Number(
+        "LPIPS",
+        "Distance to full precision on the same seeds in the features of VGG-16, mean over the "
+        "images; 0 is equal.",
+        better="down",
+    ),
+    "lpips_median": Number("LPIPS of the median", "LPIPS of the median image.", better="down"),
+    "lpips_q95": Number(
+        "LPIPS of the worst 5 %", "LPIPS that 5 % of the images lie above.", better="down"
     ),
     "ssim_median": Number("SSIM of the median", "SSIM of the median image.", better="up"),
     "ssim_q05": Number(

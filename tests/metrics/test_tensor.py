@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from qncd_cli.metrics.tensor import psnr_db, psnr_each_db, sqnr_db, sqnr_steps_db
+from qncd_cli.metrics.tensor import (
+    deviation_steps,
+    psnr_db,
+    psnr_each_db,
+    sqnr_db,
+    sqnr_steps_db,
+)
 
 
 def _images(seed: int, *shape: int) -> torch.Tensor:
@@ -57,6 +63,20 @@ def test_sqnr_steps_is_sqnr_of_each_step() -> None:
     steps = sqnr_steps_db(reference, noisy)
     assert steps == [sqnr_db(reference[:, i], noisy[:, i]) for i in range(4)]
     assert steps[2] == math.inf and all(map(math.isfinite, steps[:2] + steps[3:]))
+
+
+def test_a_deviation_is_a_mean_and_a_spread_of_each_step() -> None:
+    """A shift of each channel, and noise of a known size that is the same in both directions."""
+    reference = torch.randn(3, 2, 2, 4, 5, generator=torch.Generator().manual_seed(1))
+    noise = torch.ones(4, 5).reshape(-1)
+    noise[::2] = -1
+    noisy = reference.clone()
+    noisy[:, 1] += torch.tensor([3.0, 4.0])[:, None, None] + 0.5 * noise.reshape(4, 5)
+    found = deviation_steps(reference, noisy)
+    assert found["mean"] == pytest.approx([0, (25 / 2) ** 0.5], rel=1e-6)
+    assert found["spread"] == pytest.approx([0, 0.5], rel=1e-6)
+    with pytest.raises(ValueError, match="samples, steps, channels"):
+        deviation_steps(torch.ones(3, 2), torch.ones(3, 2))
 
 
 def test_psnr_matches_numpy() -> None:

@@ -6,6 +6,7 @@ import base64
 import io
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -97,6 +98,11 @@ def _everything() -> Report:
         },
         {"a": 1},
         ["qncd quantize"],
+        None,
+        {
+            "none, correction none": {"mean": [0.1, 0.2, 0.3], "spread": [0.3, 0.4, 0.5]},
+            "quantized, correction runtime": {"mean": [0.1, 0.1, 0.1], "spread": [0.3, 0.3, 0.3]},
+        },
     )
 
 
@@ -110,7 +116,7 @@ def test_report_is_well_formed_and_needs_no_other_file() -> None:
     page.feed(html)
     assert not page.open and page.tags.count("img") == 3 + 3 * 3
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)|@import|url\(|https?://""", html)
-    assert html.count('role="img"') == 5 and len(re.findall(r"<svg[^>]*>", html)) > 5
+    assert html.count('role="img"') == 7 and len(re.findall(r"<svg[^>]*>", html)) > 5
 
 
 def test_every_picture_and_chart_has_a_text_in_its_place() -> None:
@@ -166,6 +172,15 @@ def test_a_set_measured_alike_is_a_column_and_the_speed_is_a_row() -> None:
     assert re.findall(r'<th scope="col">([^<]*)', head) == ["full precision", "quantized", "plain"]
     speed = head.split("speedup")[1].split("</tr>")[0]
     assert re.findall(r"<td>([^<]*)</td>", speed) == ["1.000", "3.000", "3.000"]
+
+
+def test_what_every_correction_leaves_along_the_trajectory_is_a_curve() -> None:
+    html = html_report(_everything())
+    for key in ("Mean", "Spread"):
+        chart = html.split(f"{key} of the deviation along the trajectory")[1].split("</svg>")[0]
+        assert "none, correction none" in chart and "quantized, correction runtime" in chart
+    empty = replace(_everything(), deviations={"none": {"mean": [], "spread": []}})
+    assert "of the deviation" not in html_report(empty)
 
 
 def test_without_a_bench_there_is_no_speed() -> None:

@@ -35,6 +35,7 @@ KEYS = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
     *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db", GAIN),
     *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
+    *("ssim", "ssim_median", "ssim_q05"),
     *("bytes", "bit_operations", "extra_calls", "seconds"),
 )
 FIRST = (
@@ -52,6 +53,7 @@ NOTE = (
 SPREAD = (
     *("per_seed", "changed", "psnr_median_db", "psnr_q05_db"),
     *("sqnr_median_db", "sqnr_q05_db"),
+    *("ssim", "ssim_median", "ssim_q05"),
 )
 """What a row has of single samples, named as in metrics.json."""
 

@@ -21,11 +21,15 @@ from .shared import explain
 
 SHOWN = (
     *("feature_distance_to_reference", "feature_distance_to_full", "class_agreement"),
-    *(*OF_FIDELITY, "bytes", "share_of_float32"),
+    *("clip_score", *OF_FIDELITY, "bytes", "share_of_float32"),
 )
 """What compare shows."""
-ON_REQUEST = ("cvvdp_jod", "cvvdp_jod_median", "cvvdp_jod_q05")
+ON_REQUEST = (
+    *("cvvdp_jod", "cvvdp_jod_median", "cvvdp_jod_q05"),
+    *("lpips", "lpips_median", "lpips_q95", "clip_score"),
+)
 """Shown only where it was measured."""
+NEEDED = tuple(key for key in OF_FIDELITY if key not in ON_REQUEST)
 FULL = "full precision"
 DIGEST = 12
 """Characters of a digest in a sentence."""
@@ -64,7 +68,7 @@ def _read(run_dir: str) -> dict[str, Any]:
     path = RunDir(Path(run_dir)).metrics
     metrics = read_json(path, f"qncd eval --run-dir {run_dir}")
     whole = is_whole(metrics)
-    if not whole or not metrics["fidelity"].keys() >= {"per_seed", *OF_FIDELITY}:
+    if not whole or not metrics["fidelity"].keys() >= {"per_seed", *NEEDED}:
         what = "of an earlier version of qncd" if whole else "damaged"
         raise ArtifactError(f"{path}: {what}", f'repeat "qncd eval --run-dir {run_dir}"')
     return metrics
@@ -138,7 +142,8 @@ def _compared(
         "feature_distance_to_reference": to_data.get("value"),
         "feature_distance_to_full": to_full.get("value"),
         "class_agreement": entry.get("class_agreement"),
-        **{key: fidelity[key] if fidelity else None for key in OF_FIDELITY},
+        "clip_score": (entry.get("clip_score") or {}).get("value"),
+        **{key: (fidelity or {}).get(key) for key in OF_FIDELITY},
         "bytes": size,
         **({"differs": differs} if differs else {}),
     }

@@ -30,10 +30,13 @@ class EvalOptions:
     kid: bool
     prc: bool
     cvvdp: bool
+    lpips: bool
+    clip: str | None
     reference: str | None
     network: str
     inception_weights: str | None
     skip_broken: bool = False
+    lpips_weights: str | None = None
     images: str | None = None
     name: str = "quantized"
     run_dir: str | None = None
@@ -44,7 +47,7 @@ class EvalOptions:
     def wishes(self) -> Wishes:
         named = tuple(name for name in METRICS if getattr(self, name))
         features = (self.reference, self.network, self.inception_weights)
-        return Wishes(named, *features, self.skip_broken)
+        return Wishes(named, *features, self.skip_broken, self.lpips_weights, self.clip)
 
 
 def evaluate(console: Console, options: EvalOptions) -> None:
@@ -68,6 +71,8 @@ def evaluate(console: Console, options: EvalOptions) -> None:
         network=options.network,
         inception_weights=options.inception_weights,
         skip_broken=options.skip_broken,
+        lpips_weights=options.lpips_weights,
+        clip=options.clip,
         name=options.name,
         device=options.device,
         command=shlex.join(["qncd", *sys.argv[1:]]),

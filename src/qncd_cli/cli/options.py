@@ -247,6 +247,25 @@ def metrics(command: Command) -> Command:
             help="How visible the differences to full precision are (extra cvvdp).",
         ),
         click.option(
+            "--lpips",
+            is_flag=True,
+            help="LPIPS to full precision, where its weights are here.",
+        ),
+        click.option(
+            "--lpips-weights",
+            type=click.Path(file_okay=False),
+            metavar="DIR",
+            help="Folder of LPIPS's weights: vgg16-397923af.pth, weights-vgg16-lpips.pth "
+            "(default: torch.hub's).",
+        ),
+        click.option(
+            "--clip",
+            type=click.Path(file_okay=False),
+            metavar="DIR",
+            help="CLIP score of images and prompts by the CLIPModel of transformers in this "
+            "folder (extra text).",
+        ),
+        click.option(
             "--skip-broken",
             is_flag=True,
             help="Leave out and count images of a folder that cannot be read.",

@@ -135,8 +135,7 @@ def measure(
     """The metrics of one set of images: the entry `full`, `quantized` or `images` of metrics.json.
 
     images: uint8 [N, 1 or 3, H, W], or their features; names: see extract_features; metrics: of
-    METRICS; reference: needed unless only isc is asked for, fixed in every interval; rounds: of the
-    bootstrap.
+    METRICS; reference: needed but for isc, fixed in every interval; rounds: of the bootstrap.
     Keys of the entry: network, num_samples, reference; ENTRIES; fid, sfid, inception_score and kid,
     filled by the published Inception weights only; precision, recall. Not asked for: None.
     Raises ValueError for an unknown metric; ArtifactError for too few images or a reference that
@@ -161,7 +160,7 @@ def measure(
         found["class_score"] = {**score, **bounds}
     if known is not None:
         _against(known, mine, network, metrics, drawn, seed, found, moved)
-    source = None if known is None else {"source": known.source, "num_samples": known.num_samples}
+    source = known and {"source": known.source, "num_samples": known.num_samples}
     entry = {
         "network": {"name": network.name, "weights_sha256": network.sha256},
         "num_samples": len(mine.features),
@@ -316,4 +315,5 @@ def _named(network: FeatureNetwork | None, found: Mapping[str, dict[str, Any]]) 
         "kid": value(published, "kernel_distance"),
         "precision": value(shares, "precision"),
         "recall": value(shares, "recall"),
+        "clip_score": None,
     }

@@ -11,6 +11,8 @@ from ..progress import Track, no_progress
 from .fidelity import MINIMUM_IMAGES, SEED
 from .frechet import least_for_limit
 from .image import FeatureNetwork, Reference, prepare_reference
+from .perceptual import PerceptualWeights
+from .prompted import ClipModel
 from .record import METRICS, UNREFERENCED
 
 PIXEL_RANGE = (0, 255)
@@ -24,7 +26,8 @@ class Protocol:
 
     metrics: of METRICS, those that can be had; network: None where no features can be
     had; reference: None where no metric needs one; left_out: a metric that is wanted and cannot be
-    had, or `distance`, the one to full precision -> why.
+    had, or `distance`, the one to full precision -> why. lpips, clip: what these metrics are
+    computed with, None where they are not.
     """
 
     metrics: tuple[str, ...]
@@ -32,6 +35,8 @@ class Protocol:
     reference: Reference | None
     seed: int = SEED
     left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    lpips: PerceptualWeights | None = None
+    clip: ClipModel | None = None
 
     def without(self, reasons: Mapping[str, str]) -> Protocol:
         """The protocol without these metrics, each left out for the reason given."""
@@ -108,6 +113,8 @@ def describe(protocol: Protocol, count: int, more: dict[str, Any]) -> dict[str, 
         "network_sha256": network.sha256 if network else None,
         "reference": reference.source if reference else None,
         "reference_sha256": reference.digest if reference else None,
+        "lpips_sha256": protocol.lpips.sha256 if protocol.lpips else None,
+        "clip_sha256": protocol.clip.sha256 if protocol.clip else None,
         "num_samples": count,
         "bootstrap_seed": protocol.seed,
         "resize": network.resize if network else None,

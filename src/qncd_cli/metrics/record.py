@@ -10,13 +10,17 @@ from typing import Any
 
 from ..store.digests import flat
 
-PAIRED = ("cvvdp",)
-"""Metrics of pairs of images, which need neither a network nor a reference."""
-METRICS = ("fid", "sfid", "fid_infinity", "isc", "kid", "prc", *PAIRED)
+PAIRED = ("cvvdp", "lpips")
+"""Metrics of pairs of images."""
+FEATURELESS = (*PAIRED, "clip")
+"""Metrics that need neither the feature network nor a reference."""
+METRICS = ("fid", "sfid", "fid_infinity", "isc", "kid", "prc", *FEATURELESS)
 """What can be asked for by name, in torch-fidelity's words where it has some."""
-UNREFERENCED = {"isc", *PAIRED}
+UNREFERENCED = {"isc", *FEATURELESS}
 OPTIONAL = {"network_sha256": "network", "reference_sha256": "reference"}
 """Digests that only distances need -> what they are of; None where none was measured."""
+WEIGHTS = ("lpips_sha256", "clip_sha256")
+"""Digests of what metrics on request are computed with; None where they were not asked for."""
 FIXED = (
     *("version", "model", "artifact", "num_samples", "seeds", "sets"),
     *("sampling", "correction", "bootstrap_seed"),
@@ -37,14 +41,16 @@ def same_protocol(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether numbers of both protocols may stand in one record."""
     fixed = all(key in one and one[key] == other.get(key) for key in FIXED)
     return fixed and all(
-        one.get(key) == other.get(key) or None in (one.get(key), other.get(key)) for key in OPTIONAL
+        one.get(key) == other.get(key) or None in (one.get(key), other.get(key))
+        for key in (*OPTIONAL, *WEIGHTS)
     )
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What keeps runs of two protocols out of one table: dotted key -> both values."""
     known = [key for key in LATER if key in one and key in other]
-    return _unequal(one, other, [*COMPARABLE, *known])
+    asked = [key for key in WEIGHTS if one.get(key) and other.get(key)]
+    return _unequal(one, other, [*COMPARABLE, *known, *asked])
 
 
 def remarked(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -86,9 +92,10 @@ def grown(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name in ("full", "quantized", "fidelity"):
         merged[name] = _filled(now[name], earlier[name])
-    moved = [m["fidelity"].get("changes") or {} for m in (earlier, now)]
-    if any(moved):
-        merged["fidelity"]["changes"] = {**moved[0], **moved[1]}
+    for key in ("changes", "per_seed", "intervals"):
+        both = [m["fidelity"].get(key) or {} for m in (earlier, now)]
+        if any(both):
+            merged["fidelity"][key] = {**both[0], **both[1]}
     notes = {(note["set"], note["what"]) for note in now.get("checks", ())}
     others = (n for n in earlier.get("checks", ()) if (n["set"], n["what"]) not in notes)
     return {**merged, "checks": [*now.get("checks", ()), *others]}

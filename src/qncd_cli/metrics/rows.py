@@ -23,13 +23,23 @@ FIELDS = {
 """Entries that name their network -> the field's own names where it is Inception."""
 OF_SETS = (
     *FIELDS,
-    *("fid", "sfid", "inception_score", "kid", "precision", "recall", "class_agreement"),
+    *(
+        "fid",
+        "sfid",
+        "inception_score",
+        "kid",
+        "precision",
+        "recall",
+        "clip_score",
+        "class_agreement",
+    ),
 )
 OF_FIDELITY = (
     *("sqnr_latents_db", "sqnr_median_db", "sqnr_q05_db"),
     *("psnr_db", "psnr_median_db", "psnr_q05_db", "changed"),
     *("ssim", "ssim_median", "ssim_q05"),
     *("cvvdp_jod", "cvvdp_jod_median", "cvvdp_jod_q05"),
+    *("lpips", "lpips_median", "lpips_q95"),
 )
 """Keys of `fidelity`, shown in the column of the quantized set, which they are about."""
 POOLED = ("sqnr_latents_db", "psnr_db")

@@ -26,11 +26,13 @@ from .tensor import (
 
 Interval = dict[str, float | None]
 Scores = Mapping[str, Sequence[float] | None]
+LOWER = {"lpips"}
+"""Scores of pairs that are lower for better ones."""
 WORST = 5
 """Seeds that are named: those of the lowest PSNR."""
 SCORES = (
     *("feature_distance", "spatial_distance", "feature_distance_infinity"),
-    *("kernel_distance", "class_score", "precision", "recall"),
+    *("kernel_distance", "class_score", "precision", "recall", "clip_score"),
 )
 """Numbers of a set whose change from full precision is told."""
 
@@ -71,7 +73,7 @@ def of_pairs(
     """What `fidelity` of metrics.json says of pairs: pooled, by seed, spread, intervals, by class.
 
     pairs: full precision and quantized, in the order of the seeds; seen: see by_class; scores: more
-    of each pair, by name, higher for better ones, None where there is none.
+    of each pair, by name, higher for better ones but for LOWER, None where there is none.
     """
     found = paired_fidelity(seeds, each_psnr_db(pairs.errors), each_sqnr_db(pairs.energies))
     psnr, sqnr = (list(found["per_seed"][key].values()) for key in ("psnr_db", "sqnr_db"))
@@ -93,6 +95,13 @@ def of_pairs(
     }
 
 
+def _worst(name: str) -> tuple[str, Callable[[np.ndarray], float]]:
+    """How a score's quantile of the worst 5 % is called, and how it is taken."""
+    if name in LOWER:
+        return f"{name}_q95", lambda values: float(np.quantile(values, 1 - LOW_QUANTILE))
+    return f"{name}_q05", _low
+
+
 def _low(values: np.ndarray) -> float:
     return float(np.quantile(values, LOW_QUANTILE))
 
@@ -106,12 +115,13 @@ def _decibels(ratio: float) -> float:
 
 
 def _spread(scores: Scores) -> dict[str, float | None]:
-    """Mean, median and 5 % quantile of each score; all None where there is none."""
+    """Mean, median and the quantile of the worst of each score; all None where there is none."""
     found: dict[str, float | None] = {}
     for name, values in scores.items():
-        keys = (name, f"{name}_median", f"{name}_q05")
+        ending, worst = _worst(name)
+        keys = (name, f"{name}_median", ending)
         rows = None if values is None else np.array(values)
-        numbers = (None,) * 3 if rows is None else (rows.mean(), np.median(rows), _low(rows))
+        numbers = (None,) * 3 if rows is None else (rows.mean(), np.median(rows), worst(rows))
         found |= {k: None if n is None else float(n) for k, n in zip(keys, numbers, strict=True)}
     return found
 
@@ -148,10 +158,11 @@ def intervals(
         wanted[f"{name}_q05_db"] = (_low, values)
     for name, each in scores.items():
         if each is not None:
+            ending, worst = _worst(name)
             wanted |= {
                 name: (mean, each),
                 f"{name}_median": (lambda rows: float(np.median(rows)), each),
-                f"{name}_q05": (_low, each),
+                ending: (worst, each),
             }
     found = {}
     for key, (statistic, values) in wanted.items():

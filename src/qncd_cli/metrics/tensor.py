@@ -48,6 +48,25 @@ def sqnr_steps_db(reference: Tensor, noisy: Tensor) -> list[float]:
     return [sqnr_db(reference[:, step], noisy[:, step]) for step in steps]
 
 
+def deviation_steps(reference: Tensor, noisy: Tensor) -> dict[str, list[float]]:
+    """How far predictions are apart at every sampling step: mean and spread.
+
+    reference, noisy: [K, S, C, ...], K samples, S sampling steps. Of the difference: mean is the
+    root mean square over channels of its mean, spread the root of its mean variance within a
+    channel, S numbers each. Raises ValueError as sqnr_steps_db does.
+    """
+    _check_same_shape(reference, noisy)
+    if reference.dim() < 3:
+        raise ValueError(f"expected [samples, steps, channels, ...], got {list(reference.shape)}")
+    found: dict[str, list[float]] = {"mean": [], "spread": []}
+    for step in range(reference.shape[1]):
+        difference = noisy[:, step].to(torch.float64) - reference[:, step].to(torch.float64)
+        rows = difference.transpose(0, 1).flatten(1)  # [C, K * ...]
+        found["mean"].append(rows.mean(1).square().mean().sqrt().item())
+        found["spread"].append(rows.var(1, unbiased=False).mean().sqrt().item())
+    return found
+
+
 def psnr_db(reference: Images, other: Images) -> float:
     """Peak signal-to-noise ratio over all pixels of all images, 10 log10(255^2 / MSE), dB.
 

@@ -45,7 +45,8 @@ class Report:
     curves: name -> SQNR in dB of every sampling step; classes: class, or number of a prompt -> PSNR
     of its images in dB; class_name: what these are; others: name -> metrics.json of further sets
     that were measured alike; bench: the content of bench.json of the model; facts: what was
-    measured, shown before the protocol; commands: that reproduce it; study: a part of a page.
+    measured, shown before the protocol; commands: that reproduce it; study: a part of a page;
+    deviations: name -> mean and spread of what a set's predictions differ by at every step.
     """
 
     metrics: Mapping[str, Any]
@@ -64,6 +65,7 @@ class Report:
     facts: Mapping[str, Any] = field(default_factory=dict)
     commands: Sequence[str] = ()
     study: Markup | None = None
+    deviations: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -209,13 +211,24 @@ def _steps(report: Report) -> list[tuple[str, Markup, str]]:
             "Of the quantized model at the same inputs as full precision, on calibration seeds: "
             "before any correction, and what those leave that are prepared offline for single "
             "predictions. The run-time and the step-wise correction work along a trajectory; "
-            "their effect is in the SQNR of a set that was drawn with them."
+            "what they leave is in the next two charts, of sets that were drawn with them."
         )
         mean = line_chart(report.noise.mean, STEP, "mean of the noise")
         spread = line_chart(report.noise.spread, STEP, "spread of the noise")
         found.append(("Mean of the quantization noise", mean, at_once))
         says = "Its standard deviation within a channel; the prediction's own is about 1."
         found.append(("Spread of the quantization noise", spread, says))
+    along = (
+        "What the prediction differs by from full precision's, each along its own trajectory on "
+        "the same seeds: noise of this step, and what earlier steps have handed on. A set for "
+        "each correction (sample --inter METHOD --name NAME, eval --name NAME) is a curve each."
+    )
+    within = "Its standard deviation within a channel."
+    for key, says in (("mean", along), ("spread", within)):
+        curves = {name: each[key] for name, each in report.deviations.items()}
+        if any(curves.values()):
+            chart = line_chart(curves, STEP, f"{key} of the deviation")
+            found.append((f"{key.capitalize()} of the deviation along the trajectory", chart, says))
     return found
 
 

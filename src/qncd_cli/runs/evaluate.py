@@ -49,6 +49,8 @@ def evaluate(
     network: str = "auto",
     inception_weights: str | Path | None = None,
     skip_broken: bool = False,
+    lpips_weights: str | Path | None = None,
+    clip: str | Path | None = None,
     name: str = "quantized",
     device: str = "auto",
     command: str = CALLED,
@@ -58,11 +60,12 @@ def evaluate(
     """Measure a set of images against a reference and against full precision on the same seeds.
 
     Draws the full-precision images that are missing; writes metrics.json and report.html. run_dir:
-    a sampled run, None for the current one. metrics: of fid, sfid,
-    fid_infinity, isc, kid, prc; none for fid where it can be had. reference: a folder of images, an
-    .npz or statistics file, or zoo. network: auto, fashion, emoji, inception or efficientnet;
+    a sampled run, None for the current one. metrics: of fid, sfid, fid_infinity, isc, kid, prc,
+    cvvdp, lpips, clip; none for fid where it can be had. reference: a folder of images, an .npz or
+    statistics file, or zoo. network: auto, fashion, emoji, inception or efficientnet;
     inception_weights: its file. skip_broken: leave out files of the reference that cannot be read.
-    name: of the set. command: for the report.
+    lpips_weights: a folder, None for torch.hub's; clip: a folder of transformers' CLIPModel. name:
+    of the set. command: for the report.
     show: hears the result before what could not be had is raised.
 
     Raises BackendUnavailable where a metric that is named cannot be had, with all else written;
@@ -72,8 +75,9 @@ def evaluate(
     """
     run = find_run(None if run_dir is None else str(run_dir))
     config = load_config(str(run.config))
-    reference, weights = (None if p is None else str(p) for p in (reference, inception_weights))
-    wishes = Wishes(tuple(metrics), reference, network, weights, skip_broken)
+    given = (reference, inception_weights, lpips_weights, clip)
+    known, weights, *folders = (None if path is None else str(path) for path in given)
+    wishes = Wishes(tuple(metrics), known, network, weights, skip_broken, *folders)
     work = _measurement(run, config, wishes, name)
     found = agreed(lambda: work.still_holds() if work is not None else None)
     if work is not None and found is not None:
@@ -159,6 +163,8 @@ def _measurement(run: RunDir, config: Config, wishes: Wishes, name: str) -> Meas
     weights = Path(wishes.inception_weights) if wishes.inception_weights else None
     reference = wishes.reference or config.evaluation.reference
     there = [path for path in (run.study, *bench_files(run)) if path.is_file()]
+    folders = [Path(named) for named in (wishes.lpips_weights, wishes.clip) if named]
+    there += [path for f in folders for path in sorted(f.glob("*")) if path.is_file()]
     return Measurement(
         run,
         name,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
 from ..errors import ArtifactError, BackendUnavailable, ConfigError
 from ..metrics.domains import DOMAINS, Domain, domain_of
-from ..metrics.record import PAIRED, UNREFERENCED
+from ..metrics.record import FEATURELESS, UNREFERENCED
 
 ZOO = "zoo"
 NO_WEIGHTS = (
@@ -25,7 +25,7 @@ class Wishes:
 
     What is asked for by name and cannot be had makes a command fail in the end; what is usual is
     left out with a line. skip_broken: whether files of a folder of images that cannot be read are
-    left out.
+    left out; lpips_weights, clip: folders of these metrics' weights.
     """
 
     named: tuple[str, ...]
@@ -33,6 +33,8 @@ class Wishes:
     network: str
     inception_weights: str | None
     skip_broken: bool = False
+    lpips_weights: str | None = None
+    clip: str | None = None
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -41,7 +43,7 @@ class Wishes:
     @property
     def insists(self) -> bool:
         """Whether Inception's features are asked for by name."""
-        return self.network in ("inception", "efficientnet") or bool({*self.named} - {*PAIRED})
+        return self.network in ("inception", "efficientnet") or bool({*self.named} - {*FEATURELESS})
 
 
 def check(wishes: Wishes, config: Config) -> None:
@@ -53,6 +55,8 @@ def check(wishes: Wishes, config: Config) -> None:
     """
     _check_named("--reference", None if wishes.reference == ZOO else wishes.reference)
     _check_named("--inception-weights", wishes.inception_weights)
+    _check_named("--lpips-weights", wishes.lpips_weights)
+    _check_named("--clip", wishes.clip)
     source = config.model.source
     own, named = domain_of(source), DOMAINS.get(wishes.network)
     if named is not None and named != own:
@@ -131,13 +135,35 @@ def _protocol(
         known = load_reference(reference, zoo, skip_broken=wishes.skip_broken)
     protocol = Protocol(wishes.metrics, network, known)
     if network is None:
-        known_by_features = [name for name in wishes.metrics if name not in PAIRED]
+        known_by_features = [name for name in wishes.metrics if name not in FEATURELESS]
         protocol = protocol.without(dict.fromkeys((*known_by_features, "distance"), why))
     if "cvvdp" in wishes.metrics and (reason := why_not()):
         protocol = protocol.without({"cvvdp": reason})
     if not there:
         none = f"evaluation.reference {reference} is not here (--reference DIR|NPZ)"
         protocol = protocol.without(dict.fromkeys(needed, none if reference else NO_REFERENCE))
+    return _with_weights(protocol, wishes)
+
+
+def _with_weights(protocol: Any, wishes: Wishes) -> Any:
+    """The protocol with the weights of LPIPS and CLIP where these are asked for, or why not."""
+    from ..metrics.perceptual import find_weights
+    from ..metrics.prompted import find_clip
+
+    def lpips() -> Any:
+        return find_weights(Path(wishes.lpips_weights) if wishes.lpips_weights else None)
+
+    def clip() -> Any:
+        if wishes.clip is None:
+            raise BackendUnavailable("no CLIP model is named (--clip DIR)")
+        return find_clip(Path(wishes.clip))
+
+    for name, find in (("lpips", lpips), ("clip", clip)):
+        if name in wishes.metrics:
+            try:
+                protocol = replace(protocol, **{name: find()})
+            except BackendUnavailable as error:
+                protocol = protocol.without({name: str(error)})
     return protocol
 
 
@@ -165,14 +191,18 @@ def settle(
     left_out = {
         name: why for name, why in left_out.items() if name in (*wishes.metrics, "distance")
     }
-    reasons = "; ".join(dict.fromkeys(why for whys in left_out.values() for why in whys))
-    missing = [f"--{name.replace('_', '-')}" for name in wishes.named if name in left_out]
+    missing = {f"--{name.replace('_', '-')}": name for name in wishes.named if name in left_out}
     if wishes.network == "inception" and "distance" in left_out:
-        missing.append("--network inception")
+        missing["--network inception"] = "distance"
     if missing:
+        why = _reasons({name: left_out[name] for name in missing.values()})
         raise BackendUnavailable(
-            f"{', '.join(missing)}: cannot be measured, all else is written: {reasons}"
+            f"{', '.join(missing)}: cannot be measured, all else is written: {why}"
         )
     if left_out:
         what = "distances" if "distance" in left_out else "the distance to data"
-        note(f"{what} left out: {reasons}")
+        note(f"{what} left out: {_reasons(left_out)}")
+
+
+def _reasons(left_out: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(dict.fromkeys(why for whys in left_out.values() for why in whys))

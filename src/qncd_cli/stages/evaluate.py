@@ -31,14 +31,18 @@ from ..metrics.image import (
 from ..metrics.image_files import digest_of_files, image_paths
 from ..metrics.images_on_disk import Images
 from ..metrics.look import Look, joined, look_at, rows_of_parts
+from ..metrics.perceptual import LEAST, lpips_each
+from ..metrics.prompted import clip_scores, entry_of
 from ..metrics.protocol import Protocol, describe, prepared
-from ..metrics.record import PAIRED, UNREFERENCED, grown
+from ..metrics.record import FEATURELESS, PAIRED, UNREFERENCED, grown
 from ..metrics.spread import Pairs, changes, of_pairs
-from ..metrics.tensor import sqnr_steps_db
+from ..metrics.tensor import deviation_steps, sqnr_steps_db
 from ..metrics.visible import jod_each
 from ..progress import Track, no_progress
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..sampling.noise import ranges
+
+NO_PROMPTS = "CLIP score needs images of prompts"
 
 
 def measure_images(
@@ -54,6 +58,7 @@ def measure_images(
     paths = image_paths(source) if source.is_dir() else []
     paths = [path for path in paths if path not in {*broken}]
     alone = dict.fromkeys(set(protocol.metrics) & {*PAIRED}, "one set of images is no pair")
+    alone |= dict.fromkeys({"clip"} & {*protocol.metrics}, NO_PROMPTS)
     protocol = prepared(protocol.without(alone), len(images), track)
     if not protocol.metrics:
         reasons = dict.fromkeys(why for whys in protocol.left_out.values() for why in whys)
@@ -97,11 +102,18 @@ def _measured(samples: SampleSet, look: Look, protocol: Protocol, track: Track) 
     if network is not None and fits_labels(classes, network):
         assert look.features is not None
         found.entry["class_agreement"] = class_agreement(look.features, classes, network)
-    return Measured(samples, look, found.entry, found.replicates)
+    replicates = dict(found.replicates)
+    if protocol.clip is not None and "clip" in protocol.metrics:
+        prompts = samples.manifest["sampling"]["prompts"]
+        asked = [prompts[label] for label in classes]
+        scores = clip_scores(samples.images, asked, protocol.clip, track)
+        entry, moved = entry_of(scores, protocol.clip, protocol.seed)
+        found.entry["clip_score"], replicates["clip_score"] = entry, moved
+    return Measured(samples, look, found.entry, replicates)
 
 
 def _entry(count: int, features: Features | None, protocol: Protocol, track: Track) -> Measures:
-    metrics = [name for name in protocol.metrics if name not in PAIRED]
+    metrics = [name for name in protocol.metrics if name not in FEATURELESS]
     if protocol.network is None or features is None or not metrics:
         return Measures(not_measured(count), {})
     reference = protocol.reference if set(protocol.metrics) - UNREFERENCED else None
@@ -164,10 +176,12 @@ def _fidelity(
     if pairs is None:
         pairs = pair_up(one, other, range(len(one.seeds)))
     classes, seed = one.manifest["classes"], protocol.seed
-    visible = "cvvdp" in protocol.metrics
-    scores = {"cvvdp_jod": jod_each(one.images, other.images, track) if visible else None}
+    sides, scores = (one.images, other.images), dict[str, list[float] | None]()
+    scores["cvvdp_jod"] = jod_each(*sides, track) if "cvvdp" in protocol.metrics else None
+    lpips = protocol.lpips if "lpips" in protocol.metrics else None
+    scores["lpips"] = lpips_each(*sides, lpips, track) if lpips is not None else None
     return {
-        "sqnr_steps_db": _sqnr_steps(one, other),
+        **_of_steps(one, other),
         "feature_distance": distance,
         "changes": changes(full.entry, quantized.entry, full.replicates, quantized.replicates),
         **of_pairs(one.seeds, classes, pairs, seen, seed, scores),
@@ -195,7 +209,7 @@ def run(
     ready: list[Protocol] = []
 
     def prepare() -> list[str]:
-        ready.append(prepared(protocol, len(full.seeds), track))
+        ready.append(prepared(_possible(protocol, full), len(full.seeds), track))
         return [*ready[0].metrics]
 
     told = replace(protocol, metrics=tuple(ranks.agreed(prepare)))
@@ -212,6 +226,16 @@ def run(
         return {**grown(earlier or {}, metrics), "quantization": dict(made)}
 
     return ranks.agreed(measured)
+
+
+def _possible(protocol: Protocol, samples: SampleSet) -> Protocol:
+    """The protocol without what samples of this kind do not have: prompts, or enough pixels."""
+    reasons = {}
+    if not samples.manifest["sampling"].get("prompts"):
+        reasons["clip"] = NO_PROMPTS
+    if min(samples.images.shape[-2:]) < LEAST:
+        reasons["lpips"] = f"LPIPS needs images of {LEAST} pixels a side"
+    return protocol.without({k: why for k, why in reasons.items() if k in protocol.metrics})
 
 
 def _look(samples: SampleSet, protocol: Protocol, track: Track, ranks: Ranks) -> Look:
@@ -275,10 +299,12 @@ def _content(samples: SampleSet) -> dict[str, str]:
     return {"set": samples.manifest["digest"], "images": digest_of_files(paths)}
 
 
-def _sqnr_steps(full: SampleSet, quantized: SampleSet) -> list[float]:
-    """SQNR in dB of the prediction at every step, over the traced seeds that both sets share."""
+def _of_steps(full: SampleSet, quantized: SampleSet) -> dict[str, Any]:
+    """Predictions at every step along both trajectories, over the traced seeds that both sets
+    share: SQNR in dB, and mean and spread of what they differ by."""
     traced = [samples.latents.rows("prediction_seeds") for samples in (full, quantized)]
     shared = sorted(traced[0].keys() & traced[1].keys() & {*full.seeds})
     if not shared:
-        return []
-    return sqnr_steps_db(*(s.latents.predictions(shared) for s in (full, quantized)))
+        return {"sqnr_steps_db": [], "deviation_steps": {"mean": [], "spread": []}}
+    both = [samples.latents.predictions(shared) for samples in (full, quantized)]
+    return {"sqnr_steps_db": sqnr_steps_db(*both), "deviation_steps": deviation_steps(*both)}

@@ -72,7 +72,7 @@ def run(
             name,
             str(sources.facts.get("date", "")).partition(" ")[0],
             groups,
-            _curves(quantized, metrics, sources.others),
+            _curves(quantized, metrics, sources.others, "sqnr_steps_db"),
             _by_class(full, psnr),
             "prompt" if prompts else "class",
             insight.noise_curves(statistics) if statistics else None,
@@ -83,6 +83,7 @@ def run(
             {**facts, **sampling},
             sources.commands,
             tallied(sources.tally) if sources.tally else None,
+            _curves(quantized, metrics, sources.others, "deviation_steps"),
         )
     )
     shown = sorted((pair for group in groups for pair in group.pairs), key=lambda pair: pair.psnr)
@@ -139,14 +140,17 @@ def _by_class(samples: SampleSet, psnr: Mapping[str, float]) -> dict[str, list[f
 
 
 def _curves(
-    quantized: SampleSet, metrics: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Sequence[float]]:
-    """SQNR over the steps of this set, and of further ones of the same seeds."""
+    quantized: SampleSet,
+    metrics: Mapping[str, Any],
+    others: Mapping[str, Mapping[str, Any]],
+    key: str,
+) -> dict[str, Any]:
+    """What `fidelity` says of the steps of this set, and of further ones of the same seeds."""
     named = {quantized.folder.name: metrics, **others}
     return {
-        f"{name}, correction {_method(found)}": found["fidelity"]["sqnr_steps_db"]
+        f"{name}, correction {_method(found)}": found["fidelity"][key]
         for name, found in named.items()
-        if found["fidelity"].get("sqnr_steps_db")
+        if found["fidelity"].get(key)
     }
 
 
