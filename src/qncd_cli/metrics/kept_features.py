@@ -29,8 +29,8 @@ from ..store import artifacts
 from ..store.artifacts import Artifact
 from ..store.digests import digest_of
 from ..store.file_stamps import cache_folder
+from . import domains, fidelity, images_on_disk, seen
 from . import features as networks_here
-from . import fidelity, images_on_disk, seen
 from .fidelity import Features, create_extractor, extract_features
 from .image_files import digest_of_files
 from .images_on_disk import Images
@@ -45,7 +45,7 @@ LARGEST = 4 << 30
 """Bytes of the cache from which on the blocks that were used least recently are removed: features
 of 300,000 images in Inception's."""
 LAYERS = ("features", "logits", "spatial")
-DECIDING = (networks_here, fidelity, images_on_disk, seen)
+DECIDING = (networks_here, domains, fidelity, images_on_disk, seen)
 """Modules whose code decides what is kept."""
 LIBRARIES = ("torch", "torch-fidelity", "pillow", "numpy")
 
