@@ -326,12 +326,17 @@ def operators(shared_folder):
 
 
 def rewrite_latents(folder: Path, **tensors: Any) -> None:
-    """Latents of a set with other tensors, and without the digests of its images: a set of a
-    version that had none, whose images a test may exchange."""
+    """Latents of a set with other tensors, and without the digests of them and of its images: a set
+    of a version that had none, whose images a test may exchange."""
+    from qncd_cli.lineage.sample_sets import CONTENT, MANIFEST
     from qncd_cli.store import artifacts
+    from qncd_cli.store.files import write_json
 
     path = folder / "latents.safetensors"
     found = artifacts.read(path, "latents")
     body = {key: value for key, value in found.body.items() if key != "pixels"}
     kept = {**found.tensors, **tensors}
     artifacts.write(path, artifacts.Artifact("latents", kept, body, found.config, found.model))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest.pop(CONTENT, None)
+    write_json(folder / MANIFEST, manifest)
