@@ -5,15 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from qncd_cli.machine import (
-    available_disk,
-    available_memory,
-    forget_peak,
-    peak_resident,
-    resident,
-)
+from qncd_cli.machine import available_disk, available_memory
 
 
 def test_available_memory_is_less_than_the_machine_has():
@@ -76,13 +69,3 @@ def test_a_control_groups_limit_counts_and_file_pages_can_be_given_up(
     below = f"{folder}__" if folder else ""
     root = system(tmp_path, cgroup, **{f"{below}{name}": text for name, text in files.items()})
     assert available_memory(root) == 1_900_000_000
-
-
-@pytest.mark.skipif(resident() is None, reason="there is no /proc")
-def test_the_peak_of_memory_is_forgotten():
-    held = torch.zeros(64 << 20, dtype=torch.uint8).fill_(1)
-    del held
-    before = peak_resident()
-    assert before > resident() + (32 << 20)
-    assert forget_peak()
-    assert peak_resident() < before - (32 << 20)

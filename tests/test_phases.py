@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qncd_cli import machine
 from qncd_cli.phases import Phases
 from qncd_cli.progress import counted, no_progress
+from qncd_cli.resident import forget_peak
 
 
 class Clock:
@@ -85,7 +85,7 @@ def test_ticks_count_as_units_and_a_loop_that_fails_ends_its_phase():
     ]
 
 
-@pytest.mark.skipif(not machine.forget_peak(), reason="the system does not tell peaks of memory")
+@pytest.mark.skipif(not forget_peak(), reason="the system does not tell peaks of memory")
 def test_a_phase_has_its_own_peak():
     phases, _ = recorded()
     for _ in phases.track(range(1), "much", 1, "calls"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import platform
-import re
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -17,7 +16,6 @@ import torch
 from . import __version__
 
 SYSTEM = Path("/")
-PROCESS = Path("/proc/self")
 LIBRARIES = ("diffusers", "transformers", "torch-fidelity", "numpy", "scipy", "pillow")
 KEPT_SHARE = 0.25
 """Share of the free memory that dequantized weights may take between calls; larger: more stay."""
@@ -95,34 +93,6 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
     if trim is not None:
         trim(0)
-
-
-def resident() -> int | None:
-    """Bytes of this process that are in memory; None where there is no /proc."""
-    return _status("VmRSS")
-
-
-def peak_resident() -> int | None:
-    """The most bytes in memory since this process began or `forget_peak`; None without /proc."""
-    return _status("VmHWM")
-
-
-def forget_peak() -> bool:
-    """Let `peak_resident` begin again at what is in memory now; False where that cannot be."""
-    try:
-        (PROCESS / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _status(what: str) -> int | None:
-    try:
-        status = (PROCESS / "status").read_text()
-    except OSError:
-        return None
-    found = re.search(rf"^{what}:\s+(\d+) kB", status, re.MULTILINE)
-    return 1024 * int(found[1]) if found else None
 
 
 def available_disk(folder: Path) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from . import machine
 from .progress import Track
+from .resident import forget_peak, peak_resident
 
 T = TypeVar("T")
 
@@ -77,12 +77,12 @@ class Phases:
     def _pass(self) -> None:
         """Give the time since the last change to the innermost open phase, and the peak to all."""
         now = self._clock()
-        peak = machine.peak_resident()
+        peak = peak_resident()
         if self._open:
             self._open[-1].seconds += now - self._since
         for phase in self._open if peak is not None else []:
             phase.peak_bytes = max(phase.peak_bytes or 0, peak or 0)
-        if not machine.forget_peak():
+        if not forget_peak():
             for phase in self._open:
                 phase.peak_bytes = None
         self._since = now

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import machine
 from ..backends.base import BACKENDS
 from ..backends.compiled import graph
 from ..backends.compiled.graph import silence_compiler
@@ -24,6 +23,7 @@ from ..errors import ConfigError, QncdError
 from ..models.denoiser_folder import load_denoiser
 from ..models.loading import DTYPES
 from ..quant.layers import StepState
+from ..resident import forget_peak, peak_resident, resident
 from ..runtime.compiled_graph import compile_denoiser
 from ..runtime.denoiser import Denoiser, with_artifact
 from ..runtime.exported_graph import EXAMPLE_ROWS, in_float32, in_openvino
@@ -208,7 +208,7 @@ def measure_alone(job: Alone) -> dict[str, Any]:
 
 def _measure(job: Alone) -> dict[str, Any]:
     inputs = Inputs.load(job.inputs)
-    before = machine.resident() if machine.forget_peak() else None
+    before = resident() if forget_peak() else None
     seconds = [time.perf_counter()]
     module = load_denoiser(job.weights, DTYPES[job.row.dtype])
     artifact = None if job.artifact is None else artifacts.read(job.artifact, "quantized")
@@ -218,11 +218,11 @@ def _measure(job: Alone) -> dict[str, Any]:
     for _ in range(2):
         call()
         seconds.append(time.perf_counter())
-    peak = machine.peak_resident()
+    peak = peak_resident()
     running = None
-    if machine.forget_peak():
+    if forget_peak():
         call()
-        running = machine.peak_resident()
+        running = peak_resident()
     load, first, second = (b - a for a, b in zip(seconds, seconds[1:], strict=False))
     ends = (peak, running)
     grown = [None if before is None or end is None else end - before for end in ends]

@@ -1,0 +1,36 @@
+"""Memory that this process holds, as the system counts it. Nothing here needs torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+PROCESS = Path("/proc/self")
+
+
+def resident() -> int | None:
+    """Bytes of this process that are in memory; None where there is no /proc."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> int | None:
+    """The most bytes in memory since this process began or `forget_peak`; None without /proc."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> bool:
+    """Let `peak_resident` begin again at what is in memory now; False where that cannot be."""
+    try:
+        (PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(what: str) -> int | None:
+    try:
+        status = (PROCESS / "status").read_text()
+    except OSError:
+        return None
+    found = re.search(rf"^{what}:\s+(\d+) kB", status, re.MULTILINE)
+    return 1024 * int(found[1]) if found else None
