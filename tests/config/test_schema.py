@@ -145,6 +145,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "model.source": ("elsewhere", BOTH),
     "model.compvis_config": ("ldm.yaml", BOTH),
     "model.tokenizer": ("clip", BOTH),
+    "model.lora": (["style.safetensors"], BOTH),
     "model.dtype": ("bfloat16", BOTH),
     "sampling.scheduler": ("euler", BOTH),
     "sampling.steps": (30, BOTH),

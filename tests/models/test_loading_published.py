@@ -129,7 +129,7 @@ def test_plan_and_calibrate_agree_on_a_variant(folder, tmp_path):
 def test_a_hub_id_with_the_fp16_variant_alone_is_downloaded(folder, monkeypatch):
     from diffusers import DiffusionPipeline
 
-    from qncd_cli.models.loading import find_folder
+    from qncd_cli.models.model_folder import find_folder
 
     asked = []
 

@@ -99,7 +99,7 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
     model = config.model
     pipeline, digest = open_pipeline(
-        model.source, model.compvis_config, model.tokenizer, console.note
+        model.source, model.compvis_config, model.tokenizer, console.note, model.lora
     )
     artifacts.check_lineage(quantized, model=digest)
     scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))

@@ -53,6 +53,7 @@ def cli() -> None:
     epilog="\b\nExamples:\n  qncd calibrate --config fashion_ldm --bits w4a8\n"
     "  qncd calibrate --config my.yaml --set calibration.trajectories=256\n"
     "  qncd calibrate --config my.yaml --dry-run\n"
+    "  qncd calibrate stable-diffusion-v1-5 --prompts prompts.txt --lora style.safetensors:0.8\n"
     "  qncd calibrate --config ldm4 --set model.source=random:ldm4 --plan"
     + sentences("intra noise", "inter noise")
 )

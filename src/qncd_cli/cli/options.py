@@ -107,6 +107,14 @@ def wanted(command: Command) -> Command:
             metavar="FILE",
             help="Of a text model: a file with one prompt a line, instead of sampling.prompts.",
         ),
+        click.option(
+            "--lora",
+            "loras",
+            metavar="FILE[:WEIGHT]",
+            multiple=True,
+            help="A LoRA that is fused into the model first (.safetensors; weight 1 by itself); "
+            "may be repeated.",
+        ),
     ]
     for option in reversed(options):
         command = option(command)

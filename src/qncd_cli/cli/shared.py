@@ -42,7 +42,7 @@ def open_model(config: Config, device: str = "auto", folder: Path | None = None)
 
 def download(source: str) -> None:
     """Bring a model of the hub to this machine. Raises ModelError."""
-    from ..models.loading import find_folder
+    from ..models.model_folder import find_folder
 
     silence_diffusers()
     find_folder(source)

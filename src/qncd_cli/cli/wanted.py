@@ -17,7 +17,7 @@ from ..config.shipped import find_shipped, split_widths
 from ..config.widths import bits_overrides
 from .starter import facts_of, name_of, starter_tree
 
-NAMES = ("config_name", "model", "bits", "prompts_file", "overrides", "run_dir")
+NAMES = ("config_name", "model", "bits", "prompts_file", "loras", "overrides", "run_dir")
 """Names of the options that say what is wanted, without that of the prompts."""
 _DEFAULT_BITS = "w4a8"
 """Widths of a model alone, and of a shipped configuration whose name says none."""
@@ -26,7 +26,7 @@ _DEFAULT_BITS = "w4a8"
 @dataclass(frozen=True)
 class Wanted:
     """One of model and config_name is None. bits: like w4a8; prompts_file: instead of the
-    configured prompts; prompts: of a text model that has none."""
+    configured prompts; prompts: of a text model that has none; loras: fused into the model."""
 
     config_name: str | None
     model: str | None = None
@@ -35,6 +35,7 @@ class Wanted:
     overrides: tuple[str, ...] = ()
     run_dir: str | None = None
     prompts: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.config_name is None):
@@ -68,6 +69,8 @@ class Wanted:
         overrides = bits_overrides(self.bits) if self.bits is not None else ()
         if self.prompts_file is not None:
             overrides += (f"sampling.prompts={json.dumps(self.prompts_file)}",)
+        if self.loras:
+            overrides += (f"model.lora={json.dumps(self.loras)}",)
         overrides += self.overrides
         if self.config_name is not None:
             return load_config(self.config_name, overrides, prompts=self.prompts, download=download)

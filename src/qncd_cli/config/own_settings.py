@@ -36,6 +36,21 @@ def place_model(tree: Tree, beside: Path) -> None:
             continue
         place = place_of(name, beside)
         section[key] = name if place is None else os.path.abspath(place)
+    loras = section.get("lora")
+    loras = [loras] if isinstance(loras, str) else loras
+    if isinstance(loras, list):
+        section["lora"] = [
+            _placed(lora, beside) if isinstance(lora, str) else lora for lora in loras
+        ]
+
+
+def _placed(lora: str, beside: Path) -> str:
+    """FILE or FILE:WEIGHT with the file's absolute path."""
+    name, colon, weight = lora.rpartition(":")
+    if (place := place_of(lora, beside)) is not None:
+        return os.path.abspath(place)
+    place = place_of(name, beside) if name else None
+    return lora if place is None else f"{os.path.abspath(place)}{colon}{weight}"
 
 
 def place_of(name: str, beside: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,20 @@ from .section import MAX_STEPS, Section
 MAX_GUIDANCE = 100
 """Published uses stay below 20; far above, every image is saturated or not finite."""
 NOISE_TRAJECTORIES = 32
+
+
+def split_lora(text: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT -> the file and its weight, 1 by itself. Raises ValueError."""
+    path, colon, said = text.rpartition(":")
+    if not colon or said.endswith(".safetensors"):
+        return text, 1.0
+    try:
+        weight = float(said)
+    except ValueError:
+        weight = math.nan
+    if not path or not math.isfinite(weight):
+        raise ValueError(f"lora {text}: FILE or FILE:WEIGHT, e.g. style.safetensors:0.8")
+    return path, weight
 
 
 class ModelConfig(Section):
@@ -26,6 +41,25 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of what stays unquantized"
     )
+    lora: tuple[str, ...] = Field(
+        (),
+        description="LoRA files (.safetensors), FILE or FILE:WEIGHT each, fused in float32 before "
+        "anything else",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_a_tuple(cls, data: Any) -> Any:
+        lora = data.get("lora") if isinstance(data, dict) else None
+        if isinstance(lora, str | list):
+            return {**data, "lora": (lora,) if isinstance(lora, str) else tuple(lora)}
+        return data
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> ModelConfig:
+        for lora in self.lora:
+            split_lora(lora)
+        return self
 
 
 class SamplingConfig(Section):

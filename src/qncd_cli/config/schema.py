@@ -68,8 +68,10 @@ class Config(Section):
         tree = self.to_dict()
         inputs = {k: tree[k] for k in ("model", "sampling", "calibration")}
         inputs["sampling"].pop("seed")
-        if inputs["model"]["tokenizer"] is None:  # runs made before there was one stay valid
+        if inputs["model"]["tokenizer"] is None:  # runs made before there was a key stay valid
             del inputs["model"]["tokenizer"]
+        if not inputs["model"]["lora"]:
+            del inputs["model"]["lora"]
         if tree["sampling"]["guidance_scale"] < 1:  # once led away from prompts
             inputs["guidance"] = "off, or towards the null class"
         inputs["intra"] = intra = tree["correction"]["intra"]

@@ -9,10 +9,11 @@ import hashlib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..config.model_card import folder_of
+from ..config.sampling import split_lora
 from ..errors import ModelError
 from ..store.file_stamps import remembered
 
@@ -43,6 +44,24 @@ def known_digest(
             return None  # loading says which file, and what to do
     folder = folder_of(source)
     return folder_digest(folder) if folder is not None else None
+
+
+def with_loras(digest: str, loras: Sequence[str]) -> str:
+    """The digest of a model with LoRAs fused into it; the model's own without any.
+
+    loras: FILE or FILE:WEIGHT. Raises ModelError for a file that cannot be read.
+    """
+    for lora in loras:
+        path, weight = split_lora(lora)
+        try:
+            with open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ModelError(
+                f"{path}: cannot be read: {error.strerror or error}", "give a LoRA file (--lora)"
+            ) from error
+        digest = hashlib.sha256(f"{digest} {found} {weight}".encode()).hexdigest()[:16]
+    return digest
 
 
 def folder_digest(folder: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,10 @@ from .adapters import ADAPTERS, Condition
 from .call_signature import check_inputs, unify_call
 from .compvis.checkpoint import compvis_pipeline
 from .denoiser_folder import check_values, check_weights
-from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest
+from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest, with_loras
 from .folder_check import check_folder, is_there, read_index, reason
+from .lora import fuse
+from .model_folder import find_folder
 from .pipelines import CLASS_CONDITIONAL, is_guided
 from .prompt_cache import PromptCache
 from .prompt_length import Tell, untold
@@ -112,6 +113,7 @@ def load_model(
     *,
     compvis_config: str | None = None,
     tokenizer: str | None = None,
+    loras: Sequence[str] = (),
     prompts: Prompts | None = None,
     cache: PromptCache | None = None,
     tell: Tell = untold,
@@ -120,7 +122,8 @@ def load_model(
     """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
 
     device: auto takes a CUDA device if there is one. compvis_config, tokenizer: the YAML of
-    a checkpoint, and its text encoder's; no other source reads them. prompts: of text models, and
+    a checkpoint, and its text encoder's; no other source reads them. loras: FILE or FILE:WEIGHT,
+    fused one after the other. prompts: of text models, and
     of no others; cache: where those that a folder's text encoders made are kept, which are then not
     even read again. tell: hears what a user should know.
     Raises ModelError, or BackendUnavailable for a device that is not there.
@@ -128,14 +131,17 @@ def load_model(
     place, folder = find_device(device), _folder_of(source)
     encoded, path = None, None
     if folder is None:
-        pipeline, digest = open_pipeline(source, compvis_config, tokenizer, tell)
+        pipeline, digest = open_pipeline(source, compvis_config, tokenizer, tell, loras)
     else:
-        digest = folder_digest(folder)
+        digest = with_loras(folder_digest(folder), loras)
         if cache is not None and prompts is not None:
             path = cache.path(digest, dtype, prompts)
             encoded = cache.read(path, place)
-        left_out = UNUSED if encoded is None else {*UNUSED, *TEXT_PARTS}
-        pipeline = _load_pipeline(folder, source, DTYPES[dtype], left_out, tell)
+        # a LoRA may be for the text encoders, too
+        left_out = UNUSED if encoded is None or loras else {*UNUSED, *TEXT_PARTS}
+        loaded = torch.float32 if loras else DTYPES[dtype]
+        pipeline = _load_pipeline(folder, source, loaded, left_out, tell)
+        fuse(pipeline, loras, source)
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             own = torch.float32 if name in FIRST_STAGES else DTYPES[dtype]
@@ -177,10 +183,22 @@ def _check_kind(source: str, kind: str, prompts: Prompts | None) -> None:
 
 
 def open_pipeline(
-    source: str, compvis_config: str | None, tokenizer: str | None = None, tell: Tell = untold
+    source: str,
+    compvis_config: str | None,
+    tokenizer: str | None = None,
+    tell: Tell = untold,
+    loras: Sequence[str] = (),
 ) -> tuple[DiffusionPipeline, str]:
-    """The whole pipeline as it is stored, and the digest of its files; of parts that no stage
-    needs, those that cannot be loaded are left out, which is told. Raises ModelError."""
+    """The whole pipeline as it is stored, LoRAs fused, and the digest of its files; of parts that
+    no stage needs, those that cannot be loaded are left out, which is told. Raises ModelError."""
+    pipeline, digest = _opened(source, compvis_config, tokenizer, tell)
+    fuse(pipeline, loras, source)
+    return pipeline, with_loras(digest, loras)
+
+
+def _opened(
+    source: str, compvis_config: str | None, tokenizer: str | None, tell: Tell
+) -> tuple[DiffusionPipeline, str]:
     folder = _folder_of(source)
     if folder is not None:
         try:
@@ -222,42 +240,6 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) not in known:
         raise BackendUnavailable(f"no CUDA device for {name}", "use --device cpu")
     return device
-
-
-def find_folder(source: str) -> Path:
-    """Folder of a pipeline; a hub id is downloaded where it is not here. Raises ModelError."""
-    path = Path(source)
-    if os.path.isdir(source):
-        if not (path / "model_index.json").is_file():
-            raise ModelError(
-                f"{source}: no model_index.json", "a diffusers pipeline folder has one"
-            )
-        return path
-    if os.path.isfile(source):
-        raise ModelError(
-            f"{source}: is a file",
-            "give a diffusers folder, a hub id, zoo:NAME, or a checkpoint (.ckpt, .safetensors)",
-        )
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise ModelError(f"{source}: no such folder", "give a diffusers folder, hub id or zoo:NAME")
-    try:
-        return _download(source)
-    except Exception as error:  # diffusers and the hub raise many kinds; all mean: not to be had
-        raise ModelError(
-            f"{source}: no such folder, and not to be had from the hub ({reason(error)})",
-            "check the name, or download it and give the folder",
-        ) from error
-
-
-def _download(source: str) -> Path:
-    """A model of the hub in the cache: its plain weights, or fp16 where it has no others."""
-    try:
-        return Path(DiffusionPipeline.download(source))
-    except Exception as error:
-        try:
-            return Path(DiffusionPipeline.download(source, variant="fp16"))
-        except Exception:
-            raise error from None
 
 
 def _load_pipeline(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.schema import Config
-from ..models.digest import known_digest
+from ..models.digest import known_digest, with_loras
 from .watch import SILENT, Watch
 
 if TYPE_CHECKING:
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 def model_digest(config: Config) -> str | None:
     """Digest of the configured model; None where only loading it tells."""
     model = config.model
-    return known_digest(model.source, model.compvis_config, model.tokenizer)
+    digest = known_digest(model.source, model.compvis_config, model.tokenizer)
+    return None if digest is None else with_loras(digest, model.lora)
 
 
 def open_model(
@@ -47,6 +48,7 @@ def open_model(
         device,
         compvis_config=model.compvis_config,
         tokenizer=model.tokenizer,
+        loras=model.lora,
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
         tell=watch.note,
