@@ -184,6 +184,7 @@ DOORS: dict[str, list[str]] = {
         "cli.starter",
     ],
     "huggingface_hub": ["config.model_card (inside)"],
+    "peft": ["models.lora (inside)"],
     "pydantic": [
         "config.section",
         "config.sampling",
