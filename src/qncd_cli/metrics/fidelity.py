@@ -284,6 +284,12 @@ def class_score_replicates(logits: Tensor, drawn: Tensor, seed: int = SEED) -> n
     return bootstrap.of_class_score(logits[order], drawn[:, order], splits)
 
 
+def distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Distances of features [N, D] and [M, D]: [N, M], torch-fidelity's."""
+    found: Tensor = metric_prc.calc_cdist_part(rows, others, PRC_ROWS_PER_BLOCK)
+    return found
+
+
 def within(points: Tensor, others: Tensor) -> Tensor:
     """Which points lie no further from one of the others than its third neighbour: bool [N].
 
@@ -292,11 +298,9 @@ def within(points: Tensor, others: Tensor) -> Tensor:
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991), section 3.1.
     """
 
-    def distances(rows: Tensor) -> Tensor:
-        return metric_prc.calc_cdist_part(rows, others, PRC_ROWS_PER_BLOCK)
-
     nearest = PRC_NEIGHBORHOOD + 1  # the first is the point itself
     blocks = others.split(PRC_ROWS_PER_BLOCK)
-    radii = torch.cat([distances(rows).kthvalue(nearest).values for rows in blocks])
-    inside = [(distances(rows) <= radii).any(1) for rows in points.split(PRC_ROWS_PER_BLOCK)]
+    radii = torch.cat([distances(rows, others).kthvalue(nearest).values for rows in blocks])
+    split = points.split(PRC_ROWS_PER_BLOCK)
+    inside = [(distances(rows, others) <= radii).any(1) for rows in split]
     return torch.cat(inside)

@@ -21,6 +21,7 @@ from . import bootstrap, fidelity, frechet
 from .fidelity import MINIMUM_IMAGES, SEED, Features, extract_features
 from .images_on_disk import Images
 from .kept_features import kept_features
+from .manifold import recall_replicates
 from .networks import FeatureNetwork, packaged
 from .networks import downloaded_inception as downloaded_inception
 from .networks import efficientnet as efficientnet
@@ -207,15 +208,13 @@ def _against(
         moved["kernel_distance"] = replicates
         found["kernel_distance"] = {**entry, **_bounded(entry["value"], replicates)}
     if "prc" in metrics:
-        others = bootstrap.weights(len(known.features), len(drawn), seed + 1)
         entry = {"neighborhood": fidelity.PRC_NEIGHBORHOOD}
-        for key, points, manifold, weights in (
-            ("precision", features, known.features, drawn),
-            ("recall", known.features, features, others),
-        ):
-            inside = fidelity.within(points, manifold)
-            moved[key] = bootstrap.of_shares(inside, weights)
-            entry[key] = _bounded(inside.double().mean().item(), moved[key], (0, 1))
+        inside = fidelity.within(features, known.features)
+        moved["precision"] = bootstrap.of_shares(inside, drawn)
+        moved["recall"] = recall_replicates(known.features, features, len(drawn), seed)
+        found_in = fidelity.within(known.features, features)
+        for key, share in (("precision", inside), ("recall", found_in)):
+            entry[key] = _bounded(share.double().mean().item(), moved[key], (0, 1))
         found["precision_recall"] = entry
 
 
