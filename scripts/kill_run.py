@@ -33,8 +33,12 @@ from qncd_cli.errors import ArtifactError
 from qncd_cli.machine import described
 
 CONFIG, RUN = "fashion_ldm_w4a8", Path("runs/killed")
-SMALL = ("sampling.steps=4", "calibration.trajectories=4", "calibration.noise_trajectories=2")
-"""Settings that make a stage of minutes one of seconds."""
+SETTINGS = (
+    "sampling.steps={steps}",
+    "calibration.trajectories={trajectories}",
+    "calibration.noise_trajectories=2",
+)
+"""With few of both a stage of minutes takes seconds."""
 HOUR = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d|\"outputs\": \"\w+\"")
 """Times of day in reports, and digests of these."""
 LEFT_OUT = (".txt", ".ses", "status.json")
@@ -44,12 +48,20 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "diffusers", "qncd_cli.cli.commands", "kill_run"])
 
 
-def stages(num: int) -> dict[str, tuple[str, ...]]:
-    settings = tuple(word for setting in SMALL for word in ("--set", setting))
+def stages(num: int, steps: int, trajectories: int) -> dict[str, tuple[str, ...]]:
+    filled = [text.format(steps=steps, trajectories=trajectories) for text in SETTINGS]
+    settings = tuple(word for setting in filled for word in ("--set", setting))
     return {
         "calibrate": ("calibrate", "--config", CONFIG, "--run-dir", str(RUN), *settings),
         "quantize": ("quantize",),
-        "sample": ("sample", "--num", str(num), "--batch-size", "2", "--no-compile"),
+        "sample": (
+            "sample",
+            "--num",
+            str(num),
+            "--batch-size",
+            str(min(8, num // 2)),
+            "--no-compile",
+        ),
         "eval": ("eval", "--fid"),
     }
 
@@ -120,13 +132,25 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @click.option(
     "--share", default=0.3, show_default=True, help="Latest kill, as a share of a stage's time."
 )
+@click.option("--steps", default=4, show_default=True, help="Of the sampler.")
+@click.option("--trajectories", default=4, show_default=True, help="Of the calibration.")
 @click.option("--every", default=0.5, show_default=True, help="Seconds between partial results.")
 @click.option("--seed", default=0, show_default=True, help="Of the times.")
-def main(kills: int, num: int, a_stage: int, share: float, every: float, seed: int) -> None:
+def main(
+    kills: int,
+    num: int,
+    a_stage: int,
+    share: float,
+    steps: int,
+    trajectories: int,
+    every: float,
+    seed: int,
+) -> None:
     """Kill the four stages of fashion_ldm_w4a8, and compare."""
     draw, root = random.Random(seed), Path(tempfile.mkdtemp(prefix="qncd-kills-"))
     plain, seconds = new_folder(root, "undisturbed"), {}
-    for stage, arguments in stages(num).items():
+    commands = stages(num, steps, trajectories)
+    for stage, arguments in commands.items():
         _, seconds[stage] = ended(plain, arguments, every, None)
     wanted = files_of(plain)
     count, spent = dict.fromkeys(seconds, 0), dict.fromkeys(seconds, 0.0)
@@ -134,7 +158,7 @@ def main(kills: int, num: int, a_stage: int, share: float, every: float, seed: i
     while sum(count.values()) < kills:
         rounds += 1
         folder = new_folder(root, f"round{rounds}")
-        for stage, arguments in stages(num).items():
+        for stage, arguments in commands.items():
             for number in range(a_stage + 1):
                 last = number == a_stage
                 after = None if last else draw.uniform(0, share * seconds[stage])

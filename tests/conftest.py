@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from torch import nn
 
 from qncd_cli.models import zoo
+from qncd_cli.store import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 COMPILER_CACHE = f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"  # as torch has it
@@ -29,6 +30,7 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", COMPILER_CACHE)
 if "QNCD_CACHE" not in os.environ:  # what tests keep is not the user's
     os.environ["QNCD_CACHE"] = tempfile.mkdtemp(prefix="qncd-test-cache-")
     atexit.register(shutil.rmtree, os.environ["QNCD_CACHE"], ignore_errors=True)
+partial.EVERY = 20.0  # how many files a stage writes shall not depend on how busy the machine is
 torch.set_num_threads(1)  # the model is tiny: more threads only wait for each other
 
 

@@ -35,8 +35,9 @@ from .artifacts import Artifact
 from .digests import differing, digest_of
 from .partial_folder import discard
 
-EVERY = 20.0
-"""Seconds between two writings; larger: more is lost when the process is killed."""
+EVERY = 1.0
+"""Seconds between two writings, at least; larger: more is lost when the process is killed, which
+counts for stages of seconds."""
 SHARE = 0.03
 """Most of the time that writing may take; less: large pieces are written more rarely."""
 SCRATCH = "scratch"
