@@ -73,6 +73,7 @@ def _command(folder: Path, arguments: tuple[str, ...], every: float) -> None:
 
     partial.EVERY = every
     tempfile.tempdir = os.environ["TMPDIR"] = str(folder / "tmp")
+    os.environ["QNCD_CACHE"] = f"{folder}-cache"  # what another round has looked at is not known
     os.chdir(folder)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
