@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qncd_cli.errors import ArtifactError
+from qncd_cli.metrics import images_on_disk
 from qncd_cli.metrics import kept_features as kept
 from qncd_cli.metrics.fidelity import extract_features
 from qncd_cli.metrics.image_files import image_paths
@@ -145,6 +146,29 @@ def test_kept_images_of_another_size_are_refused_all_the_same(tmp_path, network)
         os.link(path, mixed / f"{index + 4:06d}.png")
     with pytest.raises(ArtifactError, match="000004.png: 32x32 pixels, but 000000.png has 40x40"):
         kept.kept_features(ImagesOnDisk(image_paths(mixed)), network)
+
+
+def test_a_folder_that_was_found_sound_is_not_decoded_to_be_checked_again(tmp_path, monkeypatch):
+    paths = image_paths(save_images(tmp_path / "a", random_images(0, 5)))
+    calls: list[object] = []
+    read = images_on_disk._read_image
+    monkeypatch.setattr(images_on_disk, "_read_image", lambda p: calls.append(p) or read(p))
+    for _ in range(2):
+        assert len(images_on_disk.checked_images(paths)) == 5
+    assert len(calls) == 5
+    data = paths[3].read_bytes()
+    paths[3].write_bytes(data[: len(data) // 2])
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match="000003.png: not a readable image"):
+            images_on_disk.checked_images(paths)
+    skipped: list = []
+    for _ in range(2):
+        assert len(images_on_disk.checked_images(paths, skipped)) == 4
+    assert skipped == [paths[3]] * 2
+    paths[3].write_bytes(data)
+    calls.clear()
+    assert len(images_on_disk.checked_images(paths)) == 5
+    assert not calls
 
 
 def test_the_least_recently_used_make_room(network):

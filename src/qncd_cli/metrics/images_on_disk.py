@@ -6,6 +6,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,13 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
+from .. import __version__
 from ..errors import ArtifactError
+from ..store.digests import digest_of
+from ..store.file_stamps import cache_folder
+from ..store.files import write_bytes
 from ..store.regular import open_regular
+from .image_files import digest_of_files
 from .networks import first_line
 
 LARGEST = 1 << 26
@@ -81,12 +87,15 @@ Images = Tensor | ImagesOnDisk
 
 
 def checked_images(paths: Sequence[Path], skipped: list[Path] | None = None) -> ImagesOnDisk:
-    """Images of whatever origin, each of which was read once.
+    """Images of whatever origin, each of which was read once, now or by an earlier call.
 
     skipped: receives files that cannot be read, which are left out then. Raises ArtifactError, with
     the names of the files, if images are damaged, deeper than 8 bits, or of several frames, and for
     one of another size than the first.
     """
+    note = _note_of(paths)
+    if note is not None and note.is_file():
+        return ImagesOnDisk(paths)
     sound: list[Path] = []
     shape: Sequence[int] = ()
     broken = []
@@ -104,7 +113,20 @@ def checked_images(paths: Sequence[Path], skipped: list[Path] | None = None) -> 
         raise _broken(broken, len(paths))
     if skipped is not None:
         skipped += [path for path, _ in broken]
+    if note is not None and not broken:
+        with suppress(ArtifactError):  # it is looked at again then
+            write_bytes(note, b"")
     return ImagesOnDisk(sound)
+
+
+def _note_of(paths: Sequence[Path]) -> Path | None:
+    """The file of the user's cache that is there where these very images were found sound; None
+    for files that cannot be read."""
+    try:
+        content = digest_of_files(paths)
+    except ArtifactError:
+        return None
+    return cache_folder() / "sound" / digest_of([content, __version__, Image.__version__])
 
 
 def read_images(

@@ -211,7 +211,7 @@ def _steps(report: Report) -> list[tuple[str, Markup, str]]:
             "Of the quantized model at the same inputs as full precision, on calibration seeds: "
             "before any correction, and what those leave that are prepared offline for single "
             "predictions. The run-time and the step-wise correction work along a trajectory; "
-            "what they leave is in the next two charts, of sets that were drawn with them."
+            "what they leave is in the last two charts, of sets that were drawn with them."
         )
         mean = line_chart(report.noise.mean, STEP, "mean of the noise")
         spread = line_chart(report.noise.spread, STEP, "spread of the noise")
