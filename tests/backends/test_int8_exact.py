@@ -81,9 +81,17 @@ def test_sums_are_exact_whatever_their_size(inputs):
     assert torch.equal(reference._sums(layer, x.float(), part), (x @ weight.T).float())
 
 
-@pytest.mark.parametrize("widths", [(4, 8), (8, 8), (4, 6)])
-def test_a_packaged_model_draws_the_same_latents(widths):
-    model = load_model("zoo:fashion-ldm")
+@pytest.mark.parametrize(
+    ("name", "widths"),
+    [
+        ("fashion-ldm", (4, 8)),
+        ("fashion-ldm", (8, 8)),
+        ("fashion-ldm", (4, 6)),
+        pytest.param("emoji-ldm", (4, 8), marks=pytest.mark.slow),
+    ],
+)
+def test_a_packaged_model_draws_the_same_latents(name, widths):
+    model = load_model(f"zoo:{name}")
     source = parse_config({"model": {"source": model.source}}, "test")
     config = table.quick_config(source, widths)
     artifact = quantize.run(config, model, *calibrate.run(config, model)).quantized
