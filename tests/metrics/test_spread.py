@@ -58,6 +58,18 @@ def test_an_interval_of_pooled_psnr_covers_the_truth():
     assert 180 <= covered <= 198
 
 
+def test_no_interval_is_wider_than_the_pairs_are():
+    """A few bad ones of few decide a quantile, and the bootstrap moves it by more than is there."""
+    ssim = [0.999] * 60 + [0.5] * 4
+    psnr = [45.0] * 60 + [12.0] * 4
+    drawn = bootstrap.weights(64, 100, 0)
+    found = spread.intervals(psnr, psnr, [1.0] * 64, {"ssim": ssim}, drawn)
+    for key, bounds in found.items():
+        most = {"s": 0.999 if key.startswith("ssim") else 45.0, "p": 45.0, "c": 64.0}[key[0]]
+        least = {"s": 0.5 if key.startswith("ssim") else 12.0, "p": 12.0, "c": 0.0}[key[0]]
+        assert least <= bounds["low"] <= bounds["high"] <= most, key
+
+
 def test_equal_pairs_have_no_interval_to_show():
     same = pairs()["images"][0]
     found = measured(list(range(40)), [0] * 40, images=(same, same))

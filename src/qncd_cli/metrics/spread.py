@@ -164,10 +164,13 @@ def intervals(
                 f"{name}_median": (lambda rows: float(np.median(rows)), each),
                 ending: (worst, each),
             }
-    found = {}
+    found, told = {}, {"psnr_db": psnr, "sqnr_latents_db": sqnr}
     for key, (statistic, values) in wanted.items():
-        value = statistic(np.asarray(values))
-        bounds = (0, np.inf) if key == "changed" else (-np.inf, np.inf)
+        value, own = statistic(np.asarray(values)), told.get(key, values)
+        # no mean, median or quantile is beyond the values that it is of
+        bounds = (min(*own, value), max(*own, value))
+        if key == "changed":
+            bounds = 0.0, float(len(psnr))
         replicates = bootstrap.of_statistic(statistic, values, drawn)
         low, high = bootstrap.interval(value, replicates, bounds)
         found[key] = {"low": low, "high": high}
