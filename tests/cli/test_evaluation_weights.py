@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Qncd
-from metrics.shared import save_lpips
+from conftest import Qncd, tiny_config
+from metrics.shared import save_clip, save_lpips
 
 from qncd_cli.store.files import read_json
 
@@ -56,3 +56,34 @@ def test_lpips_stands_in_the_record_with_its_weights_and_later_metrics_keep_it(w
         assert later["fidelity"][key] == fidelity[key]
     assert later["protocol"]["lpips_sha256"] == first["protocol"]["lpips_sha256"]
     assert "LPIPS" in work("compare", str(RUN), str(RUN)).stdout
+
+
+def test_images_of_prompts_are_scored_by_a_clip_in_a_folder(tmp_path):
+    pytest.importorskip("transformers", reason="the extra text is not installed")
+    from diffusers_pipelines import stable_diffusion
+
+    work = Qncd(tmp_path)
+    stable_diffusion(tmp_path / "model")
+    changes = {
+        "sampling": {"steps": 2, "prompts": ["a cat", "a red boat"]},
+        "calibration": {"trajectories": 2, "batch_size": 2, "noise_trajectories": 2},
+        "correction": {"intra": "none", "inter": {"method": "none"}},
+    }
+    work.write_config(
+        tiny_config(tmp_path / "model", quantization__weights__rounding="nearest", **changes)
+    )
+    for command in (
+        ("calibrate", "--config", "tiny.yaml"),
+        ("quantize",),
+        ("sample", "--num", "4"),
+    ):
+        work(*command)
+    save_clip(tmp_path / "clip")
+    said = work("eval", "--clip", "clip").stdout
+    metrics = metrics_of(work)
+    for name in ("full", "quantized"):
+        score = metrics[name]["clip_score"]
+        assert 0 < score["low"] <= score["value"] <= score["high"] <= 100
+        assert score["network"] == f"clip@{metrics['protocol']['clip_sha256'][:8]}"
+    assert metrics["fidelity"]["changes"]["clip_score"]["low"] is not None
+    assert "CLIP score (clip@" in said

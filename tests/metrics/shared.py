@@ -47,3 +47,33 @@ def save_lpips(folder: Path) -> Path:
     }
     torch.save(linear, folder / perceptual.LINEAR_FILE)
     return folder
+
+
+def save_clip(folder: Path, sign: int = -1) -> None:
+    """A tiny CLIP as a folder of transformers.
+
+    sign: of the image's embedding; with -1 images and prompts are alike in tests.
+    """
+    from diffusers_pipelines import tokenizer_in
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    tokenizer = tokenizer_in(folder / "words")
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = CLIPConfig(
+        text_config={**shape, "vocab_size": len(tokenizer), "max_position_embeddings": 9, **ends},
+        vision_config={**shape, "image_size": 16, "patch_size": 8},
+        projection_dim=8,
+    )
+    torch.manual_seed(0)
+    model = CLIPModel(config)
+    model.visual_projection.weight.data *= sign
+    model.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
