@@ -17,7 +17,7 @@ from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
 from qncd_cli.progress import no_progress
-from qncd_cli.ptq import bit_budget, extra_bits, hessians, layer, probes
+from qncd_cli.ptq import bit_budget, extra_bits, hessians, layer, probes, step_weights
 from qncd_cli.ptq.cost import DenoiserCall
 from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import plan_layers
@@ -98,6 +98,10 @@ def test_hessians_and_sensitivity_take_as_many_rows_as_they_say(tiny_model):
         extra_bits.sensitivity(job)
     backward = 1 + extra_bits.BACKWARD * extra_bits.PROJECTIONS
     assert extra_bits.cost(plans, call).macs == sum(rows) * call.macs * backward
+    with rows_of_calls(model) as rows:
+        step_weights.step_weights(config, model, calibration)
+    backward = 1 + step_weights.BACKWARD * step_weights.DIRECTIONS
+    assert step_weights.cost(config, call).macs == sum(rows) * call.macs * backward
 
 
 def test_the_parts_of_quantization_follow_the_configuration(tiny_model):
@@ -111,6 +115,7 @@ def test_the_parts_of_quantization_follow_the_configuration(tiny_model):
     assert parts(quantization__weights=nearest) == least
     gptq = [least[0], "Hessians", "GPTQ of the widest layers", least[1]]
     assert parts() == gptq
+    assert parts(quantization__step_weights=1.0) == ["weighing steps", *gptq]
     learnt = parts(
         quantization__weights={"bits": 4, "rounding": "brecq", "budget": 4.5},
         quantization__bias_correction=True,

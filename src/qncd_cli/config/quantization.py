@@ -168,6 +168,13 @@ class QuantizationConfig(Section):
         "minmax", description="clipping the outer layers' tails costs the most"
     )
     sensitive: SensitiveConfig = SensitiveConfig()
+    step_weights: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how much Hessians, ranges by the layer's output and sensitive count a step by "
+        "what its error does to the end of the trajectory: a power of that, 0: all steps alike",
+    )
     bias_correction: bool = Field(
         False, description="add the mean error of a layer's output to its bias, per timestep group"
     )

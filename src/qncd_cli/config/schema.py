@@ -85,6 +85,7 @@ class Config(Section):
             del widths["preset"], widths["strict"]
             del widths["activations"]["timestep_groups"]
             del widths["sensitive"], widths["bias_correction"], widths["first_margin"]
+            del widths["step_weights"]
             weights = widths["weights"]
             nearest = weights["rounding"] == "nearest"
             widths["weights"] = {"bits": weights["bits"], "nearest": nearest}
@@ -92,8 +93,12 @@ class Config(Section):
         if stage == "quantize":
             quantization = inputs["quantization"] = tree["quantization"]
             del quantization["preset"], quantization["strict"]  # names only
-            added = ((quantization, "first_margin", 1.0), (quantization["weights"], "passes", 1))
-            for section, key, value in (*added, (quantization["weights"], "asymmetry", 0.0)):
+            for section, key, value in (
+                (quantization, "first_margin", 1.0),
+                (quantization, "step_weights", 0.0),
+                (quantization["weights"], "passes", 1),
+                (quantization["weights"], "asymmetry", 0.0),
+            ):
                 if section[key] == value:  # as before there was the key
                     del section[key]
             inter = tree["correction"]["inter"]

@@ -9,6 +9,7 @@ the extra bits of quantization.sensitive.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import Config
-from ..models.loading import DiffusionModel
 from ..progress import Track, counted, no_progress
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
@@ -25,11 +25,11 @@ from ..quant.rounding import weight_qparams
 from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import denoiser_costs, timestep_group
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, activation_spec, weight_spec
-from ..store.artifacts import Artifact
 from ..store.partial import Partial, Piece
 from .cost import HEADROOM, Cost, DenoiserCall
 from .job import QuantizationJob
 from .layer_plan import LayerPlan, range_observer
+from .step_weights import predicted
 
 WEIGHT_WIDTHS = (4, 6, 8, WIDE_WEIGHT_BITS)
 ACTIVATION_WIDTHS = (4, 6, 8, MAX_ACTIVATION_BITS)
@@ -136,7 +136,8 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
 
     To first order the error is J e, J the Jacobian of the prediction and e the rounding error
     (nearest, for weights); E[(v J e)^2] = ||J e||^2 over random v (Hutchinson), and one backward
-    pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows.
+    pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows. With
+    step weights an error is relative to the mean prediction of all steps, and counts as its step.
     """
     model, calibration, plans = job.model, job.calibration, job.plans
     timestep = calibration.tensors["inputs.timestep"]
@@ -159,9 +160,10 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
         for t, tick in counted(track, picked[done:], "measuring sensitivity", passes, "passes"):
             rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
             with torch.enable_grad(), _own_inputs(model.denoiser, list(roundings)) as inputs:
-                prediction = _prediction(job.config, model, calibration, rows, t)
-            norm = prediction.detach().flatten(1).norm(dim=1).clamp(min=1e-15)
-            norm = norm.reshape(-1, *[1] * (prediction.ndim - 1))
+                x = calibration.tensors["inputs.x"][rows].to(model.device, model.dtype)
+                labels = calibration.tensors["inputs.class"][rows]
+                prediction = predicted(job.config, model, x.requires_grad_(True), labels, t)
+            norm = _norm(job, prediction.detach(), t)
             errors = {name: roundings[name](x.detach(), t) for name, x in inputs.items()}
             count = PROJECTIONS * len(picked) * len(rows)
             for i in range(PROJECTIONS):
@@ -248,26 +250,14 @@ def _weight_error(plan: LayerPlan, factor: SmoothingFactor) -> Tensor:
     return factor.unfold(error).to(plan.layer.weight)
 
 
-def _prediction(
-    config: Config, model: DiffusionModel, calibration: Artifact, rows: Tensor, t: float
-) -> Tensor:
-    """Guided prediction [n, ...] with a graph behind it."""
-    scale = config.sampling.guidance_scale
-    x = calibration.tensors["inputs.x"][rows].to(model.device, model.dtype)
-    conditions = [model.condition(calibration.tensors["inputs.class"][rows])]
-    if model.null_condition is not None and model.guides(scale):
-        conditions.insert(0, model.null_condition(len(rows)))
-    n = len(conditions)
-    condition = {name: torch.cat([c[name] for c in conditions]).detach() for name in conditions[0]}
-    for value in condition.values():
-        value.requires_grad_(value.is_floating_point())
-    x = x.repeat(n, *[1] * (x.ndim - 1)).requires_grad_(True)
-    times = torch.full((len(x),), t, device=x.device)
-    output = model.denoiser(x, times, **condition).sample.float()
-    if n == 1:
-        return output
-    null, asked = output.chunk(2)
-    return null + scale * (asked - null)
+def _norm(job: QuantizationJob, prediction: Tensor, t: float) -> Tensor:
+    """What an error of each row is relative to, [n, 1, ...]."""
+    norm = prediction.flatten(1).norm(dim=1).clamp(min=1e-15)
+    if job.step_weights:
+        all_rows = job.calibration.tensors["inputs.prediction"].flatten(1)
+        mean = float(all_rows.norm(dim=1).square().mean().sqrt())
+        norm = torch.full_like(norm, max(mean, 1e-15) / math.sqrt(max(job.step_weight(t), 1e-15)))
+    return norm.reshape(-1, *[1] * (prediction.ndim - 1))
 
 
 class _InputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 
@@ -88,7 +89,8 @@ def collect_hessians(
     track: Track = no_progress,
     denoiser: Denoiser | None = None,
 ) -> dict[str, Curvature]:
-    """Curvature per layer, of its smoothed and quantized input on the calibration rows.
+    """Curvature per layer, of its smoothed and quantized input on the calibration rows, each of
+    which counts as much as its step.
 
     denoiser: instead of full precision; of a twofold one the second half of rows is the input,
     and the first half what it has drifted from.
@@ -111,6 +113,9 @@ def collect_hessians(
         if parameters is not None:
             group = timestep_group(denoiser.step.timestep, bounds)
             x = fake_quantize(x, parameters.at(group), activation_spec(plan.activation_bits))
+        counts = math.sqrt(job.step_weight(denoiser.step.timestep))
+        if counts != 1:
+            x, *full = (counts * part for part in (x, *full))
         accumulators[name].update(x, plan.layer, rows, *full)
         to_see.pop(name, None)
         if twofold and not to_see:

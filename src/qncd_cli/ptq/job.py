@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ..config.schema import Config
+from ..correction.statistics import timestep_key
 from ..models.loading import DiffusionModel
 from ..quant.smoothing import IDENTITY, SmoothingFactor
 from ..store.artifacts import Artifact, tensors_below
@@ -21,6 +23,8 @@ class QuantizationJob:
 
     calibration: of this model and configuration. plans: what is to become of each layer; factors:
     smoothing factors of the layers that have one. partial: what an earlier process has done.
+    step_weights: how much an error at a timestep counts, by `timestep_key`; all the same where it
+    is empty.
     """
 
     config: Config
@@ -29,10 +33,15 @@ class QuantizationJob:
     plans: list[LayerPlan]
     factors: Factors
     partial: Partial = NOTHING_KEPT
+    step_weights: Mapping[int, float] = field(default_factory=dict)
 
     def planned(self, plans: list[LayerPlan]) -> QuantizationJob:
         """The same job with other plans."""
         return replace(self, plans=plans)
+
+    def step_weight(self, t: float) -> float:
+        """How much an error at timestep t counts; 1 on average."""
+        return self.step_weights.get(timestep_key(t), 1.0)
 
     def factor(self, name: str) -> SmoothingFactor:
         """The smoothing factor of a layer."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -35,18 +36,27 @@ def judged_by_output(config: Config, plans: list[LayerPlan]) -> list[LayerPlan]:
 class LayerOutput:
     """What quantizing one layer does to its output, on inputs of a probe.
 
-    Inputs are smoothed by factor first; weight: the layer's own, smoothing folded in.
+    Inputs are smoothed by factor first; weight: the layer's own, smoothing folded in. step_weight:
+    how much an error at a timestep counts within its group.
     """
 
     def __init__(
-        self, plan: LayerPlan, probe: Probe, factor: SmoothingFactor, bounds: tuple[float, ...]
+        self,
+        plan: LayerPlan,
+        probe: Probe,
+        factor: SmoothingFactor,
+        bounds: tuple[float, ...],
+        step_weight: Callable[[float], float] = lambda t: 1.0,
     ):
         self.plan = plan
         self.weight = factor.fold(plan.layer.weight.detach().float().cpu())
         self.parts: dict[int, list[Tensor]] = {}
+        self.counts: dict[int, list[float]] = {}
+        self._roots: Tensor | None = None
         for t, x in probe.parts:
-            smoothed = factor.apply(x, plan.channel_axis)
-            self.parts.setdefault(timestep_group(t, bounds), []).append(smoothed)
+            smoothed, group = factor.apply(x, plan.channel_axis), timestep_group(t, bounds)
+            self.parts.setdefault(group, []).append(smoothed)
+            self.counts.setdefault(group, []).extend([step_weight(t)] * len(x))
 
     def ranges(self, state: dict[str, Tensor], percentile: float) -> tuple[Tensor, Tensor]:
         """(x_min, x_max), [G] each: per group the range with the least error of the output.
@@ -60,6 +70,7 @@ class LayerOutput:
         tight = choose_range(state, "mse", spec, percentile)
         for group, parts in self.parts.items():
             x, whole = torch.cat(parts), (float(low[group]), float(high[group]))
+            self._roots = self._counts_of(group, x)
             short = whole[0] > -0.1 * whole[1]  # a short end (SiLU's): in full, or mse's
             pairs = [(a, b) for a in FRACTIONS[: 1 if short else None] for b in FRACTIONS]
             found = [(1.0, 1.0), *self._shortlist(x, whole, pairs)]
@@ -89,6 +100,13 @@ class LayerOutput:
 
         return sorted((p for p in pairs if p != (1.0, 1.0)), key=estimate)[:SHORTLIST]
 
+    def _counts_of(self, group: int, x: Tensor) -> Tensor | None:
+        """Roots of what each row counts, to be multiplied with x; None where all count alike."""
+        counts = torch.tensor(self.counts[group])
+        if (counts == counts[0]).all():
+            return None
+        return counts.sqrt().reshape(-1, *[1] * (x.ndim - 1))
+
     def _error(self, x: Tensor, low: Tensor, high: Tensor) -> float:
         """Squared error of the output, summed, with what is clipped counted CLIP_WEIGHT times."""
         spec = activation_spec(self.plan.activation_bits)
@@ -104,6 +122,8 @@ class LayerOutput:
 
         Samples of a convolution, and vectors of a linear layer, that are zero need no product.
         """
+        if self._roots is not None:
+            change = change * self._roots
         rows = change if self.plan.is_conv else change.flatten(0, -2)
         touched = rows.flatten(1).any(1)
         if not touched.all():

@@ -14,7 +14,16 @@ from ..machine import give_back
 from ..models.loading import DiffusionModel
 from ..models.topology import is_first_layer
 from ..progress import Track, no_progress
-from ..ptq import bit_budget, extra_bits, hessians, layer, noise, output_ranges, reconstruct
+from ..ptq import (
+    bit_budget,
+    extra_bits,
+    hessians,
+    layer,
+    noise,
+    output_ranges,
+    reconstruct,
+    step_weights,
+)
 from ..ptq.attention import quantize_attention
 from ..ptq.bit_budget import BitAssignment, assign_bits
 from ..ptq.cost import Cost, DenoiserCall
@@ -27,6 +36,7 @@ from ..ptq.layer_plan import LayerPlan, plan_layers
 from ..ptq.output_ranges import LayerOutput, judged_by_output
 from ..ptq.probes import PROBE_CALLS, collect_probes
 from ..ptq.smoothing_choice import factors_of
+from ..ptq.step_weights import found_step_weights
 from ..quant.affine import QParams, choose_qparams
 from ..quant.observers import choose_range
 from ..runtime.denoiser import full_denoiser
@@ -79,7 +89,12 @@ def run(
         if (not plan.stays_float or plan.name in factors)
         and plan.name in calibration.body["layers"]  # what no input reached stays as it is
     ]
-    job = QuantizationJob(config, model, calibration, plans, factors, partial)
+
+    def weigh() -> Message:
+        return Message([*found_step_weights(config, model, calibration, track, partial).items()])
+
+    weighed = {int(t): float(weight) for t, weight in ranks.told(weigh).value}
+    job = QuantizationJob(config, model, calibration, plans, factors, partial, weighed)
     job, assigned, sensitivity = decided(job, track, ranks)
     mine = job.planned([*ranks.share(job.plans)])
     outputs: dict[str, LayerOutput] = {}
@@ -130,6 +145,8 @@ def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, 
     rounded = [p for p in plans if p.weight_bits != FLOAT_BITS]
     weights = config.quantization.weights
     found = {}
+    if config.quantization.step_weights > 0:
+        found["weighing steps"] = step_weights.cost(config, call)
     if weights.budget is not None:
         found["assigning bits"] = bit_budget.cost(rounded, call)
     if extra_bits.spends(config):
@@ -187,8 +204,9 @@ def layer_outputs(job: QuantizationJob, track: Track) -> dict[str, LayerOutput]:
     steps = len(job.calibration.body["timesteps"])
     denoiser = full_denoiser(model)
     probes = collect_probes(config, model, denoiser, asked, steps, track, job.partial)
+    bounds, counts = job.group_bounds, job.step_weight
     return {
-        p.name: LayerOutput(p, probes[p.name], job.factor(p.name), job.group_bounds) for p in asked
+        p.name: LayerOutput(p, probes[p.name], job.factor(p.name), bounds, counts) for p in asked
     }
 
 
