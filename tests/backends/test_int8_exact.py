@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qncd_cli.backends import int8, reference
+from qncd_cli.backends.compiled import graph, ops
 from qncd_cli.backends.reference import simulate
 from qncd_cli.bench import table
 from qncd_cli.config.loading import parse_config
@@ -20,6 +21,7 @@ from qncd_cli.quant.affine import choose_qparams
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
 from qncd_cli.quant.rounding import round_nearest
+from qncd_cli.quant.smoothing import SmoothingFactor
 from qncd_cli.runtime.denoiser import guided_predict, quantized_denoiser
 from qncd_cli.sampling.noise import generators_for
 from qncd_cli.sampling.samplers import denoise, make_scheduler
@@ -54,6 +56,27 @@ def layer_of(original: nn.Conv2d | nn.Linear, weight_bits: int, bits: int) -> Qu
     if original.bias is not None:
         tensors["bias"] = original.bias.detach()
     return QuantizedLayer(original, tensors, weight_bits, bits, StepState(), int8.compute)
+
+
+@pytest.mark.parametrize("group", [4, 16, 64])
+def test_a_rotated_layer_has_the_same_bits_eager_traced_and_simulated(group):
+    original = nn.Linear(320, 128)
+    layer = layer_of(original, 4, 4)
+    factor = SmoothingFactor(torch.ones(320), 0, rotation=group)
+    rounded = round_nearest(factor.fold(original.weight.detach()), weight_spec(4))
+    tensors = dict(layer.named_buffers()) | factor.tensors()
+    tensors |= {"weight": pack(rounded.codes, 4), "weight_scale": rounded.qparams.scale}
+    tensors["weight_zero_point"] = rounded.qparams.zero_point.to(torch.uint8)
+    layer = QuantizedLayer(original, tensors, 4, 4, StepState(), int8.compute)
+    x, key = torch.randn(2, 64, 320, generator=generators_for([1])[0]), f"rotated {group}"
+    ops.register({key: layer})
+    assert torch.equal(layer(x), simulate(layer, x))
+    codes, tables = layer.weight, graph.Tables(layer)
+    layer.step.traced = tables.cut(tables.values[0])
+    assert torch.equal(ops._traced(key)(layer, x), simulate(layer, x))
+    assert codes is layer.weight
+    error = (layer(x) - original(x)).square().mean() / original(x).square().mean()
+    assert error < 0.15
 
 
 @pytest.mark.parametrize(("original", "shape"), LAYERS, ids=[str(case[0]) for case in LAYERS])

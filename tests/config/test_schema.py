@@ -185,6 +185,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "quantization.first_last_activation_bits": (8, QUANTIZE),
     "quantization.first_margin": (1.5, QUANTIZE),
     "quantization.step_weights": (0.5, QUANTIZE),
+    "quantization.rotation": (16, BOTH),
     "quantization.first_last_observer": ("mse", QUANTIZE),
     "quantization.split_skip_connections": (False, BOTH),
     "quantization.cache_time_embeddings": (False, QUANTIZE),

@@ -8,13 +8,16 @@ from conftest import tiny_config
 from torch import nn
 
 from qncd_cli.config.loading import parse_config
+from qncd_cli.forecast import artifacts
+from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import skip_boundaries
 from qncd_cli.progress import no_progress
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.ptq.smoothing_choice import Described, Factors, choose_factors, factors_of
 from qncd_cli.runtime import trajectory
-from qncd_cli.runtime.denoiser import full_denoiser
+from qncd_cli.runtime.denoiser import full_denoiser, quantized_denoiser
+from qncd_cli.stages import calibrate, quantize
 from qncd_cli.store.artifacts import Artifact
 
 
@@ -93,3 +96,39 @@ def test_factors_of_an_artifact_are_those_that_went_in(model):
         assert found[name].clamped == clamped
         assert (found[name].shift is None) == (shift is None)
         assert shift is None or torch.equal(found[name].shift, shift)
+
+
+def rotated_layers(model: DiffusionModel, factors: Factors) -> set[str]:
+    assert all(factors[name].rotation in (0, 4) for name in factors)
+    return {name for name, factor in factors.items() if factor.rotation}
+
+
+def test_linear_layers_that_read_features_are_rotated_and_no_others(model):
+    factors, described = choose(model, "none", quantization__rotation=4)
+    rotated = rotated_layers(model, factors)
+    assert {name for name in described if described[name].get("rotated")} == rotated
+    plans = plan_layers(parse_config(tiny_config(model.source), "test"), model.denoiser)
+    linear = {p.name for p in plans if not p.is_conv}
+    assert {name for name in linear if ".attn1." in name} <= rotated <= linear
+    assert all(torch.equal(factors[n].factor, torch.ones(len(factors[n].factor))) for n in rotated)
+    smoothed, _ = choose(model, "smoothquant", quantization__rotation=4)
+    assert not rotated_layers(model, smoothed)
+
+
+def test_a_rotated_model_is_sampled_as_it_was_and_the_forecast_knows_its_tensors(model):
+    tree = tiny_config(model.source, correction__intra="none", quantization__rotation=4)
+    tree["quantization"]["weights"]["bits"] = tree["quantization"]["activations"]["bits"] = 8
+    config = parse_config(tree, "test")
+    calibration, smoothing = calibrate.run(config, model)
+    made = quantize.run(config, model, calibration, smoothing).quantized
+    shapes = model_shapes(config)
+    foretold = artifacts.smoothing(config, shapes)
+    assert foretold.tensors.keys() == smoothing.tensors.keys()
+    assert artifacts.quantized(config, shapes, calibration, foretold).tensors.keys() == (
+        made.tensors.keys()
+    )
+    full = trajectory.draw(config, model, full_denoiser(model), [0, 1])
+    denoiser = quantized_denoiser(model, made, "simulate", True)
+    assert any(getattr(part, "rotation", 0) for part in denoiser.module.modules())
+    quantized = trajectory.draw(config, model, denoiser, [0, 1])
+    assert (quantized - full).square().mean() < 1e-2 * full.square().mean()

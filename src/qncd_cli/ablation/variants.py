@@ -48,6 +48,7 @@ INGREDIENTS: dict[str, Tree] = {
     "flat": {"correction": {"inter": {"field": 1}}},
     "bias": {"quantization": {"bias_correction": True}},
     "weighed": {"quantization": {"step_weights": 1.0}},
+    "rotated": {"quantization": {"rotation": 16}},
 }
 """Suffix: the keys that it sets, whatever the row's preset and --set say of them."""
 INTER = ("runtime", "ptqd", "affine", "stepwise+flat", "stepwise")

@@ -26,8 +26,9 @@ from .console import Console
     "of its corrections. NAME+INGREDIENT changes one thing: the inter correction (none, runtime, "
     "ptqd, affine, stepwise; published: runtime as in qncd-inter; stepwise+flat: its offset the "
     "same at all places), the intra correction (embedding, smoothquant, auto), the rounding "
-    "(nearest, gptq, adaround, brecq), bias or weighed (step weights). corrections: every "
-    "correction on qdiffusion and on best. Gains are over the first row of the same widths.",
+    "(nearest, gptq, adaround, brecq), bias, weighed (step weights) or rotated (by "
+    "16 channels). corrections: every correction on qdiffusion and on best. Gains are over the "
+    "first row of the same widths.",
 )
 @click.option(
     "--bits",

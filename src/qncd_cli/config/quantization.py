@@ -168,6 +168,11 @@ class QuantizationConfig(Section):
         "minmax", description="clipping the outer layers' tails costs the most"
     )
     sensitive: SensitiveConfig = SensitiveConfig()
+    rotation: Literal[0, 4, 16, 64] = Field(
+        0,
+        description="channels of a group in which inputs of linear layers without a smoothing "
+        "factor are rotated (Hadamard) before they are quantized; 0: none",
+    )
     step_weights: float = Field(
         0.0,
         ge=0,

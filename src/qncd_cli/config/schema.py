@@ -77,6 +77,8 @@ class Config(Section):
         inputs["intra"] = intra = tree["correction"]["intra"]
         inputs["timestep_groups"] = tree["quantization"]["activations"]["timestep_groups"]
         inputs["split"] = tree["quantization"]["split_skip_connections"]
+        if tree["quantization"]["rotation"]:
+            inputs["rotation"] = tree["quantization"]["rotation"]
         if intra in ("smoothquant", "range"):
             inputs["smoothing_strength"] = tree["correction"]["smoothing_strength"]
         if intra == "auto":  # chosen by the error at the configured widths
@@ -85,7 +87,7 @@ class Config(Section):
             del widths["preset"], widths["strict"]
             del widths["activations"]["timestep_groups"]
             del widths["sensitive"], widths["bias_correction"], widths["first_margin"]
-            del widths["step_weights"]
+            del widths["step_weights"], widths["rotation"]
             weights = widths["weights"]
             nearest = weights["rounding"] == "nearest"
             widths["weights"] = {"bits": weights["bits"], "nearest": nearest}
@@ -96,6 +98,7 @@ class Config(Section):
             for section, key, value in (
                 (quantization, "first_margin", 1.0),
                 (quantization, "step_weights", 0.0),
+                (quantization, "rotation", 0),
                 (quantization["weights"], "passes", 1),
                 (quantization["weights"], "asymmetry", 0.0),
             ):

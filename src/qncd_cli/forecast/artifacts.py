@@ -20,6 +20,7 @@ from ..ptq.bit_budget import WIDTHS
 from ..ptq.extra_bits import spends
 from ..ptq.layer_plan import LayerPlan, has_own_weight_bits, plan_layers
 from ..ptq.noise import noise_body
+from ..ptq.smoothing_choice import rotated_body
 from ..runtime.denoiser import group_bounds
 from ..spec import FLOAT_BITS
 from ..store.artifacts import KINDS, Artifact, description, torch_type
@@ -86,7 +87,8 @@ def smoothing(config: Config, shapes: Shapes) -> Artifact:
         for plan in plans
         if plan.name in smoothed
     }
-    return _blank("smoothing", {"layers": layers})
+    rotated = {p.name: rotated_body(p) for p in plans if p.rotates(config)}
+    return _blank("smoothing", {"layers": {**rotated, **layers}})
 
 
 def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Artifact) -> Artifact:
@@ -112,7 +114,8 @@ def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> La
     """One layer's entry in the quantized artifact, with SOME_FLOAT for what is measured."""
     q = config.quantization
     shifted = factor is not None and factor["shifted"]
-    entry = plan.entry(smoothed=factor is not None, shifted=shifted)
+    rotated = factor is not None and factor.get("rotated", False)
+    entry = plan.entry(smoothed=factor is not None, shifted=shifted, rotated=rotated)
     entry = replace(entry, bias_corrected=q.bias_correction)
     if spends(config) and min(plan.weight_bits, plan.activation_bits) <= 8:
         entry = replace(entry, estimated_error=EstimatedError(SOME_FLOAT, SOME_FLOAT))

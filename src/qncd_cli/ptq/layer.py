@@ -45,7 +45,11 @@ def quantize_layer(
     weight = layer.weight.detach().float().cpu()
     bias = None if layer.bias is None else layer.bias.detach().float().cpu()
     bias, weight = factor.bias(weight, bias), factor.fold(weight)
-    entry = plan.entry(smoothed=factor is not IDENTITY, shifted=factor.shift is not None)
+    entry = plan.entry(
+        smoothed=factor is not IDENTITY,
+        shifted=factor.shift is not None,
+        rotated=factor.rotation > 0,
+    )
     tensors = {"weight": weight}
     if plan.weight_bits != FLOAT_BITS:
         if curvature is not None:

@@ -65,7 +65,14 @@ class LayerPlan:
     def stays_float(self) -> bool:
         return self.weight_bits == self.activation_bits == FLOAT_BITS
 
-    def entry(self, *, smoothed: bool, shifted: bool) -> LayerEntry:
+    def rotates(self, config: Config) -> bool:
+        """Whether its input's channels are to be rotated: a linear layer's that reads features."""
+        group = config.quantization.rotation
+        if group == 0 or self.is_conv or self.stays_float or self.in_channels % group:
+            return False
+        return not (is_outer_layer(self.name) or is_conditioning_layer(self.name))
+
+    def entry(self, *, smoothed: bool, shifted: bool, rotated: bool = False) -> LayerEntry:
         """The layer's entry in the artifact before its weight is rounded."""
         return LayerEntry(
             kind="conv" if self.is_conv else "linear",
@@ -76,6 +83,7 @@ class LayerPlan:
             observer=self.observer,
             smoothed=smoothed,
             shifted=shifted,
+            rotated=rotated or None,
             bias=self.layer.bias is not None or shifted,  # a shift moves into the bias
         )
 

@@ -24,7 +24,7 @@ from ..quant.smoothing import (
     split_factor,
 )
 from ..runtime.denoiser import Denoiser, group_bounds
-from ..store.artifacts import Artifact
+from ..store.artifacts import Artifact, tensors_by_module
 from ..store.partial import NOTHING_KEPT, Partial, Piece
 from .cost import Cost, DenoiserCall
 from .layer_error import LayerError
@@ -48,11 +48,9 @@ Chosen = dict[str, tuple[str, SmoothingFactor]]
 
 def factors_of(smoothing: Artifact) -> Factors:
     """The factors in a smoothing artifact, by layer."""
-    tensors = smoothing.tensors
+    tensors = tensors_by_module(smoothing.tensors)
     return {
-        name: SmoothingFactor(
-            tensors[f"{name}.smoothing"], entry["clamped"], tensors.get(f"{name}.shift")
-        )
+        name: SmoothingFactor.of(tensors[name], entry["clamped"])
         for name, entry in smoothing.body["layers"].items()
     }
 
@@ -66,6 +64,38 @@ def choose_factors(
     partial: Partial = NOTHING_KEPT,
 ) -> tuple[Factors, Described]:
     """Factor [C_in] per layer that has one, and the body of the smoothing artifact.
+
+    Linear layers that `_smoothed` leaves without a factor are rotated, where so configured.
+    """
+    factors, described = _smoothed(config, model, denoiser, timesteps, track, partial)
+    for plan in plan_layers(config, model.denoiser):
+        if plan.rotates(config) and plan.name not in factors:
+            ones, group = torch.ones(plan.in_channels), config.quantization.rotation
+            factors[plan.name] = SmoothingFactor(ones, 0, rotation=group)
+            described[plan.name] = rotated_body(plan)
+    return factors, described
+
+
+def rotated_body(plan: LayerPlan) -> dict[str, Any]:
+    """What the smoothing artifact says of a layer that is rotated alone."""
+    return {
+        "in_channels": plan.in_channels,
+        "chosen": "rotation",
+        "clamped": 0,
+        "shifted": False,
+        "rotated": True,
+    }
+
+
+def _smoothed(
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    timesteps: list[float],
+    track: Track,
+    partial: Partial,
+) -> tuple[Factors, Described]:
+    """The factors that even channels out.
 
     embedding: the layers behind a timestep embedding, from the embeddings alone
     (docs/method.md); smoothquant and range: every layer; auto: per layer whichever of these, or

@@ -62,6 +62,7 @@ class QuantizedLayer(SteppedModule):
     input_scale, input_zero_point [G] or None (input stays float), smoothing [C_in] or None,
     shift [C_in] or None (taken off before the division; its product with the weight is in the
     bias), bias [O] or None, bias_correction [G, O] or None (added at its timestep group).
+    rotation: channels of a group that is rotated before the division, 0 for none.
     activation_bits above 8: codes of up to 16 bits, two 8-bit passes of an integer kernel over
     the high and the low byte. weight_bits 32: weight is float32 with the smoothing folded in.
     prepared: what backends made of the codes and keep beside them, each under a name of its own.
@@ -101,6 +102,7 @@ class QuantizedLayer(SteppedModule):
             self.dilation, self.groups = original.dilation, original.groups
         self.compute = compute
         self.prepared: dict[str, Any] = {}
+        self.rotation = SmoothingFactor.of(tensors).rotation if "rotation" in tensors else 0
         for name in ("weight", "weight_scale", "weight_zero_point", "smoothing", "shift", "bias"):
             self.register_buffer(name, tensors.get(name))
         for name in ("input_scale", "input_zero_point", "bias_correction"):
@@ -123,10 +125,10 @@ class QuantizedLayer(SteppedModule):
         """What smooths the layer's input."""
         if self.smoothing is None:
             return IDENTITY
-        return SmoothingFactor(self.smoothing, 0, self.shift)
+        return SmoothingFactor(self.smoothing, 0, self.shift, self.rotation)
 
     def smoothed(self, x: Tensor) -> Tensor:
-        """(x - shift) / S along the channels ([N, C, H, W] or [..., C])."""
+        """(x H - shift) / S along the channels ([N, C, H, W] or [..., C])."""
         return self.factor.apply(x, 1 if self.is_conv else -1)
 
     def bias_now(self) -> Tensor | None:

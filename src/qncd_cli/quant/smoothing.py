@@ -7,11 +7,14 @@ tensor (QNCD, arXiv 2403.19140, sec. 4.1).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .rotation import ROTATIONS, rotate
 
 MAX_RATIO = 16.0
 """A factor stays within this ratio of the median of its layer's factors."""
@@ -24,28 +27,38 @@ class SmoothingFactor(NamedTuple):
 
     shift: [C] taken off before the division, None for none. Its product with the weight goes
     into the bias, so that it costs an integer kernel nothing (pointwise layers only: elsewhere
-    it would move the padding).
+    it would move the padding). rotation: channels of a group that is rotated before all else
+    (`rotation`), 0 for none; linear layers only.
     """
 
     factor: Tensor
     clamped: int
     shift: Tensor | None = None
+    rotation: int = 0
 
     def apply(self, x: Tensor, channel_axis: int) -> Tensor:
-        """(x - shift) / S along the channels: what the layer reads."""
-        return x if self is IDENTITY else smooth(x, self.factor, channel_axis, self.shift)
+        """(x H - shift) / S along the channels: what the layer reads."""
+        if self is IDENTITY:
+            return x
+        return smooth(self._rotated(x), self.factor, channel_axis, self.shift)
 
     def scaled_back(self, x: Tensor, channel_axis: int) -> Tensor:
-        """x * S along the channels: a difference of smoothed inputs, in the input's own units."""
-        return x if self is IDENTITY else smooth(x, 1 / self.factor, channel_axis)
+        """x * S H along the channels: a difference of smoothed inputs, in the input's own units."""
+        if self is IDENTITY:
+            return x
+        return self._rotated(smooth(x, 1 / self.factor, channel_axis))
 
     def fold(self, weight: Tensor) -> Tensor:
-        """W * S along the input channels: what the layer multiplies with."""
-        return weight if self is IDENTITY else fold(weight, self.factor)
+        """W H * S along the input channels: what the layer multiplies with."""
+        return weight if self is IDENTITY else fold(self._rotated(weight), self.factor)
 
     def unfold(self, weight: Tensor) -> Tensor:
-        """W / S along the input channels: fold taken back."""
-        return weight if self is IDENTITY else fold(weight, 1 / self.factor)
+        """W / S H along the input channels: fold taken back."""
+        return weight if self is IDENTITY else self._rotated(fold(weight, 1 / self.factor))
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        """x H along the last axis; H is its own inverse."""
+        return rotate(x, self.rotation) if self.rotation else x
 
     def bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """The layer's bias with what the shift takes off. weight: before fold."""
@@ -55,8 +68,21 @@ class SmoothingFactor(NamedTuple):
         """What artifacts hold of it beside a layer's name; nothing of the identity."""
         if self is IDENTITY:
             return {}
-        shift = {} if self.shift is None else {"shift": self.shift}
-        return {"smoothing": self.factor, **shift}
+        found = {"smoothing": self.factor}
+        if self.shift is not None:
+            found["shift"] = self.shift
+        if self.rotation:
+            found["rotation"] = torch.tensor([self.rotation], dtype=torch.int32)
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], clamped: int = 0) -> SmoothingFactor:
+        """What `tensors` gave. Raises ValueError for a rotation that there is not."""
+        group = int(tensors["rotation"]) if "rotation" in tensors else 0
+        channels = len(tensors["smoothing"])
+        if group and (group not in ROTATIONS or channels % group):
+            raise ValueError(f"no rotation of {channels} channels in groups of {group}")
+        return cls(tensors["smoothing"], clamped, tensors.get("shift"), group)
 
 
 IDENTITY = SmoothingFactor(torch.ones(1), 0)

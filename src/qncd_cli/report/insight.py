@@ -191,14 +191,16 @@ def channel_ranges(calibration: Tensors, smoothing: Tensors) -> list[Ranges]:
     """The smoothed layers whose channels' ranges differed most, the worst first.
 
     calibration, smoothing: tensors of these artifacts. Calibration saw smoothed inputs; before
-    smoothing a channel was as wide as that times its factor. Layers whose input is shifted first
-    are left out: how wide their channels were is not known.
+    smoothing a channel was as wide as that times its factor. Layers whose input is shifted or
+    rotated first are left out: how wide their channels were is not known.
     """
     found = []
     for key, factor in smoothing.items():
         name, _, what = key.rpartition(".")
         after = calibration.get(f"{name}.input_channel_absmax")
-        if what != "smoothing" or after is None or f"{name}.shift" in smoothing:
+        if what != "smoothing" or after is None:
+            continue
+        if f"{name}.shift" in smoothing or f"{name}.rotation" in smoothing:
             continue
         both = {BEFORE: after.double() * factor.double(), AFTER: after.double()}
         medians = {when: values.median() for when, values in both.items()}

@@ -177,15 +177,18 @@ def install(
                 f"{artifact.path}: layer {name} does not fit {source}",
                 'repeat "qncd quantize"',
             )
-        quantized = QuantizedLayer(
-            layer,
-            tensors[name],
-            entry.weight_bits,
-            entry.activation_bits,
-            step,
-            backend.compute,
-            low_memory=low_memory,
-        )
+        try:
+            quantized = QuantizedLayer(
+                layer,
+                tensors[name],
+                entry.weight_bits,
+                entry.activation_bits,
+                step,
+                backend.compute,
+                low_memory=low_memory,
+            )
+        except ValueError as error:
+            raise ArtifactError(f"{artifact.path}: layer {name}: {error}") from error
         replace_module(module, name, quantized)
     install_attention(module, artifact, step, backend.matmul)
     return step

@@ -5,8 +5,8 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | kind | tensors | body |
 |---|---|---|
 | calibration | inputs.{x, prediction} [R, C, ...], inputs.{timestep, class, seed} [R]; per layer .input_{min, max, batch_min, batch_max} [G], .input_histogram [G, BINS], .input_histogram_exponent [G], .input_channel_absmax [C_in]; per attention module the same with query, key and value for input | rows, latent_shape, groups, layers {name: in_channels}, attention {name: channels}, timesteps |
-| smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted | layers {name: {in_channels, chosen, clamped, shifted}} |
-| quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
+| smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted, .rotation [1] where rotated | layers {name: {in_channels, chosen, clamped, shifted, rotated}} |
+| quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .rotation [1], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, affine_mean, runtime_mean [T, C], correlation_k, residual_variance, affine_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T]; stepwise_prediction, stepwise_latent [S, C], stepwise_field [S, C, *grid] | channels, steps, sampler_steps, grid, sampling, target |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 | features | features, logits, spatial [N, W] of N images (metrics/kept_features.py) | network, count, size [H, W], seen {digests, colours, brightest}, widths {tensor: W} |
@@ -70,6 +70,8 @@ def _smoothing_layout(body: dict) -> Layout:
         layout[f"{name}.smoothing"] = channels
         if entry["shifted"]:
             layout[f"{name}.shift"] = channels
+        if entry.get("rotated"):
+            layout[f"{name}.rotation"] = (INT32, (1,))
     return layout
 
 
@@ -93,6 +95,8 @@ def _quantized_layout(body: dict) -> Layout:
             layout[f"{name}.smoothing"] = channels
         if entry.shifted:
             layout[f"{name}.shift"] = channels
+        if entry.rotated:
+            layout[f"{name}.rotation"] = (INT32, (1,))
         if entry.bias:
             layout[f"{name}.bias"] = (FLOAT32, (out,))
         if entry.bias_corrected:

@@ -40,9 +40,10 @@ class LayerEntry:
 
     kind: conv or linear. weight_shape: [O, C_in, ...] of the weight before it is packed.
     observer: what chose the input's range. smoothed, shifted, bias, bias_corrected: whether there
-    are tensors of these names. rounding: none, nearest, gptq, adaround or brecq; note: what fell
-    back, or empty. relative_output_error: what GPTQ left of the output's power, on calibration
-    inputs. sensitivity: error of the prediction by weight bits, where a budget chose them.
+    are tensors of these names; rotated: whether there is a rotation's. rounding: none, nearest,
+    gptq, adaround or brecq; note: what fell back, or empty. relative_output_error: what GPTQ left
+    of the output's power, on calibration inputs. sensitivity: error of the prediction by weight
+    bits, where a budget chose them.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class LayerEntry:
     shifted: bool
     bias: bool
     bias_corrected: bool = False
+    rotated: bool | None = None
     rounding: str = "none"
     note: str = ""
     relative_output_error: float | None = None
@@ -94,6 +96,8 @@ class LayerEntry:
         found["weight_shape"] = shape = tuple(body.get("weight_shape", ()))
         if len(shape) < 2 or not all(type(n) is int and n > 0 for n in shape):
             raise TypeError(f"weight_shape {shape}")
+        if type(found.get("rotated", True)) is not bool:
+            raise TypeError(f"rotated is {found['rotated']!r}")
         if "sensitivity" in found:
             found["sensitivity"] = {int(bits): e for bits, e in found["sensitivity"].items()}
         if "estimated_error" in found:

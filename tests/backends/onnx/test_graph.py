@@ -41,6 +41,9 @@ LAYERS = {
         shift=random(8),
         bias_correction=random(2, 7),
     ),
+    "rotated": layer_of(
+        *(nn.Linear(8, 7), 4, 8, GROUPS), smoothing=POWERS, rotation=torch.tensor([4])
+    ),
     "wide_input": layer_of(nn.Linear(8, 7), 8, 16, (700, 40000)),
     "odd_input": layer_of(nn.Linear(8, 7), 8, 12, (700, 900)),
     "wide_weight": layer_of(nn.Linear(8, 7, bias=False), 15, 8, GROUPS),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ...quant.affine import QParams, round_to_codes
 from ...quant.attention import AttentionProducts
 from ...quant.layers import QuantizedLayer
+from ...quant.rotation import rotate
 from ...quant.smoothing import smooth
 from ...spec import activation_spec
 from .. import int8
@@ -76,7 +77,8 @@ def _traced(key: str):
         """The same as int8.compute, in two operators."""
         bits, (scale, zero_point) = layer.activation_bits, layer.input_qparams()
         quantizer = (layer.smoothing, layer.shift, scale, zero_point, bits)
-        low, high = torch.ops.qncd.codes(x, layer.is_conv, *quantizer)
+        y = rotate(x.float(), layer.rotation) if layer.rotation else x
+        low, high = torch.ops.qncd.codes(y, layer.is_conv, *quantizer)
         operands = (low, high if bits > 8 else None, scale, zero_point, layer.bias_now())
         return torch.ops.qncd.multiply(*operands, key, x.dtype)
 

@@ -30,6 +30,7 @@ from ...quant.affine import QParams
 from ...quant.attention import AttentionProducts
 from ...quant.layers import QuantizedLayer
 from ...quant.packing import weight_bytes
+from ...quant.rotation import rotation_matrix
 from ...spec import FLOAT_BITS
 from .. import int8
 
@@ -66,6 +67,11 @@ class Writer:
 
     def _smoothed(self, layer: QuantizedLayer, x: ir.Value) -> ir.Value:
         sides = [1, 1] if layer.is_conv else []
+        if layer.rotation:
+            groups = self._constant("groups", torch.tensor([-1, layer.rotation]))
+            matrix = self._constant("rotation", rotation_matrix(layer.rotation))
+            rotated = self._op("MatMul", self._op("Reshape", x, groups), matrix)
+            x = self._op("Reshape", rotated, self._op("Shape", x))
         for name, operator in (("shift", "Sub"), ("smoothing", "Div")):
             value = layer.get_buffer(name)
             if value is not None:
