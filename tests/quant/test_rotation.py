@@ -49,7 +49,7 @@ def test_an_outlier_costs_less_after_rotation():
         return factor.scaled_back(rounded - y, -1).square().mean()
 
     plain, rotated = (SmoothingFactor(torch.ones(64), 0, rotation=group) for group in (0, 16))
-    assert error(rotated) < 0.5 * error(plain)
+    assert error(rotated) < 0.7 * error(plain)
 
 
 def test_a_factor_is_what_its_tensors_say():
