@@ -74,7 +74,7 @@ def test_layers_behind_a_skip_connection_are_split_whatever_the_widths(model, bi
     factors, described = choose(model, "none", **widths)
     assert factors.keys() == boundaries.keys()
     assert {entry["chosen"] for entry in described.values()} == {"split"}
-    for name, (factor, _, shift) in factors.items():
+    for name, (factor, _, shift, _) in factors.items():
         assert shift is None
         parts = factor[: boundaries[name]], factor[boundaries[name] :]
         assert all(len(part.unique()) == 1 for part in parts)
@@ -91,7 +91,7 @@ def test_factors_of_an_artifact_are_those_that_went_in(model):
     tensors |= {f"{n}.shift": f.shift for n, f in factors.items() if f.shift is not None}
     found = factors_of(Artifact("smoothing", tensors, {"layers": described}, "c" * 16, "m" * 16))
     assert found.keys() == factors.keys()
-    for name, (factor, clamped, shift) in factors.items():
+    for name, (factor, clamped, shift, _) in factors.items():
         assert torch.equal(found[name].factor, factor)
         assert found[name].clamped == clamped
         assert (found[name].shift is None) == (shift is None)

@@ -30,7 +30,6 @@ from ...quant.affine import QParams
 from ...quant.attention import AttentionProducts
 from ...quant.layers import QuantizedLayer
 from ...quant.packing import weight_bytes
-from ...quant.rotation import rotation_matrix
 from ...spec import FLOAT_BITS
 from .. import int8
 
@@ -68,15 +67,26 @@ class Writer:
     def _smoothed(self, layer: QuantizedLayer, x: ir.Value) -> ir.Value:
         sides = [1, 1] if layer.is_conv else []
         if layer.rotation:
-            groups = self._constant("groups", torch.tensor([-1, layer.rotation]))
-            matrix = self._constant("rotation", rotation_matrix(layer.rotation))
-            rotated = self._op("MatMul", self._op("Reshape", x, groups), matrix)
-            x = self._op("Reshape", rotated, self._op("Shape", x))
+            x = self._rotated(x, layer.rotation)
         for name, operator in (("shift", "Sub"), ("smoothing", "Div")):
             value = layer.get_buffer(name)
             if value is not None:
                 x = self._op(operator, x, self._constant(name, value.reshape(-1, *sides)))
         return x
+
+    def _rotated(self, x: ir.Value, group: int) -> ir.Value:
+        """As quant.rotation has it: along each digit of base 4, half the sum less the reverse."""
+        shape, width = self._op("Shape", x), group
+        axis, half = torch.tensor([1]), torch.tensor(0.5)
+        reverse = self._constant("reverse", torch.tensor([3, 2, 1, 0]))
+        while width > 1:
+            width //= 4
+            digit = self._constant(f"digit_{width}", torch.tensor([-1, 4, width]))
+            y = self._op("Reshape", x, digit)
+            total = self._op("ReduceSum", y, self._constant("axis", axis), keepdims=1)
+            total = self._op("Mul", total, self._constant("half", half))
+            x = self._op("Sub", total, self._op("Gather", y, reverse, axis=1))
+        return self._op("Reshape", x, shape)
 
     def _bytes(self, codes: ir.Value, zero_point: Tensor, bits: int) -> list[Any]:
         """Codes, integers in float, byte by byte; zero-points [G] and what each byte counts."""
