@@ -121,7 +121,7 @@ def test_a_rotated_model_is_sampled_as_it_was_and_the_forecast_knows_its_tensors
     config = parse_config(tree, "test")
     calibration, smoothing = calibrate.run(config, model)
     made = quantize.run(config, model, calibration, smoothing).quantized
-    shapes = model_shapes(config)
+    shapes = model_shapes(model.source, torch.float32)
     foretold = artifacts.smoothing(config, shapes)
     assert foretold.tensors.keys() == smoothing.tensors.keys()
     assert artifacts.quantized(config, shapes, calibration, foretold).tensors.keys() == (
