@@ -75,7 +75,7 @@ class Writer:
         return x
 
     def _rotated(self, x: ir.Value, group: int) -> ir.Value:
-        """As quant.rotation has it: along each digit of base 4, half the sum less the reverse."""
+        """x H of quant.rotation: along each digit of base 4, half the sum less the reverse."""
         shape, width = self._op("Shape", x), group
         axis, half = torch.tensor([1]), torch.tensor(0.5)
         reverse = self._constant("reverse", torch.tensor([3, 2, 1, 0]))
