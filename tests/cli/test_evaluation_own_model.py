@@ -4,6 +4,7 @@ left out with a line, and what is refused because its number would mean nothing.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -50,10 +51,12 @@ def save_images(folder: Path, count: int = 6) -> None:
 
 
 def one_line(result, code: int) -> str:
+    """The only line on stderr, but for remarks and progress (of a slow machine)."""
     assert result.exit_code == code, (result.stdout, result.stderr)
     lines = result.stderr.strip().splitlines()
     lines = [line for line in lines if " are few for the " not in line]  # checks of small sets
-    (line,) = [line for line in lines if line and not line.startswith(("backend ", "eval", "samp"))]
+    beside = re.compile(r"backend |eval|samp|(?!Error)[\w ()']+: \d+ ")
+    (line,) = [line for line in lines if line and not beside.match(line)]
     assert "Traceback" not in line
     return line
 
