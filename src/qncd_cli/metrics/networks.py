@@ -12,6 +12,7 @@ import pickle
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -141,16 +142,24 @@ def inception(weights: Path | None = None) -> FeatureNetwork:
     )
 
 
-def _check_inception(path: Path, hint: str) -> None:
-    """Read the file without executing anything in it; torch-fidelity itself would unpickle it."""
+def read_state_dict(path: Path, hint: str) -> Any:
+    """What a PyTorch file of weights holds, read without executing anything in it.
+
+    hint: what to do about a file that is none. Raises ArtifactError.
+    """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{path}: not a PyTorch state dict: {first_line(error)}", hint
         ) from error
     except pickle.UnpicklingError as error:
         raise ArtifactError(f"{path}: refused, it holds more than tensors", hint) from error
+
+
+def _check_inception(path: Path, hint: str) -> None:
+    """Read the file before torch-fidelity does, which would unpickle it."""
+    state = read_state_dict(path, hint)
     head = state.get("fc.weight") if isinstance(state, dict) else None
     if not isinstance(head, torch.Tensor) or tuple(head.shape) != INCEPTION_HEAD_SHAPE:
         raise ArtifactError(f"{path}: fc.weight {list(INCEPTION_HEAD_SHAPE)} is missing", hint)

@@ -6,7 +6,6 @@ torch-fidelity's; both files of weights are read without executing anything in t
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..errors import ArtifactError, BackendUnavailable
 from ..progress import Track, counted, no_progress
 from .image_files import digest_of_files
 from .images_on_disk import Images
-from .networks import first_line
+from .networks import first_line, read_state_dict
 
 VGG_FILE, LINEAR_FILE = "vgg16-397923af.pth", "weights-vgg16-lpips.pth"
 """torchvision's file, and torch-fidelity's of the linear layers, as torch.hub keeps them."""
@@ -131,15 +130,7 @@ class _Taps(nn.Module):
 
 def _state(path: Path) -> Mapping[str, Tensor]:
     """A state dict, read without executing anything in the file. Raises ArtifactError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        *(OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError),
-        pickle.UnpicklingError,
-    ) as error:
-        raise ArtifactError(
-            f"{path}: not a PyTorch state dict: {first_line(error)}", "fetch it again"
-        ) from error
+    state = read_state_dict(path, "fetch it again")
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ArtifactError(f"{path}: not a PyTorch state dict", "fetch it again")
     return state
