@@ -160,6 +160,7 @@ DOORS: dict[str, list[str]] = {
     "rich": ["cli.* (inside)"],
     "diffusers": [
         "exported",
+        "export.comfyui_names",
         "export.folder",
         "forecast.*",
         "models.*",
@@ -169,6 +170,7 @@ DOORS: dict[str, list[str]] = {
     ],
     "transformers": ["models.* (inside)", "metrics.prompted (inside)"],
     "safetensors": [
+        "export.comfyui",
         "export.folder",
         "forecast.shapes",
         "store.artifacts",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ..config.loading import load_config, parse_config
+from ..config.schema import Config
 from ..runs.model import silence_diffusers
 from ..store import artifacts
 from ..store.files import check_folder, replacing_folder
-from ..store.run_dir import find_run
+from ..store.run_dir import RunDir, find_run
+from ..vocabulary import megabytes
 from . import usage
 from .console import Console
 from .shared import open_model
@@ -30,15 +33,7 @@ def export_graph(
     stage.require(target)
     folder = Path(out)
     check_folder(folder, stage.INDEX, "folder with an exported graph", force=force)
-    run = find_run(run_dir)
-    config = load_config(str(run.config))
-    quantized = artifacts.read(run.tensors("quantized"), "quantized")
-    artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
-    tree = config.to_dict()
-    tree["model"]["dtype"] = "float32"  # of what stays unquantized in the graph
-    config = parse_config(tree, "export")
-    model = open_model(config, "cpu", run.path)
-    artifacts.check_lineage(quantized, model=model.digest)
+    config, model, quantized = _opened(find_run(run_dir))
     check = stage.Check(samples, bound)
     with replacing_folder(folder) as made:
         index = stage.run(config, model, quantized, target, made, check, console.track)
@@ -83,6 +78,91 @@ def export_graph(
     console.result(payload, render)
 
 
+def export_comfyui(
+    console: Console,
+    out: str,
+    run_dir: str | None,
+    samples: int,
+    bound: float | None,
+    *,
+    force: bool,
+) -> None:
+    """The denoiser alone, as one file in ComfyUI's names and formats."""
+    from ..export import comfyui as stage
+
+    path = Path(out)
+    stage.check_target(path, force=force)
+    run = find_run(run_dir)
+    config, model, quantized = _opened(run)
+    made = stage.run(config, model, quantized, path, samples, bound, console.track)
+    layers, sizes, agreement = made["layers"], made["sizes"], made["agreement"]
+    kinds = {kind: [row for row in layers if row["format"] == kind] for kind in stage.FORMATS}
+    reasons: dict[str, int] = {}
+    for row in layers:
+        if row["why"]:
+            reasons[row["why"]] = reasons.get(row["why"], 0) + 1
+    for why, count in reasons.items():
+        console.note(f"{count} of {len(layers)} layers: {why}")
+    if not made["known_sizes"]:
+        console.note("no published model has these sizes: ComfyUI will not know it")
+    prediction = model.scheduler_config.get("prediction_type", "epsilon")
+    if prediction == "v_prediction":
+        console.note("the model predicts v: say so in ComfyUI (node ModelSamplingDiscrete)")
+    _without_correction(console, config, "a file")
+    payload = {
+        "file": str(path),
+        "format": "comfyui",
+        "bytes": sizes["file"],
+        "artifact_bytes": sizes["artifact"],
+        "formats": {kind: len(rows) for kind, rows in kinds.items()},
+        "layers": layers,
+        "agreement": agreement,
+        "seconds": round(console.lap(), 2),
+    }
+
+    def decibels(key: str) -> str:
+        value = agreement[key]
+        return "identical" if value is None else f"{value:.1f} dB"
+
+    def render() -> None:
+        counts = ", ".join(f"{len(rows)} {kind}" for kind, rows in kinds.items() if rows)
+        print(
+            f"{path}: {megabytes(sizes['file'])} "
+            f"({sizes['file'] / sizes['artifact']:.2f} of the artifact's), layers: {counts}"
+        )
+        print(
+            f"inputs quantized row by row: largest difference of a prediction "
+            f"{agreement['relative_difference']:.2%}, images {decibels('psnr_to_artifact_db')} to "
+            f"the artifact's and {decibels('psnr_to_full_db')} to full precision's, the "
+            f"artifact's {decibels('artifact_psnr_to_full_db')} "
+            f"({samples} samples, {agreement['steps']} steps)"
+        )
+        print(
+            "put it into ComfyUI's models/diffusion_models; text encoders and VAE stay as they are"
+        )
+
+    console.result(payload, render)
+
+
+def _opened(run: RunDir) -> tuple[Config, Any, artifacts.Artifact]:
+    """Configuration, model (in float32 on the CPU) and quantized artifact of a run."""
+    config = load_config(str(run.config))
+    quantized = artifacts.read(run.tensors("quantized"), "quantized")
+    artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
+    tree = config.to_dict()
+    tree["model"]["dtype"] = "float32"  # of what stays unquantized
+    config = parse_config(tree, "export")
+    model = open_model(config, "cpu", run.path)
+    artifacts.check_lineage(quantized, model=model.digest)
+    return config, model, quantized
+
+
+def _without_correction(console: Console, config: Config, what: str) -> None:
+    inter = config.correction.inter.method
+    if inter != "none":
+        console.note(f"{what} samples by itself: the {inter} correction is not part of it")
+
+
 def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> None:
     """A pipeline folder for diffusers."""
     from ..export.folder import check_target, save_folder
@@ -108,9 +188,7 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     exported = exported_pipeline(pipeline, quantized, scheduler)
     save_folder(exported, folder, force=force, readme=readme)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    inter = config.correction.inter.method
-    if inter != "none":
-        console.note(f"a pipeline samples by itself: the {inter} correction is not part of it")
+    _without_correction(console, config, "a pipeline")
     payload = {
         "folder": str(folder),
         "pipeline": type(pipeline).__name__,

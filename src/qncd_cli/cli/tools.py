@@ -70,12 +70,13 @@ def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
     epilog="\b\nExamples:\n  qncd export --to diffusers exported/fashion-ldm-w4a8\n"
     "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6\n"
     "  qncd export --to onnx exported/onnx\n"
-    "  qncd export --to openvino exported/openvino --samples 8 --bound 0.05"
+    "  qncd export --to openvino exported/openvino --samples 8 --bound 0.05\n"
+    "  qncd export --to comfyui exported/sdxl-w8a8.safetensors"
 )
-@click.argument("out", metavar="DIR", type=click.Path())
+@click.argument("out", metavar="PLACE", type=click.Path())
 @click.option(
     "--to",
-    type=click.Choice(["diffusers", "onnx", "openvino"]),
+    type=click.Choice(["diffusers", "comfyui", "onnx", "openvino"]),
     required=True,
     help="The format.",
 )
@@ -83,30 +84,35 @@ def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
     "--samples",
     type=click.IntRange(1),
     metavar="N",
-    help="Of a graph: images to compare with the simulation (default: 4).",
+    help="Of a graph or a ComfyUI file: images to compare with the simulation (default: 4).",
 )
 @click.option(
     "--bound",
     type=click.FloatRange(0),
     metavar="SHARE",
-    help="Of a graph: largest difference of one prediction from the simulation, as a share of the "
-    "largest prediction; beyond it nothing is written (default: 0.1).",
+    help="Largest difference of one prediction from the simulation, as a share of the largest "
+    "prediction; beyond it nothing is written (default: 0.1 of a graph, none of a ComfyUI file).",
 )
 @options.run_dir
-@options.force("Replace the exported folder that is there.")
+@options.force("Replace the exported folder or file that is there.")
 @options.json_output
 def export(out, to, samples, bound, run_dir, force, as_json, debug):
-    """Write the quantized model for other tools: a pipeline folder, or a graph of the denoiser.
+    """Write the quantized model for other tools, as a folder or a file at PLACE.
 
     diffusers: in the code that loads it, import qncd_cli.exported once, then
-    DiffusionPipeline.from_pretrained(DIR) (needs the package accelerate). It computes with
+    DiffusionPipeline.from_pretrained(PLACE) (needs the package accelerate). It computes with
     integers where the CPU can.
 
     onnx, openvino: the denoiser alone, with open batch size and the ranges of all timesteps, in
     the operators that ONNX Runtime or OpenVINO compute in integers. The graph is run beside the
-    simulation; DIR/graph.json says how to call it, what is not in integers, and what came out.
+    simulation; PLACE/graph.json says how to call it, what is not in integers, and what came out.
 
-    Corrections of the sampling loop are part of neither.
+    comfyui: the denoiser alone, one .safetensors in ComfyUI's names: U-Nets of Stable Diffusion and
+    SDXL, transformers of SD 3 and FLUX. Its linear layers keep their codes, one byte each;
+    convolutions, which ComfyUI does not quantize, are bfloat16. Inputs are quantized row by row
+    there; what that does to images is simulated and printed.
+
+    Corrections of the sampling loop are part of none.
     """
     from . import export as command
 
@@ -116,7 +122,11 @@ def export(out, to, samples, bound, run_dir, force, as_json, debug):
             raise click.UsageError("--samples and --bound are for graphs, not for diffusers")
         command.export(console, out, run_dir, force=force)
         return
-    samples, bound = 4 if samples is None else samples, 0.1 if bound is None else bound
+    samples = 4 if samples is None else samples
+    if to == "comfyui":
+        command.export_comfyui(console, out, run_dir, samples, bound, force=force)
+        return
+    bound = 0.1 if bound is None else bound
     command.export_graph(console, to, out, run_dir, samples, bound, force=force)
 
 
