@@ -24,7 +24,7 @@ from typing import Any
 from .. import __version__
 from ..backends.base import AUTO, get_backend
 from ..config.schema import Config
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
 from ..lineage import sample_sets
 from ..lineage.sample_set import match_sets, read_set
 from ..metrics.protocol import Protocol, describe, prepared
@@ -113,6 +113,11 @@ def run(
 
     Raises what the stages raise; finished rows are kept and the next call goes on from there.
     """
+    if (reuse := variants[0].config.sampling.reuse) is not None:
+        raise ConfigError(
+            f"sampling.reuse {reuse:g}: ablate draws its rows without reuse across steps",
+            "add --set sampling.reuse=null",
+        )
     protocol = prepared(protocol, request.count, track)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
@@ -146,13 +151,13 @@ def identify(config: Config, ablation: _Ablation) -> dict[str, Any]:
     if config.correction.inter.depends_on_batch:
         inter["batch_size"] = ablation.request.batch_size
     backend = get_backend(ablation.backend, ablation.model.device).name
+    sampling = config.to_dict()["sampling"]
+    del sampling["reuse"]  # rows are drawn without it, and those measured before it stay valid
     identity = {
         "model": ablation.model.digest,
         "calibrate": config.stage_digest("calibrate"),
         "quantize": config.stage_digest("quantize"),
-        "sample": digest_of(
-            {"sampling": config.to_dict()["sampling"], "inter": inter, "backend": backend}
-        ),
+        "sample": digest_of({"sampling": sampling, "inter": inter, "backend": backend}),
         "protocol": digest_of(
             {
                 "num_samples": ablation.request.count,

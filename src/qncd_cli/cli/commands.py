@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..config.loading import load_config
@@ -15,6 +15,7 @@ from ..store.run_dir import RunDir, find_run, set_current
 from . import states
 from .console import Console
 from .evaluation import EvalOptions, evaluate
+from .reuse import picture
 from .sampling import SampleOptions, sample
 from .shared import done, download, watching
 from .wanted import Wanted
@@ -74,6 +75,7 @@ def quantize(
     made = quantize_run(run_dir, config, device=device, force=force, watch=watch)
     coverage = made.coverage
     size = made.artifact_bytes + coverage["rest_bytes"]
+    plan = {} if made.reuse is None else {"reuse": _reuse(made.reuse)}
     done(
         console,
         "quantize",
@@ -88,7 +90,15 @@ def quantize(
         mean_input_bits=coverage["mean_input_bits"],
         skipped=made.skipped,
         **states.described(made.state, force=force),
+        **plan,
     )
+    if made.reuse is not None and not console.as_json:
+        print(*picture(made.reuse), sep="\n")
+
+
+def _reuse(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the JSON says of a plan of reuse."""
+    return {key: body[key] for key in ("share", "chains", "kept", "correction")}
 
 
 # ------------------------------------------------------------------ all four

@@ -89,7 +89,8 @@ def calibrate(device, force, dry_run, plan, profile, as_json, debug, **names):
     epilog="\b\nExamples:\n  qncd quantize\n"
     "  qncd quantize --set quantization.weights.rounding=nearest\n"
     "  qncd quantize --bits w4a6\n"
-    "  qncd quantize --budget 4.5"
+    "  qncd quantize --budget 4.5\n"
+    "  qncd quantize --reuse 0.5"
 )
 @click.option(
     "--bits",
@@ -103,6 +104,12 @@ def calibrate(device, force, dry_run, plan, profile, as_json, debug, **names):
     help="Average bits of the quantized weights; each layer gets 2, 3, 4, 6 or 8 of them by its "
     "measured sensitivity.",
 )
+@click.option(
+    "--reuse",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    metavar="SHARE",
+    help="Share of the MACs that sampling computes: a plan of what earlier steps have is made.",
+)
 @options.overrides
 @options.run_dir
 @options.device
@@ -110,7 +117,7 @@ def calibrate(device, force, dry_run, plan, profile, as_json, debug, **names):
 @options.plan
 @options.profile
 @options.json_output
-def quantize(bits, budget, overrides, run_dir, device, force, plan, profile, as_json, debug):
+def quantize(bits, budget, reuse, overrides, run_dir, device, force, plan, profile, as_json, **_):
     """Round the weights to integers, set activation ranges, measure the quantization noise."""
     from ..config.widths import bits_overrides
     from . import commands
@@ -118,8 +125,8 @@ def quantize(bits, budget, overrides, run_dir, device, force, plan, profile, as_
 
     if bits is not None:
         overrides = (*bits_overrides(bits), *overrides)
-    if budget is not None:
-        overrides = (*overrides, f"quantization.weights.budget={budget}")
+    for key, value in (("quantization.weights.budget", budget), ("sampling.reuse", reuse)):
+        overrides = overrides if value is None else (*overrides, f"{key}={value}")
     if plan:
         planning.of_run(Console(as_json), run_dir, overrides, ("quantize",))
         return

@@ -20,8 +20,8 @@ from .console import Console, keeping
 from .process import collect_as_usual
 from .states import say
 
-UNSAID = ("because", "keys")
-"""Keys of a stage's payload that were told before it began."""
+UNSAID = ("because", "keys", "reuse")
+"""Keys of a stage's payload that are told before it begins, or below its line."""
 
 
 def watching(console: Console, phases: Phases | None = None) -> Watch:

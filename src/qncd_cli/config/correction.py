@@ -103,4 +103,9 @@ class CorrectionConfig(Section):
         "error",
     )
     smoothing_strength: float = Field(0.5, ge=0, le=1, description="of smoothquant and range")
+    reuse: Literal["none", "site", "output", "both"] = Field(
+        "both",
+        description="with sampling.reuse, what is mended: the values that are kept, the prediction "
+        "(as stepwise does), or both",
+    )
     inter: InterConfig = InterConfig()

@@ -96,6 +96,12 @@ class SamplingConfig(Section):
         None, description="of a text model, height and width in pixels, if not its own"
     )
 
+    reuse: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="share of the denoiser's MACs that are computed; the rest comes from earlier "
+        "steps, by a plan that quantize makes (docs/method.md); null: all is computed",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _list_is_a_tuple(cls, data: Any) -> Any:

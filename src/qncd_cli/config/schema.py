@@ -18,6 +18,12 @@ from .quantization import QuantizationConfig
 from .sampling import CalibrationConfig, ModelConfig, SamplingConfig
 from .section import Section
 
+Stage = Literal["calibrate", "quantize", "reuse"]
+SAMPLER = ("scheduler", "steps", "eta", "guidance_scale")
+"""Keys of `sampling` that decide what a prediction is at a step."""
+REUSING = ("ddim", "dpmsolver++", "euler", "flow-euler")
+"""Schedulers that reuse across steps is made for: each timestep once, one prediction a step."""
+
 
 class EvaluationConfig(Section):
     """What images are compared with."""
@@ -55,6 +61,16 @@ class Config(Section):
                 f"correction.inter.first ({inter.first}) is no step of the "
                 f"sampler, which makes {self.sampling.steps} (sampling.steps)"
             )
+        if self.sampling.reuse is not None and inter.method != "none":
+            raise ValueError(
+                f"correction.inter.method {inter.method} is of sampling without reuse: with "
+                "sampling.reuse set it to none, and correction.reuse to what is to be mended"
+            )
+        if self.sampling.reuse is not None and self.sampling.scheduler not in REUSING:
+            raise ValueError(
+                f"sampling.reuse takes the schedulers {', '.join(REUSING)}, not "
+                f"{self.sampling.scheduler}"
+            )
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,11 +79,12 @@ class Config(Section):
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
-    def stage_inputs(self, stage: Literal["calibrate", "quantize"]) -> dict[str, Any]:
+    def stage_inputs(self, stage: Stage) -> dict[str, Any]:
         """The part of the configuration that decides what a stage writes."""
         tree = self.to_dict()
         inputs = {k: tree[k] for k in ("model", "sampling", "calibration")}
         inputs["sampling"].pop("seed")
+        budget = inputs["sampling"].pop("reuse")
         if inputs["model"]["tokenizer"] is None:  # runs made before there was a key stay valid
             del inputs["model"]["tokenizer"]
         if not inputs["model"]["lora"]:
@@ -92,6 +109,17 @@ class Config(Section):
             nearest = weights["rounding"] == "nearest"
             widths["weights"] = {"bits": weights["bits"], "nearest": nearest}
             inputs["widths"] = widths
+        if stage == "reuse":  # the quantized model is a parent of what it writes
+            sampling = {key: inputs["sampling"][key] for key in SAMPLER}
+            correction, field = tree["correction"]["reuse"], tree["correction"]["inter"]["field"]
+            return {
+                "sampling": sampling,
+                "reuse": {
+                    "budget": budget,
+                    "mends": correction,
+                    **({"field": field} if correction in ("output", "both") else {}),
+                },
+            }
         if stage == "quantize":
             quantization = inputs["quantization"] = tree["quantization"]
             del quantization["preset"], quantization["strict"]  # names only
@@ -110,5 +138,5 @@ class Config(Section):
                 inputs["stepwise_field"] = inter["field"]
         return inputs
 
-    def stage_digest(self, stage: Literal["calibrate", "quantize"]) -> str:
+    def stage_digest(self, stage: Stage) -> str:
         return digest_of(self.stage_inputs(stage))

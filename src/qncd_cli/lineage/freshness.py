@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..config.loading import load_config
-from ..config.schema import Config
+from ..config.schema import Config, Stage
 from ..errors import ArtifactError, ConfigError
 from ..store.artifact_files import Stored, read_stored
 from ..store.digests import differing
 from ..store.files import read_json, write_json
 from ..store.run_dir import RunDir, read_coverage
 
-Stage = Literal["calibrate", "quantize"]
 NAMES = {
     "intra": "correction.intra",
     "smoothing_strength": "correction.smoothing_strength",
@@ -28,6 +27,9 @@ NAMES = {
     "widths": "quantization",
     "widths.weights.nearest": "rounding to nearest",
     "estimator_target": "correction.inter.target",
+    "reuse.budget": "sampling.reuse",
+    "reuse.mends": "correction.reuse",
+    "reuse.field": "correction.inter.field",
 }
 """Keys of what decides a stage (`Config.stage_inputs`), as the configuration calls them."""
 OF_INTRA = ("widths", "smoothing_strength")
@@ -106,6 +108,32 @@ def quantized_from(run: RunDir, config: Config, model: str, parents: dict[str, s
     return _state(run, "quantize", ("quantized", "noise_stats"), config, model, linked)
 
 
+def reused(run: RunDir, config: Config, model: str, quantized: str) -> State:
+    """The plan of `sampling.reuse`. quantized: the digest of the model that it is for."""
+
+    def linked(found: Mapping[str, Stored]) -> str:
+        good = found["reuse"].parents == {"quantized": quantized}
+        return "" if good else "quantize is another one than it was made from"
+
+    return _state(run, "reuse", ("reuse",), config, model, linked)
+
+
+def check_reused(run: RunDir, config: Config, model: str, quantized: str) -> Stored:
+    """The plan of `sampling.reuse` that sampling follows. Raises ArtifactError where there is none
+    for these settings, this model and these bits."""
+    state = reused(run, config, model, quantized)
+    if state.holds:
+        return state.found["reuse"]
+    why = f"there is no plan for sampling.reuse {config.sampling.reuse:g}"
+    if not state.new:
+        why = f"the plan for sampling.reuse does not hold ({state.why})"
+    raise ArtifactError(
+        f"{run.path}: {why}",
+        'make one with "qncd quantize --reuse SHARE" and these settings, or add '
+        "--set sampling.reuse=null",
+    )
+
+
 def of_run(run: RunDir, config: Config, model: str) -> tuple[State, State]:
     """calibrate and quantize of a run, under a configuration and with the model as it is now."""
     first = calibrated(run, config, model)
@@ -152,7 +180,7 @@ def _changed(run: RunDir, stage: Stage, config: Config, digest: str) -> list[str
     if before is None:
         return []
     now = config.stage_inputs(stage)
-    if before.get("intra") != now["intra"]:
+    if before.get("intra") != now.get("intra"):
         before, now = ({k: v for k, v in t.items() if k not in OF_INTRA} for t in (before, now))
     return differing(before, now, NAMES)
 

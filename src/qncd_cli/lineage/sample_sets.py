@@ -59,6 +59,7 @@ NAMES = {
     "correction": "correction.inter",
     "digests.model": "the model's files",
     "digests.quantized": "the quantized model",
+    "digests.reuse": "the reuse plan",
     "batches.first_seed": "--seed",
     "batches.count": "--num",
     "batches.size": "--batch-size",
@@ -162,6 +163,7 @@ def identity_of(config: Config, drawing: Drawing) -> dict[str, Any]:
     """
     sampling = config.to_dict()["sampling"]
     sampling.pop("seed")
+    sampling.pop("reuse")  # what it means for the images is in the digest of the plan
     inter = config.correction.inter if drawing.kind == "quantized" else None
     identity = {
         "kind": drawing.kind,

@@ -28,7 +28,7 @@ from ..sampling.samplers import OnStep, Predict
 from ..store.artifacts import KINDS, Artifact, torch_type
 from ..store.partial import NOTHING_KEPT, Partial
 from .cost import INTEGERS, SIMULATION, Cost, DenoiserCall
-from .stepwise import fit_stepwise, goals_of, latent_recorder
+from .stepwise import fit_stepwise, goals_of, in_batches, latent_recorder
 
 CALLS_PER_STEP = 5
 """Calls of a denoiser per step, for progress: both models and their estimators (two fewer in all
@@ -105,7 +105,7 @@ def _measure(
     full = KeptCalls(full_denoiser(model), partial, "noise, full precision")
     cache = config.quantization.cache_time_embeddings
     low_memory = not keeps(model.denoiser_bytes())
-    backend = _fastest(model.device)
+    backend = fastest(model.device)
     quantized_model = quantized_denoiser(model, quantized, backend, cache, low_memory=low_memory)
     computed = KeptCalls(quantized_model, partial, "noise, quantized")
     statistics = NoiseStatistics()
@@ -128,7 +128,8 @@ def _measure(
         own += estimates
         goals.append(goals_of(passed, end, plan, scheduler))
     tensors = statistics.finish()
-    tensors |= fit_stepwise(config, model, computed, torch.cat(goals, 1), seeds, track)
+    together = in_batches(config, model, computed)
+    tensors |= fit_stepwise(config, model, together, torch.cat(goals, 1), seeds, track)
     baseline = EstimatorBaseline.of(own)
     gains = fit_gains(baseline, readings, SLOPE_RATIOS)
     tables: dict[str, Mapping[int, Tensor]] = {
@@ -185,7 +186,7 @@ def pair_recorder(
     return record
 
 
-def _fastest(device: torch.device) -> str:
+def fastest(device: torch.device) -> str:
     """The backend that computes the quantized model in the least time: integer kernels, which give
     the numbers of the simulation, or that where they are not to be had."""
     return "int8" if not BACKENDS["int8"].why_unavailable(device) else "simulate"
@@ -199,6 +200,6 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     batch = call.copies * min(calibration.batch_size, calibration.noise_trajectories)
     rows = calibration.noise_trajectories * call.copies * call.steps
     device = next(denoiser.parameters()).device
-    quantized = INTEGERS if _fastest(device) == "int8" else SIMULATION
+    quantized = INTEGERS if fastest(device) == "int8" else SIMULATION
     calls = 3 * quantized + 3  # of CALLS_PER_STEP, and one of fit_stepwise
     return Cost(kept + call.first_bytes(batch), rows * call.macs * calls)

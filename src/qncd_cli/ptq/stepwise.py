@@ -20,6 +20,12 @@ from ..sampling.response import responses
 from ..sampling.samplers import OnStep, make_scheduler, to_vp
 
 
+def in_batches(config: Config, model: DiffusionModel, denoiser: Denoiser) -> Denoiser:
+    """The denoiser called with the rows of one batch of calibration at most."""
+    guides = model.guides(config.sampling.guidance_scale)
+    return InBatches(denoiser, config.calibration.batch_size * (2 if guides else 1))
+
+
 class InBatches(Denoiser):
     """A denoiser that calls another one with at most so many rows."""
 
@@ -61,21 +67,20 @@ def goals_of(
 def fit_stepwise(
     config: Config,
     model: DiffusionModel,
-    denoiser: Denoiser,
+    together: Denoiser,
     goals: Tensor,
     seeds: Sequence[int],
     track: Track,
 ) -> dict[str, Tensor]:
     """The tensors of `StepwiseCorrection`, from trajectories of these seeds drawn together.
 
-    denoiser: quantized; goals: `goals_of` the same seeds in full precision.
+    together: quantized, called with all of them at once (`in_batches`); goals: `goals_of` the same
+    seeds in full precision.
     """
     sampling = config.sampling
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
     answers = responses(scheduler, sampling.steps, sampling.eta)
     fit = StepwiseFit(goals, answers, config.correction.inter.field)
-    rows = config.calibration.batch_size * (2 if model.guides(sampling.guidance_scale) else 1)
-    together = InBatches(denoiser, rows)
     steps = counted(track, [None], "fitting the step-wise correction", sampling.steps, "steps")
     for _, tick in steps:
         trajectory.draw(config, model, together, seeds, correction=fit, tick=tick)

@@ -25,13 +25,15 @@ from .watch import SILENT, Watch
 @dataclass(frozen=True)
 class Quantized:
     """artifact_bytes: of quantized.safetensors; coverage: coverage.json, bits and kernel of every
-    layer; skipped, state: as of Calibrated."""
+    layer; skipped, state: as of Calibrated; reuse: what the plan of sampling.reuse says, None
+    without one."""
 
     run: RunDir
     artifact_bytes: int
     coverage: Mapping[str, Any]
     skipped: bool
     state: State | None
+    reuse: Mapping[str, Any] | None = None
 
 
 def quantize(
@@ -45,9 +47,9 @@ def quantize(
     """Round the weights to integers, set activation ranges, measure the quantization noise.
 
     run_dir: a calibrated run, None for the one that the command line calibrated last; it gets
-    quantized.safetensors, noise_stats.safetensors and coverage.json. config: instead of the run's
-    config.yaml, which it replaces: the same calibration at other bits. device, force: as calibrate
-    takes them.
+    quantized.safetensors, noise_stats.safetensors and coverage.json, with sampling.reuse also the
+    plan, reuse.safetensors. config: instead of the run's config.yaml, which it replaces: the same
+    calibration at other bits. device, force: as calibrate takes them.
 
     Raises ArtifactError where the calibration is missing, damaged, or of other settings than
     config's (the message says which); ModelError, BackendUnavailable.
@@ -59,7 +61,7 @@ def quantize(
     digest = model_digest(wanted)
     agreed(lambda: check_parents(run, wanted, digest))
     state = freshness.of_run(run, wanted, digest)[1] if digest is not None else None
-    skipped = agreed(lambda: state is not None and state.holds and not force)
+    skipped = agreed(lambda: _holds(run, wanted, digest, state) and not force)
     if skipped:
         freshness.note_settings(run, "quantize", wanted)
         discard_unneeded(run.path, "quantize")
@@ -68,7 +70,22 @@ def quantize(
     if config is not None:
         agreed(lambda: keep_config(run, config))
     size = run.tensors("quantized").stat().st_size
-    return Quantized(run, size, read_coverage(run.coverage), skipped, None if skipped else state)
+    reuse = None
+    if wanted.sampling.reuse is not None:
+        reuse = read_stored(run.tensors("reuse"), "reuse").body
+    state = None if skipped else state
+    return Quantized(run, size, read_coverage(run.coverage), skipped, state, reuse)
+
+
+def _holds(run: RunDir, config: Config, digest: str | None, state: State | None) -> bool:
+    """Whether all outputs are there, the plan of sampling.reuse among them where it is asked for.
+
+    digest: of the model, where it is known; state: of the stage.
+    """
+    if digest is None or state is None or not state.holds:
+        return False
+    quantized = state.found["quantized"].digest
+    return config.sampling.reuse is None or freshness.reused(run, config, digest, quantized).holds
 
 
 def _quantize(
@@ -90,12 +107,16 @@ def _quantize(
             smoothing, calibration = (
                 artifacts.read(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
             )
-            return pipeline.quantize(
+            there = pipeline.quantize(
                 *(run, config, model, calibration, smoothing, watch.track),
                 force=force,
                 tell=watch.note,
                 ranks=ranks,
             )
+            if config.sampling.reuse is None:
+                return there
+            plan = pipeline.reuse(run, config, model, watch.track, force=force, ranks=ranks)
+            return there and plan
 
 
 def check_parents(run: RunDir, config: Config, model: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..config.loading import load_config, parse_config
 from ..config.schema import Config
 from ..errors import ArtifactError, ConfigError
-from ..lineage import sample_sets
+from ..lineage import freshness, sample_sets
 from ..lineage.freshness import State
 from ..lineage.shards import SHARD, Shard, parse_shard
 from ..spec import Compile
@@ -124,6 +124,7 @@ def _of_run(config: Config, own: Config) -> Config:
     groups of timesteps. Raises ConfigError for what sampling cannot follow."""
     tree, wanted = own.to_dict(), config.to_dict()
     tree["correction"]["inter"] = wanted["correction"]["inter"]
+    tree["sampling"]["reuse"] = wanted["sampling"]["reuse"]
     expected = sampled_with(parse_config(tree, "sample"), wanted["sampling"], "sample")
     check_settled(expected, config, "config")
     return config
@@ -134,13 +135,13 @@ def _set_state(
 ) -> State | None:
     """What is there of the set, None where only drawing tells. Raises ArtifactError."""
     digest = model_digest(config)
-    stored = None if wishes.full_precision else _quantized_of(run, own, digest)
+    made_from = {} if wishes.full_precision else _made_from(run, own, config, digest)
     if digest is None or wishes.force or config.sampling.guidance_scale < 1:
         return None
     manifest = sample_sets.begun(folder)
     if manifest is None:
         return State("sample", f"{wishes.num} images are drawn", new=True)
-    digests = {"model": digest} | ({"quantized": stored.digest} if stored is not None else {})
+    digests = {"model": digest, **made_from}
     backend = None if wishes.backend == "auto" else wishes.backend
     kind = "quantized" if "quantized" in digests else "full"
     compile = Compile.NO if wishes.low_memory else wishes.compile
@@ -165,8 +166,19 @@ def _set_state(
     return _completeness(folder, manifest, shard.seeds(batch_size))
 
 
+def _made_from(run: RunDir, own: Config, config: Config, model: str | None) -> dict[str, str]:
+    """Digests of what sample reads, of the run's own configuration, and of the plan that the set's
+    asks for. Raises ArtifactError."""
+    stored = _quantized_of(run, own, model)
+    digests = {"quantized": stored.digest}
+    if config.sampling.reuse is not None:
+        known = stored.model if model is None else model
+        digests["reuse"] = freshness.check_reused(run, config, known, stored.digest).digest
+    return digests
+
+
 def _quantized_of(run: RunDir, config: Config, model: str | None) -> Stored:
-    """What sample reads, of the run's configuration and the model. Raises ArtifactError."""
+    """The quantized model, of the run's configuration and the model. Raises ArtifactError."""
     quantized = read_stored(run.tensors("quantized"), "quantized")
     check_lineage(quantized, config=config.stage_digest("quantize"))
     noise_stats = read_stored(run.tensors("noise_stats"), "noise_stats")

@@ -62,10 +62,12 @@ def prepare(
     model: DiffusionModel,
     quantized: tuple[Artifact, Artifact] | None,
     how: Preparation,
+    reuse: Artifact | None = None,
 ) -> SampledModel:
     """The model that the samples are drawn from, ready to be called.
 
-    quantized: the quantized artifact and its noise statistics, None for full precision.
+    quantized: the quantized artifact and its noise statistics, None for full precision. reuse: the
+    plan by which it leaves work out, layer by layer.
     Raises BackendUnavailable where what was asked for by name cannot be had here, ArtifactError
     for artifacts that do not belong together and for damaged graphs.
     """
@@ -79,6 +81,13 @@ def prepare(
         model, *quantized, backend, low_memory=how.low_memory, in_place=how.in_place
     )
     assert sampled.backend is not None
+    if reuse is not None:
+        if sampled.backend.whole or how.compile is Compile.YES:
+            raise BackendUnavailable(
+                "sampling.reuse: a compiled or exported graph computes all of the denoiser",
+                "use --no-compile and backend int8 or simulate, or --set sampling.reuse=null",
+            )
+        return sampled.reusing(reuse)
     if sampled.backend.whole and how.compile is not Compile.YES:
         sampled = _export(model, sampled, how)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..backends.base import Backend, get_backend
 from ..models.loading import DiffusionModel
@@ -10,6 +10,7 @@ from ..quant.layers import QuantizedLayer
 from ..store import artifacts
 from ..store.artifacts import Artifact
 from .denoiser import Denoiser, full_denoiser, quantized_denoiser
+from .reuse import reusing_denoiser
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class SampledModel:
     """A model to draw samples from: the denoiser, and the digests of what it was made from.
 
     noise_stats: needed by every correction that uses statistics; backend: computes the quantized
-    layers. None for full precision. compiled: whether the denoiser is one compiled graph.
+    layers. None for full precision. compiled: whether the denoiser is one compiled graph. reuse:
+    the plan by which it leaves work out, with its terms.
     """
 
     kind: str  # "quantized" or "full"
@@ -26,6 +28,7 @@ class SampledModel:
     noise_stats: Artifact | None = None
     backend: Backend | None = None
     compiled: bool = False
+    reuse: Artifact | None = None
 
     @classmethod
     def full_precision(cls, model: DiffusionModel) -> SampledModel:
@@ -61,6 +64,15 @@ class SampledModel:
         )
         digests = {"model": model.digest, **parents}
         return cls("quantized", denoiser, digests, noise_stats, found)
+
+    def reusing(self, plan: Artifact) -> SampledModel:
+        """The same, leaving out work by a plan that was made for it. Raises ArtifactError."""
+        model, quantized = (self.digests[name] for name in ("model", "quantized"))
+        artifacts.check_lineage(plan, model=model, parents={"quantized": quantized})
+        denoiser = reusing_denoiser(self.denoiser, plan)
+        return replace(
+            self, denoiser=denoiser, digests={**self.digests, "reuse": plan.digest}, reuse=plan
+        )
 
     def fallbacks(self) -> dict[str, str]:
         """Quantized layers that the backend leaves to the simulation, with the reason."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import machine
-from ..config.schema import Config
+from ..config.schema import Config, Stage
 from ..lineage import freshness
-from ..lineage.freshness import Stage
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
+from ..ptq.reuse import find_reuse
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
 from ..store import artifacts
@@ -113,6 +113,35 @@ def quantize(
 
         ranks.agreed(write)
     return False
+
+
+def reuse(
+    run: RunDir,
+    config: Config,
+    model: DiffusionModel,
+    track: Track = no_progress,
+    *,
+    force: bool = False,
+    ranks: Ranks = ALONE,
+) -> bool:
+    """Write the plan of `sampling.reuse`; whether it was there already.
+
+    It belongs to one quantized model, and is made beside it by the first of the ranks alone: other
+    shares of MACs need no other weights.
+    """
+
+    def make() -> bool:
+        quantized = artifacts.read(run.tensors("quantized"), "quantized")
+        if not force and freshness.reused(run, config, model.digest, quantized.digest).holds:
+            return True
+        calibration = artifacts.read(run.tensors("calibration"), "calibration")
+        with explained(model):
+            made = find_reuse(config, model, calibration, quantized, track)
+        artifacts.write(run.tensors("reuse"), made)
+        freshness.note_settings(run, "reuse", config)
+        return False
+
+    return ranks.agreed(make)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ..ptq import (
     noise,
     output_ranges,
     reconstruct,
+    reuse,
     step_weights,
 )
 from ..ptq.attention import quantize_attention
@@ -140,7 +141,8 @@ def run(
 
 
 def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, Cost]:
-    """The parts of run by what they do, in their order, each with what it takes."""
+    """The parts of run by what they do, in their order, each with what it takes; and the plan of
+    reuse, which comes behind it."""
     plans = [p for p in plan_layers(config, denoiser) if not p.stays_float]
     rounded = [p for p in plans if p.weight_bits != FLOAT_BITS]
     weights = config.quantization.weights
@@ -160,6 +162,8 @@ def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, 
     if weights.rounding in ("adaround", "brecq"):
         found["learning the rounding"] = reconstruct.cost(config, denoiser, rounded, call)
     found["measuring noise"] = noise.cost(config, denoiser, call)
+    if config.sampling.reuse is not None:
+        found["planning reuse"] = reuse.cost(config, denoiser, call)
     return found
 
 

@@ -220,6 +220,8 @@ def make_correction(
     The variance of the noise is deducted where the scheduler's own noise is of known size.
     """
     inter = config.correction.inter
+    if sampled.reuse is not None and sampled.reuse.body["channels"]:
+        return StepwiseCorrection(sampled.reuse.tensors)
     if sampled.kind == "full" or inter.method == "none":
         return None
     statistics = sampled.noise_stats.tensors if sampled.noise_stats else {}

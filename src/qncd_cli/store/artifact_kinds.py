@@ -8,6 +8,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | smoothing | per layer .smoothing [C_in], .shift [C_in] where shifted, .rotation [1] where rotated | layers {name: {in_channels, chosen, clamped, shifted, rotated}} |
 | quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .rotation [1], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, affine_mean, runtime_mean [T, C], correlation_k, residual_variance, affine_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T]; stepwise_prediction, stepwise_latent [S, C], stepwise_field [S, C, *grid] | channels, steps, sampler_steps, grid, sampling, target |
+| reuse | per site <site>.{factor, slope, offset} [S, B, C]; stepwise_* as in noise_stats where the prediction is mended too (channels > 0) | timesteps of the S steps, kept [[site]] by step, chains [[site]], share of MACs, sites {name: C}, branches B, correction, channels, grid, sampling |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 | features | features, logits, spatial [N, W] of N images (metrics/kept_features.py) | network, count, size [H, W], seen {digests, colours, brightest}, widths {tensor: W} |
 | partial | `<piece>/<name>`: whatever a stage has done so far (store/partial.py) | made_from, pieces {name: {value, tensors {name: [type, shape]}}} |
@@ -130,6 +131,20 @@ def _noise_stats_layout(body: dict) -> Layout:
     return layout
 
 
+def _reuse_layout(body: dict) -> Layout:
+    steps, branches = len(body["timesteps"]), body["branches"]
+    layout: Layout = {
+        f"{site}.{name}": (FLOAT32, (steps, branches, channels))
+        for site, channels in body["sites"].items()
+        for name in ("factor", "slope", "offset")
+    }
+    if body["channels"]:
+        terms = (steps, body["channels"])
+        layout |= dict.fromkeys(("stepwise_prediction", "stepwise_latent"), (FLOAT32, terms))
+        layout["stepwise_field"] = (FLOAT32, (*terms, *body["grid"]))
+    return layout
+
+
 def _latents_layout(body: dict) -> Layout:
     count, latent = body["count"], tuple(body["latent_shape"])
     return {
@@ -200,6 +215,16 @@ KINDS: dict[str, _Kind] = {
         {
             **{"channels": int, "steps": int, "sampler_steps": int, "grid": list},
             **{"sampling": dict, "target": str},
+        },
+    ),
+    "reuse": _Kind(
+        1,
+        _reuse_layout,
+        "qncd quantize",
+        {
+            **{"timesteps": list, "kept": list, "chains": list, "share": float, "sites": dict},
+            **{"branches": int, "correction": str, "channels": int, "grid": list},
+            "sampling": dict,
         },
     ),
     "latents": _Kind(
