@@ -46,6 +46,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_key(minimal, override, key)
         ("sampling.guidance_scale=-1", "sampling.guidance_scale"),
         ("sampling.guidance_scale=.inf", "sampling.guidance_scale"),
         ("sampling.seed=-1", "sampling.seed"),
+        ("sampling.reuse=0", "sampling.reuse"),
+        ("sampling.reuse=1", "sampling.reuse"),
         ("quantization.weights.bits=1", "quantization.weights.bits"),
         ("quantization.weights.bits=99", "quantization.weights.bits"),
         ("quantization.weights.bits=16", "quantization.weights"),
@@ -81,6 +83,11 @@ def test_a_value_out_of_range_is_refused_by_its_key(minimal, override, key):
         (["sampling.classes=[]"], "classes must not be empty"),
         (["sampling.image_size=512"], "image_size belongs to text models"),
         (["sampling.negative_prompt=blur"], "negative_prompt belongs to text models"),
+        (
+            ["sampling.reuse=0.5", "correction.inter.method=ptqd"],
+            "correction.inter.method ptqd is of sampling without reuse",
+        ),
+        (["sampling.reuse=0.5", "sampling.scheduler=unipc"], "sampling.reuse takes the schedulers"),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(minimal, overrides, text):
@@ -156,6 +163,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.prompts": (["a bag"], BOTH),
     "sampling.negative_prompt": ("blur", BOTH),
     "sampling.image_size": (512, BOTH),
+    "sampling.reuse": (0.5, NEITHER),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),
@@ -192,6 +200,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "quantization.overrides": ({"mid_block.*": {"weights": {"bits": 8}}}, QUANTIZE),
     "correction.intra": ("?", BOTH),
     "correction.smoothing_strength": (0.25, NEITHER),
+    "correction.reuse": ("site", NEITHER),
     "correction.inter.method": ("runtime", NEITHER),
     "correction.inter.target": ("injected", QUANTIZE),
     "correction.inter.granularity": ("tensor", NEITHER),
@@ -275,3 +284,19 @@ def test_spelling_a_default_out_changes_no_digest():
 
 def test_the_default_configuration_is_a_config():
     assert isinstance(parse_config(MODEL, "here"), Config)
+
+
+def test_a_plan_of_reuse_depends_on_its_budget_the_sampler_and_what_is_mended(minimal):
+    plain = load_config(minimal, ["sampling.reuse=0.5"])
+    for change, same in (
+        ("sampling.reuse=0.6", False),
+        ("sampling.steps=10", False),
+        ("sampling.scheduler=euler", False),
+        ("sampling.guidance_scale=2.0", False),
+        ("correction.reuse=site", False),
+        ("correction.inter.field=4", False),
+        ("sampling.seed=5", True),
+        ("sampling.classes=[1]", True),
+    ):
+        other = load_config(minimal, ["sampling.reuse=0.5", change])
+        assert (other.stage_digest("reuse") == plain.stage_digest("reuse")) == same, change
