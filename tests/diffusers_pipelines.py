@@ -74,7 +74,7 @@ def _vae(**options: Any) -> Any:
     )
 
 
-def stable_diffusion(folder: Path, **schedule: Any) -> None:
+def stable_diffusion(folder: Path, scheduler: Any = None, **schedule: Any) -> None:
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTextModel
 
@@ -83,7 +83,7 @@ def stable_diffusion(folder: Path, **schedule: Any) -> None:
         text_encoder=CLIPTextModel(_text_config(16)),
         tokenizer=tokenizer_in(folder / "tokens"),
         unet=_unet(cross_attention_dim=16),
-        scheduler=ddim_scheduler(**schedule),
+        scheduler=scheduler or ddim_scheduler(**schedule),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -95,11 +95,50 @@ def stable_diffusion_v(folder: Path) -> None:
     stable_diffusion(folder, prediction_type="v_prediction")
 
 
-def stable_diffusion_xl(folder: Path) -> None:
+def few_steps(name: str, **options: Any) -> Any:
+    """A scheduler of distilled models with Stable Diffusion's noise levels."""
+    import diffusers
+
+    levels = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    return getattr(diffusers, name)(**levels, **options)
+
+
+def latent_consistency(folder: Path) -> None:
+    """Reads the guidance scale."""
+    from diffusers import LatentConsistencyModelPipeline
+    from transformers import CLIPTextModel
+
+    LatentConsistencyModelPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(16)),
+        tokenizer=tokenizer_in(folder / "tokens"),
+        unet=_unet(cross_attention_dim=16, time_cond_proj_dim=8),
+        scheduler=few_steps("LCMScheduler"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def stable_diffusion_tcd(folder: Path) -> None:
+    stable_diffusion(folder, few_steps("TCDScheduler"))
+
+
+def stable_diffusion_xl_lcm(folder: Path) -> None:
+    stable_diffusion_xl(folder, few_steps("LCMScheduler"), time_cond_proj_dim=8)
+
+
+def stable_diffusion_xl_turbo(folder: Path) -> None:
+    turbo = few_steps("EulerAncestralDiscreteScheduler", timestep_spacing="trailing")
+    stable_diffusion_xl(folder, turbo)
+
+
+def stable_diffusion_xl(folder: Path, scheduler: Any = None, **options: Any) -> None:
     from diffusers import StableDiffusionXLPipeline
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     unet = _unet(
+        **options,
         cross_attention_dim=16 + 24,
         addition_embed_type="text_time",
         addition_time_embed_dim=4,
@@ -114,7 +153,7 @@ def stable_diffusion_xl(folder: Path) -> None:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
-        scheduler=ddim_scheduler(),
+        scheduler=scheduler or ddim_scheduler(),
         add_watermarker=False,
     ).save_pretrained(folder)
 
@@ -313,6 +352,12 @@ TEXT = {
     "StableDiffusion3Pipeline": stable_diffusion_3,
 }
 FLUX = {"FluxPipeline, dev": flux_dev, "FluxPipeline, schnell": flux_schnell}
+FEW_STEPS = {
+    "LatentConsistencyModelPipeline": latent_consistency,
+    "StableDiffusionPipeline, TCD": stable_diffusion_tcd,
+    "StableDiffusionXLPipeline, LCM": stable_diffusion_xl_lcm,
+    "StableDiffusionXLPipeline, Turbo": stable_diffusion_xl_turbo,
+}
 CLASSES = {"DiTPipeline": dit}
 UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 
@@ -320,5 +365,5 @@ UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 def save(name: str, folder: Path) -> Path:
     """The same weights every time."""
     torch.manual_seed(0)
-    {**TEXT, **FLUX, **CLASSES, **UNCONDITIONAL}[name](folder)
+    {**TEXT, **FLUX, **FEW_STEPS, **CLASSES, **UNCONDITIONAL}[name](folder)
     return folder

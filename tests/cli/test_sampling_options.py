@@ -91,7 +91,7 @@ def test_steps_that_a_scheduler_cannot_take(work, steps, scheduler, said):
         assert refused.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["LCMScheduler", "EDMEulerScheduler"])
+@pytest.mark.parametrize("name", ["SCMScheduler", "EDMEulerScheduler"])
 def test_a_folder_with_another_schedule_is_refused(work, name):
     with_scheduler(work.folder / "model", name)
     for keys in ((), ("--set", "sampling.scheduler=euler")):

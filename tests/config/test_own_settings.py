@@ -101,10 +101,10 @@ def test_what_was_resolved_stays_when_the_model_is_gone(tmp_path):
 
 def test_a_scheduler_that_is_not_known_here_has_to_be_replaced_by_hand(tmp_path):
     folder = fake_folder(
-        tmp_path / "model", "DDIMPipeline", {"_class_name": "HeunDiscreteScheduler"}
+        tmp_path / "model", "DDIMPipeline", {"_class_name": "DPMSolverSDEScheduler"}
     )
     path = configured(tmp_path, folder)
-    assert "own scheduler, HeunDiscreteScheduler, has no namesake here" in refused(path)
+    assert "own scheduler, DPMSolverSDEScheduler, has no namesake here" in refused(path)
     assert load_config(path, ["sampling.scheduler=euler"]).sampling.steps == 50
 
 

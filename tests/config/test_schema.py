@@ -164,6 +164,8 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.negative_prompt": ("blur", BOTH),
     "sampling.image_size": (512, BOTH),
     "sampling.reuse": (0.5, NEITHER),
+    "sampling.height": (512, BOTH),
+    "sampling.width": (512, BOTH),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),
@@ -232,6 +234,10 @@ def test_the_table_of_keys_is_complete():
     assert set(KEYS) == leaves(parse_config(MODEL, "here").to_dict())
 
 
+SIDES = {"height": 256, "width": 256}
+BESIDE = {"sampling.height": SIDES, "sampling.width": SIDES}
+"""What a key cannot be without."""
+
 # intra: auto chooses by the error at the configured widths
 SEEN_BY_AUTO = {
     "quantization.weights.bits",
@@ -258,6 +264,8 @@ def expected_stale(key: str, intra: str) -> set[str]:
 @pytest.mark.parametrize("key", sorted(KEYS))
 def test_a_stage_is_stale_exactly_when_a_key_that_it_uses_changes(key, intra):
     own = {"sampling": {"prompts": ["a shoe"]}} if key in OF_TEXT_MODELS else {}
+    if key in BESIDE:
+        own = {"sampling": {"prompts": ["a shoe"], **BESIDE[key]}}
     before = parse_config({**MODEL, **own, "correction": {"intra": intra}}, "here")
     value = KEYS[key][0]
     if key == "correction.intra":

@@ -17,8 +17,10 @@ from qncd_cli.sampling.samplers import SCHEDULERS, denoise, make_scheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
 DIFFUSION = sorted(set(SCHEDULERS) - {"flow-euler"})
-NEED_MORE = {"DPMSolverSDEScheduler", "LMSDiscreteScheduler"}
+NEED_MORE = {"DPMSolverSDEScheduler"}
 """Packages that are not here."""
+WITHIN = ("deis", "dpmsolver++", "dpmsolver-singlestep", "sa-solver", "unipc")
+"""Samplers that put a thousand steps into timesteps 0 to 999 whatever the offset."""
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
@@ -44,9 +46,9 @@ def test_solvers_of_one_schedule_take_each_others_place(own):
 @pytest.mark.parametrize(
     ("own", "said"),
     [
-        ("LCMScheduler", "distilled.*take the model that it was distilled from"),
-        ("TCDScheduler", "distilled"),
-        ("FlowMatchLCMScheduler", "distilled"),
+        ("LCMScheduler", "distilled.*use lcm"),
+        ("TCDScheduler", "distilled.*use tcd"),
+        ("FlowMatchLCMScheduler", "distilled.*take the model that it was distilled from"),
         ("EDMEulerScheduler", "noise levels none of qncd's samplers has.*EulerDiscreteScheduler"),
         ("EDMDPMSolverMultistepScheduler", "noise levels"),
         ("CMStochasticIterativeScheduler", "noise levels"),
@@ -82,20 +84,36 @@ def test_keys_that_change_the_levels_are_kept_or_refused(own, options, fits, doe
         make_scheduler(does_not, config)
 
 
+def test_an_unknown_sigma_schedule_is_one_line():
+    """diffusers would pass over it."""
+    config = config_of("EulerDiscreteScheduler", **SD) | {"use_cosine_sigmas": True}
+    with pytest.raises(ConfigError, match="use_cosine_sigmas, an unknown sigma.*use_karras"):
+        make_scheduler("euler", config)
+    assert make_scheduler("euler", {**config, "use_cosine_sigmas": False})
+
+
+@pytest.mark.parametrize("name", ["lcm", "tcd"])
+def test_a_base_model_with_a_distilling_lora_takes_the_few_steps(name):
+    made = make_scheduler(name, config_of("DDIMScheduler", **SD))
+    assert with_timesteps(made, 4).timesteps.tolist() == [999, 759, 499, 259]
+    with pytest.raises(ConfigError, match="takes no 60 steps.*original"):
+        with_timesteps(made, 60)
+
+
 def test_what_never_clipped_does_not_begin_to():
     """DDIM clips unless it is told not to; PNDM's configuration says nothing of it."""
     assert not make_scheduler("ddim", config_of("PNDMScheduler", **SD)).config.clip_sample
     assert make_scheduler("ddim", config_of("DDPMScheduler", **SD)).config.clip_sample
 
 
-@pytest.mark.parametrize("name", DIFFUSION)
+@pytest.mark.parametrize("name", sorted(set(DIFFUSION) - {"lcm", "tcd"}))
 def test_as_many_steps_as_there_are_timesteps_work_or_are_refused(name):
     """With an offset of 1 the first of 1,000 steps would be beyond the last timestep."""
     folder = zoo_path("fashion-ldm") / "scheduler"
     config = config_of("DDIMScheduler", **diffusers.DDIMScheduler.load_config(folder))
     assert config["steps_offset"] == 1
     scheduler = make_scheduler(name, {**config, "timestep_spacing": "leading"})
-    if name in ("dpmsolver++", "unipc"):  # these put a thousand steps into 0 to 999
+    if name in WITHIN:
         assert float(max(with_timesteps(scheduler, 1000).timesteps)) <= 999
         return
     with pytest.raises(ConfigError, match="1000 steps: the first would be at timestep 1000.*999"):

@@ -151,8 +151,7 @@ def identify(config: Config, ablation: _Ablation) -> dict[str, Any]:
     if config.correction.inter.depends_on_batch:
         inter["batch_size"] = ablation.request.batch_size
     backend = get_backend(ablation.backend, ablation.model.device).name
-    sampling = config.to_dict()["sampling"]
-    del sampling["reuse"]  # rows are drawn without it, and those measured before it stay valid
+    sampling = {**config.sampling.drawn_with(), "seed": config.sampling.seed}
     identity = {
         "model": ablation.model.digest,
         "calibrate": config.stage_digest("calibrate"),
@@ -184,12 +183,11 @@ def _finished(path: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _table(config: Config, ablation: _Ablation) -> dict[str, Any]:
-    sampling = config.to_dict()["sampling"]
     more = {
         "model": ablation.model.digest,
-        "first_seed": sampling.pop("seed"),
+        "first_seed": config.sampling.seed,
         "seeds": ranges(ablation.request.seeds(config)),
-        "sampling": sampling,
+        "sampling": config.sampling.drawn_with(),
     }
     return {
         "model": ablation.model.source,

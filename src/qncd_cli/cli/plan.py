@@ -125,7 +125,7 @@ def _report(
         DTYPES[model.dtype],
         compvis_config=model.compvis_config,
         prompts=len(config.sampling.prompts or ()),
-        image_size=config.sampling.image_size,
+        image_size=config.sampling.sides,
     )
     request = forecast.Request(
         stages, sampling, count, options.batch_size, options.backend, folder, imports

@@ -45,14 +45,15 @@ def _arguments(config: Config, kind: type) -> list[str]:
     sampling = config.sampling
     takes = inspect.signature(kind.__call__).parameters
     label = 0 if sampling.classes == "all" else sampling.classes[0]
-    side = sampling.image_size
+    height, width = sampling.sides or (None, None)
     wanted = {
         "prompt": sampling.prompts[0] if sampling.prompts else None,
+        "negative_prompt": sampling.negative_prompt or None,
         "class_labels": [label],
         "num_inference_steps": sampling.steps,
         "guidance_scale": sampling.guidance_scale,
-        "height": side,
-        "width": side,
+        "height": height,
+        "width": width,
     }
     return [f"{k}={v!r}" for k, v in wanted.items() if k in takes and v is not None]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ..sampling.scheduler_classes import DISTILLED
 from ..store.regular import read_regular
 from .yaml_text import YamlError, read_yaml
 
@@ -23,6 +24,7 @@ _ZOO = Path(__file__).resolve().parents[1] / "zoo"
 PIPELINES: dict[str, tuple[int, float, Needs | None]] = {
     "StableDiffusionPipeline": (50, 7.5, "prompts"),
     "StableDiffusionXLPipeline": (50, 5.0, "prompts"),
+    "LatentConsistencyModelPipeline": (4, 8.5, "prompts"),
     "StableDiffusion3Pipeline": (28, 7.0, "prompts"),
     "FluxPipeline": (28, 3.5, "prompts"),
     "PixArtAlphaPipeline": (20, 4.5, "prompts"),
@@ -40,12 +42,25 @@ its samples are asked for by."""
 _SCHEDULERS = {
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
+    "DEISMultistepScheduler": "deis",
     "DPMSolverMultistepScheduler": "dpmsolver++",
+    "DPMSolverSinglestepScheduler": "dpmsolver-singlestep",
+    "EulerAncestralDiscreteScheduler": "euler-ancestral",
     "EulerDiscreteScheduler": "euler",
     "FlowMatchEulerDiscreteScheduler": "flow-euler",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2AncestralDiscreteScheduler": "kdpm2-ancestral",
+    "KDPM2DiscreteScheduler": "kdpm2",
+    "LCMScheduler": "lcm",
+    "LMSDiscreteScheduler": "lms",
     "PNDMScheduler": "pndm",
+    "SASolverScheduler": "sa-solver",
+    "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
+DISTILLED_STEPS = 4
+"""Steps of a folder with a scheduler of distilled models, whatever its pipeline's class (LCM,
+arXiv 2310.04378: 2 to 4; TCD, arXiv 2402.19159: 4)."""
 _COMPVIS: dict[str, tuple[int, float, Needs | None]] = {
     "FrozenCLIPEmbedder": (50, 7.5, "prompts"),
     "FrozenOpenCLIPEmbedder": (50, 7.5, "prompts"),
@@ -117,6 +132,10 @@ def card_of(source: str, compvis_config: str | None = None) -> Card | None:
         guidance = 1.0  # schnell reads none
     own = read_tree(folder / "scheduler" / "scheduler_config.json")
     name = str(own.get("_class_name") or (index.get("scheduler") or [None, ""])[1])
+    if name in DISTILLED:
+        steps = DISTILLED_STEPS
+        if read_tree(folder / "unet" / "config.json").get("time_cond_proj_dim") is None:
+            guidance = 1.0  # it was distilled into the weights
     return Card(kind, _short(name, own), name, steps, guidance, needs)
 
 

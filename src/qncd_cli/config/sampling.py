@@ -12,6 +12,8 @@ from .section import MAX_STEPS, Section
 MAX_GUIDANCE = 100
 """Published uses stay below 20; far above, every image is saturated or not finite."""
 NOISE_TRAJECTORIES = 32
+LATER = ("height", "width")
+"""Keys of SamplingConfig without which runs were made that stay valid."""
 
 
 def split_lora(text: str) -> tuple[str, float]:
@@ -66,23 +68,46 @@ class SamplingConfig(Section):
     """How images are drawn, for calibration too; null: the model's own."""
 
     scheduler: Literal[
-        "ddim", "ddpm", "pndm", "plms", "dpmsolver++", "euler", "unipc", "flow-euler"
+        "ddim",
+        "ddpm",
+        "pndm",
+        "plms",
+        "dpmsolver++",
+        "dpmsolver-singlestep",
+        "deis",
+        "euler",
+        "euler-ancestral",
+        "heun",
+        "kdpm2",
+        "kdpm2-ancestral",
+        "lms",
+        "sa-solver",
+        "unipc",
+        "lcm",
+        "tcd",
+        "flow-euler",
     ] = Field(
         "ddim",
         description="default: the model's own; flow-euler is of rectified flows (SD3, FLUX), and "
-        "of no others",
+        "of no others; lcm and tcd are of models distilled for them",
     )
     steps: int = Field(
         20, ge=1, le=MAX_STEPS, description="denoising steps (default: of the model's pipeline)"
     )
-    eta: float = Field(0.0, ge=0, le=1, description="stochasticity of DDIM (1: DDPM's variance)")
+    eta: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="stochasticity of DDIM (1: DDPM's variance) and TCD (its gamma)",
+    )
     guidance_scale: float = Field(
         3.0,
         ge=0,
         le=MAX_GUIDANCE,
         description="classifier-free guidance (default: of the model's pipeline); off at 1, in "
         "diffusers' own pipelines at anything up to 1 (0 keeps the prompt); of class-conditional "
-        "models 0 is the null class alone, whatever the class; FLUX.1-dev reads it as an input",
+        "models 0 is the null class alone, whatever the class; FLUX.1-dev and latent consistency "
+        "models read it as an input",
     )
     seed: int = Field(0, ge=0, description="seed of the first sample; the next ones count up")
     classes: Literal["all"] | tuple[int, ...] = Field(
@@ -95,6 +120,10 @@ class SamplingConfig(Section):
     image_size: Annotated[int, Field(ge=16)] | None = Field(
         None, description="of a text model, height and width in pixels, if not its own"
     )
+    height: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="of a text model, in pixels, together with width, if it is not square"
+    )
+    width: Annotated[int, Field(ge=16)] | None = Field(None, description="the same")
 
     reuse: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
@@ -119,12 +148,31 @@ class SamplingConfig(Section):
             raise ValueError("classes must not be empty; 'all' takes every class in turn")
         if self.prompts == ():
             raise ValueError("prompts must not be empty")
-        for key in ("negative_prompt", "image_size"):
+        for key in ("negative_prompt", "image_size", "height", "width"):
             if getattr(self, key) and self.prompts is None:
                 raise ValueError(f"{key} belongs to text models, which need prompts")
-        if self.eta > 0 and self.scheduler != "ddim":
-            raise ValueError(f"eta applies to the ddim scheduler, not to {self.scheduler}")
+        if (self.height is None) != (self.width is None):
+            raise ValueError("height and width belong together (image_size is both)")
+        if self.height is not None and self.image_size is not None:
+            raise ValueError("image_size is height and width: set either it or these two")
+        if self.eta > 0 and self.scheduler not in ("ddim", "tcd"):
+            raise ValueError(
+                f"eta applies to the ddim scheduler and to tcd, not to {self.scheduler}"
+            )
         return self
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width of images in pixels, None for the model's own."""
+        if self.height is not None and self.width is not None:
+            return self.height, self.width
+        return None if self.image_size is None else (self.image_size, self.image_size)
+
+    def drawn_with(self) -> dict[str, Any]:
+        """What decides an image beside its seed; keys that came later only where they are set."""
+        tree = self.model_dump(mode="json")
+        del tree["seed"], tree["reuse"]  # what that means is in the digest of its plan
+        return {key: value for key, value in tree.items() if key not in LATER or value is not None}
 
 
 class CalibrationConfig(Section):

@@ -82,9 +82,9 @@ class Config(Section):
     def stage_inputs(self, stage: Stage) -> dict[str, Any]:
         """The part of the configuration that decides what a stage writes."""
         tree = self.to_dict()
-        inputs = {k: tree[k] for k in ("model", "sampling", "calibration")}
-        inputs["sampling"].pop("seed")
-        budget = inputs["sampling"].pop("reuse")
+        inputs = {k: tree[k] for k in ("model", "calibration")}
+        inputs["sampling"] = self.sampling.drawn_with()
+        budget = self.sampling.reuse
         if inputs["model"]["tokenizer"] is None:  # runs made before there was a key stay valid
             del inputs["model"]["tokenizer"]
         if not inputs["model"]["lora"]:

@@ -27,16 +27,26 @@ TEXT_TOKENS = {
     "FluxTransformer2DModel": 512,
 }
 """Tokens of a prompt as the pipelines encode it, by class of the denoiser."""
+PIXART_ALPHA_TOKENS = 120
+T5_TOKENS = 256
+CLIP_PIPELINES = {
+    "StableDiffusionPipeline": 0,
+    "StableDiffusionXLPipeline": 0,
+    "LatentConsistencyModelPipeline": 0,
+    "StableDiffusion3Pipeline": T5_TOKENS,
+}
+"""Pipelines whose prompts are as long as their first encoder reads -> T5's tokens after them."""
 FLUX_TOKENS = 64 * 64
 """Latents of a 1024 x 1024 image at an eighth, packed two by two."""
 
 
 def arguments_of(
-    denoiser: Any, dtype: torch.dtype, latent: Latent, tokens: int
+    denoiser: Any, dtype: torch.dtype, latent: Latent, tokens: int, scaled: bool = False
 ) -> Callable[[int], Arguments]:
     """Function of the number of rows that makes a denoiser's arguments on the meta device.
 
-    latent: shape of one; tokens: of a prompt. Raises ModelError for an unknown class.
+    latent: shape of one; tokens: of a prompt; scaled: whether a U-Net is given the guidance scale.
+    Raises ModelError for an unknown class.
     """
     kind = next((k for k in _ARGUMENTS if isinstance(denoiser, k)), None)
     if kind is None:
@@ -55,6 +65,9 @@ def arguments_of(
         def of_unet(rows: int) -> Arguments:
             found = arguments(rows)
             found["sample"] = found.pop("hidden_states")
+            if scaled:
+                width = denoiser.config.time_cond_proj_dim
+                found["timestep_cond"] = torch.zeros(rows, width, dtype=dtype, device="meta")
             return found
 
         return of_unet

@@ -18,12 +18,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    UNet2DModel,
-)
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -35,22 +30,22 @@ from ..models.loading import FIRST_STAGES, UNUSED
 from ..models.pipelines import CLASS_CONDITIONAL, is_guided
 from ..models.random_models import RANDOM
 from ..models.schedule import corrected
+from ..models.text import reads_scale, sides_of
 from ..models.weight_files import weight_files
 from ..models.zoo import zoo_path
 from .architectures import PUBLISHED
-from .meta_inputs import FLUX_TOKENS, TEXT_TOKENS, Arguments, arguments_of
+from .meta_inputs import (
+    CLIP_PIPELINES,
+    FLUX_TOKENS,
+    PIXART_ALPHA_TOKENS,
+    TEXT_TOKENS,
+    Arguments,
+    arguments_of,
+)
 
 DENOISERS = ("unet", "transformer")
-PIXART_ALPHA_TOKENS = 120
-T5_TOKENS = 256
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Types by their names in safetensors files."""
-CLIP_PIPELINES = {
-    "StableDiffusionPipeline": 0,
-    "StableDiffusionXLPipeline": 0,
-    "StableDiffusion3Pipeline": T5_TOKENS,
-}
-"""Pipelines whose prompts are as long as their first encoder reads -> T5's tokens after them."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +124,7 @@ def model_shapes(
     *,
     compvis_config: str | None = None,
     prompts: int = 0,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Shapes:
     """dtype: of all but the first stage; prompts: how many of a text model; image_size: in pixels,
     None for the model's own.
@@ -166,6 +161,8 @@ def model_shapes(
         tokens = embedder.config.tokens
     tokens = tokens or TEXT_TOKENS.get(type(denoiser).__name__, 0)
     text = not classes and not isinstance(denoiser, UNet2DModel)
+    scaled = text and reads_scale(denoiser)
+    flux = isinstance(denoiser, FluxTransformer2DModel)
     return Shapes(
         source=source,
         is_folder=is_folder,
@@ -176,10 +173,10 @@ def model_shapes(
         latent_shape=latent,
         image_shape=image,
         classes=max(1, prompts) if text else classes,
-        guided=bool(classes or text) and not isinstance(denoiser, FluxTransformer2DModel),
+        guided=bool(classes or text) and not flux and not scaled,
         interpolates=bool(classes) and (not kind or kind in CLASS_CONDITIONAL),
         scheduler=scheduler,
-        arguments=arguments_of(denoiser, dtype, latent, tokens),
+        arguments=arguments_of(denoiser, dtype, latent, tokens, scaled),
     )
 
 
@@ -194,14 +191,14 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _sizes(
-    denoiser: Any, first_stage: Any, image_size: int | None
+    denoiser: Any, first_stage: Any, image_size: int | tuple[int, int] | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     config = denoiser.config
     scale = 1 if first_stage is None else 2 ** (len(first_stage.config.block_out_channels) - 1)
     flux = isinstance(denoiser, FluxTransformer2DModel)
     sides: Any = 2 * math.isqrt(FLUX_TOKENS) if flux else config.sample_size
     if image_size is not None:
-        sides = image_size // scale
+        sides = [side // scale for side in sides_of(image_size)]
     height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
     latent = (config.in_channels // (4 if flux else 1), height, width)
     if first_stage is None:

@@ -161,15 +161,12 @@ def identity_of(config: Config, drawing: Drawing) -> dict[str, Any]:
     Where samples depend on their batch, the seeds and how they are cut into batches as well: such
     a set can be finished, but not go on to other seeds.
     """
-    sampling = config.to_dict()["sampling"]
-    sampling.pop("seed")
-    sampling.pop("reuse")  # what it means for the images is in the digest of the plan
     inter = config.correction.inter if drawing.kind == "quantized" else None
-    identity = {
+    identity: dict[str, Any] = {
         "kind": drawing.kind,
         "source": config.model.source,
         "dtype": config.model.dtype,
-        "sampling": sampling,
+        "sampling": config.sampling.drawn_with(),
         "correction": inter.identity() if inter is not None else None,
         "digests": drawing.digests,
     }

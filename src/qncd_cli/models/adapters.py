@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import NotFinite
+from ..errors import ModelError, NotFinite
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .schedule import (
     FLUX_MAX_SHIFT,
@@ -18,7 +18,7 @@ from .schedule import (
     schedule_of,
     shifted,
 )
-from .text import TEXT_TABLES, Encoded, Prompts, latent_sides
+from .text import TEXT_TABLES, Encoded, Prompts, latent_sides, reads_scale
 
 Condition = dict[str, Tensor]
 Parts = dict[str, Any]
@@ -94,9 +94,20 @@ def _text(pipeline: Any, request: Request) -> Parts:
     table, negative = encoded.table, encoded.negative
     denoiser = pipeline.components.get("transformer") or pipeline.unet
     sides = latent_sides(pipeline, prompts)
+    scale = {}
+    if reads_scale(denoiser):
+        if prompts.negative:
+            raise ModelError(
+                f"{type(pipeline).__name__}: its denoiser reads the guidance scale and is guided "
+                "without a negative prompt",
+                "leave negative_prompt out",
+            )
+        negative = None
+        scale = {"timestep_cond": _embedded_scale(pipeline, denoiser, prompts.guidance_scale)}
 
     def condition(labels: Tensor) -> Condition:
-        return {name: value[labels.to(value.device)] for name, value in table.items()}
+        found = {name: value[labels.to(value.device)] for name, value in table.items()}
+        return found | {name: value.expand(len(labels), -1) for name, value in scale.items()}
 
     def null_condition(rows: int) -> Condition:
         null = negative or {}
@@ -110,6 +121,14 @@ def _text(pipeline: Any, request: Request) -> Parts:
         "null_condition": None if negative is None else null_condition,
         "decode": _decoder(pipeline.vae, UNSCALED.get(type(pipeline).__name__)),
     }
+
+
+def _embedded_scale(pipeline: Any, denoiser: Any, scale: float) -> Tensor:
+    """[1, C]; LCM's scale is 0 where diffusers' is 1 (arXiv 2310.04378, sec. 4.2)."""
+    embedded: Tensor = pipeline.get_guidance_scale_embedding(
+        torch.tensor([scale - 1]), embedding_dim=denoiser.config.time_cond_proj_dim
+    )
+    return embedded.to(denoiser.device, denoiser.dtype)
 
 
 def _stable_diffusion_3(pipeline: Any, request: Request) -> Parts:

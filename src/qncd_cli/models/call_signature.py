@@ -8,7 +8,6 @@ keep them. They are not stored with the weights: whoever loads a denoiser calls
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Collection
 from typing import Any
 
@@ -35,8 +34,9 @@ def unify_call(denoiser: nn.Module) -> nn.Module:
     if isinstance(denoiser, PixArtTransformer2DModel | SD3Transformer2DModel):
         denoiser.register_forward_pre_hook(_timestep_by_name, with_kwargs=True)
     elif isinstance(denoiser, FluxTransformer2DModel):
-        denoiser.register_forward_pre_hook(_as_tokens, with_kwargs=True)
-        denoiser.register_forward_hook(_as_image)
+        tokens = _Tokens()
+        denoiser.register_forward_pre_hook(tokens.of_image, with_kwargs=True)
+        denoiser.register_forward_hook(tokens.as_image)
     if added:
         gather = functools.partial(_gather_added, added)
         denoiser.register_forward_pre_hook(gather, with_kwargs=True)
@@ -86,26 +86,33 @@ def _timestep_by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) ->
     return args[:1], {**named, **kwargs}
 
 
-def _as_tokens(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """FLUX reads tokens [N, L, 4 C] of 2 x 2 latents, where each stands, and t from 0 to 1."""
-    x, t = args
-    rows, columns = (torch.arange(side // 2, device=x.device) for side in x.shape[2:])
-    grid = torch.cartesian_prod(rows, columns).to(x.dtype)
-    text = kwargs["encoder_hidden_states"]
-    named = {
-        "timestep": t.to(x.dtype) / 1000,
-        "img_ids": F.pad(grid, (1, 0)),
-        "txt_ids": torch.zeros(text.shape[1], 3, dtype=x.dtype, device=x.device),
-    }
-    return (F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),), {**kwargs, **named}
+class _Tokens:
+    """What FLUX reads of an image, and the image of what it gives back.
 
+    rows: of tokens in the image of the call that is under way.
+    """
 
-def _as_image(module: nn.Module, args: tuple, output: Any) -> Any:
-    """The inverse, for square images: tokens [N, L, 4 C] to [N, C, H, W]."""
-    tokens: Tensor = output.sample.transpose(1, 2)
-    side = math.isqrt(tokens.shape[2])
-    image = F.pixel_shuffle(tokens.unflatten(2, (side, side)), 2)
-    return type(output)(sample=image)
+    rows = 1
+
+    def of_image(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        """Tokens [N, L, 4 C] of 2 x 2 latents, where each stands, and t from 0 to 1."""
+        x, t = args
+        self.rows = x.shape[2] // 2
+        rows, columns = (torch.arange(side // 2, device=x.device) for side in x.shape[2:])
+        grid = torch.cartesian_prod(rows, columns).to(x.dtype)
+        text = kwargs["encoder_hidden_states"]
+        named = {
+            "timestep": t.to(x.dtype) / 1000,
+            "img_ids": F.pad(grid, (1, 0)),
+            "txt_ids": torch.zeros(text.shape[1], 3, dtype=x.dtype, device=x.device),
+        }
+        return (F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2),), {**kwargs, **named}
+
+    def as_image(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        """The inverse: tokens [N, L, 4 C] to [N, C, H, W]."""
+        tokens: Tensor = output.sample.transpose(1, 2)
+        image = F.pixel_shuffle(tokens.unflatten(2, (self.rows, -1)), 2)
+        return type(output)(sample=image)
 
 
 def _without_variance(module: nn.Module, args: tuple, output: Any) -> Any:

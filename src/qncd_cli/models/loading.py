@@ -27,7 +27,7 @@ from .prompt_cache import PromptCache
 from .prompt_length import Tell, untold
 from .random_models import random_pipeline
 from .schedule import schedule_of
-from .text import TEXT_TABLES, Prompts, check_encoded, encode, refuse_distilled
+from .text import TEXT_TABLES, Prompts, check_encoded, encode
 from .variant_parts import variant_parts
 from .zoo import zoo_path
 
@@ -148,8 +148,6 @@ def load_model(
             component.to(place, own).eval().requires_grad_(False)
             check_values(component, f"{source}: {name}")
     _check_kind(source, type(pipeline).__name__, prompts)
-    if prompts is not None:
-        refuse_distilled(pipeline, source)
     if prompts is not None and encoded is None:
         encoded = encode(pipeline, prompts, tell, track)
         if cache is not None and path is not None:

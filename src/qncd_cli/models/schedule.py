@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -10,6 +11,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 SD3_MAX_SHIFT, FLUX_MAX_SHIFT = 1.16, 1.15
 """The pipelines' own, where the scheduler has none."""
+LEFT_OPEN = "_use_default_values"
+"""diffusers' name for the keys that a configuration did not set."""
 FROM_ONE = "FlowMatchFromOne"
 """The scheduler of `sampling.flow` that sets its steps as FluxPipeline does."""
 FROM_ONE_SOLVERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
@@ -17,9 +20,18 @@ FROM_ONE_SOLVERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteSch
 
 
 def schedule_of(pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Its scheduler's configuration, the class of which it is among it."""
+    """Its scheduler's configuration, the class of which it is among it.
+
+    diffusers remembers which keys a file left to their defaults, and leaves them out when another
+    scheduler is made from the configuration; those that the pipeline corrected since are no such.
+    """
     scheduler = pipeline.scheduler
-    return {**scheduler.config, "_class_name": type(scheduler).__name__}
+    config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+    if (left := config.get(LEFT_OPEN)) is not None:
+        own = inspect.signature(type(scheduler)).parameters
+        same = [k for k in left if k not in own or own[k].default == config.get(k)]
+        config[LEFT_OPEN] = same
+    return config
 
 
 def corrected(kind: str, unet: Any, config: dict[str, Any]) -> dict[str, Any]:

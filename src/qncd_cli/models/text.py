@@ -25,12 +25,13 @@ Table = dict[str, Tensor]
 class Prompts:
     """texts: taken in turn by seed; negative: what guidance leads away from.
 
-    image_size: side in pixels, None for the model's own; guidance_scale: for models that read it.
+    image_size: height and width in pixels, one number where they are equal, None for the model's
+    own; guidance_scale: for models that read it.
     """
 
     texts: tuple[str, ...]
     negative: str = ""
-    image_size: int | None = None
+    image_size: int | tuple[int, int] | None = None
     guidance_scale: float = 1.0
 
 
@@ -51,27 +52,30 @@ def latent_sides(pipeline: Any, prompts: Prompts) -> tuple[int, int]:
     The model's own size is one number, or a pair where its images are not square.
     """
     factor: int = pipeline.vae_scale_factor
+    unit = factor if "unet" in pipeline.components else 2 * factor
     if prompts.image_size is None:
         own = getattr(_denoiser(pipeline).config, "sample_size", None)
         sides = own or pipeline.default_sample_size
         height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
         return int(height), int(width)
-    if prompts.image_size % (2 * factor):  # transformers read patches of 2 x 2
+    height, width = sides_of(prompts.image_size)
+    if height % unit or width % unit:  # transformers read patches of 2 x 2
+        size = height if height == width else f"{height} x {width}"
         raise ModelError(
-            f"sampling.image_size {prompts.image_size} does not fit {type(pipeline).__name__}",
-            f"use a multiple of {2 * factor}",
+            f"sampling.image_size {size} does not fit {type(pipeline).__name__}",
+            f"use a multiple of {unit}",
         )
-    return prompts.image_size // factor, prompts.image_size // factor
+    return height // factor, width // factor
 
 
-def refuse_distilled(pipeline: Any, source: str) -> None:
-    """Raise ModelError for latent consistency models (2310.04378): they read the guidance scale."""
-    if getattr(_denoiser(pipeline).config, "time_cond_proj_dim", None) is not None:
-        raise ModelError(
-            f"{source}: a latent consistency model, whose denoiser reads the guidance scale "
-            "(time_cond_proj_dim) and takes steps of its own",
-            "take the model that it was distilled from",
-        )
+def sides_of(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def reads_scale(denoiser: Any) -> bool:
+    """Whether a U-Net was distilled to read the guidance scale (2210.03142; LCM, 2310.04378)."""
+    return getattr(denoiser.config, "time_cond_proj_dim", None) is not None
 
 
 def _denoiser(pipeline: Any) -> Any:
@@ -201,6 +205,7 @@ def check_encoded(encoded: Encoded, source: str) -> None:
 TEXT_TABLES = {
     "StableDiffusionPipeline": stable_diffusion_table,
     "StableDiffusionXLPipeline": stable_diffusion_xl_table,
+    "LatentConsistencyModelPipeline": stable_diffusion_table,
     "PixArtAlphaPipeline": pixart_table,
     "PixArtSigmaPipeline": pixart_table,
     "StableDiffusion3Pipeline": stable_diffusion_3_table,

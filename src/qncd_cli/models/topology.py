@@ -74,8 +74,10 @@ def time_layers(denoiser: nn.Module) -> set[str]:
     """Names of the layers whose output depends on the timestep alone.
 
     The projections inside residual blocks are among them unless a class or other embedding is
-    added to the timestep's.
+    added to the timestep's; none is where the guidance scale is (latent consistency models).
     """
+    if getattr(getattr(denoiser, "config", None), "time_cond_proj_dim", None) is not None:
+        return set()
     added = any(
         getattr(denoiser, p, None) is not None for p in ("class_embedding", "add_embedding")
     )

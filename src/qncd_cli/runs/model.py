@@ -39,7 +39,7 @@ def open_model(
         prompts = Prompts(
             sampling.prompts,
             sampling.negative_prompt,
-            image_size=sampling.image_size,
+            image_size=sampling.sides,
             guidance_scale=sampling.guidance_scale,
         )
     return load_model(

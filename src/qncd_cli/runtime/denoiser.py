@@ -84,7 +84,8 @@ def guided_predict(
         condition = model.condition(labels)
         if model.null_condition is not None and model.guides(guidance_scale):
             null = model.null_condition(len(labels))
-    if model.null_condition is None and guidance_scale > 1.0 and "guidance" not in condition:
+    reads_scale = not condition.keys().isdisjoint(("guidance", "timestep_cond"))
+    if model.null_condition is None and guidance_scale > 1.0 and not reads_scale:
         raise ModelError(
             f"{model.source} has no null class to guide away from",
             "set sampling.guidance_scale: 1",

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .scheduler_classes import STRAIGHT, check_known
+from .scheduler_classes import DISTILLED, STRAIGHT, check_known
 
 LEVELS = {
     "rescale_betas_zero_snr": False,
@@ -21,6 +21,8 @@ LEVELS = {
     "sigma_max": None,
 }
 """Keys that change the noise levels, with the value that says nothing."""
+SIGMAS = frozenset(f"use_{name}_sigmas" for name in ("karras", "exponential", "beta", "flow"))
+"""Keys that say how levels are spaced; diffusers passes over any other without a word."""
 
 
 def check_family(name: str, wanted: type, config: Mapping[str, Any]) -> None:
@@ -33,11 +35,22 @@ def check_family(name: str, wanted: type, config: Mapping[str, Any]) -> None:
     refused = f"sampling.scheduler {name!r} does not fit a model made for {own or 'diffusion'}"
     straight = wanted.__name__ in STRAIGHT
     check_known(own, refused)
+    if own in DISTILLED and own != wanted.__name__:
+        raise ConfigError(
+            f"{refused}, the scheduler of a distilled model, which takes a few steps of that kind",
+            f"use {own.removesuffix('Scheduler').lower()}",
+        )
     if (own in STRAIGHT) != straight:
         raise ConfigError(
             refused,
             "flow-euler is for rectified flows; use another" if straight else "use flow-euler",
         )
+    for key, value in config.items():
+        if key.startswith("use_") and key.endswith("_sigmas") and value and key not in SIGMAS:
+            raise ConfigError(
+                f"the model's scheduler_config.json has {key}, an unknown sigma schedule",
+                f"it may be one of {', '.join(sorted(SIGMAS))}",
+            )
     known = inspect.signature(wanted).parameters
     for key, nothing in LEVELS.items():
         value = config.get(key, nothing)

@@ -19,9 +19,21 @@ from torch import Tensor
 
 from ..errors import ConfigError, QncdError
 from .parametrization import PARAMETRIZATIONS, prediction_type
+from .scheduler_classes import DISTILLED
 
 PNDM_ORDER = 4
 """Runge-Kutta steps that PNDM begins with (arXiv 2202.09778, sec. 3.3)."""
+UNPLANNED = DISTILLED | {
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "SASolverScheduler",
+}
+"""Schedulers whose steps `plan_steps` does not describe: half steps, an x_0 with new noise in every
+step, or unlike the others in what of them was tested with corrections."""
 NO_CORRECTION = "set correction.inter.method to none"
 
 
@@ -130,7 +142,11 @@ def plan_steps(scheduler: Any, eta: float = 0.0) -> list[StepInfo]:
             f"corrections do not cover a model that predicts {prediction_type(scheduler)!r}",
             NO_CORRECTION,
         )
-    if not hasattr(scheduler, "alphas_cumprod") or config.get("use_flow_sigmas", False):
+    if (
+        not hasattr(scheduler, "alphas_cumprod")
+        or config.get("use_flow_sigmas", False)
+        or kind in UNPLANNED
+    ):
         raise ConfigError(
             f"corrections do not cover {kind}"
             + (" with flow-matching sigmas" if config.get("use_flow_sigmas", False) else ""),
@@ -228,6 +244,8 @@ def _injected_sigma(
         return None if scheduler.config.stochastic_sampling else 0.0
     if kind == "DDIMScheduler":
         return eta * posterior
+    if kind == "EulerAncestralDiscreteScheduler":  # sigma_up, in VP scale
+        return posterior
     if kind == "DDPMScheduler":
         fixed = {
             "fixed_small": posterior,

@@ -183,7 +183,8 @@ def denoise(
         if correction is None or plan is None:
             continue
         if deduct is not None:
-            x = x - _per_sample(deduct, x) * _redraw(before, x)
+            less = _per_sample(deduct, x) * _redraw(before, x)
+            x = x - less / to_vp(scheduler, plan[i].abar_next, kind)
         if plan[i].t_next is not None and not tried:
             at_next = _observed(plan[i], output, model_input, eps, kind)
             x_next = x * to_vp(scheduler, plan[i].abar_next, kind)
@@ -297,11 +298,21 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver-singlestep": ("DPMSolverSinglestepScheduler", {}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
     "pndm": ("PNDMScheduler", {}),
+    "sa-solver": ("SASolverScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 """Short name -> diffusers class, and the keys that the name fixes."""

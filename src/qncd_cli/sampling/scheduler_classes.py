@@ -29,8 +29,10 @@ DIFFUSION = frozenset(
 FLOWS = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"})
 STRAIGHT = FLOWS | {"FlowMatchFromOne"}
 """The same of rectified flows; the last is ours, with the steps of FluxPipeline."""
-DISTILLED = frozenset({"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler"})
-"""Schedulers of models that were distilled to take a few steps of their own kind."""
+DISTILLED = frozenset({"LCMScheduler", "TCDScheduler"})
+"""Schedulers of models that were distilled to take a few steps of that kind, and of no other."""
+UNKNOWN_DISTILLED = frozenset({"FlowMatchLCMScheduler", "SCMScheduler"})
+"""The same, which none of our names stands for."""
 
 
 def check_known(own: str, refused: str) -> None:
@@ -38,13 +40,13 @@ def check_known(own: str, refused: str) -> None:
 
     own: "" for one that nothing is said of. refused: how the message begins.
     """
-    if own in DISTILLED:
+    if own in UNKNOWN_DISTILLED:
         raise ConfigError(
             f"{refused}, the scheduler of a distilled model: it takes steps of its own kind, which "
             "none of qncd's samplers takes",
             "take the model that it was distilled from",
         )
-    if own and own not in DIFFUSION | STRAIGHT:
+    if own and own not in DIFFUSION | STRAIGHT | DISTILLED:
         raise ConfigError(
             f"{refused}, whose noise levels none of qncd's samplers has",
             f"it samples models made for {', '.join(sorted(DIFFUSION))}, and with flow-euler for "
