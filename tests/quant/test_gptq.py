@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qncd_cli.quant.gptq import HessianAccumulator, asymmetric_target
+from qncd_cli.quant.gptq import HessianAccumulator, asymmetric_target, kept_bytes
 from qncd_cli.sampling.noise import generator_for
 
 
@@ -40,3 +40,25 @@ def test_parts_of_a_drift_merge_to_the_whole():
     parts[0].merge(parts[1])
     for merged, expected in zip(parts[0].curvature(), whole.curvature(), strict=True):
         assert torch.allclose(merged, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("drift", [False, True])
+@pytest.mark.parametrize("width", [8, 256, 600])
+def test_another_accumulator_goes_on_from_half_a_hessian_to_the_same_bits(width, drift):
+    generator, layer = generator_for(11), torch.nn.Linear(width, 2)
+    batches = torch.randn(3, 20, width, generator=generator)
+    whole, begun, other = (HessianAccumulator(width) for _ in range(3))
+    for number, x in enumerate(batches):
+        full = x + 0.1 if drift else None
+        whole.update(x, layer, full=full)
+        if number == 1:
+            memory = begun.memory()
+            kept = sum(t.nbytes for name, t in memory.items() if name != "count")
+            assert (
+                kept == kept_bytes(width, drift=drift) <= (0.75 + drift) * 4 * max(512, width) ** 2
+            )
+            other.restore(memory)
+        (other if number else begun).update(x, layer, full=full)
+    assert other.count == whole.count
+    for went_on, expected in zip(other.curvature(), whole.curvature(), strict=True):
+        assert went_on is expected is None or torch.equal(went_on, expected)

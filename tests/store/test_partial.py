@@ -82,7 +82,21 @@ def test_it_is_written_now_and_then_and_more_rarely_where_that_takes_long(tmp_pa
 
         now[0] = 61
         kept.keep("slow", Piece(), {"state": slow})
-        assert [kept_at(64 + t) for t in (20, 99, 100)] == [3, 3, 4]
+        assert [kept_at(64 + t) for t in (20, 59, 60)] == [3, 3, 4]
+
+
+def test_the_longer_a_stage_takes_the_more_rarely_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(partial, "EVERY", 0.5)
+    now, written = [0.0], []
+    with opened(tmp_path, clock=lambda: now[0]) as kept:
+        for half_seconds in range(1, 20_001):
+            now[0] = half_seconds / 2
+            kept.keep_states({"state": lambda: written.append(now[0]) or Piece()})
+    intervals = [b - a for a, b in zip(written, written[1:], strict=False)]
+    assert intervals[:3] == [0.5, 0.5, 0.5]
+    assert intervals == sorted(intervals)
+    assert intervals[-1] == 60.0
+    assert len(written) < 700
 
 
 def test_a_state_replaces_the_one_before_and_is_never_ahead_of_the_pieces(tmp_path, monkeypatch):

@@ -34,5 +34,6 @@ def partial_bytes(
     found = dict.fromkeys(costs, 0)
     for stage, count in rows.items():
         kept = round(sum(cost.kept for cost in costs[stage].values()))
-        found[stage] = count * row + kept + WRITTEN_TWICE * results[stage]
+        states = results[stage] + max((c.partial for c in costs[stage].values()), default=0)
+        found[stage] = count * row + kept + WRITTEN_TWICE * states
     return found

@@ -26,7 +26,8 @@ class Cost:
 
     bytes: held at its height, 0 where another part of the stage holds more; kept: bytes of these
     that are held until the stage ends; macs: multiply-accumulates in floating point; passes:
-    elements that element-wise operations read and write; disk: bytes of temporary files.
+    elements that element-wise operations read and write; disk: bytes of temporary files; partial:
+    bytes of a state among the partial results.
     """
 
     bytes: float = 0.0
@@ -34,6 +35,7 @@ class Cost:
     passes: float = 0.0
     kept: int = 0
     disk: int = 0
+    partial: int = 0
 
 
 @dataclass(frozen=True)

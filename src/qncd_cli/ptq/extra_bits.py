@@ -22,7 +22,6 @@ from ..progress import Track, counted, no_progress
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
 from ..quant.rounding import weight_qparams
-from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import denoiser_costs, timestep_group
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, WIDE_WEIGHT_BITS, activation_spec, weight_spec
 from ..store.partial import Partial, Piece
@@ -41,6 +40,8 @@ BACKWARD = 2.0
 """Time of a backward pass over that of a forward one."""
 SUMS = "sensitivity "
 """Beginning of a name in partial results; the number of timesteps that the sums hold follows."""
+SCALES = "scales "
+"""Beginning of a name in partial results; that of the layer follows."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
     roundings, differences = {}, {}
     for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
         roundings[p.name] = _InputError(job, p)
-        differences[p.name] = _weight_error(p, job.factor(p.name))
+        differences[p.name] = _weight_error(job, p)
     weights = {p.name: p.layer.weight for p in plans}
     try:
         for weight in weights.values():
@@ -240,13 +241,18 @@ def _own_inputs(denoiser: nn.Module, names: list[str]) -> Iterator[dict[str, Ten
             handle.remove()
 
 
-def _weight_error(plan: LayerPlan, factor: SmoothingFactor) -> Tensor:
+def _weight_error(job: QuantizationJob, plan: LayerPlan) -> Tensor:
     """What nearest rounding adds to a layer's weight, smoothing taken out again."""
     if plan.weight_bits == FLOAT_BITS:
         return torch.zeros_like(plan.layer.weight)
+    factor, spec = job.factor(plan.name), weight_spec(plan.weight_bits)
     weight = factor.fold(plan.layer.weight.detach().float().cpu())
-    spec = weight_spec(plan.weight_bits)
-    error = fake_quantize(weight, weight_qparams(weight, spec), spec) - weight
+
+    def search() -> Piece:
+        return Piece(tensors=weight_qparams(weight, spec)._asdict())
+
+    qparams = QParams(**job.partial.piece(f"{SCALES}{plan.name}", search).tensors)
+    error = fake_quantize(weight, qparams, spec) - weight
     return factor.unfold(error).to(plan.layer.weight)
 
 

@@ -13,11 +13,11 @@ from ..config.schema import Config
 from ..models.topology import capture_inputs
 from ..progress import Track, no_progress
 from ..quant.affine import QParams, fake_quantize
-from ..quant.gptq import Curvature, HessianAccumulator
+from ..quant.gptq import Curvature, HessianAccumulator, kept_bytes
 from ..runtime.denoiser import Denoiser, full_denoiser, guided_predict, timestep_group
 from ..spec import FLOAT_BITS, activation_spec
-from ..store.artifacts import Artifact
-from ..store.partial import Piece
+from ..store.artifacts import Artifact, tensors_below
+from ..store.partial import Partial, Piece
 from .cost import Cost, DenoiserCall
 from .job import QuantizationJob
 from .layer_plan import LayerPlan
@@ -30,6 +30,9 @@ HESSIAN_ROWS = 16384
 """Input vectors in a Hessian, at least, and HESSIAN_ROWS_PER_INPUT for each of its inputs. With a
 quarter of them GPTQ fits their noise, and every step's prediction is worse."""
 HESSIAN_ROWS_PER_INPUT = 3
+SUMS = "hessians"
+"""Name in partial results of the Hessians of the layers that are being rounded, as far as they are
+added up."""
 
 
 def with_hessians(
@@ -58,14 +61,18 @@ def with_hessians(
         prefix = before(groups, number)
         if number and exchange is not None:
             exchange([plan.name for plan in groups[number - 1]])
-        left = [p for p in group if p.name not in rounded and (mine is None or p.name in mine)]
-        for part in hessian_groups(left):
+        own = [plan for plan in group if mine is None or plan.name in mine]
+        for part in hessian_groups(own):
+            left = [plan for plan in part if plan.name not in rounded]
+            if not left:
+                continue
             denoiser = full_denoiser(job.model)
             if twofold:
                 denoiser = TwofoldDenoiser(job, {n: rounded[n].tensors for n in prefix})
-            found = collect_hessians(job.planned(part), qparams, track, denoiser)
-            for plan in part:
+            found = collect_hessians(job.planned(left), qparams, track, denoiser)
+            for plan in left:
                 yield plan, found.pop(plan.name)
+            job.partial.forget(SUMS)
     yield from ((plan, None) for plan in plans if plan.name not in rounded)
 
 
@@ -90,7 +97,7 @@ def collect_hessians(
     denoiser: Denoiser | None = None,
 ) -> dict[str, Curvature]:
     """Curvature per layer, of its smoothed and quantized input on the calibration rows, each of
-    which counts as much as its step.
+    which counts as much as its step. It is kept among the partial results until that is forgotten.
 
     denoiser: instead of full precision; of a twofold one the second half of rows is the input,
     and the first half what it has drifted from.
@@ -102,6 +109,11 @@ def collect_hessians(
     denoiser = denoiser or full_denoiser(model)
     twofold = isinstance(denoiser, TwofoldDenoiser)
     bounds, to_see = job.group_bounds, dict.fromkeys(by_name)
+    done = _go_on(job.partial, accumulators)
+
+    def sums() -> Piece:
+        memories = {name: found.memory() for name, found in accumulators.items()}
+        return Piece(done, {f"{n}/{part}": t for n, m in memories.items() for part, t in m.items()})
 
     def receive(name: str, x: Tensor) -> None:
         plan, parameters = by_name[name], qparams[name]
@@ -122,13 +134,30 @@ def collect_hessians(
             raise _AllSeen
 
     with capture_inputs(denoiser.module, list(by_name), receive):
-        for t, picked in track(batches, "collecting Hessians", len(batches), "calls"):
+        left = batches[done:]
+        for t, picked in track(left, "collecting Hessians", len(left), "calls"):
             to_see = dict.fromkeys(by_name)
             labels = calibration.tensors["inputs.class"][picked]
             predict = guided_predict(model, denoiser, labels, config.sampling.guidance_scale)
             with suppress(_AllSeen):  # what comes behind the last layer need not be computed
                 predict(calibration.tensors["inputs.x"][picked], torch.tensor(t))
-    return {name: accumulator.curvature() for name, accumulator in accumulators.items()}
+            done += 1
+            if done < len(batches):
+                job.partial.keep_states({SUMS: sums})
+            else:
+                job.partial.write({SUMS: sums})
+    return {name: accumulators.pop(name).curvature() for name in by_name}
+
+
+def _go_on(partial: Partial, accumulators: Mapping[str, HessianAccumulator]) -> int:
+    """Let the accumulators go on from what an earlier process has added up; how many calls that
+    were. It may have looked at more layers: those that are rounded by now."""
+    found = partial.take(SUMS)
+    if found is None or any(f"{name}/count" not in found.tensors for name in accumulators):
+        return 0
+    for name, accumulator in accumulators.items():
+        accumulator.restore(tensors_below(f"{name}/", found.tensors))
+    return int(found.value)
 
 
 class _AllSeen(Exception):
@@ -187,4 +216,5 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
             positions = call.layer_macs.get(plan.name, 0) / plan.layer.weight.numel()
             macs += matrices * min(rows * positions, wanted_rows(plan)) * plan.in_features**2
     calling = held / 2 + matrices * call.full_bytes(batch * call.copies)
-    return Cost(max(held, calling), macs)
+    sums = [sum(kept_bytes(plan.in_features, drift=twofold) for plan in group) for group in groups]
+    return Cost(max(held, calling), macs, partial=max(sums, default=0))

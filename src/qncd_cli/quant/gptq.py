@@ -12,6 +12,7 @@ With a drift, the target is the output of full precision where the inputs have m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -68,13 +69,15 @@ class HessianAccumulator:
         """
         rows = input_vectors(x, layer, max_rows)
         self.total = self.total.to(rows.device)
-        for start in range(0, rows.shape[1], GRAM_BLOCK):  # the upper half; `hessian` mirrors it
-            left = rows[:, start : start + GRAM_BLOCK]
-            self.total[start : start + GRAM_BLOCK, start:].addmm_(left.T, rows[:, start:])
+        for number, part in enumerate(self._filled()):  # the upper half; `hessian` mirrors it
+            start = number * GRAM_BLOCK
+            part.addmm_(rows[:, start : start + GRAM_BLOCK].T, rows[:, start:])
         self.count += len(rows)
         if full is not None:
             moved = torch.zeros_like(self.total) if self.moved is None else self.moved
-            self.moved = moved.addmm_((input_vectors(full, layer, max_rows) - rows).T, rows)
+            self.moved = moved.to(rows.device).addmm_(
+                (input_vectors(full, layer, max_rows) - rows).T, rows
+            )
 
     def merge(self, other: HessianAccumulator) -> None:
         self.total += other.total
@@ -89,10 +92,37 @@ class HessianAccumulator:
             found[stop:, stop - GRAM_BLOCK : stop] = found[stop - GRAM_BLOCK : stop, stop:].T
         return found
 
+    def memory(self) -> dict[str, Tensor]:
+        """Everything that was added up, for another accumulator of the layer to go on from; of the
+        total the filled blocks, row by row."""
+        blocks = [part.flatten() for part in self._filled()]
+        kept = {"total": torch.cat(blocks).cpu(), "count": torch.tensor(self.count)}
+        return kept if self.moved is None else kept | {"moved": self.moved.cpu()}
+
+    def restore(self, memory: Mapping[str, Tensor]) -> None:
+        """Go on from what another accumulator of the layer has added up."""
+        sizes = [part.numel() for part in self._filled()]
+        for part, values in zip(self._filled(), memory["total"].split(sizes), strict=True):
+            part.copy_(values.reshape(part.shape))
+        self.count = int(memory["count"])
+        self.moved = memory["moved"].clone() if "moved" in memory else None
+
+    def _filled(self) -> list[Tensor]:
+        """Views of the blocks of the total that `update` adds to."""
+        starts = range(0, len(self.total), GRAM_BLOCK)
+        return [self.total[start : start + GRAM_BLOCK, start:] for start in starts]
+
     def curvature(self) -> Curvature:
         """The Hessian, and the drift where `update` was given full precision."""
         moved = None if self.moved is None else self.moved.cpu() * (2 / max(1, self.count))
         return Curvature(self.hessian(), moved)
+
+
+def kept_bytes(in_features: int, *, drift: bool) -> int:
+    """Bytes of the memory of a layer's accumulator, its count left out."""
+    stops = range(in_features, 0, -GRAM_BLOCK)
+    filled = sum(min(GRAM_BLOCK, stop) * stop for stop in stops)
+    return 4 * (filled + in_features**2 * drift)
 
 
 def input_vectors(x: Tensor, layer: nn.Conv2d | nn.Linear, max_rows: int | None = None) -> Tensor:

@@ -123,13 +123,15 @@ class RangeObserver:
     def memory(self) -> dict[str, Tensor]:
         """Everything that was seen, for another observer of the same layer to go on from."""
         rows = [torch.cat(r, 1) if r else torch.empty(2, 0) for r in self.row_extremes]
-        return self._exact() | {f"rows_{group}": r for group, r in enumerate(rows)}
+        fits = int(self.histogram.max()) <= torch.iinfo(torch.int32).max
+        counts = {"histogram": self.histogram.to(torch.int32 if fits else torch.int64)}
+        return self._exact() | counts | {f"rows_{group}": r for group, r in enumerate(rows)}
 
     def restore(self, memory: dict[str, Tensor]) -> None:
         """Go on from what another observer of the same layer has seen."""
         self.exponent = memory["histogram_exponent"].clone()
         for name in ("min", "max", "histogram", "channel_absmax"):
-            setattr(self, name, memory[name].clone())
+            setattr(self, name, memory[name].to(getattr(self, name).dtype, copy=True))
         rows = [memory[f"rows_{group}"] for group in range(len(self.min))]
         self.row_extremes = [[r.clone()] if r.numel() else [] for r in rows]
 

@@ -35,10 +35,13 @@ from .artifacts import Artifact
 from .digests import differing, digest_of
 from .partial_folder import discard
 
-EVERY = 1.0
+EVERY = 0.3
 """Seconds between two writings, at least; larger: more is lost when the process is killed, which
 counts for stages of seconds."""
-SHARE = 0.03
+LAG, LONGEST = 0.01, 60.0
+"""Share of the time since the stage began that may pass between two writings, and seconds of it at
+most; less: long stages, which can lose more, write more files."""
+SHARE = 0.05
 """Most of the time that writing may take; less: large pieces are written more rarely."""
 SCRATCH = "scratch"
 NAMES = {"code": "the code of qncd", "model": "the model's files"}
@@ -76,13 +79,14 @@ class Partial:
         self._pending: dict[str, Piece] = {}
         self._files: dict[Path, set[str]] = {}
         self._number = 0
-        self._written, self._cost = clock(), 0.0
+        self._begun = self._written = clock()
+        self._cost = 0.0
         self._block = ExitStack()
 
     def __enter__(self) -> Partial:
         if self.folder is not None:
             self._read(self.folder)
-            self._written = self._clock()
+            self._begun = self._written = self._clock()
             self._block.enter_context(stopping.finishing())
         return self
 
@@ -125,13 +129,23 @@ class Partial:
             return
         copies = {n: t.detach().to("cpu", copy=True) for n, t in piece.tensors.items()}
         self._pending[key] = Piece(piece.value, copies)
-        due = self._clock() - self._written >= max(EVERY, self._cost / SHARE)
-        if due or stopping.wanted():
+        self.keep_states(states)
+
+    def keep_states(self, states: States | None) -> None:
+        """Write states, and before them all finished pieces, once it is time. Raises as `keep`."""
+        if self.folder is not None and (self._due() or stopping.wanted()):
             self.write(states)
             stopping.check()
 
+    def _due(self) -> bool:
+        now = self._clock()
+        lag = min(LONGEST, LAG * (now - self._begun))
+        return now - self._written >= max(EVERY, lag, self._cost / SHARE)
+
     def write(self, states: States | None = None) -> None:
         """Write what is finished. A killed process loses a state rather than pieces before it."""
+        if self.folder is None:
+            return
         begun = self._clock()
         self._write_pieces()
         for name, state in (states or {}).items():
