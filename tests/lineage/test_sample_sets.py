@@ -153,3 +153,15 @@ def test_weights_exchanged_behind_a_link_make_every_stage_run_again(tmp_path):
 def test_large_models_draw_fewer_samples_together():
     macs = {"fashion-ldm": 200e6, "ldm4": 104e9, "sdxl": 3.4e12}
     assert [default_batch(int(m)) for m in macs.values()] == [50, 9, 1]
+
+
+def test_a_manifest_without_seeds_is_damaged_and_says_what_makes_another(work):
+    folder = work.folder / SAMPLES / "quantized"
+    kept = {key: value for key, value in manifest(folder).items() if key != "seeds"}
+    (folder / "manifest.json").write_text(json.dumps(kept))
+    refused = work("sample", "--num", "6", ok=False)
+    assert refused.exit_code == 4
+    assert "manifest.json: damaged" in refused.stderr
+    assert "qncd sample --force" in refused.stderr
+    work("sample", "--num", "6", "--force")
+    assert manifest(folder)["seeds"] == [*range(6)]

@@ -89,7 +89,7 @@ def read_manifest(folder: Path, command: str) -> dict[str, Any]:
     makes a good one."""
     path = folder / MANIFEST
     found = read_json(path, command)
-    seeds = [found.get(k, []) for k in ("seeds", ASKED)] if isinstance(found, dict) else [None]
+    seeds = [found.get("seeds"), found.get(ASKED, [])] if isinstance(found, dict) else [None]
     sound = all(isinstance(s, list) and all(type(n) is int for n in s) for s in seeds)
     if not sound or any(type(found[k]) is not t for k, t in TYPES.items() if k in found):
         raise ArtifactError(f"{path}: damaged", f'repeat "{command}"')
