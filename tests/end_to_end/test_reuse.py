@@ -101,7 +101,6 @@ def test_batch_size_interruption_and_shards_change_no_image(work):
         (("--set", "correction.reuse=none"), "correction.reuse: both -> none"),
         (("--inter", "runtime"), "correction.inter.method runtime is of sampling without reuse"),
         (("--scheduler", "plms"), "sampling.reuse takes the schedulers ddim"),
-        (("--compile",), "a compiled or exported graph computes all of the denoiser"),
     ],
 )
 def test_what_a_plan_was_not_made_for_is_refused_with_one_line(work, arguments, said):

@@ -47,8 +47,8 @@ class GraphDenoiser(Denoiser):
     def _part(self, x: Tensor, t: Tensor, condition: dict[str, Tensor]) -> Tensor:
         rows = len(x)
         if rows < graph.BATCH_RANGE[0]:
-            x, t = _filled(x), _filled(t)
-            condition = {name: _filled(value) for name, value in condition.items()}
+            x, t = filled(x), filled(t)
+            condition = {name: filled(value) for name, value in condition.items()}
         row = self._tables[self.step.group]
         return self._run(x, t.to(torch.float32), row, condition)[:rows]
 
@@ -67,48 +67,67 @@ def compile_denoiser(
     Raises BackendUnavailable where this model cannot be compiled on this machine, ArtifactError
     where nothing can be written.
     """
+    layers = registered(eager, digests)
     x, condition = eager.in_own_dtype(*example)
-    example = _filled(x), {name: _filled(value) for name, value in condition.items()}
-    key = _key(digests)
-    modules = eager.module.named_modules()
+    filled_example = filled(x), {name: filled(value) for name, value in condition.items()}
+
+    def compile() -> bytes:
+        return graph.compile_graph(eager.module, eager.step, layers, filled_example)
+
+    tell_once = "compiling the denoiser, once for this artifact and machine"
+    return GraphDenoiser(eager, made_graph(digests, folder, compile, tell, tell_once))
+
+
+def registered(eager: Denoiser, digests: Mapping[str, str]) -> dict[str, QuantizedLayer]:
+    """The quantized layers by the keys that graphs know them by."""
+    key, modules = _key(digests), eager.module.named_modules()
     layers = {f"{key}:{n}": layer for n, layer in modules if isinstance(layer, QuantizedLayer)}
     ops.register(layers)
+    return layers
+
+
+def made_graph(
+    digests: Mapping[str, str],
+    folder: Path,
+    compile: Callable[[], bytes],
+    tell: Tell,
+    saying: str,
+) -> graph.Graph:
+    """The graph of these digests: from the folder, else compiled, after `saying` is told.
+
+    Raises BackendUnavailable, ArtifactError.
+    """
     path = graph_path(folder, digests)
     with own_code.opened(path) as mine:
         if (mine is None or native.missing(folder)) and (why := graph.why_unavailable()):
             raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
         if mine is not None:
-            return _loaded(eager, mine, folder)
+            return _loaded(mine, folder)
     if path.exists():
         tell(f"{path}: damaged, or not compiled by you: made again")
-    tell("compiling the denoiser, once for this artifact and machine")
+    tell(saying)
     with compiling(folder):
-        content = _compile(eager, layers, example, folder)
+        content = _compiled(compile, folder)
     with own_code.seal_and_open(path, content) as made:
-        return _loaded(eager, made, folder)
+        return _loaded(made, folder)
 
 
-def _loaded(eager: Denoiser, path: Path, folder: Path) -> GraphDenoiser:
-    """The denoiser with the graph of a file. Raises BackendUnavailable, ArtifactError."""
+def _loaded(path: Path, folder: Path) -> graph.Graph:
+    """The graph of a file. Raises BackendUnavailable, ArtifactError."""
     try:
         native.load(folder)
-        return GraphDenoiser(eager, graph.load_graph(path))
+        return graph.load_graph(path)
     except (RuntimeError, OSError) as error:
         raise BackendUnavailable(
             f"the compiled denoiser cannot be loaded: {_first_line(error)}", "use --no-compile"
         ) from error
 
 
-def _compile(
-    eager: Denoiser,
-    layers: Mapping[str, QuantizedLayer],
-    example: tuple[Tensor, Mapping[str, Tensor]],
-    folder: Path,
-) -> bytes:
+def _compiled(compile: Callable[[], bytes], folder: Path) -> bytes:
     """The graph's library. Raises BackendUnavailable."""
     try:
         native.load(folder)
-        return graph.compile_graph(eager.module, eager.step, layers, example)
+        return compile()
     except Exception as error:  # whatever a tracer and a compiler can stumble over
         raise BackendUnavailable(
             f"the denoiser cannot be compiled: {_first_line(error)}", "use --no-compile"
@@ -133,6 +152,6 @@ def _key(digests: Mapping[str, str]) -> str:
     return digest_of({"version": VERSION, **digests, **native.machine()})
 
 
-def _filled(value: Tensor) -> Tensor:
-    """Its first row, as many times as a graph needs at least."""
+def filled(value: Tensor) -> Tensor:
+    """The first row of a value, as many times as a graph needs at least."""
     return value[:1].expand(graph.BATCH_RANGE[0], *value.shape[1:]).contiguous()

@@ -18,7 +18,10 @@ from ..spec import Compile
 from ..store.artifacts import Artifact
 from .auto_backend import BackendCache, backend_of_set, choose_backend
 from .compiled_graph import compile_denoiser, has_graph
+from .compiled_reuse import compile_reusing, has_graphs, patterns_of
+from .denoiser import Denoiser
 from .exported_graph import example_of, in_openvino
+from .reuse import ReusingDenoiser
 from .sampled_model import SampledModel
 
 WORTH_COMPILING = 2e4
@@ -67,7 +70,7 @@ def prepare(
     """The model that the samples are drawn from, ready to be called.
 
     quantized: the quantized artifact and its noise statistics, None for full precision. reuse: the
-    plan by which it leaves work out, layer by layer.
+    plan by which it leaves work out.
     Raises BackendUnavailable where what was asked for by name cannot be had here, ArtifactError
     for artifacts that do not belong together and for damaged graphs.
     """
@@ -82,12 +85,12 @@ def prepare(
     )
     assert sampled.backend is not None
     if reuse is not None:
-        if sampled.backend.whole or how.compile is Compile.YES:
+        if sampled.backend.whole:
             raise BackendUnavailable(
-                "sampling.reuse: a compiled or exported graph computes all of the denoiser",
-                "use --no-compile and backend int8 or simulate, or --set sampling.reuse=null",
+                f"sampling.reuse: the graph of {sampled.backend.name} computes all of the denoiser",
+                "use backend int8 or simulate, or --set sampling.reuse=null",
             )
-        return sampled.reusing(reuse)
+        return _compile(config, model, sampled.reusing(reuse), how)
     if sampled.backend.whole and how.compile is not Compile.YES:
         sampled = _export(model, sampled, how)
     else:
@@ -160,8 +163,12 @@ def _compile(
     with torch.no_grad():
         condition = model.condition(model.labels([*how.seeds[:1]], config.sampling.classes))
     row = torch.zeros(1, *model.latent_shape, dtype=model.dtype), condition
+    place = sampled.quantized_digests, row, how.folder, how.tell
     try:
-        graph = compile_denoiser(sampled.denoiser, sampled.digests, row, how.folder, how.tell)
+        if isinstance(sampled.denoiser, ReusingDenoiser):
+            graph: Denoiser = compile_reusing(sampled.denoiser, *place)
+        else:
+            graph = compile_denoiser(sampled.denoiser, *place)
     except BackendUnavailable as error:
         if asked:
             raise
@@ -182,6 +189,11 @@ def _wants_graph(
         return wish is Compile.YES
     if sampled.backend is None:
         return False
-    if has_graph(how.folder, sampled.digests):
-        return True
-    return compiling_gain(_rows_ahead(config, model, how), how.macs) >= WORTH_COMPILING
+    gain = compiling_gain(_rows_ahead(config, model, how), how.macs)
+    if isinstance(sampled.denoiser, ReusingDenoiser):
+        pattern = sampled.denoiser.pattern
+        if has_graphs(how.folder, sampled.quantized_digests, pattern):
+            return True
+        assert config.sampling.reuse is not None
+        return gain * config.sampling.reuse >= WORTH_COMPILING * len(patterns_of(pattern))
+    return has_graph(how.folder, sampled.digests) or gain >= WORTH_COMPILING

@@ -65,6 +65,11 @@ class SampledModel:
         digests = {"model": model.digest, **parents}
         return cls("quantized", denoiser, digests, noise_stats, found)
 
+    @property
+    def quantized_digests(self) -> dict[str, str]:
+        """Digests of what the denoiser computes with, the plan of reuse aside."""
+        return {name: digest for name, digest in self.digests.items() if name != "reuse"}
+
     def reusing(self, plan: Artifact) -> SampledModel:
         """The same, leaving out work by a plan that was made for it. Raises ArtifactError."""
         model, quantized = (self.digests[name] for name in ("model", "quantized"))

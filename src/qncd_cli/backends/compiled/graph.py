@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ from ...quant.layers import QuantizedLayer, SteppedModule, StepState
 from .compiler import environment
 from .ops import traceable
 
-Graph = Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]
-"""(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction."""
+Graph = Callable[..., Any]
+"""(x, timesteps [N] float32, row of Tables [K] float32, condition) -> prediction; of a graph that
+leaves work out (x, timesteps, row, condition, given) -> prediction, taken, as `Kept` has them."""
 BATCH_RANGE = (2, 63)
 """Smallest and largest batch that a graph serves. Larger ones are no faster: less of them is in the
 cache. diffusers' upsampling treats those from 64 on otherwise, which would be another graph."""
@@ -94,24 +95,59 @@ class _Traced(nn.Module):
         return self.module(x, t, **condition).sample
 
 
+class Kept(Protocol):
+    """Values that a call of the module is given in the place of what it does not compute then, and
+    those that it computed, by name; batch first."""
+
+    given: dict[str, Tensor]
+    taken: dict[str, Tensor]
+
+
+class _TracedWithKept(_Traced):
+    """The same, with kept values as arguments and results."""
+
+    def __init__(self, module: nn.Module, step: StepState, kept: Kept):
+        super().__init__(module, step)
+        self.kept = kept
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        t: Tensor,
+        row: Tensor,
+        condition: dict[str, Tensor],
+        given: dict[str, Tensor],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self.kept.given, self.kept.taken = given, {}
+        try:
+            return super().forward(x, t, row, condition), self.kept.taken
+        finally:
+            self.kept.given, self.kept.taken = {}, {}
+
+
 def compile_graph(
     module: nn.Module,
     step: StepState,
     layers: Mapping[str, QuantizedLayer],
     example: tuple[Tensor, Mapping[str, Tensor]],
+    kept: tuple[Kept, Mapping[str, Tensor]] | None = None,
 ) -> bytes:
     """Trace the denoiser on x [N, ...] and its condition and compile it: the file's content.
 
     N: within BATCH_RANGE, as all batches that the graph serves; layers: registered, by the keys
-    that the graph will know them by. Raises whatever torch raises where a model cannot be traced.
+    that the graph will know them by. kept: of a graph that leaves work out, what the module asks,
+    and examples of the values that it is given. Raises whatever torch raises where a model cannot
+    be traced.
     """
     from .fusion import fused  # brings torch's tracer, of which loading needs nothing
 
     x, condition = example
     batch = {0: torch.export.Dim("batch", min=BATCH_RANGE[0], max=BATCH_RANGE[1])}
-    denoiser = _Traced(module, step)
-    inputs = (x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition))
+    denoiser = _Traced(module, step) if kept is None else _TracedWithKept(module, step, kept[0])
+    inputs: tuple[Any, ...] = x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition)
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
+    if kept is not None:
+        inputs, shapes = (*inputs, dict(kept[1])), (*shapes, dict.fromkeys(kept[1], batch))
     silence_compiler()
     with warnings.catch_warnings(), torch.no_grad(), traceable(module, layers):
         warnings.simplefilter("ignore")
