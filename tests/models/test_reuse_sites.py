@@ -86,7 +86,7 @@ def test_what_a_site_holds_is_not_computed_and_the_rest_is(call):
         assert len(left) < len(whole)
 
 
-def test_sites_of_a_unet_lie_within_each_other_and_those_of_a_transformer_apart(call):
+def test_sites_of_a_chain_lie_within_each_other(call):
     chains = reuse_chains(call[0])
     for chain in chains:
         for outer, inner in zip(chain, chain[1:], strict=False):
@@ -95,14 +95,27 @@ def test_sites_of_a_unet_lie_within_each_other_and_those_of_a_transformer_apart(
     assert len(seen) == len(set(seen))
 
 
+def test_a_wider_site_has_a_value_where_a_narrower_one_is_kept_and_a_narrower_one_has_none(call):
+    module, run = copy.deepcopy(call[0]), call[1]
+    (chain,) = reuse_chains(module)
+    kept = install_sites(module, chain)
+    run(module)
+    values = dict(kept.taken)
+    for place, site in enumerate(chain):
+        kept.given, kept.taken = {site.name: values[site.name]}, {}
+        run(module)
+        assert kept.taken.keys() == {wider.name for wider in chain[:place]}
+        for name, value in kept.taken.items():
+            torch.testing.assert_close(value, values[name], rtol=1e-4, atol=1e-5)
+
+
 def test_many_blocks_are_few_sites():
     module = nn.Module()
     module.transformer_blocks = nn.ModuleList(nn.Identity() for _ in range(28))
-    chains = reuse_chains(module)
-    assert len(chains) == MOST_SITES
-    assert [n for (site,) in chains for n in site.modules] == [
-        f"transformer_blocks.{i}" for i in range(28)
-    ]
+    (chain,) = reuse_chains(module)
+    assert len(chain) == MOST_SITES
+    assert chain[0].name == "transformer_blocks.0-27" and len(chain[0].modules) == 28
+    assert chain[-1].name == "transformer_blocks.12-15"
 
 
 def test_a_denoiser_without_blocks_has_no_sites():

@@ -3,7 +3,7 @@
 Of a U-Net, the input of a residual block on the way up: with the kept features there, everything
 that is deeper need not be computed, and the skip connections beside it stay exact (DeepCache, arXiv
 2312.00858). Of a transformer, what a run of blocks adds to its input (block caching, arXiv
-2312.03209).
+2312.03209): all blocks, and fewer and fewer around the middle one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Site:
     """A run of modules that can be left out.
 
     modules: by name, in the order of a call. Of those of a U-Net the last one's output is kept,
-    of blocks of a transformer (residual) what they add to their input.
+    of blocks of a transformer (residual) what all of them together add to their input.
     """
 
     name: str
@@ -54,10 +54,19 @@ def reuse_chains(denoiser: nn.Module) -> list[list[Site]]:
         for group in ("transformer_blocks", "single_transformer_blocks")
         for i in range(len(getattr(denoiser, group, None) or ()))
     ]
-    count = min(MOST_SITES, len(names))
-    cuts = [number * len(names) // max(1, count) for number in range(count + 1)]
-    runs = [tuple(names[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
-    return [[Site(run[0], run, residual=True)] for run in runs]
+    return [_thinned(_of_blocks(names))] if names else []
+
+
+def _of_blocks(names: Sequence[str]) -> list[Site]:
+    """Runs of blocks around the middle one, each without the first or the last of the wider one."""
+    runs = [tuple(names[(n + 1) // 2 : len(names) - n // 2]) for n in range(len(names))]
+    return [Site(_called(run), run, residual=True) for run in runs]
+
+
+def _called(run: Sequence[str]) -> str:
+    group, _, number = run[-1].rpartition(".")
+    last = number if run[0].startswith(f"{group}.") else run[-1]
+    return run[0] if len(run) == 1 else f"{run[0]}-{last}"
 
 
 def _of_unet(denoiser: nn.Module) -> list[Site]:
@@ -172,26 +181,34 @@ def _block(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """A block of a transformer, whose residual is kept."""
-    (site,) = sites
+    """A block of a transformer. sites: it is in, the widest first; narrower ones than one that is
+    kept have no value then."""
     streams = _streams(args, kwargs)
-    if site.name in kept.given:
-        if name == site.last:
-            lengths = [stream.shape[1] for stream in streams]
-            residuals = kept.given[site.name]
-            if residuals.shape[1] != sum(lengths):  # the last block of SD 3 has no text any more
-                return None, streams[1] + residuals
-            parts = residuals.split(lengths, 1)
-            streams = [s + r for s, r in zip(streams, parts, strict=True)]
-        return tuple(streams) if len(streams) > 1 else streams[0]
-    if name == site.modules[0]:
-        kept.inputs[site.name] = streams
-    result = forward(*args, **kwargs)
-    if name == site.last:
+    places = [place for place, site in enumerate(sites) if site.name in kept.given]
+    for site in sites:
+        if name == site.modules[0]:
+            kept.inputs[site.name] = streams
+    if places:
+        site = sites[places[0]]
+        outputs = streams if name != site.last else _added(streams, kept.given[site.name])
+        result = tuple(outputs) if len(outputs) > 1 else outputs[0]
+        sites = sites[: places[0]]
+    else:
+        result = forward(*args, **kwargs)
         outputs = list(result) if isinstance(result, tuple) else [result]
-        pairs = zip(outputs, kept.inputs.pop(site.name), strict=True)
-        kept.taken[site.name] = torch.cat([o - i for o, i in pairs if o is not None], 1)
+    for site in sites:
+        if name == site.last:
+            pairs = zip(outputs, kept.inputs.pop(site.name), strict=True)
+            kept.taken[site.name] = torch.cat([o - i for o, i in pairs if o is not None], 1)
     return result
+
+
+def _added(streams: list[Tensor], residuals: Tensor) -> list[Any]:
+    """Streams with what blocks added to them; the last block of SD 3 has no text any more."""
+    lengths = [stream.shape[1] for stream in streams]
+    if residuals.shape[1] != sum(lengths):
+        return [None, streams[1] + residuals]
+    return [s + r for s, r in zip(streams, residuals.split(lengths, 1), strict=True)]
 
 
 def _streams(args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:

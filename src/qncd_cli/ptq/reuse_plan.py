@@ -11,8 +11,8 @@ For a price p of a MAC, the cost of a plan is the sum over its steps of
 with w_s the weight of an error at step s and e(site, s, age) as ptq/reuse_errors.py measures it.
 Between two steps at levels above k all levels are at most k, and the best ones there depend on
 nothing outside: intervals within intervals, solved from the inner ones. The price is searched for
-the least error within the budget. Chains of a transformer lie apart: each is solved alone, at one
-price for all. That errors of several steps and sites add up is an approximation.
+the least error within the budget. Chains lie apart: each is solved alone, at one price for all.
+That errors of several steps and chains add up is an approximation.
 """
 
 from __future__ import annotations

@@ -21,9 +21,8 @@ from .compiled_graph import GraphDenoiser, Tell, filled, has_graph, made_graph, 
 from .denoiser import Denoiser
 from .reuse import Pattern, ReusingDenoiser
 
-MOST_GRAPHS = 8
-"""Graphs that one plan is worth; more: plans of transformers can be compiled whose steps all keep
-other blocks, for minutes each."""
+MOST_GRAPHS = 9
+"""Graphs that one plan is worth, each of which takes minutes: one more than a chain has sites."""
 
 
 class PatternGraphs(GraphDenoiser):
