@@ -16,7 +16,7 @@ from qncd_cli.sampling.samplers import SCHEDULERS, denoise, make_scheduler
 # diffusers 0.42 under numpy 2: np.array(tensor); not ours to mend
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
 
-DIFFUSION = sorted(set(SCHEDULERS) - {"flow-euler"})
+DIFFUSION = sorted(set(SCHEDULERS) - {"flow-euler", "consistency"})
 NEED_MORE = {"DPMSolverSDEScheduler"}
 """Packages that are not here."""
 WITHIN = ("deis", "dpmsolver++", "dpmsolver-singlestep", "sa-solver", "unipc")
@@ -51,7 +51,7 @@ def test_solvers_of_one_schedule_take_each_others_place(own):
         ("FlowMatchLCMScheduler", "distilled.*take the model that it was distilled from"),
         ("EDMEulerScheduler", "noise levels none of qncd's samplers has.*EulerDiscreteScheduler"),
         ("EDMDPMSolverMultistepScheduler", "noise levels"),
-        ("CMStochasticIterativeScheduler", "noise levels"),
+        ("CMStochasticIterativeScheduler", "use consistency"),
         ("NobodysScheduler", "noise levels"),
     ],
 )
@@ -144,3 +144,29 @@ def test_a_scheduler_that_fails_inside_diffusers_is_one_line():
     laplace = config_of("DDPMScheduler", beta_schedule="laplace")
     with pytest.raises(ConfigError, match="PNDMScheduler cannot be made.*laplace"):
         make_scheduler("pndm", laplace)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_consistency_models_are_sampled_as_diffusers_does(steps):
+    """The first timestep, 250 log 80, is beyond the scheduler's 40 training steps."""
+    from diffusers import CMStochasticIterativeScheduler
+
+    own = make_scheduler("consistency", config_of("CMStochasticIterativeScheduler"))
+    seen = []
+
+    def predict(x, t):
+        seen.append(float(t))
+        return torch.tanh(x) - 0.1 * x
+
+    latents = denoise(predict, own, steps, generators_for([0, 1]), (1, 4, 4))
+    scheduler, generators = CMStochasticIterativeScheduler(), generators_for([0, 1])
+    scheduler.set_timesteps(steps)
+    x = torch.cat([torch.randn(1, 1, 4, 4, generator=g) for g in generators])
+    x = x * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        prediction = predict(scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(prediction, t, x, generator=generators).prev_sample
+    assert torch.equal(latents, x)
+    assert seen[0] == pytest.approx(250 * torch.log(torch.tensor(80.0)).item())
+    with pytest.raises(ConfigError, match="consistency is for consistency models"):
+        make_scheduler("consistency", config_of("DDIMScheduler"))

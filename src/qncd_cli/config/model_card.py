@@ -40,6 +40,7 @@ PIPELINES: dict[str, tuple[int, float, Needs | None]] = {
 """Pipeline class: the steps and the guidance that it is called with by default (1: none), and what
 its samples are asked for by."""
 _SCHEDULERS = {
+    "CMStochasticIterativeScheduler": "consistency",
     "DDIMScheduler": "ddim",
     "DDPMScheduler": "ddpm",
     "DEISMultistepScheduler": "deis",

@@ -86,10 +86,11 @@ class SamplingConfig(Section):
         "lcm",
         "tcd",
         "flow-euler",
+        "consistency",
     ] = Field(
         "ddim",
         description="default: the model's own; flow-euler is of rectified flows (SD3, FLUX), and "
-        "of no others; lcm and tcd are of models distilled for them",
+        "of no others; lcm, tcd and consistency are of models made for them",
     )
     steps: int = Field(
         20, ge=1, le=MAX_STEPS, description="denoising steps (default: of the model's pipeline)"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import ConfigError
-from .scheduler_classes import DISTILLED, STRAIGHT, check_known
+from .scheduler_classes import CONSISTENCY, DISTILLED, STRAIGHT, check_known
 
 LEVELS = {
     "rescale_betas_zero_snr": False,
@@ -40,6 +40,14 @@ def check_family(name: str, wanted: type, config: Mapping[str, Any]) -> None:
             f"{refused}, the scheduler of a distilled model, which takes a few steps of that kind",
             f"use {own.removesuffix('Scheduler').lower()}",
         )
+    consistency = wanted.__name__ == CONSISTENCY
+    if own and (own == CONSISTENCY) != consistency:
+        raise ConfigError(
+            refused,
+            "consistency is for consistency models; use another"
+            if consistency
+            else "use consistency",
+        )
     if (own in STRAIGHT) != straight:
         raise ConfigError(
             refused,
@@ -67,5 +75,5 @@ def without_clipping(config: Mapping[str, Any]) -> dict[str, Any]:
     A configuration that says something of it, or names no class, stays as it is.
     """
     own = config.get("_class_name", "")
-    clips = not own or "clip_sample" in config or own.startswith(("DDIM", "DDPM"))
+    clips = not own or "clip_sample" in config or own.startswith(("DDIM", "DDPM", CONSISTENCY))
     return dict(config) if clips else {**config, "clip_sample": False}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, QncdError
 from .parametrization import PARAMETRIZATIONS, prediction_type
-from .scheduler_classes import DISTILLED
+from .scheduler_classes import CONSISTENCY, DISTILLED
 
 PNDM_ORDER = 4
 """Runge-Kutta steps that PNDM begins with (arXiv 2202.09778, sec. 3.3)."""
@@ -101,7 +101,8 @@ def with_timesteps(
         scheduler.set_timesteps(steps, device=device, **options)
     last = most - 1 + _is_straight(scheduler)
     first = float(max(scheduler.timesteps))
-    if first > last and scheduler.config.get("timestep_type", "discrete") == "discrete":
+    discrete = scheduler.config.get("timestep_type", "discrete") == "discrete"
+    if first > last and discrete and kind != CONSISTENCY:  # whose timesteps are logarithms
         raise ConfigError(
             f"{kind} takes no {steps} steps: the first would be at timestep {first:g}, "
             f"the model knows 0 to {last}",

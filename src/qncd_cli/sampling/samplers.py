@@ -296,6 +296,7 @@ def _per_sample(values: Tensor, like: Tensor) -> Tensor:
 
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "consistency": ("CMStochasticIterativeScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
     "ddpm": ("DDPMScheduler", {}),
     "deis": ("DEISMultistepScheduler", {}),

@@ -33,6 +33,8 @@ DISTILLED = frozenset({"LCMScheduler", "TCDScheduler"})
 """Schedulers of models that were distilled to take a few steps of that kind, and of no other."""
 UNKNOWN_DISTILLED = frozenset({"FlowMatchLCMScheduler", "SCMScheduler"})
 """The same, which none of our names stands for."""
+CONSISTENCY = "CMStochasticIterativeScheduler"
+"""Of consistency models (arXiv 2303.01469), whose every prediction is a clean image."""
 
 
 def check_known(own: str, refused: str) -> None:
@@ -46,7 +48,7 @@ def check_known(own: str, refused: str) -> None:
             "none of qncd's samplers takes",
             "take the model that it was distilled from",
         )
-    if own and own not in DIFFUSION | STRAIGHT | DISTILLED:
+    if own and own not in DIFFUSION | STRAIGHT | DISTILLED | {CONSISTENCY}:
         raise ConfigError(
             f"{refused}, whose noise levels none of qncd's samplers has",
             f"it samples models made for {', '.join(sorted(DIFFUSION))}, and with flow-euler for "

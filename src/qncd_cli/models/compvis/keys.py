@@ -24,6 +24,7 @@ EMA = "model_ema."
 _ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "class_embedding": "label_emb",
     "add_embedding.linear_1": "label_emb.0.0",  # of SDXL
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
@@ -106,7 +107,7 @@ def _unet_layer(way: str, kind: str, layer: str) -> tuple[str, int | None]:
         if layer in _QKV:
             return "qkv", _QKV[layer]
         return _ATTENTION.get(layer, layer), None  # a transformer's layers have the same names
-    if layer == "conv":  # of a sampler
+    if layer == "conv":  # of a sampler; ADM's are residual blocks
         return ("op" if way == "down" else "conv"), None
     return _RESNET[layer], None
 
