@@ -134,10 +134,11 @@ TOP_LEVEL: dict[str, list[str]] = {
     "": [],
     "cli.main": [
         *("", "errors", "vocabulary", "click"),
-        *("cli.batch", "cli.console", "cli.judging", "cli.options", "cli.tools"),
+        *("cli.batch", "cli.console", "cli.judging", "cli.options", "cli.quantizing", "cli.tools"),
     ],
     "cli.batch": ["cli.console", "cli.options", "click"],
     "cli.judging": ["cli.console", "cli.options", "click"],
+    "cli.quantizing": ["cli.console", "cli.options", "click"],
     "cli.tools": ["cli.console", "cli.options", "click"],
     "cli.console": [
         "",
@@ -185,7 +186,7 @@ DOORS: dict[str, list[str]] = {
         "config.yaml_text",
         "cli.starter",
     ],
-    "huggingface_hub": ["config.model_card (inside)"],
+    "huggingface_hub": ["config.model_card (inside)", "export.hub (inside)"],
     "peft": ["models.lora (inside)"],
     "pydantic": [
         "config.section",

@@ -174,6 +174,7 @@ MODEL = {
         "of float32", "Size as a share of the whole denoiser in float32.", "%", "down", 100
     ),
     "mean_weight_bits": Number("weight bits", "Bits of a weight, mean over all multiplications."),
+    "sqnr_predictions_db": _decibels("SQNR of predictions", "Of those on calibration inputs."),
     "mean_input_bits": Number("input bits", "Bits of an input, mean over all multiplications."),
     "average_weight_bits": Number(
         "bits a weight", "Bits of a quantized weight, mean over weights."

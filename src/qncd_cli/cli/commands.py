@@ -11,6 +11,7 @@ from ..runs.calibrate import calibrate as calibrate_run
 from ..runs.measuring import check
 from ..runs.model import model_digest
 from ..runs.quantize import quantize as quantize_run
+from ..runs.requantize import requantize as requantize_run
 from ..store.run_dir import RunDir, find_run, set_current
 from . import states
 from .console import Console
@@ -99,6 +100,33 @@ def quantize(
 def _reuse(body: Mapping[str, Any]) -> dict[str, Any]:
     """What the JSON says of a plan of reuse."""
     return {key: body[key] for key in ("share", "chains", "kept", "correction")}
+
+
+def requantize(
+    console: Console,
+    loras: Sequence[str],
+    run_dir: str | None,
+    into: str | None,
+    device: str,
+    *,
+    force: bool,
+) -> None:
+    """A quantized run's model with other LoRAs, as the run that later commands find."""
+    made = requantize_run(loras, run_dir, into, device=device, force=force, watch=watching(console))
+    set_current(made.run)
+    console.note(
+        f"{made.run.path}: factors and ranges are those found without the LoRA; "
+        "qncd verify holds its images against full precision's"
+    )
+    done(
+        console,
+        "quantize",
+        made.run,
+        artifact_bytes=made.artifact_bytes,
+        requantized_layers=len(made.layers),
+        quantized_layers=made.of,
+        sqnr_predictions_db=made.sqnr_db,
+    )
 
 
 # ------------------------------------------------------------------ all four

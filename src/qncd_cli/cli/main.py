@@ -9,7 +9,7 @@ import click
 
 from .. import __version__
 from ..vocabulary import sentences
-from . import batch, judging, options, tools
+from . import batch, judging, options, quantizing, tools
 from .console import Console, ErrorReportingGroup
 
 EPILOG = """\b
@@ -83,55 +83,6 @@ def calibrate(device, force, dry_run, plan, profile, as_json, debug, **names):
     commands.calibrate(
         *(Console(as_json), wanted, device), force=force, dry_run=dry_run, profile=profile
     )
-
-
-@cli.command(
-    epilog="\b\nExamples:\n  qncd quantize\n"
-    "  qncd quantize --set quantization.weights.rounding=nearest\n"
-    "  qncd quantize --bits w4a6\n"
-    "  qncd quantize --budget 4.5\n"
-    "  qncd quantize --reuse 0.5"
-)
-@click.option(
-    "--bits",
-    metavar="W4A8",
-    help="Bits of weights and activations (default: as calibrate was told).",
-)
-@click.option(
-    "--budget",
-    type=float,
-    metavar="BITS",
-    help="Average bits of the quantized weights; each layer gets 2, 3, 4, 6 or 8 of them by its "
-    "measured sensitivity.",
-)
-@click.option(
-    "--reuse",
-    type=click.FloatRange(0, 1, min_open=True, max_open=True),
-    metavar="SHARE",
-    help="Share of the MACs that sampling computes: a plan of what earlier steps have is made.",
-)
-@options.overrides
-@options.run_dir
-@options.device
-@options.force("Quantize again although nothing has changed.")
-@options.plan
-@options.profile
-@options.json_output
-def quantize(bits, budget, reuse, overrides, run_dir, device, force, plan, profile, as_json, **_):
-    """Round the weights to integers, set activation ranges, measure the quantization noise."""
-    from ..config.widths import bits_overrides
-    from . import commands
-    from . import plan as planning
-
-    if bits is not None:
-        overrides = (*bits_overrides(bits), *overrides)
-    for key, value in (("quantization.weights.budget", budget), ("sampling.reuse", reuse)):
-        overrides = overrides if value is None else (*overrides, f"{key}={value}")
-    if plan:
-        planning.of_run(Console(as_json), run_dir, overrides, ("quantize",))
-        return
-    console = Console(as_json)
-    commands.quantize(console, overrides, run_dir, device, force=force, profile=profile)
 
 
 @cli.command(
@@ -316,5 +267,10 @@ def compare(run_dirs, force, as_json, debug):
     comparing.compare(Console(as_json), run_dirs, force=force)
 
 
-for command in (*batch.COMMANDS, *tools.COMMANDS, *judging.COMMANDS):
+for command in (
+    *quantizing.COMMANDS,
+    *batch.COMMANDS,
+    *tools.COMMANDS,
+    *judging.COMMANDS,
+):
     cli.add_command(command)

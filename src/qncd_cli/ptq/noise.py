@@ -33,6 +33,8 @@ from .stepwise import fit_stepwise, goals_of, in_batches, latent_recorder
 CALLS_PER_STEP = 5
 """Calls of a denoiser per step, for progress: both models and their estimators (two fewer in all
 at the last step), and full precision at the quantized model's inputs."""
+CARRIED = "carried_from"
+"""Key of the body of statistics that are another artifact's: its digest."""
 
 
 def measure_noise(

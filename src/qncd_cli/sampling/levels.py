@@ -24,6 +24,7 @@ from .scheduler_classes import CONSISTENCY, DISTILLED
 PNDM_ORDER = 4
 """Runge-Kutta steps that PNDM begins with (arXiv 2202.09778, sec. 3.3)."""
 UNPLANNED = DISTILLED | {
+    CONSISTENCY,
     "DEISMultistepScheduler",
     "DPMSolverSinglestepScheduler",
     "HeunDiscreteScheduler",

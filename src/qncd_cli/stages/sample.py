@@ -31,6 +31,7 @@ from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
 from ..ptq.cost import HEADROOM, INTEGERS, SIMULATION, Cost, DenoiserCall
+from ..ptq.noise import CARRIED
 from ..runtime import trajectory
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
@@ -189,6 +190,11 @@ def _check_correction(config: Config, model: DiffusionModel, stats: Artifact) ->
     )
     if not needs:
         return
+    if CARRIED in stats.body:
+        raise ArtifactError(
+            f"the {inter.method} correction was not prepared for the LoRA of this run",
+            "set it and repeat qncd quantize --lora on the run without it, or add --inter none",
+        )
     prepared = stats.body["sampling"]
     asked = {key: getattr(config.sampling, key) for key in prepared}
     differing = [f"{k} {prepared[k]}, now {asked[k]}" for k in prepared if prepared[k] != asked[k]]
