@@ -12,7 +12,7 @@ from ..store import artifacts
 from ..store.files import check_folder, replacing_folder
 from ..store.run_dir import RunDir, find_run
 from ..vocabulary import megabytes
-from . import usage
+from . import model_card, usage
 from .console import Console
 from .shared import open_model
 
@@ -163,9 +163,12 @@ def _without_correction(console: Console, config: Config, what: str) -> None:
         console.note(f"{what} samples by itself: the {inter} correction is not part of it")
 
 
-def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> None:
-    """A pipeline folder for diffusers."""
+def export(
+    console: Console, out: str, run_dir: str | None, hub: str | None, *, force: bool
+) -> None:
+    """A pipeline folder for diffusers, and its copy on a hub. hub: id of the repository."""
     from ..export.folder import check_target, save_folder
+    from ..export.hub import check_id, push
     from ..exported import exported_pipeline
     from ..models.loading import open_pipeline
     from ..models.schedule import schedule_of
@@ -173,6 +176,8 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
 
     silence_diffusers()
     run, folder = find_run(run_dir), Path(out)
+    if hub is not None:
+        check_id(hub)
     config = load_config(str(run.config))
     check_target(folder, force=force)
     quantized = artifacts.read(run.tensors("quantized"), "quantized")
@@ -183,18 +188,22 @@ def export(console: Console, out: str, run_dir: str | None, *, force: bool) -> N
     )
     artifacts.check_lineage(quantized, model=digest)
     scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))
+    kind, source = type(pipeline).__name__, model_card.source_of(model.source)
     lines = usage.pipeline_lines(config, type(pipeline), folder)
-    readme = usage.pipeline_readme(config, lines, type(pipeline).__name__)
+    named = lines if hub is None else usage.pipeline_lines(config, type(pipeline), hub)
+    readme = model_card.card_text(config, run, quantized.digest, kind, named, source)
     exported = exported_pipeline(pipeline, quantized, scheduler)
-    save_folder(exported, folder, force=force, readme=readme)
+    save_folder(exported, folder, force=force, readme=readme, beside=source.files)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     _without_correction(console, config, "a pipeline")
     payload = {
         "folder": str(folder),
-        "pipeline": type(pipeline).__name__,
+        "pipeline": kind,
         "bytes": size,
         "python": lines,
+        "commit": None if hub is None else push(folder, hub),
         "seconds": round(console.lap(), 2),
     }
-    said = usage.said(folder, type(pipeline).__name__, size, lines)
+    said = usage.said(folder, kind, size, lines)
+    said += "" if hub is None else f"pushed: {payload['commit']}\n"
     console.result(payload, lambda: print(said, end=""))

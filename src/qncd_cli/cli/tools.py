@@ -71,7 +71,8 @@ def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
     "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6\n"
     "  qncd export --to onnx exported/onnx\n"
     "  qncd export --to openvino exported/openvino --samples 8 --bound 0.05\n"
-    "  qncd export --to comfyui exported/sdxl-w8a8.safetensors"
+    "  qncd export --to comfyui exported/sdxl-w8a8.safetensors\n"
+    "  qncd export --to diffusers exported/my-model --push-to-hub me/my-model-w4a8"
 )
 @click.argument("out", metavar="PLACE", type=click.Path())
 @click.option(
@@ -93,15 +94,22 @@ def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
     help="Largest difference of one prediction from the simulation, as a share of the largest "
     "prediction; beyond it nothing is written (default: 0.1 of a graph, none of a ComfyUI file).",
 )
+@click.option(
+    "--push-to-hub",
+    "hub",
+    metavar="OWNER/NAME",
+    help="Of a diffusers folder: upload it as well, into this repository of the hub.",
+)
 @options.run_dir
 @options.force("Replace the exported folder or file that is there.")
 @options.json_output
-def export(out, to, samples, bound, run_dir, force, as_json, debug):
+def export(out, to, samples, bound, hub, run_dir, force, as_json, debug):
     """Write the quantized model for other tools, as a folder or a file at PLACE.
 
     diffusers: in the code that loads it, import qncd_cli.exported once, then
     DiffusionPipeline.from_pretrained(PLACE) (needs the package accelerate). It computes with
-    integers where the CPU can.
+    integers where the CPU can. Its README.md is a model card: what it was quantized from, licence,
+    bits, size, the PSNR that eval measured.
 
     onnx, openvino: the denoiser alone, with open batch size and the ranges of all timesteps, in
     the operators that ONNX Runtime or OpenVINO compute in integers. The graph is run beside the
@@ -120,8 +128,10 @@ def export(out, to, samples, bound, run_dir, force, as_json, debug):
     if to == "diffusers":
         if samples is not None or bound is not None:
             raise click.UsageError("--samples and --bound are for graphs, not for diffusers")
-        command.export(console, out, run_dir, force=force)
+        command.export(console, out, run_dir, hub, force=force)
         return
+    if hub is not None:
+        raise click.UsageError("--push-to-hub is for diffusers folders")
     samples = 4 if samples is None else samples
     if to == "comfyui":
         command.export_comfyui(console, out, run_dir, samples, bound, force=force)

@@ -28,10 +28,10 @@ OPENED = {
 TYPES = {"int64": "np.int64", "int32": "np.int32"}
 
 
-def pipeline_lines(config: Config, kind: type, folder: Path) -> list[str]:
+def pipeline_lines(config: Config, kind: type, folder: Path | str) -> list[str]:
     """Three lines that load a pipeline folder, and one that draws an image as the run does.
 
-    kind: the pipeline's class, whose call says what it takes.
+    folder: or an id on a hub. kind: the pipeline's class, whose call says what it takes.
     """
     return [
         "import qncd_cli.exported",
@@ -56,28 +56,6 @@ def _arguments(config: Config, kind: type) -> list[str]:
         "width": width,
     }
     return [f"{k}={v!r}" for k, v in wanted.items() if k in takes and v is not None]
-
-
-def pipeline_readme(config: Config, lines: Sequence[str], kind: str) -> str:
-    """README.md of a pipeline folder. lines: of pipeline_lines; kind: name of its class."""
-    inter = config.correction.inter.method
-    correction = (
-        ""
-        if inter == "none"
-        else _paragraph(
-            f"A pipeline samples by itself: the correction `{inter}`, which `qncd sample` applies "
-            "between the steps, is not part of it."
-        )
-    )
-    return _readme(
-        config,
-        f"A `{kind}` of diffusers whose denoiser is quantized. It computes with integers where the "
-        "CPU can.",
-        "Loading needs the packages qncd-cli, diffusers and accelerate "
-        "(`pip install 'qncd-cli[export]'`):",
-        lines,
-        correction,
-    )
 
 
 def graph_lines(index: Mapping[str, Any], folder: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -19,12 +21,17 @@ def check_target(folder: Path, *, force: bool) -> None:
 
 
 def save_folder(
-    pipeline: DiffusionPipeline, folder: Path, *, force: bool, readme: str | None = None
+    pipeline: DiffusionPipeline,
+    folder: Path,
+    *,
+    force: bool,
+    readme: str | None = None,
+    beside: Sequence[Path] = (),
 ) -> None:
     """Written beside its place under a temporary name, and renamed at the end.
 
-    readme: the text of its README.md, None for none. Raises ArtifactError when the disk is full or
-    the place cannot be written or is taken.
+    readme: the text of its README.md, None for none; beside: files that are copied into it.
+    Raises ArtifactError when the disk is full or the place cannot be written or is taken.
     """
     check_target(folder, force=force)
     try:
@@ -32,5 +39,7 @@ def save_folder(
             pipeline.save_pretrained(made)
             if readme is not None:
                 (made / "README.md").write_text(readme, encoding="utf-8")
+            for path in beside:
+                shutil.copyfile(path, made / path.name)
     except SafetensorError as error:
         raise unwritable(folder, error) from error
