@@ -38,7 +38,7 @@ class Source:
 
 
 def source_of(source: str) -> Source:
-    """Of a model source, as the files on this machine tell it."""
+    """What the files on this machine tell of a model source."""
     folder = folder_of(source)
     if folder is None:
         return Source(source if is_hub_id(source) else None)
