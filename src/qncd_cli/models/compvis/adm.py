@@ -76,7 +76,7 @@ def adm_unet(tensors: Mapping[str, Tensor], options: ADMOptions, where: str) -> 
 
 
 def _part(tensor: Tensor, source: Source, options: ADMOptions) -> Tensor:
-    """Of query, key and value in one tensor [3 heads d, ...] the one that is wanted."""
+    """The query, the key or the value out of the tensor that holds all three, [3 heads d, ...]."""
     if source.part is None:
         return tensor
     heads = 1 if options.stacked else len(tensor) // 3 // options.head_channels
