@@ -34,7 +34,7 @@ DISTILLED = frozenset({"LCMScheduler", "TCDScheduler"})
 UNKNOWN_DISTILLED = frozenset({"FlowMatchLCMScheduler", "SCMScheduler"})
 """The same, which none of our names stands for."""
 CONSISTENCY = "CMStochasticIterativeScheduler"
-"""Of consistency models (arXiv 2303.01469), whose every prediction is a clean image."""
+"""The class of consistency models (arXiv 2303.01469): every prediction is a clean image."""
 
 
 def check_known(own: str, refused: str) -> None:
