@@ -65,6 +65,12 @@ def test_a_plan_leaves_the_quantized_model_and_images_without_it_as_they_were(wo
     assert "reuse" not in manifests[0]["digests"]
 
 
+def test_a_plan_is_inspected_as_a_picture(work):
+    printed = work("quantize").stdout.splitlines()[1:]
+    shown = work("inspect", str(RUN / "reuse.safetensors")).stdout.splitlines()
+    assert len(printed) > 3 and printed == [line for line in shown if line in printed]
+
+
 def test_a_plan_that_holds_is_not_made_again(work):
     plan = work.folder / RUN / "reuse.safetensors"
     before = plan.stat().st_mtime_ns

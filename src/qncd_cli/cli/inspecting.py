@@ -15,6 +15,7 @@ from ..store.files import read_json
 from ..store.layer_entry import layer_entries
 from ..vocabulary import MISSING, NUMBERS, megabytes, number, said
 from .console import Console
+from .reuse import picture
 
 SENSITIVE = 5
 """Layers that are named."""
@@ -77,6 +78,8 @@ def _artifact(console: Console, path: Path, tensors: bool) -> None:
         if worst := _sensitive(stored):
             print("layers whose rounding matters most, by estimated error:")
             console.pairs(worst)
+        if stored.kind == "reuse":
+            print(*picture(stored.body), sep="\n")
         if tensors:
             listed = [[n, t["dtype"], str(t["shape"])] for n, t in described.items()]
             console.table(["tensor", "dtype", "shape"], listed)
