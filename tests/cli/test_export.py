@@ -148,7 +148,7 @@ def test_the_lines_that_export_prints_load_the_folder(tmp_path, tiny_model):
     assert "class_labels=[3], num_inference_steps=4, guidance_scale=2.0" in lines[3]
     assert run_as_printed(lines, tmp_path) == ["16", "16"]
     readme = (tmp_path / "out" / "README.md").read_text()
-    assert readme.startswith(f"# {tiny_model}, W4A8\n")
+    assert readme.startswith("---\n") and f"\n# {tiny_model}, W4A8\n" in readme
     assert "\n".join(lines) in readme and "correction `ptqd`" in readme
 
 
