@@ -43,12 +43,12 @@ def _text_config(width: int) -> Any:
     )
 
 
-def _unet(**options: Any) -> Any:
+def _unet(channels: int = 4, **options: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
         sample_size=8,
-        in_channels=4,
+        in_channels=channels,
         out_channels=4,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -58,6 +58,91 @@ def _unet(**options: Any) -> Any:
         norm_num_groups=4,
         **options,
     )
+
+
+def _of_images(kind: str, folder: Path, channels: int = 4) -> None:
+    """A pipeline that begins from images; its encoder is sure of its latents."""
+    import diffusers
+    from transformers import CLIPTextModel
+
+    first_stage = _vae()
+    with torch.no_grad():
+        first_stage.quant_conv.bias[4:] = -60.0  # the logarithm of their variance
+    getattr(diffusers, kind)(
+        vae=first_stage,
+        text_encoder=CLIPTextModel(_text_config(16)),
+        tokenizer=tokenizer_in(folder / "tokens"),
+        unet=_unet(channels, cross_attention_dim=16),
+        scheduler=ddim_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def image_to_image(folder: Path) -> None:
+    _of_images("StableDiffusionImg2ImgPipeline", folder)
+
+
+def inpainting(folder: Path) -> None:
+    _of_images("StableDiffusionInpaintPipeline", folder, 9)
+
+
+def refiner(folder: Path) -> None:
+    """SDXL's, which has the second text encoder alone and reads a score of beauty."""
+    from diffusers import StableDiffusionXLImg2ImgPipeline
+    from transformers import CLIPTextModelWithProjection
+
+    _of_xl(
+        StableDiffusionXLImg2ImgPipeline,
+        folder,
+        24,
+        5,
+        text_encoder=None,
+        tokenizer=None,
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        requires_aesthetics_score=True,
+    )
+
+
+def inpainting_xl(folder: Path) -> None:
+    from diffusers import StableDiffusionXLInpaintPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    _of_xl(
+        StableDiffusionXLInpaintPipeline,
+        folder,
+        16 + 24,
+        6,
+        9,
+        text_encoder=CLIPTextModel(_text_config(16)),
+        tokenizer=tokenizer_in(folder / "tokens"),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+    )
+
+
+def _of_xl(
+    kind: Any, folder: Path, width: int, sizes: int, channels: int = 4, **parts: Any
+) -> None:
+    """sizes: numbers that are read beside the pooled text."""
+    first_stage = _vae()
+    with torch.no_grad():
+        first_stage.quant_conv.bias[4:] = -60.0
+    kind(
+        vae=first_stage,
+        unet=_unet(
+            channels,
+            cross_attention_dim=width,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=4,
+            projection_class_embeddings_input_dim=24 + sizes * 4,
+            use_linear_projection=True,
+        ),
+        tokenizer_2=tokenizer_in(folder / "tokens"),
+        scheduler=ddim_scheduler(),
+        add_watermarker=False,
+        **parts,
+    ).save_pretrained(folder)
 
 
 def _vae(**options: Any) -> Any:
@@ -358,6 +443,12 @@ FEW_STEPS = {
     "StableDiffusionXLPipeline, LCM": stable_diffusion_xl_lcm,
     "StableDiffusionXLPipeline, Turbo": stable_diffusion_xl_turbo,
 }
+IMAGES = {
+    "StableDiffusionImg2ImgPipeline": image_to_image,
+    "StableDiffusionInpaintPipeline": inpainting,
+    "StableDiffusionXLImg2ImgPipeline": refiner,
+    "StableDiffusionXLInpaintPipeline": inpainting_xl,
+}
 CLASSES = {"DiTPipeline": dit}
 UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 
@@ -365,5 +456,5 @@ UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 def save(name: str, folder: Path) -> Path:
     """The same weights every time."""
     torch.manual_seed(0)
-    {**TEXT, **FLUX, **FEW_STEPS, **CLASSES, **UNCONDITIONAL}[name](folder)
+    {**TEXT, **FLUX, **FEW_STEPS, **IMAGES, **CLASSES, **UNCONDITIONAL}[name](folder)
     return folder

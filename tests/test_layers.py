@@ -153,7 +153,8 @@ TOP_LEVEL: dict[str, list[str]] = {
         "click",
     ],
     "cli.progress": [],
-    "cli.options": ["vocabulary", "click"],
+    "cli.image_options": ["click"],
+    "cli.options": ["cli.image_options", "vocabulary", "click"],
 }
 # Third parties and their doors; "NAME (inside)": only inside functions.
 DOORS: dict[str, list[str]] = {
@@ -231,6 +232,7 @@ DOORS: dict[str, list[str]] = {
     "onnxruntime": ["backends.* (inside)"],
     "openvino": ["backends.* (inside)"],
     "PIL": [
+        "models.start_images",
         "metrics.*",
         "report.images",
         "study.page",

@@ -166,6 +166,10 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.reuse": (0.5, NEITHER),
     "sampling.height": (512, BOTH),
     "sampling.width": (512, BOTH),
+    "sampling.images": (["b.png"], BOTH),
+    "sampling.masks": (["n.png"], BOTH),
+    "sampling.strength": (0.7, BOTH),
+    "sampling.inputs": ("y", BOTH),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),
@@ -235,7 +239,11 @@ def test_the_table_of_keys_is_complete():
 
 
 SIDES = {"height": 256, "width": 256}
-BESIDE = {"sampling.height": SIDES, "sampling.width": SIDES}
+FROM_IMAGES = {"images": ["a.png"], "masks": ["m.png"], "strength": 0.5, "inputs": "x"}
+BESIDE = {
+    **dict.fromkeys(("sampling.height", "sampling.width"), SIDES),
+    **{f"sampling.{key}": FROM_IMAGES for key in FROM_IMAGES},
+}
 """What a key cannot be without."""
 
 # intra: auto chooses by the error at the configured widths

@@ -21,7 +21,10 @@ from .sampling import SampleOptions, sample
 from .shared import done, download, watching
 from .wanted import Wanted
 
-DRAWING = ("steps", "num", "seed", "classes", "prompts", "batch_size", "backend")
+DRAWING = (
+    *("steps", "num", "seed", "classes", "prompts", "batch_size", "backend"),
+    *("images", "masks", "strength"),
+)
 """Options of `run` that say what to sample."""
 
 

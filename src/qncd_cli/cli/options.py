@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from .image_options import IMAGES
+
 Command = Callable[..., Any]
 QUIET = "qncd.quiet"
 """Key of a context's `meta` under which --quiet is found."""
@@ -171,6 +173,7 @@ def sampling(command: Command) -> Command:
             multiple=True,
             help="Of a text model, instead of the configured ones; several are taken in turn.",
         ),
+        *IMAGES,
     ]
     command = batch_size(backend(command))
     for option in reversed(options):

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config.loading import load_config, parse_config
+from ..config.own_settings import place_of
 from ..config.schema import Config
+from ..config.start_images import read_inputs
 from ..errors import ConfigError
 from ..runs.merge import merge as merge_run
 from ..runs.sample import DEFAULT_NUM, Sampled, check_settled
@@ -43,6 +45,9 @@ class SampleOptions:
     show: bool = False
     shard: str | None = None
     format: str = "png"
+    images: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
+    strength: float | None = None
 
 
 def sampling_config(config: Config, options: SampleOptions) -> Config:
@@ -55,16 +60,23 @@ def sampling_config(config: Config, options: SampleOptions) -> Config:
         "scheduler": options.scheduler,
         "eta": options.eta,
         "guidance_scale": options.guidance,
+        "strength": options.strength,
     }
     sampling.update({key: value for key, value in wishes.items() if value is not None})
     if options.classes is not None:
         sampling["classes"] = _parse_classes(options.classes)
     if options.prompts:
         sampling["prompts"] = list(options.prompts)
+    if options.images or options.masks:
+        sampling["images"] = list(options.images) or sampling["images"]
+        sampling["masks"] = list(options.masks) or (None if options.images else sampling["masks"])
+        sampling["inputs"] = None
+    read_inputs(sampling, lambda name: place_of(name, Path()))
     if options.inter is not None:
         tree["correction"]["inter"]["method"] = options.inter
     groups = tree["quantization"]["activations"]
-    groups["timestep_groups"] = min(groups["timestep_groups"], sampling["steps"])
+    steps = int(sampling["steps"] * (sampling["strength"] or 1))
+    groups["timestep_groups"] = max(1, min(groups["timestep_groups"], steps))
     return parse_config(tree, "sample")
 
 

@@ -16,12 +16,13 @@ from pydantic import BaseModel, ValidationError
 
 from ..errors import ConfigError
 from ..store.regular import read_regular
-from . import presets
+from . import model_card, presets
 from .own_settings import Download, ask_model, place_model, place_of, section_of
 from .quantization import LayerOverride
 from .sampling import SamplingConfig
 from .schema import Config
 from .shipped import find_config, shortened
+from .start_images import read_inputs
 from .yaml_text import LARGEST, YamlError, parse_yaml, read_yaml
 
 _ALTERNATIVES = ("literal[", "tuple[")
@@ -101,10 +102,22 @@ def resolved(
                 "--prompts FILE with one a line; in a configuration a list, or the name of a file",
             )
     _read_prompts(tree, beside)
+    if isinstance(sampling, dict):
+        read_inputs(sampling, lambda name: place_of(name, beside))
+        if sampling.get("images") is not None and sampling.get("strength") is None:
+            _own_strength(tree)
     quantization = tree.setdefault("quantization", {})
     if isinstance(quantization, dict):
         quantization.setdefault("preset", DEFAULT_PRESET)
     return parse_config(presets.filled(tree, _steps(tree)), where)
+
+
+def _own_strength(tree: dict[str, Any]) -> None:
+    """Set sampling.strength to that of the model's pipeline."""
+    source = section_of(tree, "model").get("source")
+    card = model_card.card_of(source) if isinstance(source, str) else None
+    if card is not None and card.kind in model_card.STRENGTHS:
+        section_of(tree, "sampling")["strength"] = model_card.STRENGTHS[card.kind]
 
 
 def _fewer_noise_trajectories(tree: dict[str, Any]) -> None:
@@ -137,10 +150,12 @@ def _read_prompts(tree: dict[str, Any], beside: Path) -> None:
 
 
 def _steps(tree: dict[str, Any]) -> int:
-    """sampling.steps of a tree that nobody has validated yet."""
+    """Steps that are made by a tree that nobody has validated yet."""
     section = tree.get("sampling")
     steps = section.get("steps") if isinstance(section, dict) else None
-    return steps if isinstance(steps, int) else SamplingConfig().steps
+    strength = section.get("strength") if isinstance(section, dict) else None
+    steps = steps if isinstance(steps, int) else SamplingConfig().steps
+    return max(1, int(steps * strength)) if isinstance(strength, float) else steps
 
 
 # ------------------------------------------------------------------ validation

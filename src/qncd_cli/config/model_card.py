@@ -25,6 +25,10 @@ PIPELINES: dict[str, tuple[int, float, Needs | None]] = {
     "StableDiffusionPipeline": (50, 7.5, "prompts"),
     "StableDiffusionXLPipeline": (50, 5.0, "prompts"),
     "LatentConsistencyModelPipeline": (4, 8.5, "prompts"),
+    "StableDiffusionImg2ImgPipeline": (50, 7.5, "prompts"),
+    "StableDiffusionInpaintPipeline": (50, 7.5, "prompts"),
+    "StableDiffusionXLImg2ImgPipeline": (50, 5.0, "prompts"),
+    "StableDiffusionXLInpaintPipeline": (50, 7.5, "prompts"),
     "StableDiffusion3Pipeline": (28, 7.0, "prompts"),
     "FluxPipeline": (28, 3.5, "prompts"),
     "PixArtAlphaPipeline": (20, 4.5, "prompts"),
@@ -59,6 +63,16 @@ _SCHEDULERS = {
     "TCDScheduler": "tcd",
     "UniPCMultistepScheduler": "unipc",
 }
+STRENGTHS = {
+    "StableDiffusionPipeline": 0.8,
+    "StableDiffusionImg2ImgPipeline": 0.8,
+    "StableDiffusionInpaintPipeline": 1.0,
+    "StableDiffusionXLPipeline": 0.3,
+    "StableDiffusionXLImg2ImgPipeline": 0.3,
+    "StableDiffusionXLInpaintPipeline": 0.9999,
+}
+"""Pipeline class that can begin from images -> the share of the steps by default; of a class that
+makes images from text alone, that of its relative."""
 DISTILLED_STEPS = 4
 """Steps of a folder with a scheduler of distilled models, whatever its pipeline's class (LCM,
 arXiv 2310.04378: 2 to 4; TCD, arXiv 2402.19159: 4)."""

@@ -12,7 +12,7 @@ from .section import MAX_STEPS, Section
 MAX_GUIDANCE = 100
 """Published uses stay below 20; far above, every image is saturated or not finite."""
 NOISE_TRAJECTORIES = 32
-LATER = ("height", "width")
+LATER = ("height", "width", "images", "masks", "strength", "inputs")
 """Keys of SamplingConfig without which runs were made that stay valid."""
 
 
@@ -125,6 +125,26 @@ class SamplingConfig(Section):
         None, description="of a text model, in pixels, together with width, if it is not square"
     )
     width: Annotated[int, Field(ge=16)] | None = Field(None, description="the same")
+    images: tuple[str, ...] | None = Field(
+        None,
+        description="of Stable Diffusion and SDXL: images that sampling begins from, a file, a "
+        "folder or a list; one for each prompt in turn",
+    )
+    masks: tuple[str, ...] | None = Field(
+        None,
+        description="of inpainting models: what is painted anew is white; one mask of each "
+        "image, or one of all",
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="share of the steps that images are noised and denoised by (default: of the "
+        "pipeline)",
+    )
+    inputs: str | None = Field(
+        None, description="digest of images and masks, filled in when they are read"
+    )
 
     reuse: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         None,
@@ -137,8 +157,13 @@ class SamplingConfig(Section):
     def _list_is_a_tuple(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        lists = {k: tuple(v) for k in ("classes", "prompts") if isinstance(v := data.get(k), list)}
+        of_files = ("classes", "prompts", "images", "masks")
+        lists = {k: tuple(v) for k in of_files if isinstance(v := data.get(k), list)}
         data = {**data, **lists}
+        images, prompts = data.get("images"), data.get("prompts")
+        if isinstance(images, tuple) and isinstance(prompts, tuple) and prompts:
+            turns = max(len(images), len(prompts))  # each image has its prompt
+            data["prompts"] = tuple(prompts[i % len(prompts)] for i in range(turns))
         if isinstance(data.get("prompts"), tuple):
             data["prompts"] = tuple(_without_mark(text) for text in data["prompts"])
         return {**data, "negative_prompt": _without_mark(data.get("negative_prompt", ""))}
@@ -149,9 +174,21 @@ class SamplingConfig(Section):
             raise ValueError("classes must not be empty; 'all' takes every class in turn")
         if self.prompts == ():
             raise ValueError("prompts must not be empty")
-        for key in ("negative_prompt", "image_size", "height", "width"):
+        for key in ("negative_prompt", "image_size", "height", "width", "images"):
             if getattr(self, key) and self.prompts is None:
                 raise ValueError(f"{key} belongs to text models, which need prompts")
+        for key in ("masks", "strength"):
+            if getattr(self, key) is not None and self.images is None:
+                raise ValueError(f"{key} belongs to images")
+        if self.images is not None and self.calls < 1:
+            raise ValueError(
+                f"strength {self.strength} of {self.steps} steps leaves none: raise either"
+            )
+        if self.masks and len(self.masks) not in (1, len(self.images or ())):
+            raise ValueError(
+                f"{len(self.masks)} masks for {len(self.images or ())} images: one each, or one "
+                "for all"
+            )
         if (self.height is None) != (self.width is None):
             raise ValueError("height and width belong together (image_size is both)")
         if self.height is not None and self.image_size is not None:
@@ -168,6 +205,11 @@ class SamplingConfig(Section):
         if self.height is not None and self.width is not None:
             return self.height, self.width
         return None if self.image_size is None else (self.image_size, self.image_size)
+
+    @property
+    def calls(self) -> int:
+        """Steps that are made: where images are begun from, the share of them that strength is."""
+        return self.steps if self.strength is None else int(self.steps * self.strength)
 
     def drawn_with(self) -> dict[str, Any]:
         """What decides an image beside its seed; keys that came later only where they are set."""

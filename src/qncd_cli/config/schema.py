@@ -50,12 +50,19 @@ class Config(Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         groups = self.quantization.activations.timestep_groups
-        if groups > self.sampling.steps:
+        if groups > self.sampling.calls:
             raise ValueError(
                 f"quantization.activations.timestep_groups ({groups}) exceeds "
-                f"sampling.steps ({self.sampling.steps})"
+                f"sampling.steps ({self.sampling.calls})"
             )
         inter = self.correction.inter
+        stepped = inter.method != "none" or self.quantization.step_weights != 0
+        if self.sampling.images is not None and (stepped or self.sampling.reuse is not None):
+            raise ValueError(
+                "corrections, step weights and reuse are of trajectories from noise: with "
+                "sampling.images set correction.inter.method: none, quantization.step_weights: 0 "
+                "and sampling.reuse: null"
+            )
         if inter.method == "runtime" and inter.first >= self.sampling.steps:
             raise ValueError(
                 f"correction.inter.first ({inter.first}) is no step of the "

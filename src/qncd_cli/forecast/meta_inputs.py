@@ -33,6 +33,10 @@ CLIP_PIPELINES = {
     "StableDiffusionPipeline": 0,
     "StableDiffusionXLPipeline": 0,
     "LatentConsistencyModelPipeline": 0,
+    "StableDiffusionImg2ImgPipeline": 0,
+    "StableDiffusionInpaintPipeline": 0,
+    "StableDiffusionXLImg2ImgPipeline": 0,
+    "StableDiffusionXLInpaintPipeline": 0,
     "StableDiffusion3Pipeline": T5_TOKENS,
 }
 """Pipelines whose prompts are as long as their first encoder reads -> T5's tokens after them."""
@@ -64,7 +68,9 @@ def arguments_of(
 
         def of_unet(rows: int) -> Arguments:
             found = arguments(rows)
-            found["sample"] = found.pop("hidden_states")
+            del found["hidden_states"]
+            shape = rows, denoiser.config.in_channels, *latent[1:]
+            found["sample"] = torch.zeros(shape, dtype=dtype, device="meta")
             if scaled:
                 width = denoiser.config.time_cond_proj_dim
                 found["timestep_cond"] = torch.zeros(rows, width, dtype=dtype, device="meta")

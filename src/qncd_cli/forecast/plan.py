@@ -21,7 +21,7 @@ from ..models.loading import DTYPES, known_classes
 from ..models.topology import LayerCost, count_macs
 from ..ptq.coverage import coverage_of
 from ..ptq.layer_plan import plan_layers
-from ..sampling.levels import with_timesteps
+from ..sampling.levels import visited, with_timesteps
 from ..sampling.parametrization import FLOW, prediction_type
 from ..sampling.samplers import make_scheduler
 from ..spec import FLOAT_BITS
@@ -114,12 +114,12 @@ def check(report: dict[str, Any]) -> None:
 def _timesteps(config: Config, shapes: Shapes) -> list[float]:
     sampling = config.sampling
     if shapes.scheduler is None:
-        return [float(t) for t in range(sampling.steps)]
+        return [float(t) for t in range(sampling.calls)]
     scheduler = make_scheduler(sampling.scheduler, shapes.scheduler)
     if prediction_type(scheduler) == FLOW:  # a step a timestep, wherever the shift puts them
-        return [float(t) for t in range(sampling.steps)]
-    timed = with_timesteps(scheduler, sampling.steps, sampling.eta)
-    return [float(t) for t in timed.timesteps]
+        return [float(t) for t in range(sampling.calls)]
+    timed = with_timesteps(scheduler, sampling.steps, sampling.eta, strength=sampling.strength)
+    return [float(t) for t in visited(timed)]
 
 
 # ------------------------------------------------------------------ bytes

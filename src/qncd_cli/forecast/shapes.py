@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ModelError
+from ..models.call_signature import INPAINTING
 from ..models.compvis.checkpoint import described_modules
 from ..models.digest import is_checkpoint
 from ..models.folder_check import check_folder, read_index, reason
@@ -200,7 +201,9 @@ def _sizes(
     if image_size is not None:
         sides = [side // scale for side in sides_of(image_size)]
     height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
-    latent = (config.in_channels // (4 if flux else 1), height, width)
+    painting = config.in_channels == INPAINTING
+    own = first_stage.config.latent_channels if painting else config.in_channels
+    latent = (own // (4 if flux else 1), height, width)
     if first_stage is None:
         return latent, latent
     return latent, (first_stage.config.out_channels, scale * latent[1], scale * latent[2])
@@ -218,13 +221,13 @@ def _classes(denoiser: Any, embedder: Any) -> int:
 
 def _prompt_tokens(folder: Path, kind: str) -> int:
     """Tokens of a prompt as a folder tells, 0 where it does not. kind: class of its pipeline."""
-    encoder = folder / "text_encoder" / "config.json"
+    encoders = sorted(folder.glob("text_encoder*/config.json"))
     if kind == "PixArtAlphaPipeline":
         return PIXART_ALPHA_TOKENS
     beside = CLIP_PIPELINES.get(kind)
-    if beside is None or not encoder.is_file():
+    if beside is None or not encoders:
         return 0
-    own = json.loads(encoder.read_text(encoding="utf-8")).get("max_position_embeddings", 0)
+    own = json.loads(encoders[0].read_text(encoding="utf-8")).get("max_position_embeddings", 0)
     return own + beside if own else 0
 
 

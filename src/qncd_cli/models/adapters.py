@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.model_card import STRENGTHS
 from ..errors import ModelError, NotFinite
+from .call_signature import INPAINTING
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
+from .prompt_length import Tell
 from .schedule import (
     FLUX_MAX_SHIFT,
     FROM_ONE,
@@ -18,6 +21,7 @@ from .schedule import (
     schedule_of,
     shifted,
 )
+from .start_images import StartImages, started
 from .text import TEXT_TABLES, Encoded, Prompts, latent_sides, reads_scale
 
 Condition = dict[str, Tensor]
@@ -115,11 +119,60 @@ def _text(pipeline: Any, request: Request) -> Parts:
 
     return {
         "denoiser": denoiser,
-        "latent_shape": (denoiser.config.in_channels, *sides),
+        "latent_shape": (_channels(pipeline, denoiser), *sides),
         "num_classes": len(prompts.texts),
         "condition": condition,
         "null_condition": None if negative is None else null_condition,
         "decode": _decoder(pipeline.vae, UNSCALED.get(type(pipeline).__name__)),
+    }
+
+
+def _channels(pipeline: Any, denoiser: Any) -> int:
+    """Channels of latents. Raises ModelError for a U-Net that reads what nobody gives it."""
+    channels: int = denoiser.config.in_channels
+    if "unet" not in pipeline.components:
+        return channels
+    latent: int = pipeline.vae.config.latent_channels
+    wanted = INPAINTING if "Inpaint" in type(pipeline).__name__ else latent
+    if channels != wanted:
+        raise ModelError(
+            f"{type(pipeline).__name__}: its U-Net reads {channels} channels, not {wanted}",
+            "inpainting needs a U-Net of 9 channels in a folder of an inpainting pipeline",
+        )
+    return latent
+
+
+def with_images(pipeline: Any, parts: Parts, images: StartImages | None, tell: Tell) -> Parts:
+    """The parts of a text model that begins from images. Raises ModelError."""
+    kind = type(pipeline).__name__
+    paints, needs = "Inpaint" in kind, "Inpaint" in kind or "Img2Img" in kind
+    if images is None and needs:
+        raise ModelError(f"{kind} begins from images", "set sampling.images")
+    if images is None:
+        return parts
+    if kind not in STRENGTHS:
+        raise ModelError(f"{kind} begins from no images here", "leave sampling.images out")
+    if paints != bool(images.masks):
+        raise ModelError(
+            f"{kind} {'needs' if paints else 'takes no'} masks",
+            f"{'set' if paints else 'leave out'} sampling.masks",
+        )
+    first_stage, factor = pipeline.vae, pipeline.vae_scale_factor
+
+    def encode(image: Tensor) -> Tensor:
+        mean = first_stage.encode(image.to(first_stage.device, torch.float32)).latent_dist.mode()
+        return mean * first_stage.config.scaling_factor
+
+    if getattr(first_stage.config, "latents_mean", None) is not None:
+        raise ModelError(f"{kind}: latents with a mean begin from no images here")
+    _, height, width = parts["latent_shape"]
+    found = started(pipeline, images, (factor * height, factor * width), encode, tell)
+    condition = parts["condition"]
+    return {
+        **parts,
+        "condition": lambda labels: {**condition(labels), **found.condition(labels)},
+        "start": found.of,
+        "paints": paints,
     }
 
 
@@ -214,6 +267,8 @@ def _decoded(latents: Tensor, decode: Callable[[Tensor], Tensor], first_stage: A
 
 UNSCALED = {
     "StableDiffusionXLPipeline": _standardized,
+    "StableDiffusionXLImg2ImgPipeline": _standardized,
+    "StableDiffusionXLInpaintPipeline": _standardized,
     "StableDiffusion3Pipeline": _shifted,
     "FluxPipeline": _shifted,
 }

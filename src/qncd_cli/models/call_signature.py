@@ -21,6 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
+from .start_images import BESIDE
+
+INPAINTING = 9
+"""Channels of a U-Net that reads latents, a mask and the latents of what is left."""
 
 
 def unify_call(denoiser: nn.Module) -> nn.Module:
@@ -37,6 +41,8 @@ def unify_call(denoiser: nn.Module) -> nn.Module:
         tokens = _Tokens()
         denoiser.register_forward_pre_hook(tokens.of_image, with_kwargs=True)
         denoiser.register_forward_hook(tokens.as_image)
+    if getattr(config, "in_channels", 0) == INPAINTING:
+        denoiser.register_forward_pre_hook(_beside, with_kwargs=True)
     if added:
         gather = functools.partial(_gather_added, added)
         denoiser.register_forward_pre_hook(gather, with_kwargs=True)
@@ -78,6 +84,14 @@ def _gather_added(
     """SDXL takes its size and pooled text in a dict of their own, PixArt its size, if any."""
     added = {name: kwargs.pop(name, None) for name in names}
     return args, {**kwargs, "added_cond_kwargs": added}
+
+
+def _beside(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    """Mask and masked image stand behind the channels of the latent (RunwayML's inpainting)."""
+    beside = kwargs.pop(BESIDE, None)
+    if beside is None:
+        return args, kwargs
+    return (torch.cat([args[0], beside], 1), *args[1:]), kwargs
 
 
 def _timestep_by_name(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
 from ..progress import Track, no_progress
-from .adapters import ADAPTERS, Condition
+from .adapters import ADAPTERS, Condition, with_images
 from .call_signature import check_inputs, unify_call
 from .compvis.checkpoint import compvis_pipeline
 from .denoiser_folder import check_values, check_weights
@@ -55,6 +55,8 @@ class DiffusionModel:
     num_classes: of a text model, the number of prompts; None for an unconditional model.
     scheduler_config: as the pipeline sets it for images of that size.
     digest: of the files that the model was read from.
+    start: class labels [N] -> latents of the images that sampling begins from, None for noise;
+    paints: whether the denoiser reads these images, so that it can also begin from noise.
     """
 
     source: str
@@ -69,6 +71,8 @@ class DiffusionModel:
     decode: Callable[[Tensor], Tensor]
     dtype: torch.dtype
     device: torch.device
+    start: Callable[[Tensor], Tensor] | None = None
+    paints: bool = False
 
     def labels(self, seeds: list[int], classes: str | tuple[int, ...]) -> Tensor:
         """One label per seed: classes in turn. Raises ModelError for a class out of range."""
@@ -156,6 +160,8 @@ def load_model(
         check_encoded(encoded, source)
     kind = type(pipeline).__name__
     parts = ADAPTERS[kind](pipeline, (prompts, encoded))
+    if prompts is not None:
+        parts = with_images(pipeline, parts, prompts.images, tell)
     check_inputs(parts["denoiser"], parts["condition"](torch.zeros(1, dtype=torch.int64)), source)
     unify_call(parts["denoiser"])
     schedule = {"scheduler_config": schedule_of(pipeline)}

@@ -32,7 +32,8 @@ class PromptCache:
 
     def path(self, model_digest: str, dtype: str, prompts: Prompts) -> Path:
         """File that keeps what these prompts become; the guidance scale does not matter to it."""
-        encoded = dataclasses.asdict(dataclasses.replace(prompts, guidance_scale=1.0))
+        encoded = dataclasses.asdict(dataclasses.replace(prompts, guidance_scale=1.0, images=None))
+        del encoded["images"]
         made_from = {"model": model_digest, "dtype": dtype, **encoded}
         return self.folder / f"{digest_of(made_from)}.safetensors"
 

@@ -16,8 +16,11 @@ from torch import Tensor
 from ..errors import ModelError
 from ..progress import Track, counted, no_progress
 from .prompt_length import Tell, check_lengths
+from .start_images import StartImages
 
 ENCODED_AT_ONCE = 16
+AESTHETIC_SCORES = (6.0, 2.5)
+"""What SDXL's refiner is told of prompt and negative prompt: its pipeline's defaults."""
 Table = dict[str, Tensor]
 
 
@@ -26,13 +29,14 @@ class Prompts:
     """texts: taken in turn by seed; negative: what guidance leads away from.
 
     image_size: height and width in pixels, one number where they are equal, None for the model's
-    own; guidance_scale: for models that read it.
+    own; guidance_scale: for models that read it; images: that sampling begins from.
     """
 
     texts: tuple[str, ...]
     negative: str = ""
     image_size: int | tuple[int, int] | None = None
     guidance_scale: float = 1.0
+    images: StartImages | None = None
 
 
 @dataclass(frozen=True)
@@ -96,17 +100,19 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts, track: Track) -> 
     """SDXL: text_embeds [P, C'] and time_ids [P, 6] as well (arXiv 2307.01952, sec. 2.2).
 
     time_ids: original height and width, top and left of the crop, height and width of the image;
-    here the size that is drawn, uncropped. Without a negative prompt its embeddings are zeros where
+    here the size that is drawn, uncropped; of a refiner [P, 5], a score of beauty for the last two.
+    Without a negative prompt its embeddings are zeros where
     the pipeline was trained so.
     """
     height, width = (pipeline.vae_scale_factor * n for n in latent_sides(pipeline, prompts))
     device = pipeline.unet.device
+    scored = pipeline.config.get("requires_aesthetics_score", False)
 
-    def encode(texts: list[str]) -> Table:
+    def encode(texts: list[str], score: float = AESTHETIC_SCORES[0]) -> Table:
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             texts, device=device, do_classifier_free_guidance=False
         )
-        sizes = [height, width, 0, 0, height, width]
+        sizes = [height, width, 0, 0, *((score,) if scored else (height, width))]
         ids = torch.tensor(sizes, dtype=pooled.dtype, device=device)
         return {
             "encoder_hidden_states": embeddings,
@@ -114,7 +120,7 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts, track: Track) -> 
             "time_ids": ids.expand(len(texts), -1),
         }
 
-    negative = encode([prompts.negative])
+    negative = encode([prompts.negative], AESTHETIC_SCORES[1])
     if not prompts.negative and pipeline.config.force_zeros_for_empty_prompt:
         zeros = ("encoder_hidden_states", "text_embeds")
         negative |= {name: torch.zeros_like(negative[name]) for name in zeros}
@@ -206,6 +212,10 @@ TEXT_TABLES = {
     "StableDiffusionPipeline": stable_diffusion_table,
     "StableDiffusionXLPipeline": stable_diffusion_xl_table,
     "LatentConsistencyModelPipeline": stable_diffusion_table,
+    "StableDiffusionImg2ImgPipeline": stable_diffusion_table,
+    "StableDiffusionInpaintPipeline": stable_diffusion_table,
+    "StableDiffusionXLImg2ImgPipeline": stable_diffusion_xl_table,
+    "StableDiffusionXLInpaintPipeline": stable_diffusion_xl_table,
     "PixArtAlphaPipeline": pixart_table,
     "PixArtSigmaPipeline": pixart_table,
     "StableDiffusion3Pipeline": stable_diffusion_3_table,

@@ -109,7 +109,7 @@ def predicted(config: Config, model: DiffusionModel, x: Tensor, labels: Tensor, 
     scale = config.sampling.guidance_scale
     conditions = [model.condition(labels)]
     if model.null_condition is not None and model.guides(scale):
-        conditions.insert(0, model.null_condition(len(labels)))
+        conditions.insert(0, {**conditions[0], **model.null_condition(len(labels))})
     n = len(conditions)
     condition = {name: torch.cat([c[name] for c in conditions]).detach() for name in conditions[0]}
     for value in condition.values():

@@ -29,18 +29,22 @@ def open_model(
     """
     from ..models.loading import load_model
     from ..models.prompt_cache import PromptCache
+    from ..models.start_images import StartImages
     from ..models.text import Prompts
 
     silence_diffusers()
     watch.imported()
     model, sampling = config.model, config.sampling
-    prompts = None
+    prompts, images = None, None
+    if sampling.images is not None:
+        images = StartImages(sampling.images, sampling.masks or ())
     if sampling.prompts is not None:
         prompts = Prompts(
             sampling.prompts,
             sampling.negative_prompt,
             image_size=sampling.sides,
             guidance_scale=sampling.guidance_scale,
+            images=images,
         )
     return load_model(
         model.source,

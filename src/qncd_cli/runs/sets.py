@@ -29,7 +29,8 @@ def sampled_with(config: Config, sampling: Mapping[str, Any], where: str) -> Con
     tree = config.to_dict()
     tree["sampling"] = {**sampling}
     groups = tree["quantization"]["activations"]
-    groups["timestep_groups"] = min(groups["timestep_groups"], sampling["steps"])
+    steps = int(sampling["steps"] * (sampling.get("strength") or 1))
+    groups["timestep_groups"] = max(1, min(groups["timestep_groups"], steps))
     return parse_config(tree, where)
 
 

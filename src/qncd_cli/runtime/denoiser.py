@@ -83,7 +83,7 @@ def guided_predict(
     with torch.no_grad():
         condition = model.condition(labels)
         if model.null_condition is not None and model.guides(guidance_scale):
-            null = model.null_condition(len(labels))
+            null = {**condition, **model.null_condition(len(labels))}  # images are read by both
     reads_scale = not condition.keys().isdisjoint(("guidance", "timestep_cond"))
     if model.null_condition is None and guidance_scale > 1.0 and not reads_scale:
         raise ModelError(

@@ -118,7 +118,7 @@ def rows_per_sample(config: Config, model: DiffusionModel) -> int:
 
 def _rows_ahead(config: Config, model: DiffusionModel, how: Preparation) -> int:
     """Rows of all calls that the samples take, those of corrections aside."""
-    return rows_per_sample(config, model) * config.sampling.steps * len(how.seeds)
+    return rows_per_sample(config, model) * config.sampling.calls * len(how.seeds)
 
 
 def compiling_gain(rows: int, macs: int) -> float:

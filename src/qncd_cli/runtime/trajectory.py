@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config.schema import Config
 from ..models.loading import DiffusionModel
 from ..progress import Tick
-from ..sampling.levels import with_timesteps
+from ..sampling.levels import visited, with_timesteps
 from ..sampling.noise import generators_for
 from ..sampling.samplers import Correction, OnStep, Predict, denoise, make_scheduler
 from .denoiser import Denoiser, guided_predict
@@ -44,7 +44,16 @@ def draw(
         correction=correction,
         on_step=on_step,
         seeds=seeds,
+        start=_start(config, model, seeds),
+        strength=sampling.strength,
     )
+
+
+def _start(config: Config, model: DiffusionModel, seeds: Sequence[int]) -> Tensor | None:
+    """Latents of the images that these seeds begin from; None for noise alone."""
+    if model.start is None or config.sampling.strength == 1.0 and model.paints:
+        return None
+    return model.start(model.labels(list(seeds), config.sampling.classes)).float().cpu()
 
 
 def predict_for(
@@ -72,9 +81,9 @@ def timed_scheduler(config: Config, model: DiffusionModel) -> Any:
     """The configured scheduler of diffusers, its timesteps set. Raises ConfigError."""
     sampling = config.sampling
     scheduler = make_scheduler(sampling.scheduler, model.scheduler_config)
-    return with_timesteps(scheduler, sampling.steps, sampling.eta)
+    return with_timesteps(scheduler, sampling.steps, sampling.eta, strength=sampling.strength)
 
 
 def timesteps(config: Config, model: DiffusionModel) -> list[float]:
     """Every timestep that the configured sampler visits, in its order."""
-    return [float(t) for t in timed_scheduler(config, model).timesteps]
+    return [float(t) for t in visited(timed_scheduler(config, model))]

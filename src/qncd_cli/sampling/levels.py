@@ -35,6 +35,8 @@ UNPLANNED = DISTILLED | {
 }
 """Schedulers whose steps `plan_steps` does not describe: half steps, an x_0 with new noise in every
 step, or unlike the others in what of them was tested with corrections."""
+BEGIN = "qncd_begin"
+"""Attribute of a scheduler: index of the first timestep where a trajectory begins from an image."""
 NO_CORRECTION = "set correction.inter.method to none"
 
 
@@ -72,10 +74,16 @@ class StepInfo:
 
 
 def with_timesteps(
-    scheduler: Any, steps: int, eta: float = 0.0, device: torch.device | str = "cpu"
+    scheduler: Any,
+    steps: int,
+    eta: float = 0.0,
+    device: torch.device | str = "cpu",
+    strength: float | None = None,
 ) -> Any:
     """A copy of the scheduler with the timesteps of a sampler of that many steps.
 
+    strength: share of the steps that is left, the last ones, where a trajectory begins from an
+    image; None: all.
     Raises ConfigError if it cannot do what is asked (steps, eta, prediction type).
     """
     kind, most = type(scheduler).__name__, scheduler.config.num_train_timesteps
@@ -109,7 +117,21 @@ def with_timesteps(
             f"the model knows 0 to {last}",
             f"use sampling.steps of {steps - 1} or less, or another sampling.scheduler",
         )
+    if strength is not None:  # as get_timesteps of diffusers' pipelines does
+        begin = max(steps - int(steps * strength), 0) * scheduler.order
+        setattr(scheduler, BEGIN, begin)
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
     return scheduler
+
+
+def visited(scheduler: Any) -> Tensor:
+    """Timesteps of a scheduler whose timesteps are set that are denoised at.
+
+    The scheduler keeps them all: some solvers count them to know which is the last.
+    """
+    found: Tensor = scheduler.timesteps[getattr(scheduler, BEGIN, 0) :]
+    return found
 
 
 @contextmanager
@@ -160,7 +182,7 @@ def plan_steps(scheduler: Any, eta: float = 0.0) -> list[StepInfo]:
             "corrections do not cover a schedule that starts without any signal (abar = 0)",
             NO_CORRECTION,
         )
-    times = [float(t) for t in scheduler.timesteps]
+    times = [float(t) for t in visited(scheduler)]
     plan: list[StepInfo] = []
     for i, (abar_t, abar_s) in enumerate(levels):
         t_next = times[i + 1] if i + 1 < len(times) else None
@@ -223,10 +245,11 @@ def _levels(scheduler: Any) -> list[tuple[float, float]]:
     """
     if hasattr(scheduler, "sigmas"):
         abar = [1 / (1 + float(sigma) ** 2) for sigma in scheduler.sigmas]
+        abar = abar[getattr(scheduler, BEGIN, 0) :]
         return list(zip(abar, abar[1:], strict=False))
     abar = scheduler.alphas_cumprod.tolist()
     final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    times = [int(t) for t in scheduler.timesteps]
+    times = [int(t) for t in visited(scheduler)]
     following = [*times[1:], -1]
     if type(scheduler).__name__ == "DDIMScheduler":
         stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps

@@ -31,7 +31,7 @@ from ..errors import ConfigError
 from .families import check_family, without_clipping
 from .finite import check_finite
 from .flow import FlowMatchFromOne
-from .levels import StepInfo, plan_steps, refusals, with_timesteps
+from .levels import StepInfo, plan_steps, refusals, visited, with_timesteps
 from .noise import initial_noise
 from .parametrization import (
     FLOW,
@@ -41,6 +41,7 @@ from .parametrization import (
     to_corrected,
     with_corrected,
 )
+from .scheduler_classes import SCHEDULERS
 
 OTHER_SAMPLER = (
     "the predictions were finite: use another sampling.scheduler or more sampling.steps, "
@@ -134,6 +135,8 @@ def denoise(
     seeds: Sequence[int] = (),
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    start: Tensor | None = None,
+    strength: float | None = None,
 ) -> Tensor:
     """Latents [N, *shape] from noise; the same numbers as a diffusers pipeline's own loop.
 
@@ -145,14 +148,19 @@ def denoise(
     on_step(i, t, model_input, prediction): called before each step with the prediction used, in
         the model's own parametrization.
     seeds: N, to name samples by in errors.
+    start: latents [N, *shape] that are noised to begin with; strength: as `with_timesteps` has it.
     Raises NotFinite as soon as a prediction or a latent is not, ConfigError if the scheduler cannot
     do what is asked (eta, correction, steps).
     """
-    scheduler, options = prepared(scheduler, steps, generators, eta, device)
+    scheduler, options = prepared(scheduler, steps, generators, eta, device, strength)
     plan = plan_steps(scheduler, eta) if correction is not None else None
     kind = prediction_type(scheduler)
-    x = initial_noise(generators, shape, dtype).to(device) * initial_scale(scheduler)
-    for i, t in enumerate(scheduler.timesteps):
+    x = initial_noise(generators, shape, dtype).to(device)
+    if start is None:
+        x = x * initial_scale(scheduler)
+    else:
+        x = scheduler.add_noise(start.to(x), x, visited(scheduler)[:1].expand(len(x)))
+    for i, t in enumerate(visited(scheduler)):
         at = f"not finite at step {i + 1} (timestep {float(t):g}) for"
         makes = f"{type(scheduler).__name__} makes latents {at}"
         fails = f"{type(scheduler).__name__} fails at step {i + 1} of {steps}"
@@ -223,11 +231,12 @@ def prepared(
     generators: Sequence[torch.Generator],
     eta: float,
     device: torch.device | str,
+    strength: float | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """A copy of the scheduler with its timesteps set, and the options its `step` takes."""
     if not generators:
         raise ConfigError("no samples to draw", "give at least one seed")
-    scheduler = with_timesteps(scheduler, steps, eta, device)
+    scheduler = with_timesteps(scheduler, steps, eta, device, strength)
     takes = inspect.signature(scheduler.step).parameters
     options: dict[str, Any] = {"eta": eta, "generator": list(generators)}
     return scheduler, {name: value for name, value in options.items() if name in takes}
@@ -293,27 +302,3 @@ def to_vp(scheduler: Any, abar: float, kind: str) -> float:
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[N] -> [N, 1, ...] on the device and in the dtype of `like`."""
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
-
-
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "consistency": ("CMStochasticIterativeScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
-    "dpmsolver-singlestep": ("DPMSolverSinglestepScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "kdpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "pndm": ("PNDMScheduler", {}),
-    "sa-solver": ("SASolverScheduler", {}),
-    "tcd": ("TCDScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-}
-"""Short name -> diffusers class, and the keys that the name fixes."""

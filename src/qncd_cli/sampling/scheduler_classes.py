@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import ConfigError
 
 DIFFUSION = frozenset(
@@ -35,6 +37,29 @@ UNKNOWN_DISTILLED = frozenset({"FlowMatchLCMScheduler", "SCMScheduler"})
 """The same, which none of our names stands for."""
 CONSISTENCY = "CMStochasticIterativeScheduler"
 """The class of consistency models (arXiv 2303.01469): every prediction is a clean image."""
+
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "consistency": ("CMStochasticIterativeScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver-singlestep": ("DPMSolverSinglestepScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-ancestral": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "pndm": ("PNDMScheduler", {}),
+    "sa-solver": ("SASolverScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Short name -> diffusers class, and the keys that the name fixes."""
 
 
 def check_known(own: str, refused: str) -> None:

@@ -35,7 +35,7 @@ from ..ptq.noise import CARRIED
 from ..runtime import trajectory
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
-from ..sampling.levels import plan_steps, supports_variance_deduction
+from ..sampling.levels import plan_steps, supports_variance_deduction, visited
 from ..sampling.noise import chunks, generators_for
 from ..sampling.samplers import Correction
 from ..store import artifacts
@@ -114,7 +114,7 @@ def run(
         )
     pending, what = ranks.share(agreed["pending"]), f"{sampled.kind}{ranks.label}"
     scheduler = trajectory.timed_scheduler(config, model)
-    calls = len(pending) * (len(scheduler.timesteps) + 1)  # the decoder's counts as one
+    calls = len(pending) * (len(visited(scheduler)) + 1)  # the decoder's counts as one
     what = f"sampling {sum(map(len, pending))} images ({what})"
     images, started = 0, time.monotonic()
     for seeds, tick in counted(track, pending, what, calls, "calls"):
