@@ -30,10 +30,9 @@ from qncd_cli.config.schema import Config
 from qncd_cli.errors import BackendUnavailable
 from qncd_cli.metrics.tensor import psnr_db, psnr_each_db, sqnr_db
 from qncd_cli.models.loading import DiffusionModel
-from qncd_cli.models.topology import weight_layers
 from qncd_cli.quant.layers import StepState
 from qncd_cli.runtime import trajectory
-from qncd_cli.runtime.denoiser import Denoiser
+from qncd_cli.runtime.denoiser import Denoiser, denoiser_costs
 from qncd_cli.sampling.noise import chunks
 
 BATCH = 50
@@ -60,13 +59,15 @@ def main(name: str, num: int) -> None:
         use_quantized_matmul_conv=True,
         torch_dtype=torch.float32,
     )
-    inside = sum(hasattr(layer, "sdnq_dequantizer") for layer in quantized.modules())
+    inside = {n for n, m in quantized.named_modules() if hasattr(m, "sdnq_dequantizer")}
+    costs = denoiser_costs(config, model)
+    share = sum(c.macs for c in costs if c.name in inside) / sum(c.macs for c in costs)
     latents = drawn(config, model, quantized, num)
     each = torch.tensor([sqnr_db(a, b) for a, b in zip(expected, latents, strict=True)])
     found = decoded(model, latents)
     every = torch.tensor(psnr_each_db(images, found))
     click.echo(
-        f"SDNQ int8, {inside} of {len(weight_layers(model.denoiser))} layers: "
+        f"SDNQ int8, {len(inside)} of {len(costs)} layers and products, {share:.1%} of the MACs: "
         f"SQNR {summary(sqnr_db(expected, latents), each)} dB, "
         f"PSNR {summary(psnr_db(images, found), every)} dB"
     )
