@@ -44,7 +44,8 @@ OPTIONS = [
     {"final_sigmas_type": "sigma_min"},
     {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False},
 ]
-SCHEDULERS = sorted(kind for kind in model_card._SCHEDULERS if not kind.startswith("Flow"))
+OTHERS = ("Flow", "CMStochastic")  # rectified flows; consistency models: tests/sampling
+SCHEDULERS = sorted(kind for kind in model_card._SCHEDULERS if not kind.startswith(OTHERS))
 
 
 def taking(kind):
