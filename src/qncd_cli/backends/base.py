@@ -13,8 +13,11 @@ from ..errors import BackendUnavailable
 from ..quant.attention import Matmul
 from ..quant.layers import QuantizedLayer
 from . import int8
+from .cuda import layers as cuda
 from .onnx import runtimes
 from .reference import forget_weight, simulate
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Backend:
     why_not: why one layer is simulated instead, empty where it is not; matmul: computes attention's
     products in integers; forget: frees what it keeps with a layer. whole: the denoiser is exported
     to another runtime and runs there as one graph; layer by layer it can only be simulated.
+    by_name: only used where it is asked for; auto and the bench pass it over. way_out: the backend
+    to name to a user for whom it is unavailable.
     """
 
     name: str
@@ -35,6 +40,8 @@ class Backend:
     matmul: Matmul | None = None
     forget: Callable[[QuantizedLayer], None] = forget_weight
     whole: bool = False
+    by_name: bool = False
+    way_out: str = AUTO
 
 
 def _openvino_unavailable(device: torch.device) -> str:
@@ -44,7 +51,6 @@ def _openvino_unavailable(device: torch.device) -> str:
     return f"the package {missing} is not installed" if missing else ""
 
 
-AUTO = "auto"
 BACKENDS = {
     "int8": Backend(
         "int8",
@@ -65,6 +71,17 @@ BACKENDS = {
         _openvino_unavailable,
         whole=True,
     ),
+    cuda.NAME: Backend(
+        cuda.NAME,
+        cuda.compute,
+        "integer kernels in Triton, which have been interpreted and compiled, but have not run on "
+        "a GPU yet",
+        cuda.why_unavailable,
+        cuda.why_not,
+        forget=cuda.forget_kernel,
+        by_name=True,
+        way_out="simulate",
+    ),
 }
 """Backends by name, in the order in which auto tries them where nothing was timed.
 
@@ -84,7 +101,9 @@ def get_backend(name: str, device: str | torch.device = "cpu") -> Backend:
         raise BackendUnavailable(f"no backend {name}", f"known: {AUTO}, {', '.join(BACKENDS)}")
     why = BACKENDS[name].why_unavailable(device)
     if why:
-        raise BackendUnavailable(f"backend {name}: {why}", f"use --backend {AUTO}")
+        raise BackendUnavailable(
+            f"backend {name}: {why}", f"use --backend {BACKENDS[name].way_out}"
+        )
     return BACKENDS[name]
 
 
@@ -92,6 +111,8 @@ def _first_available(device: torch.device) -> Backend:
     """Its remark also says why those before it were passed over."""
     passed_over = []
     for backend in BACKENDS.values():
+        if backend.by_name:
+            continue
         why = backend.why_unavailable(device)
         if not why:
             break

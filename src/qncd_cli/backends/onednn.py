@@ -32,14 +32,15 @@ def scale_sums(sums: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tenso
 
     input_scale: one number; weight_scale: broadcast to the sums.
     """
-    if _input_scale_first():
+    if input_scale_first():
         return sums.mul_(input_scale).mul_(weight_scale)
     return sums.mul_(input_scale * weight_scale)
 
 
 @functools.cache
-def _input_scale_first() -> bool:
-    """Found out by one product; False where there is no such operator."""
+def input_scale_first() -> bool:
+    """Whether the input's scale is multiplied first here: found out by one product; False where
+    there is no such operator."""
     if missing_operator():
         return False
     draw = torch.Generator().manual_seed(0)

@@ -34,7 +34,12 @@ FLOAT_ROWS = tuple(f"{d}-{how}" for d in ("float32", "bfloat16") for how in ("ea
 BASELINE = FLOAT_ROWS[0]
 _EXAMPLES = ("w8a8", "w4a8", "w4a6", "w4a4")
 _QUANTIZED_ROWS = (
-    *(f"{backend}-{w}" for backend in BACKENDS for w in _EXAMPLES),
+    *(
+        f"{name}-{w}"
+        for name, backend in BACKENDS.items()
+        if not backend.by_name
+        for w in _EXAMPLES
+    ),
     *(f"int8-{w}{dtype}-compiled" for w in _EXAMPLES for dtype in ("", "-bfloat16")),
 )
 FACTS = ("load_seconds", "prepare_seconds", "peak_bytes", "running_bytes")
@@ -102,7 +107,8 @@ def _integer_widths(text: str) -> Widths | None:
 
 
 def _known() -> str:
-    backends = (f"{backend}-w4a8 and other widths of 2 to 8 bits" for backend in BACKENDS)
+    names = (name for name, backend in BACKENDS.items() if not backend.by_name)
+    backends = (f"{name}-w4a8 and other widths of 2 to 8 bits" for name in names)
     return ", ".join([*FLOAT_ROWS, *backends, "int8-w4a8[-bfloat16]-compiled"])
 
 

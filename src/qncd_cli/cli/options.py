@@ -231,12 +231,13 @@ def batch_size(command: Command) -> Command:
 def backend(command: Command) -> Command:
     return click.option(
         "--backend",
-        type=click.Choice(["auto", "int8", "simulate", "openvino"]),
+        type=click.Choice(["auto", "int8", "simulate", "openvino", "cuda-int8"]),
         default="auto",
         show_default=True,
         help="What computes quantized layers; auto: what a set began with; for long work the "
         "fastest, timed once and remembered; else int8 where the CPU can, or simulate. "
-        "openvino exports the denoiser once and runs it there (extra openvino).",
+        "openvino exports the denoiser once and runs it there (extra openvino). cuda-int8: integer "
+        "kernels for NVIDIA GPUs; none has run them yet.",
     )(command)
 
 

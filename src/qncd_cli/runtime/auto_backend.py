@@ -157,7 +157,8 @@ _COMPILED = " compiled"
 
 
 def _layer_by_layer(device: torch.device) -> list[Backend]:
-    return [b for b in BACKENDS.values() if not b.whole and not b.why_unavailable(device)]
+    found = (b for b in BACKENDS.values() if not b.whole and not b.by_name)
+    return [backend for backend in found if not backend.why_unavailable(device)]
 
 
 @dataclass(frozen=True)

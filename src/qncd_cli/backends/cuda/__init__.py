@@ -1,0 +1,1 @@
+"""Integer kernels for GPUs, in Triton: the backend cuda-int8."""

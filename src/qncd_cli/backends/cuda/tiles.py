@@ -1,0 +1,65 @@
+"""Shipped tiles of the product kernel, and which of them a product takes.
+
+Chosen by arithmetic, not by a clock: no GPU has timed them yet. Each is compiled ahead of time for
+every architecture in ARCHITECTURES, and its registers, shared memory and spills are looked at
+(tests/backends/cuda/test_compiled.py, scripts/gpu_kernels.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ARCHITECTURES = (80, 86, 89, 90, 120)
+"""Compute capabilities, 10 major + minor, that the kernels are compiled for in the tests."""
+OLDEST = ARCHITECTURES[0]
+"""Triton 3.8 has no product of bytes on the matrix units of older ones (sm_75)."""
+TAP_CHANNELS = 64
+"""Channels that a tap's weights are filled up to: a group of packed nibbles, two steps of IMMA.
+Larger: more zeros are multiplied where channels are no multiple."""
+TILES_PER_UNIT = 1
+"""Tiles a multiprocessor should have at least; more: smaller tiles, which read operands again."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows, outputs: of the part of the result that one program computes; depth: bytes of the
+    weight's row a step, of which 4-bit weights have two channels; warps, stages: as in Triton."""
+
+    rows: int
+    outputs: int
+    depth: int
+    warps: int
+    stages: int
+
+    def count(self, rows: int, outputs: int) -> int:
+        """Tiles of a result [rows, outputs]."""
+        return -(-rows // self.rows) * -(-outputs // self.outputs)
+
+
+INT8 = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3))
+PACKED = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
+FLAT = Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 3)
+"""For results of a few rows, as of the embedding of a timestep: int8 and packed."""
+QUANTIZE_TILES = ((64, 64), (16, 256))
+"""Pixels and channels that one program quantizes: images whose channels lie apart, and rows."""
+
+
+def choose_tile(rows: int, outputs: int, packed: bool, units: int) -> Tile:
+    """The largest tile that leaves no multiprocessor idle, else the smallest; flat for few rows.
+
+    units: multiprocessors of the device.
+    """
+    if rows <= FLAT[packed].rows:
+        return FLAT[packed]
+    tiles = PACKED if packed else INT8
+    full = (tile for tile in tiles if tile.count(rows, outputs) >= TILES_PER_UNIT * units)
+    return next(full, tiles[-1])
+
+
+def efficiency(rows: int, outputs: int, channels: int, tile: Tile, units: int) -> float:
+    """Share of the matrix units' work that is not filling: of tiles, of taps, of the last wave."""
+    count = tile.count(rows, outputs)
+    padded = -(-channels // TAP_CHANNELS) * TAP_CHANNELS
+    filled = rows * outputs / (count * tile.rows * tile.outputs) * channels / padded
+    waves = -(-count // units)
+    return filled * count / (waves * units)
