@@ -334,7 +334,8 @@ def test_what_a_preset_leaves_in_float_is_listed_with_its_name(qncd):
         (("--presets", "qncd+filter"), "unknown +filter (known: none, runtime"),
         (("--presets", ""), "no row is named"),
         (("--bits", "w4a8,4x8"), "--bits 4x8"),
-        (("--bits", "w4a16"), "2 to 8 bits"),
+        (("--bits", "w4a16"), "--bits w4a32"),
+        (("--bits", "w4a9"), "2 to 8 bits"),
         (("--set", "quantization.wieghts=3"), "did you mean"),
     ],
 )

@@ -91,6 +91,23 @@ def test_output_has_the_input_dtype():
     assert q(torch.zeros(LAYERS[0][1], dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("weight_bits", [4, 8, 32])
+def test_half_a_model_keeps_the_layers_scales(weight_bits):
+    """model.half() and the like: the layer's tensors keep their types, its outputs follow the
+    input."""
+    q, _ = quantized(LAYERS[3][0], torch.rand(6) + 0.5, weight_bits)
+    x = torch.randn(LAYERS[3][1]).half()
+    before, expected = {name: b.clone() for name, b in q.named_buffers()}, q(x)
+    model = nn.Sequential(q, nn.Linear(5, 2)).half()
+    assert model[1].weight.dtype == torch.float16
+    for name, buffer in q.named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name])
+    assert torch.equal(q(x), expected)
+    assert model(x).dtype == torch.float16
+    assert {buffer.device.type for buffer in q.to("meta").buffers()} == {"meta"}
+
+
 def test_a_cached_layer_is_evaluated_once_per_timestep():
     calls = []
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from ..errors import ConfigError
 from ..spec import FLOAT_BITS, Widths
 
 FULL_PRECISION = "fp"
+WEIGHT_ONLY = re.compile(r"w([2-8])a16")
+"""What elsewhere means quantized weights and inputs in 16-bit floating point."""
 
 
 def parse_widths(text: str) -> Widths | None:
@@ -15,6 +19,13 @@ def parse_widths(text: str) -> Widths | None:
     try:
         return Widths.parse(text)
     except ValueError as error:
+        if match := WEIGHT_ONLY.fullmatch(text.lower()):
+            raise ConfigError(
+                f"--bits {text}: inputs of 16 bits are integers of two bytes here, set by "
+                f"quantization.activations.bits",
+                f"for inputs of layers in floating point: --bits w{match[1]}a{FLOAT_BITS}; "
+                "attention's operands have bits of their own, quantization.attention",
+            ) from error
         raise ConfigError(
             f"--bits {text}: expected widths like w4a8, or {FULL_PRECISION}",
             f"2 to 8 bits, or {FLOAT_BITS} for floating point",

@@ -48,6 +48,19 @@ class SteppedModule(nn.Module):
         if table is not None:
             self.tables.append(name)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> SteppedModule:
+        """What moves a module or changes its type moves this one; its tensors keep their types.
+
+        Scales in 16 bits are other scales, those of another quantization.
+        """
+        before = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
     def now(self, name: str) -> Tensor:
         """The row of a table that holds at the current timestep group."""
         if self.step.traced is not None:

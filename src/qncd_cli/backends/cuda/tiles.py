@@ -2,7 +2,7 @@
 
 Chosen by arithmetic, not by a clock: no GPU has timed them yet. Each is compiled ahead of time for
 every architecture in ARCHITECTURES, and its registers, shared memory and spills are looked at
-(tests/backends/cuda/test_compiled.py, scripts/gpu_kernels.py).
+(scripts/gpu_kernels.py and its tests).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Tile:
         return -(-rows // self.rows) * -(-outputs // self.outputs)
 
 
-INT8 = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 3))
-PACKED = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3))
+INT8 = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3))
+PACKED = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3))
 FLAT = Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 3)
 """For results of a few rows, as of the embedding of a timestep: int8 and packed."""
 QUANTIZE_TILES = ((64, 64), (16, 256))
