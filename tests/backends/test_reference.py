@@ -27,3 +27,9 @@ def test_autocast_does_not_round_integer_sums(original, shape, bits, dtype):
         output = simulate(layer, x)
     assert output.dtype == torch.float32
     assert torch.equal(output, expected)
+
+
+def test_shapes_can_be_simulated_without_numbers():
+    """--plan runs layers on the meta device, which knows no autocast."""
+    layer = layer_of(nn.Linear(6, 5), 8, 32).to("meta")
+    assert simulate(layer, torch.empty(3, 6, device="meta")).shape == (3, 5)

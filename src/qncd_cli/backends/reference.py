@@ -73,8 +73,9 @@ def simulate_with(
 
 def _apply(layer: QuantizedLayer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product in the type of x and weight, autocast or not: 16 bits would round the sums."""
-    if torch.is_autocast_enabled(x.device.type):
-        with torch.autocast(x.device.type, enabled=False):
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
             return _apply(layer, x, weight, bias)
     if layer.is_conv:
         return F.conv2d(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -90,6 +90,8 @@ def test_residual_and_the_next_layers_codes(original, shape, weight_bits, dtype)
     added = launch.product(*operands, **order, residual=residual)
     assert added.dtype == dtype
     assert torch.equal(added, rows + residual)
+    apart = torch.stack([residual, residual], -1)[..., 0]  # not in line in memory
+    assert torch.equal(launch.product(*operands, **order, residual=apart), added)
     for factor, shift in [
         (None, None),
         (

@@ -8,9 +8,11 @@ from conftest import Qncd
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from qncd_cli.backends import base
 from qncd_cli.backends.cuda import layers
+from qncd_cli.backends.onednn import input_scale_first
 from qncd_cli.backends.reference import simulate
 from qncd_cli.errors import BackendUnavailable
 from qncd_cli.models.loading import load_model
@@ -225,6 +227,36 @@ def test_a_whole_denoiser_has_the_bits_of_the_simulation(sampled_shallow):
     for prediction, expected in zip(*predictions, strict=True):
         assert prediction.std() > 0.01
         assert torch.equal(prediction, expected)
+
+
+def on_fake_gpu(tensor: torch.Tensor) -> torch.Tensor:
+    form = tensor.shape, tensor.stride()
+    return torch.empty_strided(*form, dtype=tensor.dtype, device="cuda")
+
+
+def test_a_denoiser_on_a_gpu_leaves_it_nowhere(sampled_shallow):
+    """On a fake CUDA device, where an operator that mixes devices is an error: layers, attention,
+    norms and cached embeddings; the prediction alone comes back."""
+    model = load_model(str(sampled_shallow.parent / "model"))
+    artifact = artifacts.read(sampled_shallow / "runs/tiny/quantized.safetensors", "quantized")
+    denoiser = quantized_denoiser(model, artifact, layers.NAME, True)
+    with torch.no_grad():
+        condition = model.condition(model.labels([0, 1], "all"))
+    input_scale_first()  # tries a product on this machine's CPU
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for module in denoiser.module.modules():
+            for name, tensor in [*module.named_parameters(recurse=False)]:
+                fake = nn.Parameter(on_fake_gpu(tensor), requires_grad=False)
+                module.register_parameter(name, fake)
+            for name, tensor in [*module.named_buffers(recurse=False)]:
+                module.register_buffer(name, on_fake_gpu(tensor))
+        denoiser._device = torch.device("cuda", 0)
+        inputs = {name: on_fake_gpu(tensor) for name, tensor in condition.items()}
+        prediction = denoiser(torch.empty(2, *model.latent_shape), 500.0, inputs)
+    found = [m for m in denoiser.module.modules() if isinstance(m, QuantizedLayer)]
+    assert all(layer.prepared[layers.KERNEL][0].codes.is_cuda for layer in found)
+    assert prediction.shape == (2, *model.latent_shape)
+    assert prediction.device.type == "cpu"
 
 
 # ---- what it cannot do --------------------------------------------------------------------------

@@ -221,7 +221,8 @@ def product(
     high bytes. before: float32, the product is added to it; residual: is added to the output in
     dtype; following: the output is that layer's codes, int8.
     """
-    outputs = weight.shape[0]
+    codes, outputs = codes.contiguous(), weight.shape[0]
+    residual = None if residual is None else residual.contiguous()
     shape = output_shape(codes.shape, outputs, geometry)
     out = codes.new_empty(shape, dtype=torch.int8 if following is not None else dtype)
     rows = out.numel() // outputs
