@@ -14,14 +14,15 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from qncd_cli import machine
 from qncd_cli.backends import int8
 from qncd_cli.config.loading import parse_config
+from qncd_cli.errors import BackendUnavailable
 from qncd_cli.forecast import memory
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import weight_layers
 from qncd_cli.progress import no_progress
 from qncd_cli.ptq import noise
-from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.runtime.denoiser import quantized_denoiser
+from qncd_cli.quant.layers import QuantizedLayer, StepState
+from qncd_cli.runtime.denoiser import Denoiser, quantized_denoiser
 from qncd_cli.stages import calibrate, quantize
 
 FEW = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 2}
@@ -147,3 +148,18 @@ def test_in_place_the_models_weights_are_let_go(made, tiny_model):
     gc.collect()
     assert [weight() for weight in weights] == [None] * len(weights)
     assert torch.equal(quantized(*rows_of(model)), expected)
+
+
+# ---- a device that is full ----------------------------------------------------------------------
+
+
+def test_a_full_device_is_one_line():
+    class Full(torch.nn.Linear):
+        def forward(self, x, t):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
+
+    denoiser = Denoiser(Full(1, 1), StepState())
+    with pytest.raises(BackendUnavailable, match="cpu has too little memory .* 3 rows") as caught:
+        denoiser(torch.zeros(3, 1), 0.0, {})
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 6

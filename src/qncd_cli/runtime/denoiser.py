@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..backends.base import Backend, get_backend
 from ..config.schema import Config
-from ..errors import ArtifactError, ModelError
+from ..errors import ArtifactError, BackendUnavailable, ModelError
 from ..models.loading import DiffusionModel
 from ..models.topology import LayerCost, count_macs, replace_module, time_layers, weight_layers
 from ..quant.attention import AttentionProducts
@@ -39,7 +39,10 @@ class Denoiser:
         self._dtype, self._device = parameter.dtype, parameter.device
 
     def __call__(self, x: Tensor, t: Tensor | float, condition: Mapping[str, Tensor]) -> Tensor:
-        """Noise prediction [N, ...] float32 on the CPU for model input x at timestep t."""
+        """Noise prediction [N, ...] float32 on the CPU for model input x at timestep t.
+
+        Raises BackendUnavailable where the device's memory does not suffice.
+        """
         self.step.timestep = float(t)
         self.step.group = timestep_group(self.step.timestep, self.group_bounds)
         self.calls += 1
@@ -47,7 +50,13 @@ class Denoiser:
             x, condition = self.in_own_dtype(x, condition)
             x = x.to(self._device)
             t = torch.as_tensor(t, device=self._device).expand(len(x))
-            return self._predict(x, t, condition).float().cpu()
+            try:
+                return self._predict(x, t, condition).float().cpu()
+            except torch.OutOfMemoryError as error:
+                raise BackendUnavailable(
+                    f"{self._device} has too little memory for a call of {len(x)} rows",
+                    "fewer samples at once (--batch-size, calibration.batch_size), or --device cpu",
+                ) from error
 
     def in_own_dtype(
         self, x: Tensor, condition: Mapping[str, Tensor]

@@ -179,7 +179,7 @@ def _or(operand: Tensor | None, other: Tensor) -> Tensor:
 
 
 def output_shape(codes: Sequence[int], outputs: int, geometry: Sequence[int]) -> list[int]:
-    """Of the product of codes [N, H, W, C] or, without a geometry, [..., C].
+    """Shape of the product of codes [N, H, W, C] or, without a geometry, [..., C].
 
     geometry: height and width of the kernel, stride, padding and dilation, each in both
     directions.

@@ -27,7 +27,7 @@ INTERPRET = "TRITON_INTERPRET"
 LARGEST_SUM = 2**31
 """Sums are int32."""
 LARGEST_PRODUCT = 255 * 127
-"""Of an input's code less its zero-point and a weight."""
+"""Largest product of an input's code less its zero-point and a weight."""
 
 
 def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
