@@ -17,7 +17,7 @@ from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
 from qncd_cli.progress import no_progress
-from qncd_cli.ptq import bit_budget, extra_bits, hessians, layer, probes, step_weights
+from qncd_cli.ptq import bit_budget, hessians, layer, probes, sensitivity, step_weights
 from qncd_cli.ptq.cost import DenoiserCall
 from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import plan_layers
@@ -95,9 +95,10 @@ def test_hessians_and_sensitivity_take_as_many_rows_as_they_say(tiny_model):
     vectors = hessians.cost(config, plans, call).macs - sum(rows) * call.macs
     assert 0 < vectors <= sum(hessians.wanted_rows(p) * p.in_features**2 for p in plans)
     with rows_of_calls(model) as rows:
-        extra_bits.sensitivity(job)
-    backward = 1 + extra_bits.BACKWARD * extra_bits.PROJECTIONS
-    assert extra_bits.cost(plans, call).macs == sum(rows) * call.macs * backward
+        sensitivity.sensitivity(job)
+    backward = 1 + sensitivity.BACKWARD * sensitivity.PROJECTIONS
+    passes = rows[0] + sum(rows[1:]) * backward
+    assert sensitivity.cost(plans, call).macs == passes * call.macs
     with rows_of_calls(model) as rows:
         step_weights.step_weights(config, model, calibration)
     backward = 1 + step_weights.BACKWARD * step_weights.DIRECTIONS

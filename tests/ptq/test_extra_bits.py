@@ -16,9 +16,11 @@ from qncd_cli.config.loading import load_config, parse_config
 from qncd_cli.config.schema import Config
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
-from qncd_cli.ptq.extra_bits import ROWS_PER_STEP, Sensitivity, refine, sensitivity, spend
+from qncd_cli.ptq import sensitivity as sensitivities
+from qncd_cli.ptq.extra_bits import refine, spend
 from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import LayerPlan, plan_layers
+from qncd_cli.ptq.sensitivity import ROWS_PER_STEP, Sensitivity, sensitivity
 from qncd_cli.ptq.smoothing_choice import Factors, factors_of
 from qncd_cli.quant.affine import QParams, fake_quantize
 from qncd_cli.quant.rounding import round_nearest
@@ -176,6 +178,16 @@ def test_the_estimate_is_repeatable_and_leaves_no_trace(calibrated, estimated):
     assert all(torch.equal(now.state_dict()[k], v) for k, v in fresh.items())
     assert not any(p.requires_grad or p.grad is not None for p in now.parameters())
     assert not any(m._forward_pre_hooks for m in now.modules())
+
+
+def test_large_models_take_rows_one_by_one_and_hold_no_errors(calibrated, estimated, monkeypatch):
+    monkeypatch.setattr(sensitivities, "AT_ONCE", 1)
+    monkeypatch.setattr(sensitivities, "HELD", 0)
+    found = calibrated.estimate()
+    for name, value in estimated.weights.items():
+        assert found.weights[name] == pytest.approx(value, rel=1e-4, abs=1e-15), name
+    for name, value in estimated.inputs.items():  # of 16 bits, codes follow the last bits of sums
+        assert found.inputs[name] == pytest.approx(value, rel=0.05, abs=1e-15), name
 
 
 def test_an_error_leaves_no_trace_either(calibrated):

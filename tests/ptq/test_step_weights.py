@@ -13,12 +13,12 @@ from conftest import tiny_config
 from qncd_cli.config.loading import parse_config
 from qncd_cli.correction.offline import OfflineCorrection
 from qncd_cli.models.loading import load_model
-from qncd_cli.ptq.extra_bits import sensitivity
 from qncd_cli.ptq.hessians import collect_hessians
 from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import LayerPlan, plan_layers
 from qncd_cli.ptq.output_ranges import LayerOutput
 from qncd_cli.ptq.probes import Probe
+from qncd_cli.ptq.sensitivity import sensitivity
 from qncd_cli.ptq.step_weights import found_step_weights, step_weights
 from qncd_cli.quant.observers import RangeObserver
 from qncd_cli.quant.smoothing import IDENTITY

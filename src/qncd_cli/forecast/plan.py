@@ -5,6 +5,7 @@ Everything follows from shapes: the denoiser is on the meta device, no weight is
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from . import activations, artifacts, memory
 from .memory import Foreseen
 from .partial import partial_bytes
 from .shapes import DENOISERS, Shapes
-from .work import measured_rates
+from .work import Clock, measured_rates
 
 SHEET_SCALE = 2  # of the contact sheet's pixels, per side
 
@@ -44,7 +45,7 @@ class Request:
 
     sampling: the configuration that samples are drawn with, count of them in batches (None: of the
     default size); run_dir: where all is written; imports: bytes of this process before it did
-    anything.
+    anything; clock: of the rates that are measured.
     """
 
     stages: tuple[str, ...]
@@ -54,6 +55,7 @@ class Request:
     backend: str
     run_dir: Path
     imports: int
+    clock: Clock = time.perf_counter
 
 
 def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
@@ -199,7 +201,7 @@ def _stages(
         "quantize": memory.quantize_phases(shapes, held, sizes, costs["quantize"]),
         "sample": memory.sample_phases(shapes, rest, sizes, weights, costs["sample"]),
     }
-    rates = measured_rates()
+    rates = measured_rates(request.clock)
     kept = partial_bytes(config, shapes, steps, costs, disk)
     started = request.imports + round(memory.KERNELS)
     mapped = dict.fromkeys(phases, memory.mapped(shapes))
@@ -220,6 +222,7 @@ def _stages(
                 "phases": {phase: started + round(size) for phase, size in found.items()},
                 "macs": round(sum(cost.macs for cost in costs[name].values())),
                 "seconds": rates.seconds(costs[name].values()),
+                "parts": {part: rates.seconds([cost]) for part, cost in costs[name].items()},
                 "partial_bytes": kept[name],
                 "disk_bytes": disk[name] + kept[name] + sum(c.disk for c in costs[name].values()),
             }

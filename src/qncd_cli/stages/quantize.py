@@ -23,19 +23,21 @@ from ..ptq import (
     output_ranges,
     reconstruct,
     reuse,
+    sensitivity,
     step_weights,
 )
 from ..ptq.attention import quantize_attention
 from ..ptq.bit_budget import BitAssignment, assign_bits
 from ..ptq.cost import Cost, DenoiserCall
 from ..ptq.coverage import coverage
-from ..ptq.extra_bits import Sensitivity, refine
+from ..ptq.extra_bits import refine
 from ..ptq.hessians import with_hessians
 from ..ptq.job import QuantizationJob
 from ..ptq.layer import correct_bias, quantize_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
 from ..ptq.output_ranges import LayerOutput, judged_by_output
 from ..ptq.probes import PROBE_CALLS, collect_probes
+from ..ptq.sensitivity import Sensitivity
 from ..ptq.smoothing_choice import factors_of
 from ..ptq.step_weights import found_step_weights
 from ..quant.affine import QParams, choose_qparams
@@ -152,7 +154,7 @@ def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, 
     if weights.budget is not None:
         found["assigning bits"] = bit_budget.cost(rounded, call)
     if extra_bits.spends(config):
-        found["sensitivity"] = extra_bits.cost(rounded, call)
+        found["sensitivity"] = sensitivity.cost(rounded, call)
     if judged := judged_by_output(config, plans):
         found["activation ranges"] = output_ranges.cost(config, judged, call)
     found[ROUNDING] = layer.cost(rounded)

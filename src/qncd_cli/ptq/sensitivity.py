@@ -1,0 +1,270 @@
+"""Sensitivity: what rounding each layer's inputs and weight does to the guided prediction.
+
+Memory is that of one pass back of a few rows: the gradient of a layer is used when it comes and
+given up, and rounding errors of large models are computed again at every pass.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.topology import capture_inputs
+from ..progress import Tick, Track, counted, no_progress
+from ..quant.affine import QParams, choose_qparams, fake_quantize
+from ..quant.observers import choose_range
+from ..quant.rounding import weight_qparams
+from ..runtime.denoiser import timestep_group
+from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, activation_spec, weight_spec
+from ..store.partial import Partial, Piece
+from .cost import HEADROOM, Cost, DenoiserCall
+from .gradients import Remembered, gradients, other_leaves, own_inputs
+from .job import QuantizationJob
+from .layer_plan import LayerPlan, range_observer
+from .step_weights import predicted
+
+ROWS_PER_STEP = 4
+STEPS = 8
+PROJECTIONS = 4
+"""Random directions of the output that are looked at per calibration row."""
+BACKWARD = 2.0
+"""Time of a backward pass over that of a forward one."""
+AT_ONCE = 1 << 26
+"""Elements that layers read in one pass: what it keeps for the way back is a few times as much. A
+larger value takes more memory, where four rows of a model have more."""
+HELD = 1 << 28
+"""Bytes of rounding errors that are held between passes, of weights and of inputs each; the others
+are computed again. A larger value: less time for models that are larger."""
+SUMS = "sensitivity "
+"""Beginning of a name in partial results; the number of timesteps that the sums hold follows."""
+SCALES = "scales "
+"""Beginning of a name in partial results; that of the layer follows."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Relative squared error of the guided prediction, by layer, that rounding makes in its
+    inputs and in its weight."""
+
+    inputs: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity:
+    """What rounding each layer's inputs and weight does to the guided prediction.
+
+    To first order the error is J e, J the Jacobian of the prediction and e the rounding error
+    (nearest, for weights); E[(v J e)^2] = ||J e||^2 over random v (Hutchinson), and one backward
+    pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows. With
+    step weights an error is relative to the mean prediction of all steps, and counts as its step.
+    """
+    calibration, plans = job.calibration, job.plans
+    timestep = calibration.tensors["inputs.timestep"]
+    times = sorted(set(timestep.tolist()), reverse=True)
+    picked = sorted({times[round(i * (len(times) - 1) / (STEPS - 1))] for i in range(STEPS)})
+    generator = torch.Generator().manual_seed(0)
+    result = Sensitivity(*({p.name: 0.0 for p in plans} for _ in range(2)))
+    done = _go_on(job.partial, len(picked), result, generator)
+    if done == len(picked):
+        return result
+    roundings, scales = {}, {}
+    for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
+        roundings[p.name] = _InputError(job, p)
+        scales[p.name] = _weight_scales(job, p)
+    differences = Remembered(HELD, {p.name: partial(_weight_error, job, p, scales) for p in plans})
+    weights = {p.name: p.layer.weight for p in plans}
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        at_once = rows_at_once(_elements(job))
+        passes = PROJECTIONS * len(picked[done:]) * -(-ROWS_PER_STEP // at_once)
+        for t, tick in counted(track, picked[done:], "measuring sensitivity", passes, "passes"):
+            rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
+            shape = calibration.tensors["inputs.prediction"][rows].shape
+            drawn = [torch.randn(shape, generator=generator) for _ in range(PROJECTIONS)]
+            count = PROJECTIONS * len(picked) * len(rows)
+            products = [dict.fromkeys(weights, 0.0) for _ in drawn]
+
+            def of_input(name: str, found: Tensor, count: int = count) -> None:
+                result.inputs[name] += float(found.square().sum()) / count
+
+            def of_weight(i: int, name: str, grad: Tensor, sums: Any = products) -> None:
+                sums[i][name] += float((grad * differences[name]).double().sum())
+
+            parts = zip(*(v.split(at_once) for v in drawn), strict=True)
+            for part, directions in zip(rows.split(at_once), parts, strict=True):
+                _pass_back(job, t, part, directions, roundings, of_input, of_weight, tick)
+            for found in products:
+                for name, product in found.items():
+                    result.weights[name] += product**2 / count
+            done += 1
+            job.partial.keep(f"{SUMS}{done}", _sums(result, generator))
+    finally:
+        for weight in weights.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+    return result
+
+
+def _pass_back(
+    job: QuantizationJob,
+    t: float,
+    rows: Tensor,
+    directions: Sequence[Tensor],
+    roundings: Mapping[str, _InputError],
+    of_input: Callable[[str, Tensor], None],
+    of_weight: Callable[[int, str, Tensor], None],
+    tick: Tick,
+) -> None:
+    """Go through the denoiser once with calibration rows at timestep t, and back along directions.
+
+    of_input: receives what a layer's rounded inputs do to each row, double; of_weight: the number
+    of a direction and the gradient of a layer's weight.
+    """
+    calibration, model = job.calibration.tensors, job.model
+    weights = {plan.name: plan.layer.weight for plan in job.plans}
+    with torch.enable_grad(), own_inputs(model.denoiser, list(roundings)) as inputs:
+        x = calibration["inputs.x"][rows].to(model.device, model.dtype)
+        labels = calibration["inputs.class"][rows]
+        prediction = predicted(job.config, model, x.requires_grad_(True), labels, t)
+    norm = _norm(job, prediction.detach(), t)
+    errors = Remembered(HELD, {n: partial(roundings[n], y.detach(), t) for n, y in inputs.items()})
+
+    def along_input(name: str, grad: Tensor) -> None:
+        product = (grad * errors[name]).double().flatten(1).sum(1)
+        of_input(name, product.reshape(-1, len(rows)).sum(0))  # null and class branch
+
+    others = {str(i): leaf for i, leaf in enumerate(other_leaves(prediction, weights))}
+    for i, v in enumerate(directions):
+        with (
+            gradients(inputs, along_input),
+            gradients(weights, partial(of_weight, i)),
+            gradients(others, lambda name, grad: None),
+        ):
+            more = i + 1 < len(directions)
+            prediction.backward(v.to(prediction) / norm, retain_graph=more)
+        tick()
+
+
+def rows_at_once(elements: int) -> int:
+    """Calibration rows that go through the denoiser together. elements: that its layers read of
+    one, guidance counted; the rows of a model are the same on every machine."""
+    return max(1, min(ROWS_PER_STEP, AT_ONCE // max(1, elements)))
+
+
+def _elements(job: QuantizationJob) -> int:
+    """What the layers read of one calibration row."""
+    sizes: dict[str, int] = {}
+
+    def receive(name: str, x: Tensor) -> None:
+        sizes[name] = x.numel()
+
+    inputs = job.calibration.tensors
+    with torch.no_grad(), capture_inputs(job.model.denoiser, [p.name for p in job.plans], receive):
+        x = inputs["inputs.x"][:1].to(job.model.device, job.model.dtype)
+        t = float(inputs["inputs.timestep"][0])
+        predicted(job.config, job.model, x, inputs["inputs.class"][:1], t)
+    return sum(sizes.values())
+
+
+def _sums(so_far: Sensitivity, generator: torch.Generator) -> Piece:
+    """What is known after some timesteps, and what is to be drawn next."""
+    sums = {
+        "inputs": torch.tensor([*so_far.inputs.values()], dtype=torch.float64),
+        "weights": torch.tensor([*so_far.weights.values()], dtype=torch.float64),
+    }
+    return Piece(tensors={**sums, "generator": generator.get_state()})
+
+
+def _go_on(kept: Partial, most: int, result: Sensitivity, generator: torch.Generator) -> int:
+    """Bring result and generator to where an earlier process was; how many timesteps that were."""
+    for done in range(most, 0, -1):
+        found = kept.take(f"{SUMS}{done}")
+        if found is None:
+            continue
+        for name, table in (("inputs", result.inputs), ("weights", result.weights)):
+            table.update(zip(table, found.tensors[name].tolist(), strict=True))
+        generator.set_state(found.tensors["generator"])
+        return done
+    return 0
+
+
+def _weight_scales(job: QuantizationJob, plan: LayerPlan) -> QParams | None:
+    """Scales of a layer's weight with smoothing folded in; None where it stays float."""
+    if plan.weight_bits == FLOAT_BITS:
+        return None
+
+    def search() -> Piece:
+        weight = job.factor(plan.name).fold(plan.layer.weight.detach().float().cpu())
+        return Piece(tensors=weight_qparams(weight, weight_spec(plan.weight_bits))._asdict())
+
+    return QParams(**job.partial.piece(f"{SCALES}{plan.name}", search).tensors)
+
+
+def _weight_error(
+    job: QuantizationJob, plan: LayerPlan, scales: Mapping[str, QParams | None]
+) -> Tensor:
+    """What nearest rounding adds to a layer's weight, smoothing taken out again."""
+    qparams = scales[plan.name]
+    if qparams is None:
+        return torch.zeros_like(plan.layer.weight)
+    factor, spec = job.factor(plan.name), weight_spec(plan.weight_bits)
+    weight = factor.fold(plan.layer.weight.detach().float().cpu())
+    error = fake_quantize(weight, qparams, spec) - weight
+    return factor.unfold(error).to(plan.layer.weight)
+
+
+def _norm(job: QuantizationJob, prediction: Tensor, t: float) -> Tensor:
+    """What an error of each row is relative to, [n, 1, ...]."""
+    norm = prediction.flatten(1).norm(dim=1).clamp(min=1e-15)
+    if job.step_weights:
+        all_rows = job.calibration.tensors["inputs.prediction"].flatten(1)
+        mean = float(all_rows.norm(dim=1).square().mean().sqrt())
+        norm = torch.full_like(norm, max(mean, 1e-15) / math.sqrt(max(job.step_weight(t), 1e-15)))
+    return norm.reshape(-1, *[1] * (prediction.ndim - 1))
+
+
+class _InputError:
+    """(input of a layer, timestep) -> rounding error of that input, in its own units."""
+
+    def __init__(self, job: QuantizationJob, plan: LayerPlan):
+        self.plan, self.factor = plan, job.factor(plan.name)
+        self.bounds = job.group_bounds
+        self.spec = activation_spec(min(plan.activation_bits, MAX_ACTIVATION_BITS))
+        self.exact = plan.activation_bits == FLOAT_BITS
+        percentile = job.config.quantization.activations.percentile
+        ends = choose_range(
+            job.observed(plan.name), range_observer(plan.observer), self.spec, percentile
+        )
+        self.qparams = choose_qparams(*ends, self.spec)
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        if self.exact:
+            return torch.zeros_like(x)
+        group = timestep_group(t, self.bounds)
+        at_group = QParams(*(part.to(x.device) for part in self.qparams.at(group)))
+        axis = self.plan.channel_axis
+        y = self.factor.apply(x.float(), axis)
+        error = fake_quantize(y, at_group, self.spec) - y
+        return self.factor.scaled_back(error, axis).to(x.dtype)
+
+
+def cost(plans: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """One call to see what rows take, and for each timestep a pass forward and PROJECTIONS back.
+
+    plans: of quantized weights.
+    """
+    weights = [p.layer.weight.nbytes for p in plans]
+    elements = call.copies * sum(call.inputs.get(p.name, 0) for p in plans)
+    rows = call.copies * rows_at_once(elements)
+    errors = min(HELD, sum(weights)) + min(HELD, 4 * rows_at_once(elements) * elements)
+    gradients = 4 * max(weights, default=0)  # of one layer at a time, its weight, error and product
+    passes = ROWS_PER_STEP * min(STEPS, call.steps) * (1 + BACKWARD * PROJECTIONS)
+    macs = call.copies * call.macs * (1 + passes)
+    return Cost(errors + gradients + rows * call.graph * HEADROOM, macs)
