@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from .models.call_signature import training_timestep
 from .models.pipelines import CLASS_CONDITIONAL
 from .quant.layers import CachedTimestepLayer, SteppedModule, StepState
 from .quant.packing import narrowed
-from .runtime.denoiser import install, install_time_cache, timestep_group
+from .runtime.denoiser import compute_with, install, install_time_cache, timestep_group
 from .store import artifacts
 from .store.artifacts import Artifact
 
@@ -70,6 +71,7 @@ class QncdQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.artifact: Artifact | None = None
         self.step = StepState()
+        self.device = torch.device("cpu")  # that the backend was chosen for
         self.own: set[str] = set()  # names of what the artifact brought into the model
         self.attention: dict[str, nn.Module] = {}  # processors of quantized attention by module
         self.moved: dict[str, str] = {}  # names of tensors that wrapping gave another name: theirs
@@ -127,10 +129,20 @@ class QncdQuantizer(DiffusersQuantizer):
             for part in model.get_submodule(f"{name}.original").state_dict()
         }
         model.register_forward_pre_hook(self._follow, with_kwargs=True)
+        _keep_from_compiling(model)
 
+    def compute_on(self, model: nn.Module, device: torch.device) -> None:
+        """Choose the backend anew where the model was moved. Raises BackendUnavailable."""
+        if device.type != self.device.type:
+            compute_with(model, get_backend(self.quantization_config.backend, device))
+            self.device = device
+
+    @torch.compiler.disable
     def _follow(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Tell the layers which timestep a call is at."""
+        """Tell the layers which timestep a call is at, and where."""
         assert self.artifact is not None
+        given = (*args, *kwargs.values())
+        self.compute_on(model, next(x for x in given if isinstance(x, torch.Tensor)).device)
         for name, processor in self.attention.items():
             if model.get_submodule(name).processor is not processor:
                 raise _undone(name)
@@ -149,6 +161,12 @@ class QncdQuantizer(DiffusersQuantizer):
         The former take 16 bits where these are exact.
         """
         assert self.artifact is not None
+        away = [name for name, tensor in state_dict.items() if tensor.is_meta]
+        if away:
+            raise ModelError(
+                f"{len(away)} tensors of the denoiser are offloaded (first: {away[0]})",
+                "save the pipeline before it is offloaded, or call remove_all_hooks()",
+            )
         kept = {
             self.moved.get(n, n): narrowed(t) for n, t in state_dict.items() if n not in self.own
         }
@@ -162,6 +180,27 @@ class QncdQuantizer(DiffusersQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+@torch.compiler.disable
+def _eagerly(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(model).forward(model, *args, **kwargs)
+
+
+def _keep_from_compiling(model: Any) -> None:
+    """Let torch.compile leave the model as it is: layers that look at the timestep, and kernels of
+    oneDNN, are nothing that it can trace."""
+    model.forward = types.MethodType(_eagerly, model)
+    if hasattr(model, "compile_repeated_blocks"):
+        model.compile_repeated_blocks = _refuse_compiling
+
+
+def _refuse_compiling(*_: Any, **__: Any) -> None:
+    """In the place of a model's compile_repeated_blocks. Raises ModelError."""
+    raise ModelError(
+        "the blocks of a quantized denoiser cannot be compiled by torch.compile",
+        "qncd sample --compile makes one graph of it",
+    )
 
 
 def _keep_processor(name: str, own: nn.Module | None, processor: Any = None, **_: Any) -> None:

@@ -43,6 +43,21 @@ class QuantizedAttnProcessor(AttentionProducts):
         encoder_hidden_states: [N, K, C'], for cross-attention; attention_mask: [N, 1 or L, K],
         added to the scores, or boolean with True where attention is allowed.
         """
+        return self.forward(
+            lambda: attn, hidden_states, encoder_hidden_states, attention_mask, temb
+        )
+
+    def forward(
+        self,
+        held: Callable[[], Any],
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        temb: Tensor | None,
+    ) -> Tensor:
+        """The same; what offloads modules replaces it, and would move attn if it were an
+        argument."""
+        attn = held()
         x = hidden_states
         if attn.spatial_norm is not None:
             x = attn.spatial_norm(x, temb)
@@ -129,6 +144,19 @@ class JointProcessor(ABC):
     ) -> Any:
         """attn: the module; hidden_states [N, L, C] and encoder_hidden_states [N, T, C'], both
         attended to at once; what `inner` returns."""
+        return self.computed(
+            lambda: attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
+        )
+
+    def computed(
+        self,
+        held: Callable[[], Any],
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        image_rotary_emb: Any,
+    ) -> Any:
+        """The same."""
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "attention_mask": attention_mask,
@@ -136,7 +164,7 @@ class JointProcessor(ABC):
         }
         given = {name: value for name, value in given.items() if value is not None}
         with InsteadOfAttention(self.attend) as instead:
-            result = self.inner(attn, hidden_states, **given)
+            result = self.inner(held(), hidden_states, **given)
         if not instead.called:
             raise ModelError(
                 f"{type(self.inner).__name__} computes attention by another backend than torch's "
@@ -153,6 +181,14 @@ class QuantizedJointAttnProcessor(JointProcessor, AttentionProducts):
     def __init__(self, *products: Any, inner: Any):
         AttentionProducts.__init__(self, *products)
         self.inner = inner
+
+    def computed(self, *args: Any) -> Any:
+        """What `forward` gives, which is replaced where modules are offloaded."""
+        return self.forward(*args)
+
+    def forward(self, *args: Any) -> Any:
+        """The same."""
+        return JointProcessor.computed(self, *args)
 
     def attend(
         self,

@@ -173,6 +173,14 @@ class QuantizedLayer(SteppedModule):
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(self, x)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """What was prepared on another device goes when the layer is moved."""
+        before = self.weight.device
+        super()._apply(fn, recurse)
+        if self.weight.device != before:
+            self.prepared.clear()
+        return self
+
     def extra_repr(self) -> str:
         return f"W{self.weight_bits}A{self.activation_bits}, weight {list(self.weight_shape)}"
 
@@ -197,6 +205,12 @@ class CachedTimestepLayer(nn.Module):
         else:
             row = self._row(x, *args)
         return row.expand(x.shape[0], *row.shape[1:])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CachedTimestepLayer:
+        """Rows follow the layer."""
+        super()._apply(fn, recurse)
+        self._rows = {timestep: fn(row) for timestep, row in self._rows.items()}
+        return self
 
     def _row(self, x: Tensor, *args) -> Tensor:
         row = self._rows.get(self.step.timestep)
