@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qncd_cli.report.headline import BASELINE, head_table, speed_rows, verdict
+from qncd_cli.report.headline import BASELINE, head_table, speed_rows, verdict, way_out
 
 MADE = {"preset": None, "weights": 4, "activations": 8}
 FIDELITY = {"psnr_median_db": 32.394, "changed": 3}
@@ -30,6 +30,15 @@ FIDELITY = {"psnr_median_db": 32.394, "changed": 3}
 def test_the_verdict_leaves_out_what_was_not_measured(metrics, said) -> None:
     assert verdict(metrics, "m") == said
     assert verdict(metrics, "m", "2026-11-27") == f"{said[:-1]}; 2026-11-27."
+
+
+@pytest.mark.parametrize(
+    ("median", "advised"), [(24.9, True), (25.0, False), (200.0, False), (None, False)]
+)
+def test_images_far_from_full_precision_come_with_a_way_out(median, advised) -> None:
+    far = {"fidelity": {"psnr_median_db": median}, "quantization": MADE}
+    assert ("correction.intra=auto" in way_out(far)) == advised
+    assert not way_out({"fidelity": {"psnr_median_db": median}})  # images of full precision
 
 
 def test_the_verdict_of_a_preset() -> None:

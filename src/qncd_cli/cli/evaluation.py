@@ -11,7 +11,7 @@ from typing import Any
 
 from ..metrics.record import METRICS
 from ..metrics.rows import short_name
-from ..report.headline import head_table, verdict
+from ..report.headline import head_table, verdict, way_out
 from ..runs.evaluate import Evaluated
 from ..runs.evaluate import evaluate as evaluate_run
 from ..runs.measuring import Wishes, protocol_of_images, settle
@@ -87,6 +87,8 @@ def _show(console: Console, options: EvalOptions, done: Evaluated) -> None:
 
     def show() -> None:
         print(wrapped(verdict(metrics, short_name(done.model))))
+        if advice := way_out(metrics):
+            print(wrapped(advice))
         title = f"{metrics['protocol']['num_samples']} samples, same seeds"
         render(console, metrics, title, done.bench)
         if options.show:

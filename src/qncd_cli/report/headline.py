@@ -16,6 +16,8 @@ from ..vocabulary import IDENTICAL, IDENTICAL_DB, NUMBERS, cell, heading, interv
 BASELINE = "float32-eager"
 """The bench's row of full precision."""
 SPEED = ("seconds_per_call", "speedup")
+FAR_DB = 25.0
+"""Median PSNR below which many images are others than full precision's."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,19 @@ def verdict(metrics: Mapping[str, Any], model: str, date: str = "") -> str:
         facts.append(f"{changed} of {count} images changed")
     text = " ".join(words) + (f": {', '.join(facts)}" if facts else "")
     return f"{text}; {date}." if date else f"{text}."
+
+
+def way_out(metrics: Mapping[str, Any]) -> str:
+    """What to try where the images are far from full precision's; empty where they are not."""
+    median = _mapping(metrics.get("fidelity")).get("psnr_median_db")
+    made = _mapping(metrics.get("quantization"))
+    if not made or median is None or median >= FAR_DB:
+        return ""
+    return (
+        f"A median PSNR below {FAR_DB:g} dB: many images are others than full precision's. Try "
+        "--set correction.intra=auto (a few channels of some models are far wider than the rest), "
+        "or more bits."
+    )
 
 
 def head_table(
