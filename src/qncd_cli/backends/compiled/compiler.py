@@ -35,15 +35,34 @@ def compiling(folder: Path) -> Iterator[None]:
                 until_the_end = ExitStack()
                 os.environ[CACHE] = str(_private_folder(until_the_end, folder))
                 atexit.register(until_the_end.close)
+            _settle_headers(os.environ[CACHE])
         except OSError as error:
             raise ArtifactError(
                 f"{folder}: cannot be written: {error.strerror or error}",
                 "is there space, and may you write there?",
             ) from error
-        before, tempfile.tempdir = tempfile.tempdir, str(place)
-        block.callback(setattr, tempfile, "tempdir", before)
-        block.enter_context(environment("TMPDIR", str(place)))
+        block.enter_context(_temporaries_in(str(place)))
         yield
+
+
+def _settle_headers(folder: str) -> None:
+    """Have torch keep its compiled headers in a folder that outlasts the block.
+
+    It takes the temporary folder of the moment in which this module is imported first, and keeps
+    the headers' paths until the process ends: a second compilation would look for them in vain.
+    """
+    with _temporaries_in(folder):
+        import torch._inductor.codecache  # noqa: F401
+
+
+@contextmanager
+def _temporaries_in(folder: str) -> Iterator[None]:
+    before, tempfile.tempdir = tempfile.tempdir, folder
+    try:
+        with environment("TMPDIR", folder):
+            yield
+    finally:
+        tempfile.tempdir = before
 
 
 def _private_folder(block: ExitStack, folder: Path) -> Path:
