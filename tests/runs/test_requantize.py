@@ -12,8 +12,10 @@ from diffusers_pipelines import save
 from safetensors.torch import save_file
 from torch import nn
 
+from qncd_cli.errors import ConfigError
 from qncd_cli.quant.affine import QParams, dequantize
 from qncd_cli.quant.packing import unpack
+from qncd_cli.runs.requantize import requantize
 from qncd_cli.spec import weight_spec
 from qncd_cli.store import artifacts
 from qncd_cli.store.artifacts import tensors_by_module
@@ -169,3 +171,9 @@ def test_learnt_roundings_are_refused(quantized):
     )
     assert refused.exit_code == 3
     assert "look beyond a layer's weight" in refused.stderr
+
+
+def test_several_processes_would_write_one_run(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        requantize(["one.safetensors"])

@@ -25,12 +25,12 @@ from ..errors import ArtifactError
 from ..metrics.tensor import psnr_db
 from ..models.loading import DiffusionModel
 from ..models.topology import replace_module, weight_layers
-from ..progress import Track, counted
+from ..progress import Track
 from ..quant.layers import QuantizedLayer, StepState
-from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser, full_denoiser, quantized_denoiser
 from ..store.artifacts import Artifact
 from ..store.files import replacing
+from . import agreement
 from .comfyui_layers import FLOAT, INT8, W4A8, Held, bias_of, by_rows, held, joined, swapped
 from .comfyui_names import PREFIX, Place, known_sizes, places
 
@@ -75,8 +75,8 @@ def run(
     state = model.denoiser.state_dict()
     tensors = _tensors(there, weights, layers, state)
     read = _as_read(model.denoiser, weights, there, layers)
-    agreement = compare(config, model, simulated, read, samples, track)
-    difference = agreement["relative_difference"]
+    compared = compare(config, model, simulated, read, samples, track)
+    difference = compared["relative_difference"]
     if not math.isfinite(difference) or (bound is not None and difference > bound):
         raise ArtifactError(
             f"--to comfyui: a prediction differs from the artifact's by {difference:.3g} of the "
@@ -95,7 +95,7 @@ def run(
         "known_sizes": known_sizes(model.denoiser),
         "layers": [{"name": k, "format": w.format, "why": w.why} for k, w in weights.items()],
         "sizes": _sizes(path, quantized, layers, state),
-        "agreement": agreement,
+        "agreement": compared,
     }
 
 
@@ -218,25 +218,11 @@ def compare(
     relative_difference: of guided predictions on the artifact's own inputs at every step; PSNR in
     dB of images from the same noise, None where they are identical.
     """
-    sampling = config.sampling
-    seeds = list(range(sampling.seed, sampling.seed + samples))
-    predict = trajectory.predict_for(config, model, read, seeds)
-    largest = difference = 0.0
-
-    def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
-        nonlocal largest, difference
-        off = (predict(x, t) - prediction).abs().max().item()
-        difference = max(difference, off) if off == off else float("inf")
-        largest = max(largest, prediction.abs().max().item())
-
-    images = []
-    runs = [(full_denoiser(model), None), (simulated, record), (read, None)]
-    calls = len(runs) * len(trajectory.timesteps(config, model))
-    for (denoiser, on_step), tick in counted(track, runs, "simulating ComfyUI", calls, "calls"):
-        latents = trajectory.draw(config, model, denoiser, seeds, on_step=on_step, tick=tick)
-        with torch.no_grad():
-            images.append(model.decode(latents))
-    full, artifact, file = images
+    denoisers = {"full": full_denoiser(model), "artifact": simulated, "file": read}
+    found = agreement.measure(
+        config, model, denoisers, "artifact", "file", samples, track, "simulating ComfyUI"
+    )
+    full, artifact, file = (found.images[name] for name in denoisers)
 
     def psnr(reference: Tensor, noisy: Tensor) -> float | None:
         found = psnr_db(reference, noisy)
@@ -244,8 +230,8 @@ def compare(
 
     return {
         "samples": samples,
-        "steps": sampling.steps,
-        "relative_difference": difference / largest,
+        "steps": config.sampling.steps,
+        "relative_difference": found.relative,
         "psnr_to_artifact_db": psnr(artifact, file),
         "psnr_to_full_db": psnr(full, file),
         "artifact_psnr_to_full_db": psnr(full, artifact),

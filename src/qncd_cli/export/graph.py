@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..backends import int8
 from ..backends.onnx import runtimes
@@ -23,14 +22,14 @@ from ..errors import ArtifactError
 from ..metrics.tensor import psnr_db
 from ..models.loading import DiffusionModel
 from ..models.topology import weight_layers
-from ..progress import Track, counted
+from ..progress import Track
 from ..quant.attention import AttentionProducts
 from ..quant.layers import QuantizedLayer
-from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser, quantized_denoiser
 from ..runtime.exported_graph import TARGETS, SessionDenoiser, example_of, write_graph
 from ..store.artifacts import Artifact
 from ..store.files import write_json
+from . import agreement
 
 INDEX = "graph.json"
 
@@ -70,7 +69,7 @@ def run(
     path = folder / TARGETS[target].file
     layers = _write(model, quantized, target, path, cache)
     session = TARGETS[target].open(path)
-    agreement = compare(config, model, simulated, session, check.samples, track)
+    compared = compare(config, model, simulated, session, check.samples, track)
     index = {
         "format": target,
         "file": path.name,
@@ -84,12 +83,12 @@ def run(
             "integer_here": session.integer,
             "float_here": session.floating,
         },
-        "agreement": agreement,
+        "agreement": compared,
     }
-    if not agreement["relative_difference"] <= check.bound:
+    if not compared["relative_difference"] <= check.bound:
         raise ArtifactError(
             f"--to {target}: a prediction of the graph differs from the simulation by "
-            f"{agreement['relative_difference']:.3g} of the largest one, more than the bound "
+            f"{compared['relative_difference']:.3g} of the largest one, more than the bound "
             f"{check.bound:g}",
             "nothing was written; --bound allows more",
         )
@@ -164,32 +163,15 @@ def compare(
     Differences of guided predictions on the simulation's own inputs at every step, and the PSNR of
     the images that both come to from the same noise (None: they are identical).
     """
-    sampling = config.sampling
-    seeds = list(range(sampling.seed, sampling.seed + samples))
-    graph = SessionDenoiser(simulated, session)
-    predict = trajectory.predict_for(config, model, graph, seeds)
-    largest = difference = 0.0
-
-    def record(index: int, t: Tensor, x: Tensor, prediction: Tensor) -> None:
-        nonlocal largest, difference
-        off = (predict(x, t) - prediction).abs().max().item()
-        difference = max(difference, off) if off == off else float("inf")
-        largest = max(largest, prediction.abs().max().item())
-
-    images = []
-    runs = [(simulated, record), (graph, None)]
-    calls = len(runs) * len(trajectory.timesteps(config, model))
+    denoisers = {"simulated": simulated, "graph": SessionDenoiser(simulated, session)}
     what = "comparing with the simulation"
-    for (denoiser, on_step), tick in counted(track, runs, what, calls, "calls"):
-        latents = trajectory.draw(config, model, denoiser, seeds, on_step=on_step, tick=tick)
-        with torch.no_grad():
-            images.append(model.decode(latents))
-    psnr = psnr_db(*images)
+    found = agreement.measure(config, model, denoisers, "simulated", "graph", samples, track, what)
+    psnr = psnr_db(found.images["simulated"], found.images["graph"])
     return {
         "samples": samples,
-        "steps": sampling.steps,
-        "max_difference": difference,
-        "max_prediction": largest,
-        "relative_difference": difference / largest,
+        "steps": config.sampling.steps,
+        "max_difference": found.difference,
+        "max_prediction": found.prediction,
+        "relative_difference": found.relative,
         "psnr_db": psnr if math.isfinite(psnr) else None,
     }

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import launch
 from ..config.loading import load_config
 from ..config.sampling import split_lora
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
 from ..lineage import freshness
 from ..store.artifact_files import check_lineage
 from ..store.files import check_place, write_sealed_json
@@ -53,10 +54,13 @@ def requantize(
     with the bits, factors and ranges that they had. force: replace a run that is there.
 
     Raises ArtifactError where the run is missing or does not hold, or where `into` is taken;
-    ConfigError for roundings that are learnt by the block; ModelError for a LoRA that does not fit.
+    ConfigError for roundings that are learnt by the block, and in a job of several processes;
+    ModelError for a LoRA that does not fit.
 
     >>> requantize(["style.safetensors:0.8"], "runs/mine").run
     """
+    if launch.count() > 1:
+        raise ConfigError("--lora rounds a few layers, in one process", "start it without torchrun")
     base = find_run(None if run_dir is None else str(run_dir))
     config = load_config(str(base.config))
     wanted = load_config(str(base.config), [f"model.lora={json.dumps(list(loras))}"])
