@@ -162,7 +162,6 @@ DOORS: dict[str, list[str]] = {
     "rich": ["cli.* (inside)"],
     "diffusers": [
         "exported",
-        "export.comfyui_names",
         "export.folder",
         "forecast.*",
         "models.*",

@@ -24,6 +24,7 @@ from ..config.schema import Config
 from ..errors import ArtifactError
 from ..metrics.tensor import psnr_db
 from ..models.loading import DiffusionModel
+from ..models.original_names import PREFIX, Place, known_sizes, places
 from ..models.topology import replace_module, weight_layers
 from ..progress import Track
 from ..quant.layers import QuantizedLayer, StepState
@@ -32,7 +33,6 @@ from ..store.artifacts import Artifact
 from ..store.files import replacing
 from . import agreement
 from .comfyui_layers import FLOAT, INT8, W4A8, Held, bias_of, by_rows, held, joined, swapped
-from .comfyui_names import PREFIX, Place, known_sizes, places
 
 FORMATS = (INT8, W4A8, FLOAT)
 PACKED_IN = ("joint_blocks.", "double_blocks.", "single_blocks.", ".transformer_blocks.")

@@ -16,7 +16,7 @@ from typing import Any
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 
 from ..errors import ModelError
-from ..models.compvis.keys import UNET, unet_sources
+from .compvis.keys import UNET, unet_sources
 
 PREFIX = UNET
 """Beginning of all names: where ComfyUI looks for the denoiser in a checkpoint."""

@@ -13,7 +13,7 @@ from diffusers import (
 )
 
 from qncd_cli.errors import ModelError
-from qncd_cli.export.comfyui_names import known_sizes, places
+from qncd_cli.models.original_names import known_sizes, places
 
 FLUX = {"num_layers": 1, "num_single_layers": 1}
 UNET = {"layers_per_block": 1, "norm_num_groups": 4}
