@@ -152,6 +152,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "model.source": ("elsewhere", BOTH),
     "model.compvis_config": ("ldm.yaml", BOTH),
     "model.tokenizer": ("clip", BOTH),
+    "model.base": ("folder", BOTH),
     "model.lora": (["style.safetensors"], BOTH),
     "model.dtype": ("bfloat16", BOTH),
     "sampling.scheduler": ("euler", BOTH),

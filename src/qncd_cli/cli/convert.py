@@ -1,4 +1,4 @@
-"""The command convert: a CompVis checkpoint becomes a diffusers folder."""
+"""The command convert: a checkpoint file becomes a diffusers folder."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from .console import Console
 
 
 def convert(
-    console: Console, checkpoint: str, config: str, tokenizer: str | None, out: str, *, force: bool
+    console: Console,
+    checkpoint: str,
+    config: str | None,
+    tokenizer: str | None,
+    base: str | None,
+    out: str,
+    *,
+    force: bool,
 ) -> None:
     from ..export.folder import check_target, save_folder
-    from ..models.compvis.checkpoint import compvis_pipeline
+    from ..models.loading import open_pipeline
 
     silence_diffusers()
     folder = Path(out)
     check_target(folder, force=force)
-    pipeline = compvis_pipeline(checkpoint, config, tokenizer)
+    pipeline, _ = open_pipeline(checkpoint, config, tokenizer, console.note, base=base)
     save_folder(pipeline, folder, force=force)
     parameters = {
         name: sum(p.numel() for p in part.parameters())

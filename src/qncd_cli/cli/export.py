@@ -184,7 +184,8 @@ def export(
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
     model = config.model
     pipeline, digest = open_pipeline(
-        model.source, model.compvis_config, model.tokenizer, console.note, model.lora
+        *(model.source, model.compvis_config, model.tokenizer, console.note, model.lora),
+        base=model.base,
     )
     artifacts.check_lineage(quantized, model=digest)
     scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))

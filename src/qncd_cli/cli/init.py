@@ -8,8 +8,8 @@ from .console import Console
 from .starter import facts_of, starter_tree, starter_yaml
 
 
-def init(console: Console, model: str, compvis_config: str | None) -> None:
-    facts = facts_of(model, compvis_config)
+def init(console: Console, model: str, compvis_config: str | None, base: str | None) -> None:
+    facts = facts_of(model, compvis_config, base)
     text = starter_yaml(facts)
     payload = {
         "config": starter_tree(facts),

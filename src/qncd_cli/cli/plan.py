@@ -124,6 +124,7 @@ def _report(
         model.source,
         DTYPES[model.dtype],
         compvis_config=model.compvis_config,
+        base=model.base,
         prompts=len(config.sampling.prompts or ()),
         image_size=config.sampling.sides,
     )

@@ -5,6 +5,7 @@ Neither torch nor diffusers is imported, and no weights are read but the headers
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import textwrap
@@ -40,6 +41,7 @@ class Facts:
 
     source: str
     compvis_config: str | None
+    base: str | None
     card: Card
     parameters: int
     types: frozenset[str]
@@ -56,10 +58,15 @@ def name_of(source: str) -> str:
     return last if not last.endswith(model_card.CHECKPOINTS) else Path(last).stem
 
 
-def facts_of(source: str, compvis_config: str | None = None) -> Facts:
-    """Raises ModelError for what is not here, or of a kind that is not supported."""
+def facts_of(source: str, compvis_config: str | None = None, base: str | None = None) -> Facts:
+    """compvis_config, base: of a checkpoint file, what describes it.
+
+    Raises ModelError for what is not here, or of a kind that is not supported.
+    """
     source = os.path.expanduser(source)
     if source.endswith(model_card.CHECKPOINTS):
+        if base is not None and compvis_config is None:
+            return _file_facts(source, os.path.expanduser(base))
         return _checkpoint_facts(source, compvis_config)
     if source.startswith("random:"):
         raise ModelError(
@@ -82,7 +89,7 @@ def facts_of(source: str, compvis_config: str | None = None) -> Facts:
         raise ModelError(f"{denoiser}: weights cannot be read: {error}") from error
     here = os.path.abspath(source) if os.path.isdir(source) else source
     image = _image(folder, denoiser, card.kind)
-    return Facts(here, None, card, parameters, frozenset(types), image)
+    return Facts(here, None, None, card, parameters, frozenset(types), image)
 
 
 def starter_tree(facts: Facts) -> Tree:
@@ -92,6 +99,8 @@ def starter_tree(facts: Facts) -> Tree:
     model: Tree = {"source": facts.source, "dtype": dtype}
     if facts.compvis_config is not None:
         model["compvis_config"] = facts.compvis_config
+    if facts.base is not None:
+        model["base"] = facts.base
     sampling: Tree = {
         "scheduler": card.scheduler,
         "steps": card.steps,
@@ -198,9 +207,17 @@ def _checkpoint_facts(source: str, compvis_config: str | None) -> Facts:
     if card is None:
         raise ModelError(
             f"{source}: a checkpoint needs the YAML that CompVis published with it",
-            "name it: --compvis-config YAML",
+            "name it (--compvis-config), or a pipeline folder of the same kind (--base)",
         )
-    return Facts(os.path.abspath(source), os.path.abspath(found), card, 0, frozenset(), None)
+    return Facts(os.path.abspath(source), os.path.abspath(found), None, card, 0, frozenset(), None)
+
+
+def _file_facts(source: str, base: str) -> Facts:
+    """What a file's base says of it, with the sizes of the base's denoiser."""
+    if not os.path.isfile(source):
+        raise ModelError(f"{source}: no such file", "check the name")
+    own = facts_of(base)
+    return dataclasses.replace(own, source=os.path.abspath(source), base=own.source)
 
 
 def _image(folder: Path, denoiser: Path, kind: str) -> tuple[int, int] | None:

@@ -7,6 +7,13 @@ import click
 from . import options
 from .console import Console
 
+_base = click.option(
+    "--base",
+    metavar="FOLDER",
+    help="Of a file of Stable Diffusion, SDXL, SD 3 or FLUX: a pipeline folder of the same kind, "
+    "or the hub id of one that was downloaded.",
+)
+
 
 @click.command(
     epilog="\b\nExamples:\n  qncd init models/my-model > my.yaml\n  qncd init zoo:fashion-ldm\n"
@@ -18,31 +25,34 @@ from .console import Console
     metavar="YAML",
     help="Of a checkpoint, what CompVis published with it (default: the YAML beside it).",
 )
+@_base
 @options.json_output
-def init(model, compvis_config, as_json, debug):
+def init(model, compvis_config, base, as_json, debug):
     """Print a configuration to begin with for a model, every key explained.
 
-    MODEL: a diffusers folder, a hub id that was downloaded, zoo:NAME, a CompVis checkpoint. Only
+    MODEL: a diffusers folder, a hub id that was downloaded, zoo:NAME, a checkpoint file. Only
     its small files are read. Scheduler, steps and guidance are its own.
     """
     from . import init as command
 
-    command.init(Console(as_json), model, compvis_config)
+    command.init(Console(as_json), model, compvis_config, base)
 
 
 @click.command(
     epilog="\b\nExample:\n  qncd convert models/ldm/cin256-v2/model.ckpt \\\n"
     "      --compvis-config models/ldm/cin256-v2/cin256-v2.yaml --out models/cin256-v2\n"
     "  qncd convert sd-v1-4.ckpt --compvis-config v1-inference.yaml \\\n"
-    "      --tokenizer clip-vit-large-patch14 --out models/sd-v1-4"
+    "      --tokenizer clip-vit-large-patch14 --out models/sd-v1-4\n"
+    "  qncd convert my-sdxl.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 \\\n"
+    "      --out models/my-sdxl"
 )
 @click.argument("checkpoint", type=click.Path())
 @click.option(
     "--compvis-config",
     metavar="YAML",
-    required=True,
     help="The YAML that CompVis published with the checkpoint.",
 )
+@_base
 @click.option(
     "--tokenizer",
     metavar="DIR",
@@ -53,8 +63,13 @@ def init(model, compvis_config, as_json, debug):
 )
 @options.force("Replace the diffusers folder that is there.")
 @options.json_output
-def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
-    """Turn a CompVis latent-diffusion checkpoint into a diffusers folder.
+def convert(checkpoint, compvis_config, base, tokenizer, out, force, as_json, debug):
+    """Turn a checkpoint file (.ckpt, .safetensors, a shard of one) into a diffusers folder.
+
+    CompVis' own come with a YAML (--compvis-config). Files of Stable Diffusion, SDXL, SD 3 and FLUX
+    in the names of CompVis, of ComfyUI or of diffusers need a pipeline folder of the same kind
+    (--base), of which configuration, tokenizers and parts that the file lacks are taken; fp8 is
+    read, plain or scaled.
 
     Every tensor of the checkpoint must have its place, or nothing is written. Weights keep their
     precision; where the checkpoint has moving averages (EMA) of the U-Net, these are taken. A
@@ -63,7 +78,7 @@ def convert(checkpoint, compvis_config, tokenizer, out, force, as_json, debug):
     """
     from . import convert as command
 
-    command.convert(Console(as_json), checkpoint, compvis_config, tokenizer, out, force=force)
+    command.convert(Console(as_json), checkpoint, compvis_config, tokenizer, base, out, force=force)
 
 
 @click.command(

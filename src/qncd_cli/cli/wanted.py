@@ -87,6 +87,7 @@ class Wanted:
         if model.startswith("random:"):
             return {"model": {"source": model}}
         assigned = dict(override.partition("=")[::2] for override in self.overrides)
-        tree = starter_tree(facts_of(model, assigned.get("model.compvis_config")))
+        facts = facts_of(model, assigned.get("model.compvis_config"), assigned.get("model.base"))
+        tree = starter_tree(facts)
         tree["sampling"].pop("prompts", None)
         return tree

@@ -130,10 +130,10 @@ def folder_of(source: str) -> Path | None:
     return folder if os.path.isfile(folder / INDEX) else None
 
 
-def card_of(source: str, compvis_config: str | None = None) -> Card | None:
+def card_of(source: str, compvis_config: str | None = None, base: str | None = None) -> Card | None:
     """None where nothing is said: a source that is not here, damaged, of another kind."""
     if source.endswith(CHECKPOINTS):
-        return _checkpoint(compvis_config)
+        return _checkpoint(compvis_config) if base is None else card_of(base)
     folder = folder_of(source)
     if folder is None:
         return None

@@ -30,7 +30,7 @@ def place_model(tree: Tree, beside: Path) -> None:
     """Paths of the model, which may start with ~ or be relative to the current folder or to that of
     the configuration, become absolute: a run is found again from anywhere."""
     section = section_of(tree, "model")
-    for key in ("source", "compvis_config", "tokenizer"):
+    for key in ("source", "compvis_config", "tokenizer", "base"):
         name = section.get(key)
         if not isinstance(name, str) or name.startswith(("zoo:", "random:")):
             continue
@@ -66,7 +66,9 @@ def ask_model(tree: Tree, where: str, download: Download | None) -> Card | None:
     Raises ConfigError where they are needed and the model is not here, or of another kind.
     """
     model, sampling = section_of(tree, "model"), section_of(tree, "sampling")
-    source, compvis = model.get("source"), model.get("compvis_config")
+    source = model.get("source")
+    described = {key: model.get(key) for key in ("compvis_config", "base")}
+    described = {key: name for key, name in described.items() if isinstance(name, str)}
     missing = [key for key in OWN_KEYS if sampling.get(key) is None]
     if not isinstance(source, str) or not source:
         return None
@@ -74,7 +76,7 @@ def ask_model(tree: Tree, where: str, download: Download | None) -> Card | None:
         return None
     for key in missing:
         sampling.pop(key, None)
-    card = model_card.card_of(source, compvis if isinstance(compvis, str) else None)
+    card = model_card.card_of(source, **described)
     if missing and model_card.is_hub_id(source) and model_card.folder_of(source) is None:
         if download is None:
             raise ConfigError(

@@ -33,12 +33,17 @@ def split_lora(text: str) -> tuple[str, float]:
 class ModelConfig(Section):
     """The model, and how it is read."""
 
-    source: str = Field(description="zoo:NAME, a diffusers folder or hub id, a CompVis checkpoint")
+    source: str = Field(description="zoo:NAME, a diffusers folder or hub id, a checkpoint file")
     compvis_config: str | None = Field(
         None, description="of a CompVis checkpoint: the YAML that was published with it"
     )
     tokenizer: str | None = Field(
         None, description="of a Stable Diffusion checkpoint: a folder or hub id with CLIP's"
+    )
+    base: str | None = Field(
+        None,
+        description="of a single file (.safetensors, .ckpt): a pipeline folder or downloaded hub "
+        "id of the same kind, with configuration, tokenizers, and the parts that the file lacks",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="precision of what stays unquantized"
@@ -61,6 +66,8 @@ class ModelConfig(Section):
     def _check_weights(self) -> ModelConfig:
         for lora in self.lora:
             split_lora(lora)
+        if self.base is not None and self.compvis_config is not None:
+            raise ValueError("base and compvis_config both describe a file: give one of them")
         return self
 
 

@@ -94,6 +94,8 @@ class Config(Section):
         budget = self.sampling.reuse
         if inputs["model"]["tokenizer"] is None:  # runs made before there was a key stay valid
             del inputs["model"]["tokenizer"]
+        if inputs["model"]["base"] is None:
+            del inputs["model"]["base"]
         if not inputs["model"]["lora"]:
             del inputs["model"]["lora"]
         if tree["sampling"]["guidance_scale"] < 1:  # once led away from prompts

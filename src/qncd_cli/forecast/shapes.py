@@ -6,35 +6,26 @@ random:NAME also takes the models of `published`, which only a plan can use.
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
-from safetensors import SafetensorError, safe_open
+from diffusers import DiTTransformer2DModel, FluxTransformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.call_signature import INPAINTING
-from ..models.compvis.checkpoint import described_modules
 from ..models.digest import is_checkpoint
-from ..models.folder_check import check_folder, read_index, reason
-from ..models.loading import FIRST_STAGES, UNUSED
+from ..models.folder_check import read_index
+from ..models.loading import FIRST_STAGES
+from ..models.model_folder import find_base
 from ..models.pipelines import CLASS_CONDITIONAL, is_guided
-from ..models.random_models import RANDOM
-from ..models.schedule import corrected
 from ..models.text import reads_scale, sides_of
-from ..models.weight_files import weight_files
-from ..models.zoo import zoo_path
-from .architectures import PUBLISHED
+from .described import Stored, at_random, folder_of_source, in_checkpoint, in_folder
 from .meta_inputs import (
     CLIP_PIPELINES,
     FLUX_TOKENS,
@@ -62,15 +53,6 @@ class Part:
     stored: int
     stays: bool
     mapped: bool = False
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A component on disk: bytes, elements, and the types that safetensors names."""
-
-    size: int
-    elements: int
-    types: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -124,27 +106,28 @@ def model_shapes(
     dtype: torch.dtype,
     *,
     compvis_config: str | None = None,
+    base: str | None = None,
     prompts: int = 0,
     image_size: int | tuple[int, int] | None = None,
 ) -> Shapes:
     """dtype: of all but the first stage; prompts: how many of a text model; image_size: in pixels,
     None for the model's own.
 
-    Hub ids only where the files are here, checkpoints from their YAML alone. Raises ModelError.
+    Hub ids only where the files are here, checkpoints from their YAML or base. Raises ModelError.
     """
     scheduler: dict[str, Any] | None = None
     stored: dict[str, Stored] = {}
     tokens, is_folder, kind = 0, False, ""
     if source.startswith("random:"):
-        modules, scheduler = _random(source.removeprefix("random:"))
+        modules, scheduler = at_random(source.removeprefix("random:"))
     elif is_checkpoint(source):
-        modules, scheduler = described_modules(source, compvis_config)
-        float32 = frozenset({"F32"})  # as those that CompVis published, and mapped as they are
-        counts = [(name, _parameters(module)) for name, module in modules.items()]
-        stored = {name: Stored(4 * count, count, float32) for name, count in counts}
+        modules, scheduler, stored = in_checkpoint(source, compvis_config, base)
+        if base is not None:
+            kind = read_index(find_base(base), base)["_class_name"]
+            tokens = _prompt_tokens(find_base(base), kind)
     else:
-        folder, is_folder = _find(source), True
-        modules, scheduler, stored = _folder(folder, source)
+        folder, is_folder = folder_of_source(source), True
+        modules, scheduler, stored = in_folder(folder, source)
         kind = read_index(folder, source)["_class_name"]
         tokens = _prompt_tokens(folder, kind)
     name = next((n for n in DENOISERS if n in modules), None)
@@ -229,92 +212,3 @@ def _prompt_tokens(folder: Path, kind: str) -> int:
         return 0
     own = json.loads(encoders[0].read_text(encoding="utf-8")).get("max_position_embeddings", 0)
     return own + beside if own else 0
-
-
-# ------------------------------------------------------------------ from a source to modules
-
-
-def _random(name: str) -> tuple[dict[str, nn.Module], dict[str, Any] | None]:
-    known = {**PUBLISHED, **RANDOM}
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean random:{close[0]}?" if close else f"known: {', '.join(known)}"
-        raise ModelError(f"no architecture random:{name}", hint)
-    with torch.device("meta"):
-        if name not in RANDOM:
-            return PUBLISHED[name](), None
-        pipeline = RANDOM[name]()
-    components = pipeline.components.items()
-    modules = {n: module for n, module in components if isinstance(module, nn.Module)}
-    return modules, dict(pipeline.scheduler.config)
-
-
-def _find(source: str) -> Path:
-    if source.startswith("zoo:"):
-        return zoo_path(source.removeprefix("zoo:"))
-    folder = Path(source)
-    if not os.path.isdir(folder) and source.count("/") == 1 and source[0] not in "./~":
-        try:
-            folder = Path(DiffusionPipeline.download(source, local_files_only=True))
-        except Exception as error:  # of many kinds; all mean: not here
-            raise ModelError(
-                f"{source}: is not on this machine, and a plan downloads nothing",
-                "give a folder, or the shapes of a published model: "
-                + ", ".join(f"random:{n}" for n in {**RANDOM, **PUBLISHED}),
-            ) from error
-    if not os.path.isfile(folder / "model_index.json"):
-        raise ModelError(f"{source}: no model_index.json", "a diffusers pipeline folder has one")
-    return folder
-
-
-Found = tuple[dict[str, nn.Module], dict[str, Any] | None, dict[str, Stored]]
-
-
-def _folder(folder: Path, source: str) -> Found:
-    """Modules on meta; the scheduler's configuration; what is on disk by component, also of those
-    that are not diffusers' (text encoders). Raises ModelError."""
-    modules: dict[str, nn.Module] = {}
-    stored: dict[str, Stored] = {}
-    scheduler = None
-    index = read_index(folder, source)
-    check_folder(folder, source, index)
-    try:
-        for name, entry in index.items():
-            if not isinstance(entry, list) or entry[0] is None or name in UNUSED:
-                continue
-            if name == "scheduler":
-                scheduler = json.loads((folder / name / "scheduler_config.json").read_bytes())
-                continue
-            stored[name] = _weights(folder / name)
-            kind = _module_class(*entry)
-            if kind is not None:
-                with torch.device("meta"):
-                    modules[name] = kind.from_config(kind.load_config(folder / name))
-        scheduler = scheduler and corrected(index["_class_name"], modules.get("unet"), scheduler)
-    except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
-        raise ModelError(
-            f"{source}: cannot be read: {reason(error)}", "is the folder complete?"
-        ) from error
-    return modules, scheduler, stored
-
-
-def _module_class(library: str, name: str) -> Any:
-    """diffusers' own or ours; None for others."""
-    package = __name__.partition(".")[0]
-    if library == "diffusers":
-        return getattr(diffusers, name)
-    if library.startswith(f"{package}.models."):
-        return getattr(importlib.import_module(library), name)
-    return None
-
-
-def _weights(folder: Path) -> Stored:
-    """Bytes, elements and types of a component's safetensors, in the variant that is loaded."""
-    paths = weight_files(folder)
-    elements, types = 0, set()
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
-            elements += sum(math.prod(part.get_shape()) for part in slices)
-            types |= {part.get_dtype() for part in slices}
-    return Stored(sum(p.stat().st_size for p in paths), elements, frozenset(types))

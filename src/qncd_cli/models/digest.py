@@ -16,6 +16,7 @@ from ..config.model_card import folder_of
 from ..config.sampling import split_lora
 from ..errors import ModelError
 from ..store.file_stamps import remembered
+from .shards import shards_of
 
 CHECKPOINTS = (".ckpt", ".pt", ".pth", ".safetensors")
 SUFFIXES = (".json", ".safetensors", ".bin", ".model")
@@ -29,7 +30,10 @@ RANDOM_SEED = 0
 
 
 def known_digest(
-    source: str, compvis_config: str | None = None, tokenizer: str | None = None
+    source: str,
+    compvis_config: str | None = None,
+    tokenizer: str | None = None,
+    base: str | None = None,
 ) -> str | None:
     """The digest that a model has once it is loaded; None where only loading it tells.
 
@@ -39,7 +43,7 @@ def known_digest(
         return random_digest(source)
     if is_checkpoint(source):
         try:
-            return checkpoint_digest(source, compvis_config, tokenizer)
+            return checkpoint_digest(source, compvis_config, tokenizer, base)
         except OSError:
             return None  # loading says which file, and what to do
     folder = folder_of(source)
@@ -124,9 +128,12 @@ def is_checkpoint(source: str) -> bool:
 
 
 def checkpoint_files(
-    checkpoint: str, compvis_config: str | None, tokenizer: str | None
+    checkpoint: str, compvis_config: str | None, tokenizer: str | None, base: str | None = None
 ) -> list[Path]:
     """Files that a checkpoint's digest covers; a tokenizer that is a hub id adds none."""
+    if base is not None:
+        place = folder_of(base)
+        return [*shards_of(checkpoint), *sorted(files_below(place) if place is not None else ())]
     folder = Path(tokenizer) if tokenizer else None
     beside: list[Path] = []
     if folder is not None and os.path.isdir(folder):
@@ -134,12 +141,15 @@ def checkpoint_files(
     return [Path(checkpoint), Path(str(compvis_config)), *beside]
 
 
-def checkpoint_digest(checkpoint: str, compvis_config: str | None, tokenizer: str | None) -> str:
-    """First 16 hex digits of a SHA-256 over the contents of a checkpoint, its YAML, and others.
+def checkpoint_digest(
+    checkpoint: str, compvis_config: str | None, tokenizer: str | None, base: str | None = None
+) -> str:
+    """First 16 hex digits of a SHA-256 over the contents of a checkpoint, of its YAML or the files
+    of its base, and of others.
 
     Raises OSError where one of them cannot be read.
     """
-    files = checkpoint_files(checkpoint, compvis_config, tokenizer)
+    files = checkpoint_files(checkpoint, compvis_config, tokenizer, base)
 
     def compute() -> str:
         digest = hashlib.sha256()

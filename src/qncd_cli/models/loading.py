@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +16,21 @@ from ..progress import Track, no_progress
 from .adapters import ADAPTERS, Condition, with_images
 from .call_signature import check_inputs, unify_call
 from .compvis.checkpoint import compvis_pipeline
-from .denoiser_folder import check_values, check_weights
+from .denoiser_folder import check_values
 from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest, with_loras
-from .folder_check import check_folder, is_there, read_index, reason
+from .folder_check import is_there, read_index
 from .lora import fuse
 from .model_folder import find_folder
+from .pipeline_folder import FIRST_STAGES, UNUSED, load_pipeline
 from .pipelines import CLASS_CONDITIONAL, is_guided
 from .prompt_cache import PromptCache
 from .prompt_length import Tell, untold
 from .random_models import random_pipeline
 from .schedule import schedule_of
+from .single_file import file_pipeline
 from .text import TEXT_TABLES, Prompts, check_encoded, encode
-from .variant_parts import variant_parts
 from .zoo import zoo_path
 
-FIRST_STAGES = ("vae", "vqvae")
-"""Components that always compute in float32, as SDXL's has to."""
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-LEFT_OUT = {"StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3")}
-"""Parts that a folder of that class can have been saved without, and works without."""
 TEXT_PARTS = tuple(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -117,16 +112,18 @@ def load_model(
     *,
     compvis_config: str | None = None,
     tokenizer: str | None = None,
+    base: str | None = None,
     loras: Sequence[str] = (),
     prompts: Prompts | None = None,
     cache: PromptCache | None = None,
     tell: Tell = untold,
     track: Track = no_progress,
 ) -> DiffusionModel:
-    """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a CompVis checkpoint.
+    """zoo:NAME, random:NAME, a diffusers folder, a hub id, or a checkpoint file.
 
     device: auto takes a CUDA device if there is one. compvis_config, tokenizer: the YAML of
-    a checkpoint, and its text encoder's; no other source reads them. loras: FILE or FILE:WEIGHT,
+    a checkpoint, and its text encoder's; base: the pipeline folder of one that has no YAML; no
+    other source reads them. loras: FILE or FILE:WEIGHT,
     fused one after the other. prompts: of text models, and
     of no others; cache: where those that a folder's text encoders made are kept, which are then not
     even read again. tell: hears what a user should know.
@@ -135,8 +132,9 @@ def load_model(
     place, folder = find_device(device), _folder_of(source)
     encoded, path = None, None
     if folder is None:
-        pipeline, digest = open_pipeline(source, compvis_config, tokenizer, tell, loras)
+        pipeline, digest = open_pipeline(source, compvis_config, tokenizer, tell, loras, base=base)
     else:
+        _check_folder_alone(source, base)
         digest = with_loras(folder_digest(folder), loras)
         if cache is not None and prompts is not None:
             path = cache.path(digest, dtype, prompts)
@@ -144,7 +142,7 @@ def load_model(
         # a LoRA may be for the text encoders, too
         left_out = UNUSED if encoded is None or loras else {*UNUSED, *TEXT_PARTS}
         loaded = torch.float32 if loras else DTYPES[dtype]
-        pipeline = _load_pipeline(folder, source, loaded, left_out, tell)
+        pipeline = load_pipeline(folder, source, loaded, left_out, tell)
         fuse(pipeline, loras, source)
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
@@ -192,33 +190,48 @@ def open_pipeline(
     tokenizer: str | None = None,
     tell: Tell = untold,
     loras: Sequence[str] = (),
+    *,
+    base: str | None = None,
 ) -> tuple[DiffusionPipeline, str]:
     """The whole pipeline as it is stored, LoRAs fused, and the digest of its files; of parts that
     no stage needs, those that cannot be loaded are left out, which is told. Raises ModelError."""
-    pipeline, digest = _opened(source, compvis_config, tokenizer, tell)
+    pipeline, digest = _opened(source, compvis_config, tokenizer, base, tell)
     fuse(pipeline, loras, source)
     return pipeline, with_loras(digest, loras)
 
 
 def _opened(
-    source: str, compvis_config: str | None, tokenizer: str | None, tell: Tell
+    source: str,
+    compvis_config: str | None,
+    tokenizer: str | None,
+    base: str | None,
+    tell: Tell,
 ) -> tuple[DiffusionPipeline, str]:
     folder = _folder_of(source)
     if folder is not None:
+        _check_folder_alone(source, base)
         try:
-            pipeline = _load_pipeline(folder, source, None, (), tell)
+            pipeline = load_pipeline(folder, source, None, (), tell)
         except ModelError as error:
             unused = [part for part in UNUSED if is_there(read_index(folder, source), part)]
             if not unused:
                 raise
-            pipeline = _load_pipeline(folder, source, None, unused, tell)
+            pipeline = load_pipeline(folder, source, None, unused, tell)
             tell(f"{source}: without {', '.join(unused)} ({error.message})")
         return pipeline, folder_digest(folder)
     if source.startswith("random:"):
         pipeline = random_pipeline(source.removeprefix("random:"))
         return pipeline, random_digest(source)
+    if base is not None:
+        pipeline = file_pipeline(source, base, tell)
+        return pipeline, checkpoint_digest(source, None, None, base)
     pipeline = compvis_pipeline(source, compvis_config, tokenizer)
     return pipeline, checkpoint_digest(source, compvis_config, tokenizer)
+
+
+def _check_folder_alone(source: str, base: str | None) -> None:
+    if base is not None:
+        raise ModelError(f"{source}: is no single file", "leave model.base out")
 
 
 def _folder_of(source: str) -> Path | None:
@@ -244,60 +257,3 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) not in known:
         raise BackendUnavailable(f"no CUDA device for {name}", "use --device cpu")
     return device
-
-
-def _load_pipeline(
-    folder: Path,
-    source: str,
-    dtype: torch.dtype | None,
-    left_out: Collection[str],
-    tell: Tell,
-) -> DiffusionPipeline:
-    index = read_index(folder, source)
-    check_folder(folder, source, index)
-    libraries = {part[0] for part in index.values() if isinstance(part, list) and part}
-    if "transformers" in libraries and importlib.util.find_spec("transformers") is None:
-        raise ModelError(
-            f"{source}: its text encoder needs the package transformers",
-            "pip install transformers",
-        )
-    if "transformers" in libraries:
-        _silence_transformers()
-    name = index["_class_name"]
-    try:
-        loader = CLASS_CONDITIONAL.get(name, DiffusionPipeline)
-        options: dict[str, Any] = {part: None for part in left_out if part in index}
-        options |= {part: None for part in LEFT_OUT.get(name, ()) if not is_there(index, part)}
-        options |= variant_parts(folder, index, options, lambda part: _own(part, dtype), tell)
-        if options.get("safety_checker", ...) is None and "requires_safety_checker" in index:
-            options["requires_safety_checker"] = False
-        if dtype is not None:
-            first = {part: torch.float32 for part in FIRST_STAGES if part in index}
-            options["dtype"] = {"default": dtype, **first}
-        pipeline = loader.from_pretrained(str(folder), local_files_only=True, **options)
-        for part, module in pipeline.components.items():
-            check_weights(module, folder / part)
-        return pipeline
-    except ModelError:
-        raise
-    except ImportError as error:
-        raise ModelError(
-            f"{source}: cannot be loaded: {reason(error)}", "install that package"
-        ) from error
-    except Exception as error:  # a broken folder fails in as many ways as it can be broken
-        raise ModelError(
-            f"{source}: cannot be loaded: {reason(error)}", "is the folder complete?"
-        ) from error
-
-
-def _own(part: str, dtype: torch.dtype | None) -> torch.dtype | None:
-    """Type that a component is loaded in; None: as it is stored."""
-    return torch.float32 if dtype is not None and part in FIRST_STAGES else dtype
-
-
-def _silence_transformers() -> None:
-    """Silence transformers for the rest of this process: our errors say what it has to say."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
+from ..config.model_card import folder_of
 from ..errors import ModelError
 from .folder_check import reason
 
@@ -34,6 +35,18 @@ def find_folder(source: str) -> Path:
             f"{source}: no such folder, and not to be had from the hub ({reason(error)})",
             "check the name, or download it and give the folder",
         ) from error
+
+
+def find_base(base: str) -> Path:
+    """The folder that model.base names. Raises ModelError."""
+    folder = folder_of(base)
+    if folder is None:
+        raise ModelError(
+            f"model.base {base}: neither a pipeline folder here nor in the hub's cache",
+            "give a folder with a model_index.json, or download what is small of one: "
+            "hf download OWNER/NAME --include '*.json' '*.txt' '*.model'",
+        )
+    return folder
 
 
 def _download(source: str) -> Path:

@@ -63,9 +63,9 @@ def places(denoiser: Any) -> dict[str, Place]:
             return _placed(names, _flux)
     except KeyError as error:
         raise ModelError(
-            f"--to comfyui: {kind} with {error.args[0]} has no counterpart there", _KNOWN
+            f"{kind} with {error.args[0]} has no counterpart in ComfyUI's names", _KNOWN
         ) from error
-    raise ModelError(f"--to comfyui: ComfyUI has no names for a {kind}", _KNOWN)
+    raise ModelError(f"ComfyUI has no names for a {kind}", _KNOWN)
 
 
 _KNOWN = "U-Nets of Stable Diffusion and SDXL, transformers of Stable Diffusion 3 and FLUX have one"

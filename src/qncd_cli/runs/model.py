@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def model_digest(config: Config) -> str | None:
     """Digest of the configured model; None where only loading it tells."""
     model = config.model
-    digest = known_digest(model.source, model.compvis_config, model.tokenizer)
+    digest = known_digest(model.source, model.compvis_config, model.tokenizer, model.base)
     return None if digest is None else with_loras(digest, model.lora)
 
 
@@ -52,6 +52,7 @@ def open_model(
         device,
         compvis_config=model.compvis_config,
         tokenizer=model.tokenizer,
+        base=model.base,
         loras=model.lora,
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,

@@ -347,7 +347,7 @@ def test_a_yaml_that_does_not_fit_is_named(tree, said, files):
 
 def test_files_that_are_not_there_or_not_readable(tmp_path, files):
     checkpoint, config = files
-    assert "needs the YAML that came with it" in error_of(checkpoint, None)
+    assert "the YAML that came with it" in error_of(checkpoint, None)
     assert "cannot be read" in error_of(checkpoint, str(tmp_path / "none.yaml"))
     assert "no such file" in error_of(str(tmp_path / "none.ckpt"), config)
     (tmp_path / "odd.yaml").write_text("a: [")

@@ -47,7 +47,7 @@ from .keys import (
 from .text import TextEncoder, TextOptions, load_tokenizer, text_encoder, text_options
 
 # Of the training, or computed from the schedule; `betas` and `scale_factor` are read.
-_UNUSED = {
+NOT_WEIGHTS = {
     "alphas_cumprod",
     "alphas_cumprod_prev",
     "sqrt_alphas_cumprod",
@@ -110,7 +110,7 @@ class _Conversion:
 
     def check(self, file: str, unused: set[str]) -> None:
         """Raises ModelError that names the first offenders of each kind and counts them."""
-        known = self.used | _UNUSED | unused
+        known = self.used | NOT_WEIGHTS | unused
         unknown = [k for k in self.tensors if k not in known and not k.startswith(_UNUSED_BELOW)]
         wrong = [
             some_tensors("missing", list(dict.fromkeys(self.missing))),
@@ -185,8 +185,9 @@ def described_modules(
 def _needed(checkpoint: str, config: str | None) -> str:
     if config is None:
         raise ModelError(
-            f"{checkpoint}: a checkpoint file needs the YAML that came with it",
-            "set model.compvis_config (qncd convert: --compvis-config) to that file",
+            f"{checkpoint}: a checkpoint file needs a pipeline folder of the same kind, or the "
+            "YAML that came with it",
+            "set model.base (qncd convert: --base) or model.compvis_config (--compvis-config)",
         )
     return config
 

@@ -49,12 +49,12 @@ def read_tensors(checkpoint: str) -> dict[str, Tensor]:
         found = _unpickle(checkpoint)
         found = found.get("state_dict", found) if isinstance(found, dict) else found
     if not isinstance(found, dict) or not found:
-        raise ModelError(f"{checkpoint}: holds no state dict", "give a CompVis checkpoint")
+        raise ModelError(f"{checkpoint}: holds no state dict", "give a checkpoint of a model")
     strange = [k for k, v in found.items() if not isinstance(k, str) or not isinstance(v, Tensor)]
     if strange:
         raise ModelError(
             f"{checkpoint}: {strange[0]} is no tensor ({len(strange)} such entries)",
-            "give a CompVis checkpoint",
+            "give a checkpoint of a model",
         )
     adapted = [name for name in found if "lora" in name.lower() or ".base_layer." in name]
     if adapted:
@@ -63,6 +63,14 @@ def read_tensors(checkpoint: str) -> dict[str, Tensor]:
             "merge the adapter into the model and save that",
         )
     return found
+
+
+def header_of(file: str) -> dict[str, str]:
+    """What a .safetensors file says of itself beside its tensors; nothing of other files."""
+    if Path(file).suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 def _unpickle(checkpoint: str) -> Any:

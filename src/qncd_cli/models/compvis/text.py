@@ -41,6 +41,8 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
+_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
+_BASE_HINT = "is model.base a pipeline of the same kind?"
 _QKV = {"self_attn.q_proj": 0, "self_attn.k_proj": 1, "self_attn.v_proj": 2}
 
 
@@ -197,6 +199,34 @@ def _open_clip_source(name: str) -> Source:
     if layer in _QKV:
         return Source(f"{block}.attn.in_proj_{leaf}", _QKV[layer], stacked=True)
     return Source(f"{block}.{_OPEN_CLIP_LAYER[layer]}.{leaf}")
+
+
+def clip_state(file: str, tensors: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """OpenCLIP's text encoder in transformers' names; layers beyond so many are left out.
+
+    tensors: by their names there. Raises ModelError for one that has no counterpart.
+    """
+    state = {}
+    names = {short: name for name, short in _OPEN_CLIP.items()}
+    inner = {there: layer for layer, there in _OPEN_CLIP_LAYER.items()}
+    for name, tensor in tensors.items():
+        found = _RESBLOCK.fullmatch(name)
+        if name == "text_projection":
+            state["text_projection.weight"] = tensor.T.contiguous()
+        elif name in names:
+            state[f"text_model.{names[name]}"] = tensor
+        elif found is None and name != "logit_scale":
+            raise ModelError(f"{file}: {name} is not known in a text encoder", _BASE_HINT)
+        elif found is not None and int(found[1]) < layers:
+            start = f"text_model.encoder.layers.{found[1]}"
+            if found[2] == "attn.in_proj":
+                for layer, part in zip(_QKV, tensor.chunk(3), strict=True):
+                    state[f"{start}.{layer}.{found[3]}"] = part.clone()
+            elif found[2] in inner:
+                state[f"{start}.{inner[found[2]]}.{found[3]}"] = tensor
+            else:
+                raise ModelError(f"{file}: {name} is not known in a text encoder", _BASE_HINT)
+    return state
 
 
 def load_tokenizer(checkpoint: str, options: TextOptions, given: str | None) -> Any:
