@@ -145,6 +145,60 @@ def _of_xl(
     ).save_pretrained(folder)
 
 
+def _controlnet(unet: Any) -> Any:
+    """With weights where diffusers begins with zeros."""
+    from diffusers import ControlNetModel
+
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    for module in (*net.controlnet_down_blocks, net.controlnet_mid_block):
+        torch.nn.init.normal_(module.weight, std=0.3)
+    torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.3)
+    return net
+
+
+def control(folder: Path) -> None:
+    from diffusers import StableDiffusionControlNetPipeline
+    from transformers import CLIPTextModel
+
+    unet = _unet(cross_attention_dim=16)
+    StableDiffusionControlNetPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(16)),
+        tokenizer=tokenizer_in(folder / "tokens"),
+        unet=unet,
+        controlnet=_controlnet(unet),
+        scheduler=ddim_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+
+
+def control_xl(folder: Path) -> None:
+    from diffusers import StableDiffusionXLControlNetPipeline
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+    unet = _unet(
+        cross_attention_dim=16 + 24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=24 + 6 * 4,
+        use_linear_projection=True,
+    )
+    tokenizer = tokenizer_in(folder / "tokens")
+    StableDiffusionXLControlNetPipeline(
+        vae=_vae(),
+        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        controlnet=_controlnet(unet),
+        scheduler=ddim_scheduler(),
+        add_watermarker=False,
+    ).save_pretrained(folder)
+
+
 def _vae(**options: Any) -> Any:
     from diffusers import AutoencoderKL
 
@@ -449,6 +503,10 @@ IMAGES = {
     "StableDiffusionXLImg2ImgPipeline": refiner,
     "StableDiffusionXLInpaintPipeline": inpainting_xl,
 }
+CONTROL = {
+    "StableDiffusionControlNetPipeline": control,
+    "StableDiffusionXLControlNetPipeline": control_xl,
+}
 CLASSES = {"DiTPipeline": dit}
 UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 
@@ -456,5 +514,5 @@ UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
 def save(name: str, folder: Path) -> Path:
     """The same weights every time."""
     torch.manual_seed(0)
-    {**TEXT, **FLUX, **FEW_STEPS, **IMAGES, **CLASSES, **UNCONDITIONAL}[name](folder)
+    {**TEXT, **FLUX, **FEW_STEPS, **IMAGES, **CONTROL, **CLASSES, **UNCONDITIONAL}[name](folder)
     return folder

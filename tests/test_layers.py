@@ -173,7 +173,7 @@ DOORS: dict[str, list[str]] = {
     "safetensors": [
         "export.comfyui",
         "export.folder",
-        "forecast.shapes",
+        "forecast.described",
         "store.artifacts",
         "exported",
         "models.*",

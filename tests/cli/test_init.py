@@ -120,7 +120,7 @@ def test_a_packaged_model_has_a_configuration_too(empty, model):
 def test_a_checkpoint_takes_the_yaml_beside_it(empty):
     stage = {"target": "ldm.modules.encoders.modules.ClassEmbedder"}
     (empty.folder / "model.ckpt").touch()
-    assert "name it: --compvis-config" in one_line(empty("init", "model.ckpt", ok=False))
+    assert "--compvis-config" in one_line(empty("init", "model.ckpt", ok=False))
     tree = {"model": {"params": {"cond_stage_config": stage}}}
     (empty.folder / "cin256.yaml").write_text(yaml.safe_dump(tree))
     config = empty("init", "model.ckpt", "--json").data["config"]

@@ -170,6 +170,8 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.images": (["b.png"], BOTH),
     "sampling.masks": (["n.png"], BOTH),
     "sampling.strength": (0.7, BOTH),
+    "sampling.control": (["c.png"], BOTH),
+    "sampling.control_scale": (0.7, BOTH),
     "sampling.inputs": ("y", BOTH),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),
@@ -244,6 +246,7 @@ FROM_IMAGES = {"images": ["a.png"], "masks": ["m.png"], "strength": 0.5, "inputs
 BESIDE = {
     **dict.fromkeys(("sampling.height", "sampling.width"), SIDES),
     **{f"sampling.{key}": FROM_IMAGES for key in FROM_IMAGES},
+    **dict.fromkeys(("sampling.control", "sampling.control_scale"), {"control": ["a.png"]}),
 }
 """What a key cannot be without."""
 

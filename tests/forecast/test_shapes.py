@@ -106,7 +106,7 @@ def test_a_checkpoint_needs_only_its_yaml(tmp_path):
     for name in ("unet", "class_embedder"):
         assert found.parts[name].parameters == known.parts[name].parameters
     assert (found.latent_shape, found.image_shape) == (known.latent_shape, known.image_shape)
-    with pytest.raises(ModelError, match="needs the YAML"):
+    with pytest.raises(ModelError, match="the YAML that came"):
         shapes_of(tmp_path / "model.ckpt")
 
 

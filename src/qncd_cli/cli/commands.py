@@ -23,7 +23,7 @@ from .wanted import Wanted
 
 DRAWING = (
     *("steps", "num", "seed", "classes", "prompts", "batch_size", "backend"),
-    *("images", "masks", "strength"),
+    *("images", "masks", "control", "strength"),
 )
 """Options of `run` that say what to sample."""
 

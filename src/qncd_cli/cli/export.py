@@ -7,6 +7,7 @@ from typing import Any
 
 from ..config.loading import load_config, parse_config
 from ..config.schema import Config
+from ..errors import ModelError
 from ..runs.model import silence_diffusers
 from ..store import artifacts
 from ..store.files import check_folder, replacing_folder
@@ -144,9 +145,20 @@ def export_comfyui(
     console.result(payload, render)
 
 
+def _exportable(run: RunDir) -> Config:
+    """The run's configuration. Raises ModelError for a denoiser that other tools have two of."""
+    config = load_config(str(run.config))
+    if config.sampling.control is not None:
+        raise ModelError(
+            f"{run.path}: a U-Net and its ControlNet are one denoiser here, and not exported",
+            "draw its images with qncd sample --control",
+        )
+    return config
+
+
 def _opened(run: RunDir) -> tuple[Config, Any, artifacts.Artifact]:
     """Configuration, model (in float32 on the CPU) and quantized artifact of a run."""
-    config = load_config(str(run.config))
+    config = _exportable(run)
     quantized = artifacts.read(run.tensors("quantized"), "quantized")
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
     tree = config.to_dict()
@@ -178,7 +190,7 @@ def export(
     run, folder = find_run(run_dir), Path(out)
     if hub is not None:
         check_id(hub)
-    config = load_config(str(run.config))
+    config = _exportable(run)
     check_target(folder, force=force)
     quantized = artifacts.read(run.tensors("quantized"), "quantized")
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))

@@ -20,6 +20,13 @@ IMAGES = (
         help="Of an inpainting model: white is painted anew; one for all images, or one each.",
     ),
     click.option(
+        "--control",
+        metavar="FILE",
+        multiple=True,
+        help="Of a ControlNet: steers instead of the configured ones; a folder, or several in "
+        "turn.",
+    ),
+    click.option(
         "--strength",
         type=float,
         metavar="S",

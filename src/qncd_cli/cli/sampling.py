@@ -47,6 +47,7 @@ class SampleOptions:
     format: str = "png"
     images: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
+    control: tuple[str, ...] = ()
     strength: float | None = None
 
 
@@ -71,6 +72,8 @@ def sampling_config(config: Config, options: SampleOptions) -> Config:
         sampling["images"] = list(options.images) or sampling["images"]
         sampling["masks"] = list(options.masks) or (None if options.images else sampling["masks"])
         sampling["inputs"] = None
+    if options.control:
+        sampling["control"], sampling["inputs"] = list(options.control), None
     read_inputs(sampling, lambda name: place_of(name, Path()))
     if options.inter is not None:
         tree["correction"]["inter"]["method"] = options.inter

@@ -29,6 +29,8 @@ PIPELINES: dict[str, tuple[int, float, Needs | None]] = {
     "StableDiffusionInpaintPipeline": (50, 7.5, "prompts"),
     "StableDiffusionXLImg2ImgPipeline": (50, 5.0, "prompts"),
     "StableDiffusionXLInpaintPipeline": (50, 7.5, "prompts"),
+    "StableDiffusionControlNetPipeline": (50, 7.5, "prompts"),
+    "StableDiffusionXLControlNetPipeline": (50, 5.0, "prompts"),
     "StableDiffusion3Pipeline": (28, 7.0, "prompts"),
     "FluxPipeline": (28, 3.5, "prompts"),
     "PixArtAlphaPipeline": (20, 4.5, "prompts"),

@@ -12,7 +12,10 @@ from .section import MAX_STEPS, Section
 MAX_GUIDANCE = 100
 """Published uses stay below 20; far above, every image is saturated or not finite."""
 NOISE_TRAJECTORIES = 32
-LATER = ("height", "width", "images", "masks", "strength", "inputs")
+LATER = (
+    *("height", "width", "images", "masks", "strength", "inputs"),
+    *("control", "control_scale"),
+)
 """Keys of SamplingConfig without which runs were made that stay valid."""
 
 
@@ -149,8 +152,16 @@ class SamplingConfig(Section):
         description="share of the steps that images are noised and denoised by (default: of the "
         "pipeline)",
     )
+    control: tuple[str, ...] | None = Field(
+        None,
+        description="of a ControlNet: a file, a folder or a list of images that steer, such as "
+        "edges or depths, one for each prompt in turn",
+    )
+    control_scale: float | None = Field(
+        None, description="share of what the ControlNet adds; null: all of it"
+    )
     inputs: str | None = Field(
-        None, description="digest of images and masks, filled in when they are read"
+        None, description="digest of images, masks and control, filled in when they are read"
     )
 
     reuse: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -164,12 +175,13 @@ class SamplingConfig(Section):
     def _list_is_a_tuple(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        of_files = ("classes", "prompts", "images", "masks")
+        of_files = ("classes", "prompts", "images", "masks", "control")
         lists = {k: tuple(v) for k in of_files if isinstance(v := data.get(k), list)}
         data = {**data, **lists}
-        images, prompts = data.get("images"), data.get("prompts")
-        if isinstance(images, tuple) and isinstance(prompts, tuple) and prompts:
-            turns = max(len(images), len(prompts))  # each image has its prompt
+        prompts = data.get("prompts")
+        given = [v for k in ("images", "control") if isinstance(v := data.get(k), tuple)]
+        if given and isinstance(prompts, tuple) and prompts:
+            turns = max(*map(len, given), len(prompts))  # each image has its prompt
             data["prompts"] = tuple(prompts[i % len(prompts)] for i in range(turns))
         if isinstance(data.get("prompts"), tuple):
             data["prompts"] = tuple(_without_mark(text) for text in data["prompts"])
@@ -181,12 +193,14 @@ class SamplingConfig(Section):
             raise ValueError("classes must not be empty; 'all' takes every class in turn")
         if self.prompts == ():
             raise ValueError("prompts must not be empty")
-        for key in ("negative_prompt", "image_size", "height", "width", "images"):
+        for key in ("negative_prompt", "image_size", "height", "width", "images", "control"):
             if getattr(self, key) and self.prompts is None:
                 raise ValueError(f"{key} belongs to text models, which need prompts")
         for key in ("masks", "strength"):
             if getattr(self, key) is not None and self.images is None:
                 raise ValueError(f"{key} belongs to images")
+        if self.control_scale is not None and self.control is None:
+            raise ValueError("control_scale belongs to control")
         if self.images is not None and self.calls < 1:
             raise ValueError(
                 f"strength {self.strength} of {self.steps} steps leaves none: raise either"

@@ -63,6 +63,11 @@ class Config(Section):
                 "sampling.images set correction.inter.method: none, quantization.step_weights: 0 "
                 "and sampling.reuse: null"
             )
+        if self.sampling.control is not None and self.sampling.reuse is not None:
+            raise ValueError(
+                "a ControlNet is computed at every step: with sampling.control set "
+                "sampling.reuse: null"
+            )
         if inter.method == "runtime" and inter.first >= self.sampling.steps:
             raise ValueError(
                 f"correction.inter.first ({inter.first}) is no step of the "

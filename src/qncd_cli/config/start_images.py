@@ -1,4 +1,4 @@
-"""Images that sampling begins from, as a configuration names them: files in their order, digested.
+"""Images that sampling begins from or is steered by: files in their order, and their digest.
 
 Files are read for their digest alone; what they show is looked at when the model is loaded.
 """
@@ -16,7 +16,7 @@ from ..store.digests import digest_of
 from ..store.regular import open_regular
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-KEYS = ("images", "masks")
+KEYS = ("images", "masks", "control")
 INPUTS = "inputs"
 """Key of the section `sampling` that holds the digest of the files' contents."""
 Find = Callable[[str], Path | None]
@@ -29,15 +29,16 @@ def read_inputs(sampling: dict[str, Any], find: Find) -> None:
     sampling: a section that nobody has validated yet. One that has a digest holds paths already,
     and the files have to be the same still. Raises ConfigError.
     """
-    if sampling.get("images") is None and sampling.get("masks") is None:
+    if all(sampling.get(key) is None for key in KEYS):
         return
     for key in KEYS:
         if sampling.get(key) is not None:
             sampling[key] = _files(sampling[key], key, find)
-    found = digest_of([[_digest(path, key) for path in sampling.get(key) or ()] for key in KEYS])
+    keys = KEYS if sampling.get("control") is not None else KEYS[:2]  # as before there was the key
+    found = digest_of([[_digest(path, key) for path in sampling.get(key) or ()] for key in keys])
     if sampling.get(INPUTS) not in (None, found):
         raise ConfigError(
-            "sampling.images: a file was changed since the configuration was made from it",
+            "sampling.images, masks, control: a file was changed since the configuration was made",
             "restore it, or give the images anew",
         )
     sampling[INPUTS] = found

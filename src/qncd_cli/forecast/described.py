@@ -41,7 +41,7 @@ class Stored:
 
 
 def at_random(name: str) -> tuple[dict[str, nn.Module], dict[str, Any] | None]:
-    """Of random:NAME; None for a scheduler that is not known. Raises ModelError."""
+    """Describe random:NAME, with None for a scheduler that is not known. Raises ModelError."""
     known = {**PUBLISHED, **RANDOM}
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -78,8 +78,10 @@ def folder_of_source(source: str) -> Path:
 def in_checkpoint(
     source: str, compvis_config: str | None, base: str | None
 ) -> tuple[dict[str, nn.Module], dict[str, Any] | None, dict[str, Stored]]:
-    """Of a checkpoint file what its YAML or its base describes, as large as the file says, or in
-    float32 as those that CompVis published. Raises ModelError."""
+    """Describe a checkpoint file from its YAML or its base. Raises ModelError.
+
+    As large as a .safetensors file says; others are taken for float32, as CompVis published them.
+    """
     scheduler: dict[str, Any] | None
     if base is None:
         modules, scheduler = described_modules(source, compvis_config)

@@ -17,6 +17,7 @@ from diffusers import (
 from torch import Tensor
 
 from ..errors import ModelError
+from ..models.control import CONTROL, CONTROLNET
 
 Arguments = dict[str, Any]
 Latent = tuple[int, ...]
@@ -37,6 +38,8 @@ CLIP_PIPELINES = {
     "StableDiffusionInpaintPipeline": 0,
     "StableDiffusionXLImg2ImgPipeline": 0,
     "StableDiffusionXLInpaintPipeline": 0,
+    "StableDiffusionControlNetPipeline": 0,
+    "StableDiffusionXLControlNetPipeline": 0,
     "StableDiffusion3Pipeline": T5_TOKENS,
 }
 """Pipelines whose prompts are as long as their first encoder reads -> T5's tokens after them."""
@@ -87,6 +90,9 @@ def _unet(denoiser: Any, zeros: Any, rows: int, tokens: int, latent: Latent) -> 
         ids = 6 * config.addition_time_embed_dim
         pooled = zeros(rows, config.projection_class_embeddings_input_dim - ids)
         found["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": zeros(rows, 6)}
+    if hasattr(denoiser, CONTROLNET):  # as large as the image
+        factor = 2 ** (len(denoiser.controlnet.config.conditioning_embedding_out_channels) - 1)
+        found[CONTROL] = zeros(rows, 3, factor * latent[1], factor * latent[2])
     return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.call_signature import INPAINTING
+from ..models.control import CONTROLNET, join, steer
 from ..models.digest import is_checkpoint
 from ..models.folder_check import read_index
 from ..models.loading import FIRST_STAGES
@@ -133,6 +134,15 @@ def model_shapes(
     name = next((n for n in DENOISERS if n in modules), None)
     if name is None:
         raise ModelError(f"{source}: has no {' or '.join(DENOISERS)}", "is it a diffusion model?")
+    if CONTROLNET in modules:
+        own, beside = stored.get(name), stored.pop(CONTROLNET, None)
+        join(modules[name], modules.pop(CONTROLNET)).register_forward_pre_hook(
+            steer, with_kwargs=True
+        )
+        if own is not None and beside is not None:
+            stored[name] = Stored(
+                own.size + beside.size, own.elements + beside.elements, own.types | beside.types
+            )
     denoiser = modules[name].to(dtype).eval().requires_grad_(False)
     first_stage = next((modules[n] for n in FIRST_STAGES if n in modules), None)
     parts = {n: _part(n, m, stored.get(n), dtype) for n, m in modules.items()}

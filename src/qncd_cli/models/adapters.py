@@ -11,6 +11,8 @@ from torch import Tensor
 from ..config.model_card import STRENGTHS
 from ..errors import ModelError, NotFinite
 from .call_signature import INPAINTING
+from .control import CONTROL, ControlImages, controls, join
+from .control import PIPELINES as CONTROL_PIPELINES
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .prompt_length import Tell
 from .schedule import (
@@ -176,6 +178,28 @@ def with_images(pipeline: Any, parts: Parts, images: StartImages | None, tell: T
     }
 
 
+def with_control(pipeline: Any, parts: Parts, control: ControlImages | None, tell: Tell) -> Parts:
+    """The parts of a text model whose ControlNet reads images. Raises ModelError."""
+    kind = type(pipeline).__name__
+    if control is None and kind in CONTROL_PIPELINES:
+        raise ModelError(f"{kind} is steered by images", "set sampling.control")
+    if control is None:
+        return parts
+    if kind not in CONTROL_PIPELINES:
+        raise ModelError(f"{kind} has no ControlNet", "leave sampling.control out")
+    factor, (_, height, width) = pipeline.vae_scale_factor, parts["latent_shape"]
+    images = controls(pipeline, control, (factor * height, factor * width), tell)
+    condition = parts["condition"]
+    return {
+        **parts,
+        "denoiser": join(parts["denoiser"], pipeline.controlnet, control.scale),
+        "condition": lambda labels: {
+            **condition(labels),
+            CONTROL: images[labels.to(images.device) % len(images)],
+        },
+    }
+
+
 def _embedded_scale(pipeline: Any, denoiser: Any, scale: float) -> Tensor:
     """[1, C]; LCM's scale is 0 where diffusers' is 1 (arXiv 2310.04378, sec. 4.2)."""
     embedded: Tensor = pipeline.get_guidance_scale_embedding(
@@ -269,6 +293,7 @@ UNSCALED = {
     "StableDiffusionXLPipeline": _standardized,
     "StableDiffusionXLImg2ImgPipeline": _standardized,
     "StableDiffusionXLInpaintPipeline": _standardized,
+    "StableDiffusionXLControlNetPipeline": _standardized,
     "StableDiffusion3Pipeline": _shifted,
     "FluxPipeline": _shifted,
 }

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
+from .control import CONTROLNET, steer
 from .start_images import BESIDE
 
 INPAINTING = 9
@@ -46,6 +47,8 @@ def unify_call(denoiser: nn.Module) -> nn.Module:
     if added:
         gather = functools.partial(_gather_added, added)
         denoiser.register_forward_pre_hook(gather, with_kwargs=True)
+    if hasattr(denoiser, CONTROLNET):
+        denoiser.register_forward_pre_hook(steer, with_kwargs=True)
     channels = getattr(config, "in_channels", None)
     if channels and getattr(config, "out_channels", None) == 2 * channels:
         denoiser.register_forward_hook(_without_variance)

@@ -81,6 +81,13 @@ def check_weights(part: Any, folder: Path) -> None:
             f"{folder}: holds LoRA weights (first: {adapted[0]})",
             "fuse them into the model first (diffusers: fuse_lora, unload_lora_weights)",
         )
+    shown = sorted(name for name in names if "_ip." in name)
+    if shown:
+        raise ModelError(
+            f"{folder}: an IP-Adapter is part of it (first: {shown[0]}), whose images are not read "
+            "here",
+            "unload it (diffusers: unload_ip_adapter) and save the pipeline again",
+        )
     found: Any = dict.fromkeys(names)
     part._fix_state_dict_keys_on_load(found)  # attention of old checkpoints goes by other names
     expected = set(part.state_dict())

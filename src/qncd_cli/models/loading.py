@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
 from ..progress import Track, no_progress
-from .adapters import ADAPTERS, Condition, with_images
+from .adapters import ADAPTERS, Condition, with_control, with_images
 from .call_signature import check_inputs, unify_call
 from .compvis.checkpoint import compvis_pipeline
 from .denoiser_folder import check_values
@@ -160,6 +160,7 @@ def load_model(
     parts = ADAPTERS[kind](pipeline, (prompts, encoded))
     if prompts is not None:
         parts = with_images(pipeline, parts, prompts.images, tell)
+        parts = with_control(pipeline, parts, prompts.control, tell)
     check_inputs(parts["denoiser"], parts["condition"](torch.zeros(1, dtype=torch.int64)), source)
     unify_call(parts["denoiser"])
     schedule = {"scheduler_config": schedule_of(pipeline)}

@@ -32,8 +32,9 @@ class PromptCache:
 
     def path(self, model_digest: str, dtype: str, prompts: Prompts) -> Path:
         """File that keeps what these prompts become; the guidance scale does not matter to it."""
-        encoded = dataclasses.asdict(dataclasses.replace(prompts, guidance_scale=1.0, images=None))
-        del encoded["images"]
+        alone = dataclasses.replace(prompts, guidance_scale=1.0, images=None, control=None)
+        encoded = dataclasses.asdict(alone)
+        del encoded["images"], encoded["control"]
         made_from = {"model": model_digest, "dtype": dtype, **encoded}
         return self.folder / f"{digest_of(made_from)}.safetensors"
 

@@ -63,8 +63,8 @@ def started(
     Raises ModelError for files that are no images, for images of another shape, and for masks that
     have not the size of their image.
     """
-    images = [_opened(file) for file in request.files]
-    masks = [_opened(file) for file in request.masks]
+    images = [opened(file) for file in request.files]
+    masks = [opened(file) for file in request.masks]
     for number, mask in enumerate(masks):
         for image, file in _of_mask(number, images, request):
             if mask.size != image.size:
@@ -73,16 +73,7 @@ def started(
                     f"{_said(image)}",
                     "give a mask of the image's size",
                 )
-    for image, file in zip(images, request.files, strict=True):
-        if abs(image.width * sides[0] / (image.height * sides[1]) - 1) > ASPECT:
-            raise ModelError(
-                f"{file}: {_said(image)} pixels, of another shape than the {sides[1]} x {sides[0]} "
-                "that are drawn",
-                "crop it, or set sampling.height and sampling.width",
-            )
-    resized = sum(image.size != sides[::-1] for image in images)
-    if resized:
-        tell(f"{resized} of {len(images)} images are resized to {sides[1]} x {sides[0]}")
+    check_shapes(images, request.files, sides, "images", tell)
     size = {"height": sides[0], "width": sides[1]}
     pixels = [pipeline.image_processor.preprocess(image, **size) for image in images]
     latents = torch.cat([encode(one) for one in pixels])
@@ -97,7 +88,29 @@ def started(
     return Started(latents, torch.cat(beside))
 
 
-def _opened(file: str) -> Image.Image:
+def check_shapes(
+    images: Sequence[Image.Image],
+    files: Sequence[str],
+    sides: tuple[int, int],
+    what: str,
+    tell: Tell,
+) -> None:
+    """Raise ModelError for an image of another shape than the height and width that are drawn;
+    tell hears how many are of another size. what: the images are."""
+    for image, file in zip(images, files, strict=True):
+        if abs(image.width * sides[0] / (image.height * sides[1]) - 1) > ASPECT:
+            raise ModelError(
+                f"{file}: {_said(image)} pixels, of another shape than the {sides[1]} x {sides[0]} "
+                "that are drawn",
+                "crop it, or set sampling.height and sampling.width",
+            )
+    resized = sum(image.size != sides[::-1] for image in images)
+    if resized:
+        tell(f"{resized} of {len(images)} {what} are resized to {sides[1]} x {sides[0]}")
+
+
+def opened(file: str) -> Image.Image:
+    """In colour. Raises ModelError for a file that is no image."""
     try:
         with Image.open(Path(file)) as image:
             return image.convert("RGB")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..progress import Track, counted, no_progress
+from .control import ControlImages
 from .prompt_length import Tell, check_lengths
 from .start_images import StartImages
 
@@ -29,7 +30,8 @@ class Prompts:
     """texts: taken in turn by seed; negative: what guidance leads away from.
 
     image_size: height and width in pixels, one number where they are equal, None for the model's
-    own; guidance_scale: for models that read it; images: that sampling begins from.
+    own; guidance_scale: for models that read it; images: that sampling begins from;
+    control: that a ControlNet reads.
     """
 
     texts: tuple[str, ...]
@@ -37,6 +39,7 @@ class Prompts:
     image_size: int | tuple[int, int] | None = None
     guidance_scale: float = 1.0
     images: StartImages | None = None
+    control: ControlImages | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,8 @@ TEXT_TABLES = {
     "StableDiffusionInpaintPipeline": stable_diffusion_table,
     "StableDiffusionXLImg2ImgPipeline": stable_diffusion_xl_table,
     "StableDiffusionXLInpaintPipeline": stable_diffusion_xl_table,
+    "StableDiffusionControlNetPipeline": stable_diffusion_table,
+    "StableDiffusionXLControlNetPipeline": stable_diffusion_xl_table,
     "PixArtAlphaPipeline": pixart_table,
     "PixArtSigmaPipeline": pixart_table,
     "StableDiffusion3Pipeline": stable_diffusion_3_table,

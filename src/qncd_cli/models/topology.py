@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from ..errors import ModelError
 from ..quant.attention_processors import JointProcessor
 from ..spec import ATTENTION_OPERANDS
+from .control import CONTROLNET
 
 _TIME_LAYERS = re.compile(r"(^|\.)(time_embedding|timestep_embedder)\.linear_[12]$")
 _TIME_PROJECTIONS = re.compile(r"(^|\.)time_emb_proj$")
@@ -110,12 +111,12 @@ def is_conditioning_layer(name: str) -> bool:
 
 def is_outer_layer(name: str) -> bool:
     """Whether a layer is the first or the last of the denoiser."""
-    return name in _FIRST + _LAST
+    return name.removeprefix(f"{CONTROLNET}.") in _FIRST + _LAST
 
 
 def is_first_layer(name: str) -> bool:
     """Whether a layer reads the latent itself, and with it the initial noise."""
-    return name in _FIRST
+    return name.removeprefix(f"{CONTROLNET}.") in _FIRST
 
 
 def skip_boundaries(denoiser: nn.Module) -> dict[str, int]:

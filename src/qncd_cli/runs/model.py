@@ -27,6 +27,7 @@ def open_model(
 
     folder: of a run, where encoded prompts are kept. Raises ModelError.
     """
+    from ..models.control import ControlImages
     from ..models.loading import load_model
     from ..models.prompt_cache import PromptCache
     from ..models.start_images import StartImages
@@ -35,9 +36,12 @@ def open_model(
     silence_diffusers()
     watch.imported()
     model, sampling = config.model, config.sampling
-    prompts, images = None, None
+    prompts, images, control = None, None, None
     if sampling.images is not None:
         images = StartImages(sampling.images, sampling.masks or ())
+    if sampling.control is not None:
+        scale = sampling.control_scale
+        control = ControlImages(sampling.control, 1.0 if scale is None else scale)
     if sampling.prompts is not None:
         prompts = Prompts(
             sampling.prompts,
@@ -45,6 +49,7 @@ def open_model(
             image_size=sampling.sides,
             guidance_scale=sampling.guidance_scale,
             images=images,
+            control=control,
         )
     return load_model(
         model.source,
