@@ -25,7 +25,11 @@ from torch import Tensor
 
 from qncd_cli.backends.cuda import launch, tiles
 from qncd_cli.backends.cuda.launch import Call
+from qncd_cli.backends.cuda.product import Product as ByteProduct
+from qncd_cli.backends.cuda.product import product_call
+from qncd_cli.backends.cuda.quantize import Quantizer, quantize_call
 from qncd_cli.backends.cuda.tiles import ARCHITECTURES, FLAT, INT8, PACKED, Tile
+from qncd_cli.backends.cuda.weights import Weight
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.topology import weight_layers
 
@@ -113,39 +117,31 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def product_of(
     tile: Tile, packed: bool, geometry: tuple[int, ...], dtype: torch.dtype = torch.float16, **more
 ) -> Call:
-    """A product of LDM-4 (192 channels, 64 x 64 pixels, 8 images) with that tile."""
+    """A product of LDM-4 (192 channels, 64 x 64 pixels, 8 images) with that tile.
+
+    more: what Product takes, and input_scale_first.
+    """
     channels, outputs, taps = 192, 192, 9 if geometry else 1
     shape = (8, 64, 64, channels) if geometry else (8 * 4096, channels)
-    weight = _meta(outputs, taps, channels // 2, dtype=torch.uint8)
-    if not packed:
-        weight = _meta(outputs, taps, channels, dtype=torch.int8)
-    scale, zero_point = _meta(), _meta(dtype=torch.int32)
-    options = {"high": False, "input_scale_first": False, "before": None, "residual": None}
-    options |= {"following": None} | more
-    out_type = torch.int8 if options["following"] else dtype
-    return launch.product_call(
-        _meta(*shape, dtype=torch.int8),
-        weight,
-        _meta(outputs, dtype=torch.int8) if packed else None,
-        _meta(outputs),
-        _meta(taps, outputs, dtype=torch.int32),
-        _meta(outputs),
-        scale,
-        zero_point,
-        geometry,
-        dtype,
-        *options.values(),
-        _meta(*shape[:-1], outputs, dtype=out_type),
-        tile,
-    )
+    codes = _meta(outputs, taps, channels, dtype=torch.int8)
+    if packed:
+        codes = _meta(outputs, taps, channels // 2, dtype=torch.uint8)
+    zero_point = _meta(outputs, dtype=torch.int8) if packed else None
+    sums = _meta(taps, outputs, dtype=torch.int32)
+    scaled_first = more.pop("input_scale_first", False)
+    weight = Weight(codes, zero_point, _meta(outputs), sums, scaled_first)
+    range_ = _meta(), _meta(dtype=torch.int32)
+    x = _meta(*shape, dtype=torch.int8)
+    problem = ByteProduct(x, weight, _meta(outputs), *range_, geometry, dtype, **more)
+    out = _meta(*problem.output_shape, dtype=problem.output_dtype)
+    return product_call(problem, out, tile)
 
 
 def quantization_of(image: bool, bits: int, dtype: torch.dtype = torch.float16) -> Call:
     """Quantization of such an image, channels apart, or of its rows; smoothed and shifted."""
     x = _meta(8, 192, 64, 64, dtype=dtype) if image else _meta(8 * 4096, 192, dtype=dtype)
     low = _meta(*((8, 64, 64, 192) if image else x.shape), dtype=torch.int8)
-    operands = (_meta(192), _meta(192), _meta(), _meta(dtype=torch.int32), bits, low, low)
-    return launch.quantize_call(x, image, *operands)
+    return quantize_call(x, image, smoothing_quantizer(bits), low, low)
 
 
 def shipped() -> Iterator[tuple[str, Call]]:
@@ -164,9 +160,9 @@ def shipped() -> Iterator[tuple[str, Call]]:
             )
 
 
-def following() -> launch.Next:
-    """A next layer of 8 bits, smoothed and shifted."""
-    return launch.Next(_meta(), _meta(dtype=torch.int32), 8, _meta(192), _meta(192))
+def smoothing_quantizer(bits: int) -> Quantizer:
+    """Of a layer of 192 channels, smoothed and shifted."""
+    return Quantizer(_meta(), _meta(dtype=torch.int32), bits, _meta(192), _meta(192))
 
 
 # ------------------------------------------------------------------ on paper

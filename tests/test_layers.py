@@ -230,7 +230,7 @@ DOORS: dict[str, list[str]] = {
     "onnx_ir": ["backends.onnx.graph", "backends.onnx.layers"],
     "onnxruntime": ["backends.* (inside)"],
     "openvino": ["backends.* (inside)"],
-    "triton": ["backends.cuda.kernels", "backends.cuda.launch (inside)"],
+    "triton": ["backends.cuda.kernels.*", "backends.cuda.launch (inside)"],
     "PIL": [
         "models.start_images",
         "metrics.*",

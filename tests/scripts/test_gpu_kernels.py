@@ -63,7 +63,10 @@ def test_every_end_of_a_product(architecture):
     for tile, packed in ((INT8[0], False), (PACKED[0], True)):
         for dtype, options in (
             (torch.bfloat16, {"residual": residual}),
-            (torch.bfloat16, {"residual": residual, "following": gpu_kernels.following()}),
+            (
+                torch.bfloat16,
+                {"residual": residual, "following": gpu_kernels.smoothing_quantizer(8)},
+            ),
             (torch.float32, {"before": before, "high": True, "input_scale_first": True}),
         ):
             check(

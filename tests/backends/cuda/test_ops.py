@@ -48,6 +48,19 @@ def test_the_operators_keep_torchs_rules():
     assert ops.BYTE_PRODUCT(*operands, **following).dtype == torch.int8
 
 
+def test_a_residual_may_lie_anyhow_in_memory():
+    layer, residual = layer_of(nn.Linear(6, 5)), random(3, 5)
+    scale, zero_point = layer.input_qparams()
+    low, _ = ops.BYTES(random(3, 6), False, None, None, scale, zero_point, 8)
+    (weight,) = layers.prepare(layer)
+    operands = (low, weight.codes, None, weight.scale, weight.sums, layer.bias, scale, zero_point)
+    found = ops.BYTE_PRODUCT(*operands, [], torch.float32, residual=residual)
+    apart = torch.stack([residual, residual], -1)[..., 0]
+    assert not apart.is_contiguous()
+    assert torch.equal(ops.BYTE_PRODUCT(*operands, [], torch.float32, residual=apart), found)
+    assert torch.equal(found, ops.BYTE_PRODUCT(*operands, [], torch.float32) + residual)
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_torch_compile_takes_layers_in_one_graph(bits):
     """Whole, without breaks, its operators opened by AOT autograd; group by group."""

@@ -31,6 +31,11 @@ class Weight:
     sums: Tensor
     input_scale_first: bool
 
+    @property
+    def packed(self) -> bool:
+        """Whether a byte holds two codes."""
+        return self.codes.dtype == torch.uint8
+
 
 def prepared(layer: QuantizedLayer) -> list[Weight]:
     """The layer's weight in bytes: one, or two for weights of two bytes."""

@@ -1,93 +1,13 @@
-"""The kernels in Triton: quantization to bytes, and products of bytes as matrices or convolutions.
-
-Codes q are kept as q - 128, int8, images in the order [N, H, W, C]. With c = q - 128 and the
-zero-point z an output is
-
-    sum_k (q_k - z) w_k = sum_k c_k w_k + (128 - z) sum_k w_k,    k over the taps inside the image
-
-whose first sum reads 0 outside, and whose second comes from the weight's sums per tap. All sums are
-int32. float32 operations stand in the order of backends/reference.py and must not be contracted:
-whoever launches says enable_fp_fusion=False.
-
-Only builtins of the language are called, not its standard library, which is compiled when triton is
-imported and cannot be interpreted afterwards. `launch` loads this file, once to be compiled and
-once to be interpreted. Annotations are read by Triton: no `from __future__ import annotations`.
-"""
+"""Products of bytes as matrices or convolutions."""
 
 import triton
 import triton.language as tl
 
-ROUND_TO_EVEN: tl.constexpr = tl.constexpr(12582912.0)
-"""1.5 * 2^23, as quant/affine.py has it: y + this is y rounded half to even, |y| < 2^22."""
-ITS_BITS: tl.constexpr = tl.constexpr(0x4B400000)
+from .rounding import code, rounded
+
 NIBBLES: tl.constexpr = tl.constexpr(32)
 """Bytes of packed 4-bit weights that hold the channels of one group: low nibbles the first 32 of
 64, high nibbles the others, so that no byte has to be spread over its neighbours."""
-
-
-@triton.jit
-def _code(x, scale, zero_point, largest):
-    """x float32 -> code in [0, largest], int32; NaN becomes the zero-point."""
-    y = tl.div_rn(x, scale)
-    y = tl.where(y == y, y, 0.0)
-    low = (-zero_point).to(tl.float32)
-    high = (largest - zero_point).to(tl.float32)
-    y = tl.minimum(tl.maximum(y, low), high)
-    rounded = (y + ROUND_TO_EVEN).to(tl.int32, bitcast=True) - ITS_BITS
-    return rounded + zero_point
-
-
-@triton.jit
-def _rounded(value, DTYPE: tl.constexpr):
-    """float32 -> DTYPE, rounded half to even; bfloat16 by hand, as the interpreter cuts it off."""
-    if tl.bfloat16 == DTYPE:
-        bits = value.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        value = bits.to(tl.float32, bitcast=True)
-    return value.to(DTYPE)
-
-
-@triton.jit
-def quantize(
-    x_ptr,
-    factor_ptr,
-    shift_ptr,
-    scale_ptr,
-    zero_point_ptr,
-    low_ptr,
-    high_ptr,
-    pixels,
-    channels,
-    image_pixels,
-    image_stride,
-    pixel_stride,
-    channel_stride,
-    BITS: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    PIXELS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """(x - shift) / factor -> codes less 128 [pixels, channels]: low bytes, above 8 bits high ones.
-
-    x of any float type: image n, pixel p, channel c at n image_stride + p pixel_stride + c
-    channel_stride; factor, shift [channels] float32; scale, zero_point: one number each.
-    """
-    pixel = (tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    mask = (pixel < pixels)[:, None] & (channel < channels)[None, :]
-    start = (pixel // image_pixels) * image_stride + (pixel % image_pixels) * pixel_stride
-    offsets = start[:, None] + (channel * channel_stride)[None, :]
-    x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if SHIFTED:
-        x = x - tl.load(shift_ptr + channel, mask=channel < channels, other=0.0)[None, :]
-    if SMOOTHED:
-        x = tl.div_rn(x, tl.load(factor_ptr + channel, mask=channel < channels, other=1.0)[None, :])
-    code = _code(x, tl.load(scale_ptr), tl.load(zero_point_ptr), (1 << BITS) - 1)
-    to = pixel[:, None] * channels + channel[None, :]
-    tl.store(low_ptr + to, ((code & 255) - 128).to(tl.int8), mask=mask)
-    if BITS > 8:
-        tl.store(high_ptr + to, ((code >> 8) - 128).to(tl.int8), mask=mask)
 
 
 @triton.jit
@@ -233,16 +153,16 @@ def product(
         value = tl.load(before_ptr + to, mask=mask, other=0.0) + value
     if RESIDUAL:
         residual = tl.load(residual_ptr + to, mask=mask, other=0.0).to(tl.float32)
-        value = _rounded(value, DTYPE).to(tl.float32) + residual
+        value = rounded(value, DTYPE).to(tl.float32) + residual
     if NEXT_BITS:
-        value = _rounded(value, DTYPE).to(tl.float32)
+        value = rounded(value, DTYPE).to(tl.float32)
         if NEXT_SHIFTED:
             value = value - tl.load(next_shift_ptr + output, mask=real, other=0.0)[None, :]
         if NEXT_SMOOTHED:
             factor = tl.load(next_factor_ptr + output, mask=real, other=1.0)[None, :]
             value = tl.div_rn(value, factor)
         next_zero_point = tl.load(next_zero_point_ptr)
-        code = _code(value, tl.load(next_scale_ptr), next_zero_point, (1 << NEXT_BITS) - 1)
-        tl.store(out_ptr + to, (code - 128).to(tl.int8), mask=mask)
+        after = code(value, tl.load(next_scale_ptr), next_zero_point, (1 << NEXT_BITS) - 1)
+        tl.store(out_ptr + to, (after - 128).to(tl.int8), mask=mask)
     else:
-        tl.store(out_ptr + to, _rounded(value, DTYPE), mask=mask)
+        tl.store(out_ptr + to, rounded(value, DTYPE), mask=mask)

@@ -1,0 +1,125 @@
+"""Launches of products of bytes, as matrices or convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .launch import EXACT, Call, operand_or, run, triton_type, units
+from .quantize import Quantizer
+from .tiles import Tile, choose_tile
+from .weights import Weight
+
+GEOMETRY = [
+    f"{what}_{side}" for what in ("KERNEL", "STRIDE", "PAD", "DILATION") for side in ("H", "W")
+]
+"""Names of the numbers of a geometry in the kernel."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """Codes less 128 times a weight, and what becomes of the sums.
+
+    codes: int8 [N, H, W, C] or, without a geometry, [..., C]; bias: [O] or None; scale, zero_point:
+    of the input, one number each; geometry: height and width of the kernel, stride, padding and
+    dilation, each in both directions; dtype: of the output. high: the codes are high bytes.
+    before: float32, the product is added to it; residual: is added to the output in dtype;
+    following: of the next layer, whose codes are the output then, int8.
+    """
+
+    codes: Tensor
+    weight: Weight
+    bias: Tensor | None
+    scale: Tensor
+    zero_point: Tensor
+    geometry: Sequence[int]
+    dtype: torch.dtype
+    high: bool = False
+    before: Tensor | None = None
+    residual: Tensor | None = None
+    following: Quantizer | None = None
+
+    @property
+    def outputs(self) -> int:
+        return self.weight.codes.shape[0]
+
+    @property
+    def output_shape(self) -> list[int]:
+        """[N, OH, OW, O] or [..., O]"""
+        return output_shape(self.codes.shape, self.outputs, self.geometry)
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        return self.dtype if self.following is None else torch.int8
+
+
+def output_shape(codes: Sequence[int], outputs: int, geometry: Sequence[int]) -> list[int]:
+    """Shape of the product of codes [N, H, W, C] or, without a geometry, [..., C]."""
+    if not geometry:
+        return [*codes[:-1], outputs]
+    sides = [
+        (side + 2 * pad - dilate * (kernel - 1) - 1) // step + 1
+        for side, kernel, step, pad, dilate in zip(
+            codes[1:3], geometry[:2], geometry[2:4], geometry[4:6], geometry[6:], strict=True
+        )
+    ]
+    return [codes[0], *sides, outputs]
+
+
+def multiply(problem: Product) -> Tensor:
+    """The product -> [N, OH, OW, O] or [..., O]; codes and residual are in line in memory."""
+    out = problem.codes.new_empty(problem.output_shape, dtype=problem.output_dtype)
+    rows = out.numel() // problem.outputs
+    if rows:
+        device = problem.codes.device
+        tile = choose_tile(rows, problem.outputs, problem.weight.packed, units(device))
+        run(product_call(problem, out, tile), device)
+    return out
+
+
+def product_call(problem: Product, out: Tensor, tile: Tile) -> Call:
+    """What `multiply` launches to fill out, with that tile."""
+    weight, outputs = problem.weight, problem.outputs
+    rows = out.numel() // outputs
+    form = list(problem.geometry) or [1, 1, 1, 1, 0, 0, 1, 1]
+    pointwise = form[:6] == [1, 1, 1, 1, 0, 0]
+    sides = (1, 1, 1, 1) if pointwise else (*problem.codes.shape[1:3], *out.shape[1:3])
+    after = problem.following or Quantizer(problem.scale, problem.zero_point, 0)
+    operands = (
+        problem.codes,
+        weight.codes,
+        operand_or(weight.zero_point, weight.sums),
+        weight.scale,
+        weight.sums,
+        operand_or(problem.bias, weight.scale),
+        problem.scale,
+        problem.zero_point,
+        operand_or(problem.before, weight.scale),
+        operand_or(problem.residual, weight.scale),
+        *after.operands,
+        out,
+        rows,
+        outputs,
+        problem.codes.shape[-1],
+        weight.codes.shape[2] * (2 if weight.packed else 1),
+        *sides,
+    )
+    constants = dict(zip(GEOMETRY, form, strict=True)) | {
+        "POINTWISE": pointwise,
+        "PACKED": weight.packed,
+        "HIGH_BYTE": problem.high,
+        "INPUT_SCALE_FIRST": weight.input_scale_first,
+        "BIASED": problem.bias is not None,
+        "ADDED": problem.before is not None,
+        "RESIDUAL": problem.residual is not None,
+        **{f"NEXT_{name}": value for name, value in after.constants.items()},
+        "DTYPE": triton_type(problem.dtype),
+        "ROWS": tile.rows,
+        "OUTPUTS": tile.outputs,
+        "DEPTH": tile.depth,
+    }
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **EXACT}
+    return Call("product", (tile.count(rows, outputs),), operands, constants, options)
