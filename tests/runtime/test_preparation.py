@@ -10,6 +10,7 @@ from qncd_cli.backends.base import AUTO
 from qncd_cli.errors import BackendUnavailable
 from qncd_cli.runtime import preparation
 from qncd_cli.runtime.auto_backend import BackendCache
+from qncd_cli.runtime.compiled_graph import GraphDenoiser
 from qncd_cli.runtime.preparation import Preparation, prepare
 from qncd_cli.spec import Compile
 
@@ -95,3 +96,20 @@ def test_full_precision_has_no_backend_and_its_own_denoiser(prepared, made):
     assert sampled.kind == "full" and sampled.backend is None and said == []
     assert sampled.denoiser.module is made[1].denoiser
     assert sampled.digests == {"model": made[1].digest}
+
+
+def test_kernels_for_gpus_are_fused_only_where_that_is_said(prepared, monkeypatch):
+    """A fused graph has other bits than `simulate`; a set that began with one goes on with it."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(preparation, "WORTH_COMPILING", 0)
+    for options, fused in [
+        ({}, False),
+        ({"begun": GRAPH}, True),
+        ({"begun": GRAPH, "compile": NO}, False),
+        ({"compile": YES, "low_memory": True}, False),
+    ]:
+        sampled, said = prepared(backend="cuda-int8", **options)
+        assert sampled.compiled is fused
+        assert isinstance(sampled.denoiser, GraphDenoiser) is fused
+        assert said == []

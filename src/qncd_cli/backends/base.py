@@ -28,6 +28,7 @@ class Backend:
     why_not: why one layer is simulated instead, empty where it is not; matmul: computes attention's
     products in integers; forget: frees what it keeps with a layer. whole: the denoiser is exported
     to another runtime and runs there as one graph; layer by layer it can only be simulated.
+    fuses: --compile joins its layers with what is around them, in a graph for any device.
     by_name: only used where it is asked for; auto and the bench pass it over. way_out: the backend
     to name to a user for whom it is unavailable.
     """
@@ -41,6 +42,7 @@ class Backend:
     forget: Callable[[QuantizedLayer], None] = forget_weight
     whole: bool = False
     by_name: bool = False
+    fuses: bool = False
     way_out: str = AUTO
 
 
@@ -80,6 +82,7 @@ BACKENDS = {
         cuda.why_not,
         forget=cuda.forget_kernel,
         by_name=True,
+        fuses=True,
         way_out="simulate",
     ),
 }

@@ -119,7 +119,7 @@ def _loaded(path: Path, folder: Path) -> graph.Graph:
         return graph.load_graph(path)
     except (RuntimeError, OSError) as error:
         raise BackendUnavailable(
-            f"the compiled denoiser cannot be loaded: {_first_line(error)}", "use --no-compile"
+            f"the compiled denoiser cannot be loaded: {first_line(error)}", "use --no-compile"
         ) from error
 
 
@@ -130,11 +130,12 @@ def _compiled(compile: Callable[[], bytes], folder: Path) -> bytes:
         return compile()
     except Exception as error:  # whatever a tracer and a compiler can stumble over
         raise BackendUnavailable(
-            f"the denoiser cannot be compiled: {_first_line(error)}", "use --no-compile"
+            f"the denoiser cannot be compiled: {first_line(error)}", "use --no-compile"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says of its failure, for a message of one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:160]
 
 

@@ -48,7 +48,7 @@ class Denoiser:
         self.calls += 1
         with torch.no_grad():
             x, condition = self.in_own_dtype(x, condition)
-            x = x.to(self._device)
+            x = self.to_own_device(x)
             t = torch.as_tensor(t, device=self._device).expand(len(x))
             try:
                 return self._predict(x, t, condition).float().cpu()
@@ -64,6 +64,10 @@ class Denoiser:
         """x and condition as the module takes them; labels stay integers."""
         own = {k: v.to(self._dtype) if v.is_floating_point() else v for k, v in condition.items()}
         return x.to(self._dtype), own
+
+    def to_own_device(self, x: Tensor) -> Tensor:
+        """x where the module is."""
+        return x.to(self._device)
 
     def _predict(self, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         return self.module(x, t, **condition).sample

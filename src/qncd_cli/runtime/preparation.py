@@ -21,6 +21,7 @@ from .compiled_graph import compile_denoiser, has_graph
 from .compiled_reuse import compile_reusing, has_graphs, patterns_of
 from .denoiser import Denoiser
 from .exported_graph import example_of, in_openvino
+from .fused_graph import fuse_denoiser
 from .reuse import ReusingDenoiser
 from .sampled_model import SampledModel
 
@@ -152,17 +153,23 @@ def _compile(
     Full precision, which others are measured against, is compiled only where that is asked for.
     """
     asked = how.compile is Compile.YES
-    if sampled.backend is not None and sampled.backend.name != "int8":
+    fuses = sampled.backend is not None and sampled.backend.fuses
+    fuses = fuses and not isinstance(sampled.denoiser, ReusingDenoiser)
+    if sampled.backend is not None and sampled.backend.name != "int8" and not fuses:
         if asked:
             raise BackendUnavailable(
-                f"--compile: backend {sampled.backend.name} has no graph", "only int8 has one"
+                f"--compile: backend {sampled.backend.name} has no graph"
+                + (" that leaves work out" if sampled.backend.fuses else ""),
+                "int8 has one",
             )
         return sampled
-    if not _wants_graph(config, model, sampled, how):
+    if not (_is_asked_for(how) if fuses else _wants_graph(config, model, sampled, how)):
         return sampled
     with torch.no_grad():
         condition = model.condition(model.labels([*how.seeds[:1]], config.sampling.classes))
     row = torch.zeros(1, *model.latent_shape, dtype=model.dtype), condition
+    if fuses:
+        return replace(sampled, denoiser=fuse_denoiser(sampled.denoiser, row), compiled=True)
     place = sampled.quantized_digests, row, how.folder, how.tell
     try:
         if isinstance(sampled.denoiser, ReusingDenoiser):
@@ -177,14 +184,24 @@ def _compile(
     return replace(sampled, denoiser=graph, compiled=True)
 
 
+def _wish(how: Preparation) -> Compile:
+    """Whether a graph was asked for, or the set began with one."""
+    if how.low_memory:
+        return Compile.NO
+    if how.begun:
+        return how.compile.going_on(bool(how.begun.get("compiled")))
+    return how.compile
+
+
+def _is_asked_for(how: Preparation) -> bool:
+    """Whether a graph whose numbers differ by float rounding is wanted: only where it is said."""
+    return _wish(how) is Compile.YES
+
+
 def _wants_graph(
     config: Config, model: DiffusionModel, sampled: SampledModel, how: Preparation
 ) -> bool:
-    wish = how.compile
-    if how.low_memory:
-        wish = Compile.NO
-    elif how.begun:
-        wish = wish.going_on(bool(how.begun.get("compiled")))
+    wish = _wish(how)
     if wish is not Compile.WHERE_IT_PAYS:
         return wish is Compile.YES
     if sampled.backend is None:

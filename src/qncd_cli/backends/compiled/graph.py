@@ -66,7 +66,7 @@ class Tables:
         for module, name in self._tables:
             table = module.get_buffer(name).to(torch.float32)
             flat = table.reshape(len(table), -1)
-            keys.append(flat.numpy().tobytes())
+            keys.append(flat.cpu().numpy().tobytes())
             different.setdefault(keys[-1], flat)
         self._widths = [flat.shape[1] for flat in different.values()]
         self._places = [list(different).index(key) for key in keys]
@@ -80,7 +80,7 @@ class Tables:
         }
 
 
-class _Traced(nn.Module):
+class Traced(nn.Module):
     """The denoiser with everything that varies as an argument."""
 
     def __init__(self, module: nn.Module, step: StepState):
@@ -103,7 +103,7 @@ class Kept(Protocol):
     taken: dict[str, Tensor]
 
 
-class _TracedWithKept(_Traced):
+class _TracedWithKept(Traced):
     """The same, with kept values as arguments and results."""
 
     def __init__(self, module: nn.Module, step: StepState, kept: Kept):
@@ -143,7 +143,7 @@ def compile_graph(
 
     x, condition = example
     batch = {0: torch.export.Dim("batch", min=BATCH_RANGE[0], max=BATCH_RANGE[1])}
-    denoiser = _Traced(module, step) if kept is None else _TracedWithKept(module, step, kept[0])
+    denoiser = Traced(module, step) if kept is None else _TracedWithKept(module, step, kept[0])
     inputs: tuple[Any, ...] = x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition)
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
     if kept is not None:

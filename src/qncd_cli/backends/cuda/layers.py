@@ -52,6 +52,7 @@ def _compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     if layer.rotation:
         x = rotate(x.to(torch.float32), layer.rotation)
     scale, zero_point = layer.input_qparams()
+    zero_point = zero_point.to(torch.int32)  # inputs of a graph are all float32
     quantizer = layer.smoothing, layer.shift, scale, zero_point, layer.activation_bits
     low, high = ops.BYTES(x, layer.is_conv, *quantizer)
     inputs = [(low, False), (high, True)] if layer.activation_bits > 8 else [(low, False)]

@@ -6,9 +6,13 @@ belongs together (`Quantizer`, `Weight`) comes to them in parts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from .norms import GroupNorm, LayerNorm, quantize_image, quantize_rows
 from .product import Product, multiply
 from .quantize import Quantizer, quantize
 from .weights import Weight
@@ -16,6 +20,14 @@ from .weights import Weight
 _library = torch.library.Library("qncd", "FRAGMENT")
 QUANTIZER = "Tensor? factor, Tensor? shift, Tensor scale, Tensor zero_point, int bits"
 _library.define(f"bytes(Tensor x, bool image, {QUANTIZER}) -> (Tensor, Tensor)")
+_library.define(
+    "image_bytes(Tensor x, Tensor? embedding, Tensor weight, Tensor bias, int groups, float eps, "
+    f"bool silu, {QUANTIZER}) -> (Tensor, Tensor)"
+)
+_library.define(
+    "row_bytes(Tensor x, Tensor? weight, Tensor? bias, Tensor? multiplier, Tensor? addend, "
+    f"float eps, {QUANTIZER}) -> (Tensor, Tensor)"
+)
 _library.define(
     "byte_product(Tensor codes, Tensor weight, Tensor? weight_zero_point, Tensor weight_scale, "
     "Tensor weight_sums, Tensor? bias, Tensor scale, Tensor zero_point, int[] geometry, "
@@ -38,6 +50,41 @@ def _bytes(x: Tensor, image: bool, *quantizer) -> tuple[Tensor, Tensor]:
 def _bytes_fake(x: Tensor, image: bool, *quantizer) -> tuple[Tensor, Tensor]:
     shape = [x.shape[0], *x.shape[2:], x.shape[1]] if image else [*x.shape]
     return _quantizer(*quantizer).empty_bytes(x, shape)
+
+
+def _image_bytes(
+    x: Tensor,
+    embedding: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    *quantizer,
+) -> tuple[Tensor, Tensor]:
+    norm = GroupNorm(weight, bias, groups, eps, silu, embedding)
+    return quantize_image(x, norm, _quantizer(*quantizer))
+
+
+def _row_bytes(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    multiplier: Tensor | None,
+    addend: Tensor | None,
+    eps: float,
+    *quantizer,
+) -> tuple[Tensor, Tensor]:
+    norm = LayerNorm(eps, weight, bias, multiplier, addend)
+    return quantize_rows(x, norm, _quantizer(*quantizer))
+
+
+def _image_bytes_fake(x: Tensor, *others) -> tuple[Tensor, Tensor]:
+    return _bytes_fake(x, True, *others[-5:])
+
+
+def _row_bytes_fake(x: Tensor, *others) -> tuple[Tensor, Tensor]:
+    return _bytes_fake(x, False, *others[-5:])
 
 
 def _product(
@@ -80,10 +127,17 @@ def _byte_product_fake(*operands, **options) -> Tensor:
     return problem.codes.new_empty(problem.output_shape, dtype=problem.output_dtype)
 
 
-for kind in ("CUDA", "CPU"):
-    _library.impl("bytes", _bytes, kind)
-    _library.impl("byte_product", _byte_product, kind)
-torch.library.register_fake("qncd::bytes", _bytes_fake, lib=_library)
-torch.library.register_fake("qncd::byte_product", _byte_product_fake, lib=_library)
+_OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "bytes": (_bytes, _bytes_fake),
+    "image_bytes": (_image_bytes, _image_bytes_fake),
+    "row_bytes": (_row_bytes, _row_bytes_fake),
+    "byte_product": (_byte_product, _byte_product_fake),
+}
+for name, (function, fake) in _OPERATORS.items():
+    for kind in ("CUDA", "CPU"):
+        _library.impl(name, function, kind)
+    torch.library.register_fake(f"qncd::{name}", fake, lib=_library)
 BYTES = torch.ops.qncd.bytes.default
+IMAGE_BYTES = torch.ops.qncd.image_bytes.default
+ROW_BYTES = torch.ops.qncd.row_bytes.default
 BYTE_PRODUCT = torch.ops.qncd.byte_product.default

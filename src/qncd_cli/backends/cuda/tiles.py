@@ -42,6 +42,10 @@ FLAT = Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 3)
 """For results of a few rows, as of the embedding of a timestep: int8 and packed."""
 QUANTIZE_TILES = ((64, 64), (16, 256))
 """Pixels and channels that one program quantizes: images whose channels lie apart, and rows."""
+STATISTICS_PIXELS = 128
+"""Pixels that a program adds up at once for the statistics of a group."""
+ROW_NUMBERS = 4096
+"""Numbers of whole rows that one program holds; more: its registers spill."""
 
 
 def choose_tile(rows: int, outputs: int, packed: bool, units: int) -> Tile:
@@ -54,6 +58,11 @@ def choose_tile(rows: int, outputs: int, packed: bool, units: int) -> Tile:
     tiles = PACKED if packed else INT8
     full = (tile for tile in tiles if tile.count(rows, outputs) >= TILES_PER_UNIT * units)
     return next(full, tiles[-1])
+
+
+def widest_rows(width: int) -> int:
+    """Rows of that width which one program norms at once."""
+    return max(1, min(16, ROW_NUMBERS // width))
 
 
 def efficiency(rows: int, outputs: int, channels: int, tile: Tile, units: int) -> float:

@@ -14,7 +14,8 @@ imported and cannot be interpreted afterwards. `launch` loads this package, once
 once to be interpreted. Annotations are read by Triton: no `from __future__ import annotations`.
 """
 
+from .norms import group_statistics, normed_image, normed_rows
 from .product import product
 from .quantize import quantize
 
-__all__ = ["product", "quantize"]
+__all__ = ["group_statistics", "normed_image", "normed_rows", "product", "quantize"]
