@@ -172,6 +172,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.strength": (0.7, BOTH),
     "sampling.control": (["c.png"], BOTH),
     "sampling.control_scale": (0.7, BOTH),
+    "sampling.lora_branch": (["l.safetensors"], BOTH),
     "sampling.inputs": ("y", BOTH),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),

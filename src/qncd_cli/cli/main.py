@@ -126,6 +126,12 @@ def calibrate(device, force, dry_run, plan, profile, as_json, debug, **names):
     help="Keep weights packed and unpack each layer's at every call: the same images, more slowly.",
 )
 @click.option("--full-precision", is_flag=True, help="Sample the model as it was.")
+@click.option(
+    "--lora-branch",
+    metavar="FILE[:WEIGHT]",
+    multiple=True,
+    help="A LoRA in floating point beside the layers, which stay as they are quantized.",
+)
 @options.show("the contact sheet")
 @click.option(
     "--shard",

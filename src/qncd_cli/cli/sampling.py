@@ -48,6 +48,7 @@ class SampleOptions:
     images: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
     control: tuple[str, ...] = ()
+    lora_branch: tuple[str, ...] = ()
     strength: float | None = None
 
 
@@ -74,6 +75,8 @@ def sampling_config(config: Config, options: SampleOptions) -> Config:
         sampling["inputs"] = None
     if options.control:
         sampling["control"], sampling["inputs"] = list(options.control), None
+    if options.lora_branch:
+        sampling["lora_branch"], sampling["inputs"] = list(options.lora_branch), None
     read_inputs(sampling, lambda name: place_of(name, Path()))
     if options.inter is not None:
         tree["correction"]["inter"]["method"] = options.inter

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from .lora_names import split_lora
 from .section import MAX_STEPS, Section
 
 MAX_GUIDANCE = 100
@@ -14,23 +14,9 @@ MAX_GUIDANCE = 100
 NOISE_TRAJECTORIES = 32
 LATER = (
     *("height", "width", "images", "masks", "strength", "inputs"),
-    *("control", "control_scale"),
+    *("control", "control_scale", "lora_branch"),
 )
 """Keys of SamplingConfig without which runs were made that stay valid."""
-
-
-def split_lora(text: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT -> the file and its weight, 1 by itself. Raises ValueError."""
-    path, colon, said = text.rpartition(":")
-    if not colon or said.endswith(".safetensors"):
-        return text, 1.0
-    try:
-        weight = float(said)
-    except ValueError:
-        weight = math.nan
-    if not path or not math.isfinite(weight):
-        raise ValueError(f"lora {text}: FILE or FILE:WEIGHT, e.g. style.safetensors:0.8")
-    return path, weight
 
 
 class ModelConfig(Section):
@@ -160,8 +146,13 @@ class SamplingConfig(Section):
     control_scale: float | None = Field(
         None, description="share of what the ControlNet adds; null: all of it"
     )
+    lora_branch: tuple[str, ...] | None = Field(
+        None,
+        description="LoRA files, FILE or FILE:WEIGHT each, computed in floating point beside the "
+        "layers as they are; of qncd sample alone",
+    )
     inputs: str | None = Field(
-        None, description="digest of images, masks and control, filled in when they are read"
+        None, description="digest of the files that sampling reads, filled in when it reads them"
     )
 
     reuse: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -175,7 +166,7 @@ class SamplingConfig(Section):
     def _list_is_a_tuple(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        of_files = ("classes", "prompts", "images", "masks", "control")
+        of_files = ("classes", "prompts", "images", "masks", "control", "lora_branch")
         lists = {k: tuple(v) for k in of_files if isinstance(v := data.get(k), list)}
         data = {**data, **lists}
         prompts = data.get("prompts")
@@ -201,6 +192,10 @@ class SamplingConfig(Section):
                 raise ValueError(f"{key} belongs to images")
         if self.control_scale is not None and self.control is None:
             raise ValueError("control_scale belongs to control")
+        if self.lora_branch and self.reuse is not None:
+            raise ValueError("reuse is planned without a LoRA: with lora_branch set reuse: null")
+        for lora in self.lora_branch or ():
+            split_lora(lora)
         if self.images is not None and self.calls < 1:
             raise ValueError(
                 f"strength {self.strength} of {self.steps} steps leaves none: raise either"

@@ -14,9 +14,11 @@ from typing import Any
 from ..errors import ConfigError
 from ..store.digests import digest_of
 from ..store.regular import open_regular
+from .lora_names import split_lora
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 KEYS = ("images", "masks", "control")
+BRANCH = "lora_branch"
 INPUTS = "inputs"
 """Key of the section `sampling` that holds the digest of the files' contents."""
 Find = Callable[[str], Path | None]
@@ -29,13 +31,16 @@ def read_inputs(sampling: dict[str, Any], find: Find) -> None:
     sampling: a section that nobody has validated yet. One that has a digest holds paths already,
     and the files have to be the same still. Raises ConfigError.
     """
-    if all(sampling.get(key) is None for key in KEYS):
+    if all(sampling.get(key) is None for key in (*KEYS, BRANCH)):
         return
     for key in KEYS:
         if sampling.get(key) is not None:
             sampling[key] = _files(sampling[key], key, find)
     keys = KEYS if sampling.get("control") is not None else KEYS[:2]  # as before there was the key
     found = digest_of([[_digest(path, key) for path in sampling.get(key) or ()] for key in keys])
+    if sampling.get(BRANCH):
+        sampling[BRANCH], digests = _loras(sampling[BRANCH], find)
+        found = digest_of([found, digests])
     if sampling.get(INPUTS) not in (None, found):
         raise ConfigError(
             "sampling.images, masks, control: a file was changed since the configuration was made",
@@ -61,6 +66,22 @@ def _files(named: Any, key: str, find: Find) -> list[str]:
             raise ConfigError(f"sampling.{key}: no images in {name}", f"{', '.join(ENDINGS)}")
         found += [os.path.abspath(p) for p in here]
     return found
+
+
+def _loras(named: Any, find: Find) -> tuple[list[str], list[str]]:
+    """FILE or FILE:WEIGHT each, with absolute paths, and digests of the files."""
+    placed, digests = [], []
+    for lora in [named] if isinstance(named, str) else named:
+        try:
+            name, weight = split_lora(str(lora))
+        except ValueError as error:
+            raise ConfigError(f"sampling.{BRANCH}: {error}") from error
+        path = find(name)
+        if path is None or path.is_dir():
+            raise ConfigError(f"sampling.{BRANCH}: no file {name}", "give a LoRA file")
+        placed.append(f"{os.path.abspath(path)}:{weight:g}")
+        digests.append(_digest(os.path.abspath(path), BRANCH))
+    return placed, digests
 
 
 def _digest(path: str, key: str) -> str:

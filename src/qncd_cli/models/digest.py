@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..config.lora_names import split_lora
 from ..config.model_card import folder_of
-from ..config.sampling import split_lora
 from ..errors import ModelError
 from ..store.file_stamps import remembered
 from .shards import shards_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from .compvis.checkpoint import compvis_pipeline
 from .denoiser_folder import check_values
 from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest, with_loras
 from .folder_check import is_there, read_index
-from .lora import fuse
+from .lora import Branches, branches, fuse
 from .model_folder import find_folder
 from .pipeline_folder import FIRST_STAGES, UNUSED, load_pipeline
 from .pipelines import CLASS_CONDITIONAL, is_guided
@@ -52,6 +52,7 @@ class DiffusionModel:
     digest: of the files that the model was read from.
     start: class labels [N] -> latents of the images that sampling begins from, None for noise;
     paints: whether the denoiser reads these images, so that it can also begin from noise.
+    branches: of LoRAs, to be attached to whatever computes the denoiser.
     """
 
     source: str
@@ -68,6 +69,7 @@ class DiffusionModel:
     device: torch.device
     start: Callable[[Tensor], Tensor] | None = None
     paints: bool = False
+    branches: Branches = field(default_factory=dict)
 
     def labels(self, seeds: list[int], classes: str | tuple[int, ...]) -> Tensor:
         """One label per seed: classes in turn. Raises ModelError for a class out of range."""
@@ -114,6 +116,7 @@ def load_model(
     tokenizer: str | None = None,
     base: str | None = None,
     loras: Sequence[str] = (),
+    branch: Sequence[str] = (),
     prompts: Prompts | None = None,
     cache: PromptCache | None = None,
     tell: Tell = untold,
@@ -124,7 +127,8 @@ def load_model(
     device: auto takes a CUDA device if there is one. compvis_config, tokenizer: the YAML of
     a checkpoint, and its text encoder's; base: the pipeline folder of one that has no YAML; no
     other source reads them. loras: FILE or FILE:WEIGHT,
-    fused one after the other. prompts: of text models, and
+    fused one after the other; branch: such files that are not fused, but computed beside the
+    denoiser's layers (the digest is that of the model without them). prompts: of text models, and
     of no others; cache: where those that a folder's text encoders made are kept, which are then not
     even read again. tell: hears what a user should know.
     Raises ModelError, or BackendUnavailable for a device that is not there.
@@ -137,13 +141,14 @@ def load_model(
         _check_folder_alone(source, base)
         digest = with_loras(folder_digest(folder), loras)
         if cache is not None and prompts is not None:
-            path = cache.path(digest, dtype, prompts)
+            path = cache.path(with_loras(digest, branch), dtype, prompts)
             encoded = cache.read(path, place)
         # a LoRA may be for the text encoders, too
-        left_out = UNUSED if encoded is None or loras else {*UNUSED, *TEXT_PARTS}
-        loaded = torch.float32 if loras else DTYPES[dtype]
+        left_out = UNUSED if encoded is None or loras or branch else {*UNUSED, *TEXT_PARTS}
+        loaded = torch.float32 if loras or branch else DTYPES[dtype]
         pipeline = load_pipeline(folder, source, loaded, left_out, tell)
         fuse(pipeline, loras, source)
+    beside = branches(pipeline, branch, source)
     for name, component in pipeline.components.items():
         if isinstance(component, nn.Module):
             own = torch.float32 if name in FIRST_STAGES else DTYPES[dtype]
@@ -170,6 +175,7 @@ def load_model(
         dtype=DTYPES[dtype],
         device=place,
         interpolates=kind in CLASS_CONDITIONAL,
+        branches=beside,
         **{**schedule, **parts},
     )
 

@@ -13,7 +13,7 @@ from ..store.files import write_bytes
 from ..store.partial_folder import discard_unneeded, kept_phrase
 from ..store.run_dir import RunDir
 from .job import agreed
-from .model import model_digest, note_sampling, open_model
+from .model import check_unbranched, model_digest, note_sampling, open_model
 from .status import reported
 from .watch import SILENT, Watch
 
@@ -51,6 +51,7 @@ def calibrate(
     """
     if not isinstance(config, Config):
         config = load_config(str(config))
+    check_unbranched(config)
     run = RunDir(Path(run_dir))
     digest = model_digest(config)
     state = freshness.calibrated(run, config, digest) if digest is not None else None

@@ -18,7 +18,7 @@ from .job import agreed
 from .measuring import Wishes, protocol_of, settle
 from .model import model_digest, open_model
 from .reporting import bench_files, is_whole, read_bench, write_report
-from .sets import check_model, check_quantized, full_folder
+from .sets import check_model, check_quantized, config_of, full_folder
 from .status import reported
 from .watch import SILENT, Watch
 
@@ -117,7 +117,7 @@ def _evaluate(
         protocol = protocol_of(wishes, config)
         quantized_set = read_set(run.samples(name))
         check_quantized(run, quantized_set)
-        model = open_model(config, ranks.device(device), run.path, watch)
+        model = open_model(config_of(config, quantized_set), ranks.device(device), run.path, watch)
         check_model(quantized_set, model)
         full_set = read_set(full_folder(run, config, model, quantized_set, watch, ranks))
         coverage = read_coverage(run.coverage)

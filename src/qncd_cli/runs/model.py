@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.schema import Config
+from ..errors import ConfigError
 from ..models.digest import known_digest, with_loras
 from .watch import SILENT, Watch
 
@@ -59,6 +60,7 @@ def open_model(
         tokenizer=model.tokenizer,
         base=model.base,
         loras=model.lora,
+        branch=sampling.lora_branch or (),
         prompts=prompts,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
         tell=watch.note,
@@ -74,6 +76,15 @@ def note_sampling(watch: Watch, config: Config, model: DiffusionModel) -> None:
         watch.note(f"{model.source}: {remark}")
     if model.interpolates and config.sampling.guidance_scale == 0:
         watch.note("guidance 0: every image is of the null class, whatever sampling.classes says")
+
+
+def check_unbranched(config: Config) -> None:
+    """Raises ConfigError where a LoRA is to be computed beside layers that are yet to be made."""
+    if config.sampling.lora_branch:
+        raise ConfigError(
+            "sampling.lora_branch is of qncd sample alone",
+            "give model.lora (--lora) to calibrate and quantize with a LoRA",
+        )
 
 
 def silence_diffusers() -> None:

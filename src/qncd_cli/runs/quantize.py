@@ -17,7 +17,7 @@ from ..store.partial_folder import discard_unneeded, kept_phrase
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .calibrate import keep_config
 from .job import agreed
-from .model import model_digest, open_model
+from .model import check_unbranched, model_digest, open_model
 from .status import reported
 from .watch import SILENT, Watch
 
@@ -58,6 +58,7 @@ def quantize(
     """
     run = find_run(None if run_dir is None else str(run_dir))
     wanted = load_config(str(run.config)) if config is None else config
+    check_unbranched(wanted)
     digest = model_digest(wanted)
     agreed(lambda: check_parents(run, wanted, digest))
     state = freshness.of_run(run, wanted, digest)[1] if digest is not None else None

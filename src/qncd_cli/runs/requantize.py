@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import launch
 from ..config.loading import load_config
-from ..config.sampling import split_lora
+from ..config.lora_names import split_lora
 from ..errors import ArtifactError, ConfigError
 from ..lineage import freshness
 from ..store.artifact_files import check_lineage

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.loading import parse_config
+from ..config.own_settings import place_of
 from ..config.schema import Config
+from ..config.start_images import read_inputs
 from ..errors import ArtifactError
 from ..lineage.sample_sets import read_manifest
 from ..store.artifact_files import read_stored
@@ -32,6 +34,18 @@ def sampled_with(config: Config, sampling: Mapping[str, Any], where: str) -> Con
     steps = int(sampling["steps"] * (sampling.get("strength") or 1))
     groups["timestep_groups"] = max(1, min(groups["timestep_groups"], steps))
     return parse_config(tree, where)
+
+
+def config_of(config: Config, samples: SampleSet) -> Config:
+    """The run's configuration with the sampling of a set: its prompts, images, sizes, LoRAs.
+
+    Raises ConfigError where a file that the set was drawn with is another one now.
+    """
+    where = str(samples.folder)
+    drawn_with = {**samples.manifest["sampling"], "seed": config.sampling.seed}
+    sampling = sampled_with(config, drawn_with, where).to_dict()["sampling"]
+    read_inputs(sampling, lambda name: place_of(name, Path()))
+    return sampled_with(config, sampling, where)
 
 
 def check_quantized(run: RunDir, samples: SampleSet) -> None:

@@ -17,7 +17,7 @@ from ..store.run_dir import RunDir, find_run
 from ..study.tally import LEFT, RIGHT, Answer, tally
 from ..study.trials import FULL, make_trials
 from .model import open_model
-from .sets import check_model, check_quantized, full_folder
+from .sets import check_model, check_quantized, config_of, full_folder
 from .watch import SILENT, Watch
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _sets(runs: Mapping[str, RunDir], name: str, device: str, watch: Watch) -> d
         check_quantized(run, quantized)
         if FULL not in sets:
             config = load_config(str(run.config))
-            model = open_model(config, device, run.path, watch)
+            model = open_model(config_of(config, quantized), device, run.path, watch)
             check_model(quantized, model)
             with locked(run.path, watch.note):
                 sets[FULL] = read_set(full_folder(run, config, model, quantized, watch))

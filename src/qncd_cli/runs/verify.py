@@ -17,7 +17,7 @@ from ..store.run_dir import RunDir, find_run
 from ..vocabulary import IDENTICAL_DB, said
 from .model import open_model
 from .sample import sample
-from .sets import check_model, check_quantized, full_folder
+from .sets import check_model, check_quantized, config_of, full_folder
 from .watch import SILENT, Watch
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def verify(
                 )
         quantized = _first(folder, num)
         check_quantized(run, quantized)
-        model = open_model(config, device, run.path, watch)
+        model = open_model(config_of(config, quantized), device, run.path, watch)
         check_model(quantized, model)
         with locked(run.path, watch.note), _drawing("full"):
             beside = full_folder(run, config, model, quantized, watch)

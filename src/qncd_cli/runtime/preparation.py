@@ -75,6 +75,12 @@ def prepare(
     Raises BackendUnavailable where what was asked for by name cannot be had here, ArtifactError
     for artifacts that do not belong together and for damaged graphs.
     """
+    if model.branches:
+        if how.compile is Compile.YES:
+            raise BackendUnavailable(
+                "--compile: a graph has no LoRA beside its layers", "leave --compile out"
+            )
+        how = replace(how, compile=Compile.NO)
     if quantized is None:
         sampled = SampledModel.full_precision(model)
         return _compile(config, model, sampled, how)
@@ -85,6 +91,13 @@ def prepare(
         model, *quantized, backend, low_memory=how.low_memory, in_place=how.in_place
     )
     assert sampled.backend is not None
+    if model.branches:
+        if sampled.backend.whole:
+            raise BackendUnavailable(
+                f"the graph of {sampled.backend.name} has no LoRA beside its layers",
+                "use backend int8 or simulate, or qncd quantize --lora",
+            )
+        return sampled
     if reuse is not None:
         if sampled.backend.whole:
             raise BackendUnavailable(

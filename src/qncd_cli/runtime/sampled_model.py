@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ..backends.base import Backend, get_backend
 from ..models.loading import DiffusionModel
+from ..models.lora import attach
 from ..quant.layers import QuantizedLayer
 from ..store import artifacts
 from ..store.artifacts import Artifact
@@ -32,6 +33,7 @@ class SampledModel:
 
     @classmethod
     def full_precision(cls, model: DiffusionModel) -> SampledModel:
+        attach(model.denoiser, model.branches)
         return cls("full", full_denoiser(model), {"model": model.digest})
 
     @classmethod
@@ -62,6 +64,7 @@ class SampledModel:
             low_memory=low_memory,
             in_place=in_place,
         )
+        attach(denoiser.module, model.branches)
         digests = {"model": model.digest, **parents}
         return cls("quantized", denoiser, digests, noise_stats, found)
 
