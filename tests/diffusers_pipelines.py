@@ -482,6 +482,13 @@ def ldm(folder: Path) -> None:
     LDMPipeline(vqvae, _pixel_unet(3), ddim_scheduler()).save_pretrained(folder)
 
 
+def consistency(folder: Path) -> None:
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+
+    scheduler = CMStochasticIterativeScheduler()
+    ConsistencyModelPipeline(_pixel_unet(3), scheduler).save_pretrained(folder)
+
+
 TEXT = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionPipeline, v": stable_diffusion_v,
@@ -509,10 +516,13 @@ CONTROL = {
 }
 CLASSES = {"DiTPipeline": dit}
 UNCONDITIONAL = {"DDIMPipeline": ddim, "DDPMPipeline": ddpm, "LDMPipeline": ldm}
+CONSISTENCY = {"ConsistencyModelPipeline": consistency}
 
 
 def save(name: str, folder: Path) -> Path:
     """The same weights every time."""
     torch.manual_seed(0)
-    {**TEXT, **FLUX, **FEW_STEPS, **IMAGES, **CONTROL, **CLASSES, **UNCONDITIONAL}[name](folder)
+    {**TEXT, **FLUX, **FEW_STEPS, **IMAGES, **CONTROL, **CLASSES, **UNCONDITIONAL, **CONSISTENCY}[
+        name
+    ](folder)
     return folder

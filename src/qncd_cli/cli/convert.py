@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ..runs.model import silence_diffusers
 from ..vocabulary import megabytes
@@ -15,17 +17,22 @@ def convert(
     config: str | None,
     tokenizer: str | None,
     base: str | None,
+    adm: Mapping[str, Any] | None,
     out: str,
     *,
     force: bool,
 ) -> None:
     from ..export.folder import check_target, save_folder
+    from ..models.compvis.adm_file import adm_pipeline
     from ..models.loading import open_pipeline
 
     silence_diffusers()
     folder = Path(out)
     check_target(folder, force=force)
-    pipeline, _ = open_pipeline(checkpoint, config, tokenizer, console.note, base=base)
+    if adm is not None:
+        pipeline = adm_pipeline(checkpoint, **adm)
+    else:
+        pipeline, _ = open_pipeline(checkpoint, config, tokenizer, console.note, base=base)
     save_folder(pipeline, folder, force=force)
     parameters = {
         name: sum(p.numel() for p in part.parameters())

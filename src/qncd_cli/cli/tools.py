@@ -44,7 +44,8 @@ def init(model, compvis_config, base, as_json, debug):
     "  qncd convert sd-v1-4.ckpt --compvis-config v1-inference.yaml \\\n"
     "      --tokenizer clip-vit-large-patch14 --out models/sd-v1-4\n"
     "  qncd convert my-sdxl.safetensors --base stabilityai/stable-diffusion-xl-base-1.0 \\\n"
-    "      --out models/my-sdxl"
+    "      --out models/my-sdxl\n"
+    "  qncd convert cd_bedroom256_lpips.pt --adm consistency --image-size 256 --out models/cd"
 )
 @click.argument("checkpoint", type=click.Path())
 @click.option(
@@ -59,11 +60,38 @@ def init(model, compvis_config, base, as_json, debug):
     help="Of Stable Diffusion: a folder with vocab.json and merges.txt, or a hub id.",
 )
 @click.option(
+    "--adm",
+    type=click.Choice(["noise", "consistency"]),
+    help="The file is a U-Net of guided-diffusion without classes, or a consistency model.",
+)
+@click.option(
+    "--image-size", type=click.IntRange(1), metavar="N", help="With --adm: the side of its images."
+)
+@click.option(
+    "--head-channels",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="With --adm: channels of an attention head.",
+)
+@click.option(
     "--out", metavar="DIR", required=True, help="The folder to make; model.source can name it."
 )
 @options.force("Replace the diffusers folder that is there.")
 @options.json_output
-def convert(checkpoint, compvis_config, base, tokenizer, out, force, as_json, debug):
+def convert(
+    checkpoint,
+    compvis_config,
+    base,
+    tokenizer,
+    adm,
+    image_size,
+    head_channels,
+    out,
+    force,
+    as_json,
+    debug,
+):
     """Turn a checkpoint file (.ckpt, .safetensors, a shard of one) into a diffusers folder.
 
     CompVis' own come with a YAML (--compvis-config). Files of Stable Diffusion, SDXL, SD 3 and FLUX
@@ -78,7 +106,18 @@ def convert(checkpoint, compvis_config, base, tokenizer, out, force, as_json, de
     """
     from . import convert as command
 
-    command.convert(Console(as_json), checkpoint, compvis_config, tokenizer, base, out, force=force)
+    told = None
+    if adm is not None:
+        if compvis_config or base or tokenizer:
+            raise click.UsageError("--adm describes the file: leave the other descriptions out")
+        if image_size is None:
+            raise click.UsageError("--adm needs --image-size")
+        told = {"image_size": image_size, "head_channels": head_channels}
+        told["consistency"] = adm == "consistency"
+    elif image_size is not None:
+        raise click.UsageError("--image-size is for --adm")
+    source = compvis_config, tokenizer, base, told
+    command.convert(Console(as_json), checkpoint, *source, out, force=force)
 
 
 @click.command(

@@ -42,6 +42,7 @@ PIPELINES: dict[str, tuple[int, float, Needs | None]] = {
     "DDPMPipeline": (1000, 1.0, None),
     "DDIMPipeline": (50, 1.0, None),
     "LDMPipeline": (50, 1.0, None),
+    "ConsistencyModelPipeline": (1, 1.0, None),
 }
 """Pipeline class: the steps and the guidance that it is called with by default (1: none), and what
 its samples are asked for by."""
@@ -144,6 +145,9 @@ def card_of(source: str, compvis_config: str | None = None, base: str | None = N
     if not isinstance(kind, str) or kind not in PIPELINES:
         return None
     steps, guidance, needs = PIPELINES[kind]
+    if kind == "ConsistencyModelPipeline":
+        classes = read_tree(folder / "unet" / "config.json").get("num_class_embeds")
+        needs = needs if classes is None else "classes"
     denoiser = read_tree(folder / "transformer" / "config.json")
     if kind == "FluxPipeline" and not denoiser.get("guidance_embeds", False):
         guidance = 1.0  # schnell reads none

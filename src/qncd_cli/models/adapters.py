@@ -90,6 +90,20 @@ def _unconditional(pipeline: Any, _: Request) -> Parts:
     }
 
 
+def _consistency(pipeline: Any, request: Request) -> Parts:
+    """Consistency models (arXiv 2303.01469): classes have no null class, and nothing is guided."""
+    unet = pipeline.unet
+    parts = _unconditional(pipeline, request)
+    classes = unet.config.num_class_embeds
+    if classes is None:
+        return parts
+    return {
+        **parts,
+        "num_classes": classes,
+        "condition": lambda labels: {"class_labels": labels.to(unet.device)},
+    }
+
+
 def _unconditional_latents(pipeline: Any, request: Request) -> Parts:
     return {**_unconditional(pipeline, request), "decode": _decoder(pipeline.vqvae)}
 
@@ -306,4 +320,5 @@ ADAPTERS: dict[str, Callable[[Any, Request], Parts]] = {
     "DDPMPipeline": _unconditional,
     "DDIMPipeline": _unconditional,
     "LDMPipeline": _unconditional_latents,
+    "ConsistencyModelPipeline": _consistency,
 }
