@@ -222,6 +222,8 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "correction.inter.slope": (True, NEITHER),
     "correction.inter.noise": ("balanced", NEITHER),
     "correction.inter.field": (4, QUANTIZE),
+    "first_stage.bits": (8, NEITHER),
+    "first_stage.tile": (512, NEITHER),
     "evaluation.num_samples": (50, NEITHER),
     "evaluation.reference": ("elsewhere", NEITHER),
 }

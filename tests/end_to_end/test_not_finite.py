@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qncd_cli.config.schema import Config
 from qncd_cli.errors import ModelError, NotFinite
-from qncd_cli.models.adapters import to_uint8
+from qncd_cli.models.first_stage import to_uint8
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.text import Encoded, Prompts, check_encoded
 from qncd_cli.runtime.sampled_model import SampledModel

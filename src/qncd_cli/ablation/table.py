@@ -118,6 +118,11 @@ def run(
             f"sampling.reuse {reuse:g}: ablate draws its rows without reuse across steps",
             "add --set sampling.reuse=null",
         )
+    if (bits := variants[0].config.first_stage.bits) is not None:
+        raise ConfigError(
+            f"first_stage.bits {bits}: ablate decodes all rows alike, in floating point",
+            "add --set first_stage.bits=null",
+        )
     protocol = prepared(protocol, request.count, track)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)

@@ -80,6 +80,9 @@ def quantize(
     coverage = made.coverage
     size = made.artifact_bytes + coverage["rest_bytes"]
     plan = {} if made.reuse is None else {"reuse": _reuse(made.reuse)}
+    if (decoder := made.first_stage) is not None:
+        share = decoder["integer_macs"] / decoder["macs"]
+        plan["first_stage"] = {"integer_macs_share": share, "macs": decoder["macs"]}
     done(
         console,
         "quantize",

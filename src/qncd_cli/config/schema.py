@@ -14,11 +14,12 @@ from pydantic import Field, model_validator
 
 from ..store.digests import digest_of
 from .correction import CorrectionConfig
+from .first_stage import FirstStageConfig
 from .quantization import QuantizationConfig
 from .sampling import CalibrationConfig, ModelConfig, SamplingConfig
 from .section import Section
 
-Stage = Literal["calibrate", "quantize", "reuse"]
+Stage = Literal["calibrate", "quantize", "reuse", "first_stage"]
 SAMPLER = ("scheduler", "steps", "eta", "guidance_scale")
 """Keys of `sampling` that decide what a prediction is at a step."""
 REUSING = ("ddim", "dpmsolver++", "euler", "flow-euler")
@@ -45,6 +46,7 @@ class Config(Section):
     calibration: CalibrationConfig = CalibrationConfig()
     quantization: QuantizationConfig = QuantizationConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    first_stage: FirstStageConfig = FirstStageConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -96,6 +98,8 @@ class Config(Section):
         tree = self.to_dict()
         inputs = {k: tree[k] for k in ("model", "calibration")}
         inputs["sampling"] = self.sampling.drawn_with()
+        if stage == "first_stage":  # latents come from full precision, whatever is quantized
+            return {**inputs, "first_stage": tree["first_stage"]}
         budget = self.sampling.reuse
         if inputs["model"]["tokenizer"] is None:  # runs made before there was a key stay valid
             del inputs["model"]["tokenizer"]

@@ -6,7 +6,7 @@ import torch
 
 from ..backends.reference import simulate_with
 from ..config.schema import Config
-from ..models.adapters import DECODE_PIXELS
+from ..models.first_stage import DECODE_PIXELS
 from ..models.topology import LayerCost, capture_inputs, count_macs, weight_layers
 from ..ptq.cost import Cost, DenoiserCall
 from ..ptq.extra_bits import spends

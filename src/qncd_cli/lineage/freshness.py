@@ -27,6 +27,7 @@ NAMES = {
     "widths": "quantization",
     "widths.weights.nearest": "rounding to nearest",
     "estimator_target": "correction.inter.target",
+    "first_stage": "first_stage",
     "reuse.budget": "sampling.reuse",
     "reuse.mends": "correction.reuse",
     "reuse.field": "correction.inter.field",
@@ -131,6 +132,27 @@ def check_reused(run: RunDir, config: Config, model: str, quantized: str) -> Sto
         f"{run.path}: {why}",
         'make one with "qncd quantize --reuse SHARE" and these settings, or add '
         "--set sampling.reuse=null",
+    )
+
+
+def first_stage(run: RunDir, config: Config, model: str) -> State:
+    """The decoder in integers."""
+    return _state(run, "first_stage", ("first_stage",), config, model, lambda found: "")
+
+
+def check_first_stage(run: RunDir, config: Config, model: str) -> Stored:
+    """The decoder of `first_stage.bits`, which images are made by. Raises ArtifactError where there
+    is none of these settings and this model."""
+    state = first_stage(run, config, model)
+    if state.holds:
+        return state.found["first_stage"]
+    why = f"there is no decoder of first_stage.bits {config.first_stage.bits}"
+    if not state.new:
+        why = f"the decoder of first_stage.bits does not hold ({state.why})"
+    raise ArtifactError(
+        f"{run.path}: {why}",
+        f'make one with "qncd quantize --set first_stage.bits={config.first_stage.bits}" and these '
+        "settings, or add --set first_stage.bits=null",
     )
 
 

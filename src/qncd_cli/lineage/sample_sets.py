@@ -40,13 +40,13 @@ PIXELS = "pixels"
 """Key in the body of latents: a digest of every image's colours, in the order of their seeds."""
 IDENTITY = (
     *("kind", "source", "dtype", "sampling", "correction", "digests"),
-    *("guidance", "backend", "compiled", "batches"),
+    *("guidance", "backend", "compiled", "batches", "tile"),
 )
 """Keys of a manifest that its own digest is of."""
 TYPES: dict[str, type] = {
     **dict.fromkeys(("digest", "kind", "source", "dtype", "backend", "device", CONTENT), str),
     **dict.fromkeys(("sampling", "digests", "batches"), dict),
-    **dict.fromkeys(("batch_size", "steps", "extra_calls"), int),
+    **dict.fromkeys(("batch_size", "steps", "extra_calls", "tile"), int),
     **{"classes": list, "complete": bool, "compiled": bool},
 }
 """Types of what a manifest holds, where it does."""
@@ -60,6 +60,8 @@ NAMES = {
     "digests.model": "the model's files",
     "digests.quantized": "the quantized model",
     "digests.reuse": "the reuse plan",
+    "digests.first_stage": "the decoder in integers",
+    "tile": "first_stage.tile",
     "batches.first_seed": "--seed",
     "batches.count": "--num",
     "batches.size": "--batch-size",
@@ -176,6 +178,8 @@ def identity_of(config: Config, drawing: Drawing) -> dict[str, Any]:
         identity["backend"] = drawing.backend  # equal to others only up to float rounding
     if drawing.compiled:
         identity["compiled"] = True  # the same
+    if config.first_stage.tile is not None:
+        identity["tile"] = config.first_stage.tile
     if inter is not None and inter.depends_on_batch:
         identity["batches"] = {
             "first_seed": drawing.first_seed,

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..config.model_card import STRENGTHS
-from ..errors import ModelError, NotFinite
+from ..errors import ModelError
 from .call_signature import INPAINTING
 from .control import CONTROL, ControlImages, controls, join
 from .control import PIPELINES as CONTROL_PIPELINES
+from .first_stage import FirstStage, scaled, to_uint8
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .prompt_length import Tell
 from .schedule import (
@@ -31,35 +32,18 @@ Parts = dict[str, Any]
 """The fields of DiffusionModel that depend on the pipeline class."""
 Request = tuple[Prompts | None, Encoded | None]
 """Prompts of a text model, and what they became where that is known already."""
-DECODE_PIXELS = 64 * 32 * 32
-"""Pixels of images that are decoded at once, at least one image: memory grows with them."""
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] float -> [0, 255] uint8, on the CPU. Raises NotFinite for what is not."""
-    finite = torch.isfinite(images).flatten(1).all(1)
-    if not finite.all():
-        raise NotFinite(
-            f"{int((~finite).sum())} of {len(images)} decoded images are not finite",
-            "the latents are: are the decoder's weights sound? else lower sampling.guidance_scale",
-        )
-    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
 
 
 def _class_conditional(pipeline: ClassConditionalPipeline, _: Request) -> Parts:
     denoiser: Any = pipeline.denoiser
     null_class = pipeline.null_class
     first_stage = pipeline.components.get("vqvae")
-
-    def decode(latents: Tensor) -> Tensor:
-        return _decoded(latents.to(denoiser.device, torch.float32), pipeline.decode, first_stage)
-
     return {
         **_shape(denoiser),
         "num_classes": null_class,
         "condition": pipeline.condition,
         "null_condition": lambda n: pipeline.condition(torch.full((n,), null_class)),
-        "decode": decode,
+        "decode": to_uint8 if first_stage is None else FirstStage(first_stage),
     }
 
 
@@ -76,7 +60,7 @@ def _dit(pipeline: Any, _: Request) -> Parts:
         "num_classes": null_class,
         "condition": condition,
         "null_condition": lambda n: condition(torch.full((n,), null_class)),
-        "decode": _decoder(pipeline.vae),
+        "decode": FirstStage(pipeline.vae),
     }
 
 
@@ -105,7 +89,7 @@ def _consistency(pipeline: Any, request: Request) -> Parts:
 
 
 def _unconditional_latents(pipeline: Any, request: Request) -> Parts:
-    return {**_unconditional(pipeline, request), "decode": _decoder(pipeline.vqvae)}
+    return {**_unconditional(pipeline, request), "decode": FirstStage(pipeline.vqvae)}
 
 
 def _text(pipeline: Any, request: Request) -> Parts:
@@ -139,7 +123,7 @@ def _text(pipeline: Any, request: Request) -> Parts:
         "num_classes": len(prompts.texts),
         "condition": condition,
         "null_condition": None if negative is None else null_condition,
-        "decode": _decoder(pipeline.vae, UNSCALED.get(type(pipeline).__name__)),
+        "decode": FirstStage(pipeline.vae, UNSCALED.get(type(pipeline).__name__, scaled)),
     }
 
 
@@ -259,48 +243,18 @@ def _shape(denoiser: Any) -> Parts:
     return {"denoiser": denoiser, "latent_shape": (config.in_channels, height, width)}
 
 
-def _decoder(
-    first_stage: Any, unscaled: Callable[[Any, Tensor], Tensor] | None = None
-) -> Callable[[Tensor], Tensor]:
-    """latents -> images uint8, computed in float32.
-
-    unscaled: what the pipeline's class does to latents before it decodes them, `_scaled` unless
-    told otherwise.
-    """
-    to_decode = unscaled or _scaled
-
-    def decode(latents: Tensor) -> Tensor:
-        latents = to_decode(first_stage.config, latents.to(first_stage.device, torch.float32))
-        return _decoded(latents, lambda part: first_stage.decode(part).sample, first_stage)
-
-    return decode
-
-
-def _scaled(config: Any, latents: Tensor) -> Tensor:
-    """Most pipelines; what else the first stage's configuration says is passed over, as there."""
-    return latents / config.scaling_factor
-
-
 def _shifted(config: Any, latents: Tensor) -> Tensor:
     """SD3 and FLUX."""
-    return _scaled(config, latents) + (config.shift_factor or 0.0)
+    return scaled(config, latents) + (config.shift_factor or 0.0)
 
 
 def _standardized(config: Any, latents: Tensor) -> Tensor:
     """SDXL, of whose relatives Playground 2.5 has a mean and a deviation for every channel."""
     mean, deviation = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
     if mean is None or deviation is None:
-        return _scaled(config, latents)
+        return scaled(config, latents)
     mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
     return latents * deviation / config.scaling_factor + mean
-
-
-def _decoded(latents: Tensor, decode: Callable[[Tensor], Tensor], first_stage: Any) -> Tensor:
-    """At most DECODE_PIXELS at once. first_stage: tells how many pixels a latent becomes."""
-    blocks = getattr(first_stage.config, "block_out_channels", (1,)) if first_stage else (1,)
-    pixels = latents[0, 0].numel() * 4 ** (len(blocks) - 1)
-    parts = latents.split(max(1, DECODE_PIXELS // pixels))
-    return torch.cat([to_uint8(decode(part)) for part in parts])
 
 
 UNSCALED = {

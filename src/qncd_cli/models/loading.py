@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .call_signature import check_inputs, unify_call
 from .compvis.checkpoint import compvis_pipeline
 from .denoiser_folder import check_values
 from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest, with_loras
+from .first_stage import FirstStage
 from .folder_check import is_there, read_index
 from .lora import Branches, branches, fuse
 from .model_folder import find_folder
@@ -107,6 +108,16 @@ def known_classes(source: str, count: int | None, classes: str | tuple[int, ...]
     return [int(c) for c in known]
 
 
+def first_stage_of(model: DiffusionModel) -> FirstStage:
+    """What makes images of a model's latents. Raises ModelError for a model of pixels."""
+    if not isinstance(model.decode, FirstStage):
+        raise ModelError(
+            f"{model.source}: it draws pixels, there is no decoder of latents",
+            "leave out what is set below first_stage (null)",
+        )
+    return model.decode
+
+
 def load_model(
     source: str,
     dtype: str = "float32",
@@ -118,6 +129,7 @@ def load_model(
     loras: Sequence[str] = (),
     branch: Sequence[str] = (),
     prompts: Prompts | None = None,
+    tile: int | None = None,
     cache: PromptCache | None = None,
     tell: Tell = untold,
     track: Track = no_progress,
@@ -129,7 +141,8 @@ def load_model(
     other source reads them. loras: FILE or FILE:WEIGHT,
     fused one after the other; branch: such files that are not fused, but computed beside the
     denoiser's layers (the digest is that of the model without them). prompts: of text models, and
-    of no others; cache: where those that a folder's text encoders made are kept, which are then not
+    of no others; tile: side of the tiles that images are decoded in, None for whole images; cache:
+    where those that a folder's text encoders made are kept, which are then not
     even read again. tell: hears what a user should know.
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
@@ -169,7 +182,7 @@ def load_model(
     check_inputs(parts["denoiser"], parts["condition"](torch.zeros(1, dtype=torch.int64)), source)
     unify_call(parts["denoiser"])
     schedule = {"scheduler_config": schedule_of(pipeline)}
-    return DiffusionModel(
+    model = DiffusionModel(
         source=source,
         digest=digest,
         dtype=DTYPES[dtype],
@@ -178,6 +191,7 @@ def load_model(
         branches=beside,
         **{**schedule, **parts},
     )
+    return model if tile is None else replace(model, decode=first_stage_of(model).tiled(tile))
 
 
 def _check_kind(source: str, kind: str, prompts: Prompts | None) -> None:

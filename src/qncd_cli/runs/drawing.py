@@ -69,13 +69,15 @@ def draw(
     folder = of_set if shard is None else shard.folder(of_set)
     with ranks.locked(run.path, watch.note):
         ranks.agreed(lambda: None)  # the lock is held
-        quantized = reuse = None
+        quantized = reuse = decoder = None
         if not wishes.full_precision:
             kinds = "quantized", "noise_stats"
             artifact, noise_stats = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
             quantized = artifact, noise_stats
             if config.sampling.reuse is not None:
                 reuse = artifacts.read(run.tensors("reuse"), "reuse")
+            if config.first_stage.bits is not None:
+                decoder = artifacts.read(run.tensors("first_stage"), "first_stage")
         begun = None if wishes.force else _begun(folder, of_set, shard)
         model = open_model(config, ranks.device(wishes.device), run.path, watch)
         if config.sampling != own.sampling:
@@ -96,8 +98,10 @@ def draw(
             begun=begun,
         )
         sampled = ranks.after_first(
-            lambda: prepare(config, model, quantized, how, reuse),
-            lambda decided: prepare(config, model, quantized, replace(how, begun=decided), reuse),
+            lambda: prepare(config, model, quantized, how, reuse, decoder),
+            lambda decided: prepare(
+                *(config, model, quantized, replace(how, begun=decided), reuse, decoder)
+            ),
             lambda made: {
                 "backend": made.backend.name if made.backend else None,
                 "compiled": made.compiled,

@@ -110,6 +110,7 @@ def _evaluate(
     from ..lineage.sample_set import read_set
     from ..runtime.ranks import of_job
     from ..stages import evaluate as stage
+    from ..stages.decoder import KIND, decoder_fidelity, note_of_decoder
 
     ranks = of_job()
     with ranks.locked(run.path, watch.note), reported(run.path, "eval", watch) as watch:
@@ -132,6 +133,10 @@ def _evaluate(
                 made=made,
                 ranks=ranks,
             )
+            if KIND in quantized_set.manifest["digests"]:
+                found = ranks.agreed(lambda: decoder_fidelity(quantized_set, model, watch.track))
+                metrics["decoder"] = found
+                metrics["checks"] = [*metrics["checks"], note_of_decoder(found)]
 
         def write() -> None:
             sets = full_set, quantized_set

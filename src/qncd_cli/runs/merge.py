@@ -11,13 +11,13 @@ from typing import Any
 from ..errors import ArtifactError
 from ..lineage import sample_sets
 from ..lineage.shards import Shard, shard_folders, shards_folder
-from ..store.artifact_files import read_stored
 from ..store.digests import differing
 from ..store.files import sync_folder
 from ..store.lock import locked
 from ..store.run_dir import RunDir, find_run
 from .drawing import in_format
 from .sample import Sampled
+from .sets import check_made_from
 from .watch import SILENT, Watch
 
 HOW = 'draw it with "qncd sample --shard {}" and the options of the others'
@@ -126,12 +126,8 @@ def _check_together(one: _Part, other: _Part) -> None:
 
 def _check(run: RunDir, parts: Sequence[_Part]) -> None:
     """Raises ArtifactError for shards of another quantized model than the run's."""
-    made_from = parts[0].manifest.get("digests", {}).get("quantized")
-    if made_from not in (None, read_stored(run.tensors("quantized"), "quantized").digest):
-        raise ArtifactError(
-            f"{parts[0].folder}: sampled from another quantized model than this run's",
-            "draw the shards again with --force",
-        )
+    hint = "draw the shards again with --force"
+    check_made_from(run, parts[0].folder, parts[0].manifest, hint)
 
 
 def _joined(folder: Path, parts: Sequence[_Part]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def open_model(
         loras=model.lora,
         branch=sampling.lora_branch or (),
         prompts=prompts,
+        tile=config.first_stage.tile,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
         tell=watch.note,
         track=watch.track,

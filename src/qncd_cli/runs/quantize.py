@@ -25,8 +25,8 @@ from .watch import SILENT, Watch
 @dataclass(frozen=True)
 class Quantized:
     """artifact_bytes: of quantized.safetensors; coverage: coverage.json, bits and kernel of every
-    layer; skipped, state: as of Calibrated; reuse: what the plan of sampling.reuse says, None
-    without one."""
+    layer; skipped, state: as of Calibrated; reuse, first_stage: what the plan of sampling.reuse and
+    the decoder of first_stage.bits say, None without one."""
 
     run: RunDir
     artifact_bytes: int
@@ -34,6 +34,7 @@ class Quantized:
     skipped: bool
     state: State | None
     reuse: Mapping[str, Any] | None = None
+    first_stage: Mapping[str, Any] | None = None
 
 
 def quantize(
@@ -48,8 +49,9 @@ def quantize(
 
     run_dir: a calibrated run, None for the one that the command line calibrated last; it gets
     quantized.safetensors, noise_stats.safetensors and coverage.json, with sampling.reuse also the
-    plan, reuse.safetensors. config: instead of the run's config.yaml, which it replaces: the same
-    calibration at other bits. device, force: as calibrate takes them.
+    plan, reuse.safetensors, with first_stage.bits the decoder, first_stage.safetensors. config:
+    instead of the run's config.yaml, which it replaces: the same calibration at other bits. device,
+    force: as calibrate takes them.
 
     Raises ArtifactError where the calibration is missing, damaged, or of other settings than
     config's (the message says which); ModelError, BackendUnavailable.
@@ -71,21 +73,27 @@ def quantize(
     if config is not None:
         agreed(lambda: keep_config(run, config))
     size = run.tensors("quantized").stat().st_size
-    reuse = None
+    reuse = first_stage = None
     if wanted.sampling.reuse is not None:
         reuse = read_stored(run.tensors("reuse"), "reuse").body
+    if wanted.first_stage.bits is not None:
+        first_stage = read_stored(run.tensors("first_stage"), "first_stage").body
     state = None if skipped else state
-    return Quantized(run, size, read_coverage(run.coverage), skipped, state, reuse)
+    return Quantized(run, size, read_coverage(run.coverage), skipped, state, reuse, first_stage)
 
 
 def _holds(run: RunDir, config: Config, digest: str | None, state: State | None) -> bool:
-    """Whether all outputs are there, the plan of sampling.reuse among them where it is asked for.
+    """Whether all outputs are there, among them the plan of sampling.reuse and the decoder of
+    first_stage.bits where these are asked for.
 
     digest: of the model, where it is known; state: of the stage.
     """
     if digest is None or state is None or not state.holds:
         return False
     quantized = state.found["quantized"].digest
+    decoder = config.first_stage.bits is None or freshness.first_stage(run, config, digest).holds
+    if not decoder:
+        return False
     return config.sampling.reuse is None or freshness.reused(run, config, digest, quantized).holds
 
 
@@ -114,10 +122,14 @@ def _quantize(
                 tell=watch.note,
                 ranks=ranks,
             )
-            if config.sampling.reuse is None:
-                return there
-            plan = pipeline.reuse(run, config, model, watch.track, force=force, ranks=ranks)
-            return there and plan
+            wanted = []
+            if config.sampling.reuse is not None:
+                wanted.append(pipeline.reuse)
+            if config.first_stage.bits is not None:
+                wanted.append(pipeline.first_stage)
+            for make in wanted:
+                there &= make(run, config, model, watch.track, force=force, ranks=ranks)
+            return there
 
 
 def check_parents(run: RunDir, config: Config, model: str | None) -> None:

@@ -66,11 +66,11 @@ def sample(
     Processes that torchrun began share the work.
 
     run_dir: a quantized run, None for the current one. config: instead of the run's own; it may
-    differ from that in `sampling` and `correction.inter`. num: images, of the seeds from
-    sampling.seed on. batch_size: drawn together, None for what suits the model. name: of the set,
-    None for quantized, full or full_compiled. full_precision: the model as it was. backend: auto,
-    int8, simulate or openvino. low_memory: weights stay packed. device, force: as calibrate takes
-    them. shard: "2/4" draws the second of four parts into a folder of its own, for `merge` to join.
+    differ from that in `sampling`, `correction.inter` and `first_stage`. num: images, of the seeds
+    from sampling.seed on. batch_size: drawn together, None for what suits the model. name: of the
+    set, None for quantized, full or full_compiled. full_precision: the model as it was. backend:
+    auto, int8, simulate or openvino. low_memory: weights stay packed. device, force: as calibrate
+    takes them. shard: "2/4" draws the second of four parts into a folder of its own, for `merge`.
     format: png, or also folders, webdataset or npz (lineage/set_formats.py), beside the set.
 
     Raises ArtifactError where the quantized model is missing or another one's, or a set of that
@@ -125,6 +125,7 @@ def _of_run(config: Config, own: Config) -> Config:
     tree, wanted = own.to_dict(), config.to_dict()
     tree["correction"]["inter"] = wanted["correction"]["inter"]
     tree["sampling"]["reuse"] = wanted["sampling"]["reuse"]
+    tree["first_stage"] = wanted["first_stage"]
     expected = sampled_with(parse_config(tree, "sample"), wanted["sampling"], "sample")
     check_settled(expected, config, "config")
     return config
@@ -167,13 +168,17 @@ def _set_state(
 
 
 def _made_from(run: RunDir, own: Config, config: Config, model: str | None) -> dict[str, str]:
-    """Digests of what sample reads, of the run's own configuration, and of the plan that the set's
-    asks for. Raises ArtifactError."""
+    """Digests of what sample reads, of the run's own configuration, and of the plan and the decoder
+    that the set's asks for. Raises ArtifactError."""
     stored = _quantized_of(run, own, model)
     digests = {"quantized": stored.digest}
     if config.sampling.reuse is not None:
         known = stored.model if model is None else model
         digests["reuse"] = freshness.check_reused(run, config, known, stored.digest).digest
+    if config.first_stage.bits is not None:
+        known = stored.model if model is None else model
+        made = own.model_copy(update={"first_stage": config.first_stage})
+        digests["first_stage"] = freshness.check_first_stage(run, made, known).digest
     return digests
 
 

@@ -50,12 +50,15 @@ def config_of(config: Config, samples: SampleSet) -> Config:
 
 def check_quantized(run: RunDir, samples: SampleSet) -> None:
     """Raises ArtifactError for samples of another quantized model than the run's."""
-    made_from = samples.manifest["digests"].get("quantized")
-    if made_from not in (None, read_stored(run.tensors("quantized"), "quantized").digest):
-        raise ArtifactError(
-            f"{samples.folder}: sampled from another quantized model than this run's",
-            'repeat "qncd sample" with --force',
-        )
+    check_made_from(run, samples.folder, samples.manifest, 'repeat "qncd sample" with --force')
+
+
+def check_made_from(run: RunDir, folder: Path, manifest: Mapping[str, Any], hint: str) -> None:
+    """The same, of a manifest."""
+    digests = manifest.get("digests", {})
+    for kind, what in (("quantized", "quantized model"), ("first_stage", "decoder in integers")):
+        if kind in digests and digests[kind] != read_stored(run.tensors(kind), kind).digest:
+            raise ArtifactError(f"{folder}: sampled from another {what} than this run's", hint)
 
 
 def check_model(samples: SampleSet, model: DiffusionModel) -> None:

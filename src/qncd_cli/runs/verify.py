@@ -92,12 +92,13 @@ def verify(
     """
     run = find_run(None if run_dir is None else str(run_dir))
     config = load_config(str(run.config))
+    decoder = config.first_stage.bits is not None
     if name is None:
-        usual = not force and _holds(run, run.samples("quantized"), num)
+        usual = not force and _holds(run, run.samples("quantized"), num, decoder=decoder)
         name = "quantized" if usual else OWN_SET
     folder = run.samples(name)
     try:
-        if force or not _holds(run, folder, num):
+        if force or not _holds(run, folder, num, decoder=decoder):
             with _drawing("quantized"):
                 sample(
                     run_dir,
@@ -136,16 +137,17 @@ def _drawing(kind: str) -> Iterator[None]:
         ) from error
 
 
-def _holds(run: RunDir, folder: Path, num: int) -> bool:
-    """Whether a set is whole, of the run's quantized model, and of as many seeds."""
+def _holds(run: RunDir, folder: Path, num: int, *, decoder: bool) -> bool:
+    """Whether a set is whole, of the run's quantized model and decoder, and of as many seeds."""
     manifest = sample_sets.begun(folder)
     if manifest is None or not manifest.get("complete"):
         return False
-    made_from = manifest.get("digests", {}).get("quantized")
     seeds = manifest.get("seeds", ())
-    present = read_stored(run.tensors("quantized"), "quantized").digest
-    whole = not sample_sets.without_image(folder, seeds)
-    return len(seeds) >= num and made_from == present and whole
+    kinds = ("quantized", *(("first_stage",) if decoder else ()))
+    present = {kind: read_stored(run.tensors(kind), kind).digest for kind in kinds}
+    digests = manifest.get("digests", {})
+    same = all(digests.get(kind) == present.get(kind) for kind in ("quantized", "first_stage"))
+    return len(seeds) >= num and same and not sample_sets.without_image(folder, seeds)
 
 
 def _first(folder: Path, num: int | None) -> SampleSet:

@@ -92,45 +92,47 @@ def made_graph(
     compile: Callable[[], bytes],
     tell: Tell,
     saying: str,
+    what: str = "denoiser",
 ) -> graph.Graph:
-    """The graph of these digests: from the folder, else compiled, after `saying` is told.
+    """The graph of these digests: from the folder, else compiled, after `saying` is told. what: it
+    is of, for errors.
 
     Raises BackendUnavailable, ArtifactError.
     """
     path = graph_path(folder, digests)
     with own_code.opened(path) as mine:
         if (mine is None or native.missing(folder)) and (why := graph.why_unavailable()):
-            raise BackendUnavailable(f"the denoiser cannot be compiled: {why}", "use --no-compile")
+            raise BackendUnavailable(f"the {what} cannot be compiled: {why}", "use --no-compile")
         if mine is not None:
-            return _loaded(mine, folder)
+            return _loaded(mine, folder, what)
     if path.exists():
         tell(f"{path}: damaged, or not compiled by you: made again")
     tell(saying)
     with compiling(folder):
-        content = _compiled(compile, folder)
+        content = _compiled(compile, folder, what)
     with own_code.seal_and_open(path, content) as made:
-        return _loaded(made, folder)
+        return _loaded(made, folder, what)
 
 
-def _loaded(path: Path, folder: Path) -> graph.Graph:
+def _loaded(path: Path, folder: Path, what: str) -> graph.Graph:
     """The graph of a file. Raises BackendUnavailable, ArtifactError."""
     try:
         native.load(folder)
         return graph.load_graph(path)
     except (RuntimeError, OSError) as error:
         raise BackendUnavailable(
-            f"the compiled denoiser cannot be loaded: {first_line(error)}", "use --no-compile"
+            f"the compiled {what} cannot be loaded: {first_line(error)}", "use --no-compile"
         ) from error
 
 
-def _compiled(compile: Callable[[], bytes], folder: Path) -> bytes:
+def _compiled(compile: Callable[[], bytes], folder: Path, what: str) -> bytes:
     """The graph's library. Raises BackendUnavailable."""
     try:
         native.load(folder)
         return compile()
     except Exception as error:  # whatever a tracer and a compiler can stumble over
         raise BackendUnavailable(
-            f"the denoiser cannot be compiled: {first_line(error)}", "use --no-compile"
+            f"the {what} cannot be compiled: {first_line(error)}", "use --no-compile"
         ) from error
 
 

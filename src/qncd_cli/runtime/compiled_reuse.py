@@ -90,7 +90,7 @@ def compile_reusing(
             _, taken = reusing.computed(inputs[0], pattern.timesteps[0], inputs[1], {})
             values.update({name: in_order(value) for name, value in taken.items()})
         given = {name: values[name] for name in sorted(kept)}
-        return graph.compile_graph(eager.module, eager.step, layers, inputs, (outputs, given))
+        return graph.compile_graph(eager.module, eager.step, layers, inputs, kept=(outputs, given))
 
     graphs = {}
     for number, kept in enumerate(patterns, 1):

@@ -13,14 +13,15 @@ import torch
 from ..backends.base import AUTO
 from ..config.schema import Config
 from ..errors import BackendUnavailable
-from ..models.loading import DiffusionModel
+from ..models.loading import DiffusionModel, first_stage_of
 from ..spec import Compile
-from ..store.artifacts import Artifact
+from ..store.artifacts import Artifact, check_lineage
 from .auto_backend import BackendCache, backend_of_set, choose_backend
 from .compiled_graph import compile_denoiser, has_graph
 from .compiled_reuse import compile_reusing, has_graphs, patterns_of
 from .denoiser import Denoiser
 from .exported_graph import example_of, in_openvino
+from .first_stage import compiled, with_integers
 from .fused_graph import fuse_denoiser
 from .reuse import ReusingDenoiser
 from .sampled_model import SampledModel
@@ -67,14 +68,35 @@ def prepare(
     quantized: tuple[Artifact, Artifact] | None,
     how: Preparation,
     reuse: Artifact | None = None,
+    first_stage: Artifact | None = None,
 ) -> SampledModel:
     """The model that the samples are drawn from, ready to be called.
 
     quantized: the quantized artifact and its noise statistics, None for full precision. reuse: the
-    plan by which it leaves work out.
+    plan by which it leaves work out; first_stage: the decoder in integers, compiled where the
+    denoiser is.
     Raises BackendUnavailable where what was asked for by name cannot be had here, ArtifactError
     for artifacts that do not belong together and for damaged graphs.
     """
+    sampled = _prepared(config, model, quantized, how, reuse)
+    if first_stage is None or sampled.backend is None:
+        return sampled
+    check_lineage(first_stage, model=model.digest)
+    own = first_stage_of(model)
+    decode = with_integers(own, first_stage, model.source, sampled.backend.name)
+    if sampled.compiled and sampled.backend.name == "int8":
+        digests = {"model": model.digest, "first_stage": first_stage.digest}
+        decode = compiled(decode, digests, model.latent_shape, how.folder, how.tell)
+    return sampled.decoding(decode, first_stage)
+
+
+def _prepared(
+    config: Config,
+    model: DiffusionModel,
+    quantized: tuple[Artifact, Artifact] | None,
+    how: Preparation,
+    reuse: Artifact | None,
+) -> SampledModel:
     if model.branches:
         if how.compile is Compile.YES:
             raise BackendUnavailable(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from ..backends.base import Backend, get_backend
 from ..models.loading import DiffusionModel
@@ -20,7 +23,8 @@ class SampledModel:
 
     noise_stats: needed by every correction that uses statistics; backend: computes the quantized
     layers. None for full precision. compiled: whether the denoiser is one compiled graph. reuse:
-    the plan by which it leaves work out, with its terms.
+    the plan by which it leaves work out, with its terms. decode: makes images of latents, None for
+    the model's own.
     """
 
     kind: str  # "quantized" or "full"
@@ -30,6 +34,7 @@ class SampledModel:
     backend: Backend | None = None
     compiled: bool = False
     reuse: Artifact | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def full_precision(cls, model: DiffusionModel) -> SampledModel:
@@ -71,7 +76,8 @@ class SampledModel:
     @property
     def quantized_digests(self) -> dict[str, str]:
         """Digests of what the denoiser computes with, the plan of reuse aside."""
-        return {name: digest for name, digest in self.digests.items() if name != "reuse"}
+        aside = ("reuse", "first_stage")
+        return {name: digest for name, digest in self.digests.items() if name not in aside}
 
     def reusing(self, plan: Artifact) -> SampledModel:
         """The same, leaving out work by a plan that was made for it. Raises ArtifactError."""
@@ -81,6 +87,11 @@ class SampledModel:
         return replace(
             self, denoiser=denoiser, digests={**self.digests, "reuse": plan.digest}, reuse=plan
         )
+
+    def decoding(self, decode: Callable[[Tensor], Tensor], artifact: Artifact) -> SampledModel:
+        """The same, with images made by the decoder of an artifact."""
+        digests = {**self.digests, "first_stage": artifact.digest}
+        return replace(self, decode=decode, digests=digests)
 
     def fallbacks(self) -> dict[str, str]:
         """Quantized layers that the backend leaves to the simulation, with the reason."""

@@ -18,6 +18,7 @@ from ..lineage import freshness
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
+from ..ptq.first_stage import quantize_first_stage
 from ..ptq.reuse import find_reuse
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
@@ -139,6 +140,30 @@ def reuse(
             made = find_reuse(config, model, calibration, quantized, track)
         artifacts.write(run.tensors("reuse"), made)
         freshness.note_settings(run, "reuse", config)
+        return False
+
+    return ranks.agreed(make)
+
+
+def first_stage(
+    run: RunDir,
+    config: Config,
+    model: DiffusionModel,
+    track: Track = no_progress,
+    *,
+    force: bool = False,
+    ranks: Ranks = ALONE,
+) -> bool:
+    """Write the decoder of `first_stage.bits`; whether it was there already. As `reuse`: the first
+    of the ranks alone makes it, and one serves a model at all bits of its denoiser."""
+
+    def make() -> bool:
+        if not force and freshness.first_stage(run, config, model.digest).holds:
+            return True
+        with explained(model):
+            made = quantize_first_stage(config, model, track)
+        artifacts.write(run.tensors("first_stage"), made)
+        freshness.note_settings(run, "first_stage", config)
         return False
 
     return ranks.agreed(make)

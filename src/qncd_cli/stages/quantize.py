@@ -17,6 +17,7 @@ from ..progress import Track, no_progress
 from ..ptq import (
     bit_budget,
     extra_bits,
+    first_stage,
     hessians,
     layer,
     noise,
@@ -144,7 +145,7 @@ def run(
 
 def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, Cost]:
     """The parts of run by what they do, in their order, each with what it takes; and the plan of
-    reuse, which comes behind it."""
+    reuse and the decoder, which come behind it."""
     plans = [p for p in plan_layers(config, denoiser) if not p.stays_float]
     rounded = [p for p in plans if p.weight_bits != FLOAT_BITS]
     weights = config.quantization.weights
@@ -166,6 +167,8 @@ def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, 
     found["measuring noise"] = noise.cost(config, denoiser, call)
     if config.sampling.reuse is not None:
         found["planning reuse"] = reuse.cost(config, denoiser, call)
+    if config.first_stage.bits is not None:
+        found["quantizing the decoder"] = first_stage.cost(config, call)
     return found
 
 

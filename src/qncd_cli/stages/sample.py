@@ -101,7 +101,7 @@ def run(
         def cut(seeds: Sequence[int]) -> list[list[int]]:
             return chunks(seeds, request.batch_size)
 
-        noted, decode = request.noted, torch.no_grad()(model.decode)
+        noted, decode = request.noted, torch.no_grad()(sampled.decode or model.decode)
         growing.append(go_on(request.folder, identity, request.seeds, cut, noted, decode))
         traced = sorted({*request.whole, *growing[0].wanted})[:TRACED]
         return {"digest": identity["digest"], "pending": growing[0].pending, "traced": traced}
@@ -286,7 +286,7 @@ def draw_batch(
         )
     folder = part.parent.parent
     with torch.no_grad():
-        images = model.decode(latents)
+        images = (sampled.decode or model.decode)(latents)
     tick()
     for seed, image in zip(seeds, images, strict=True):
         write_bytes(sample_sets.image_path(folder, seed), sample_set.png_bytes(image))

@@ -130,11 +130,13 @@ def compile_graph(
     step: StepState,
     layers: Mapping[str, QuantizedLayer],
     example: tuple[Tensor, Mapping[str, Tensor]],
+    *,
+    batches: tuple[int, int] = BATCH_RANGE,
     kept: tuple[Kept, Mapping[str, Tensor]] | None = None,
 ) -> bytes:
     """Trace the denoiser on x [N, ...] and its condition and compile it: the file's content.
 
-    N: within BATCH_RANGE, as all batches that the graph serves; layers: registered, by the keys
+    N: within batches, as all that the graph serves; layers: registered, by the keys
     that the graph will know them by. kept: of a graph that leaves work out, what the module asks,
     and examples of the values that it is given. Raises whatever torch raises where a model cannot
     be traced.
@@ -142,7 +144,8 @@ def compile_graph(
     from .fusion import fused  # brings torch's tracer, of which loading needs nothing
 
     x, condition = example
-    batch = {0: torch.export.Dim("batch", min=BATCH_RANGE[0], max=BATCH_RANGE[1])}
+    least, most = batches
+    batch = {0: torch.export.Dim("batch", min=least, max=most)} if least < most else {}
     denoiser = Traced(module, step) if kept is None else _TracedWithKept(module, step, kept[0])
     inputs: tuple[Any, ...] = x, torch.zeros(len(x)), denoiser.tables.values[0], dict(condition)
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))

@@ -1,0 +1,103 @@
+"""The first stage of a latent model: what makes images of latents, whole, in parts or in tiles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, NotFinite
+
+DECODE_PIXELS = 64 * 32 * 32
+"""Pixels of images that are decoded at once, at least one image: memory grows with them."""
+Unscaled = Callable[[Any, Tensor], Tensor]
+"""(first stage's configuration, latents) -> latents as the first stage takes them."""
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] float -> [0, 255] uint8, on the CPU. Raises NotFinite for what is not."""
+    finite = torch.isfinite(images).flatten(1).all(1)
+    if not finite.all():
+        raise NotFinite(
+            f"{int((~finite).sum())} of {len(images)} decoded images are not finite",
+            "the latents are: are the decoder's weights sound? else lower sampling.guidance_scale",
+        )
+    return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+
+
+def scaled(config: Any, latents: Tensor) -> Tensor:
+    """Most pipelines; what else the first stage's configuration says is passed over, as there."""
+    return latents / config.scaling_factor
+
+
+@dataclass(frozen=True)
+class FirstStage:
+    """Makes images uint8 [N, C, H, W] of latents [N, c, h, w], computed in float32.
+
+    model: diffusers' AutoencoderKL or VQModel, whose decoder may be another one's; unscaled: what
+    the pipeline's class does to latents before it decodes them.
+    """
+
+    model: Any
+    unscaled: Unscaled = scaled
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        latents = self.unscaled(self.model.config, latents.to(self.model.device, torch.float32))
+        parts = latents.split(self.images_at_once(latents.shape))
+        return torch.cat([to_uint8(self.model.decode(part).sample) for part in parts])
+
+    @property
+    def decoder(self) -> nn.Module:
+        """What computes: all but the lookup in a codebook and a convolution of latents."""
+        found: nn.Module = self.model.decoder
+        return found
+
+    @property
+    def factor(self) -> int:
+        """Pixels along one latent."""
+        return int(2 ** (len(self.model.config.block_out_channels) - 1))
+
+    def images_at_once(self, shape: torch.Size) -> int:
+        """How many latents of a shape [N, c, h, w] are decoded together."""
+        return max(1, DECODE_PIXELS // (shape[-2] * shape[-1] * self.factor**2))
+
+    def decoded_shape(self, sides: Sequence[int]) -> tuple[int, int, int]:
+        """Shape [c, h, w] of what the decoder is given of latents of these sides: the most of it is
+        whole tiles, where images are decoded in tiles."""
+        channels: Any = self.decoder.get_submodule("conv_in").in_channels
+        if getattr(self.model, "use_tiling", False):
+            sides = [min(side, self.model.tile_latent_min_size) for side in sides]
+        height, width = sides
+        return int(channels), height, width
+
+    def with_decoder(self, decoder: nn.Module) -> FirstStage:
+        """The same with another decoder; this one stays as it is."""
+        model = copy.copy(self.model)
+        model._modules = {**model._modules, "decoder": decoder}
+        return replace(self, model=model)
+
+    def tiled(self, side: int) -> FirstStage:
+        """The same for images of more than `side` pixels in tiles of that side, which overlap by a
+        quarter and are blended there (diffusers' `enable_tiling`).
+
+        Raises ConfigError where the first stage decodes no tiles, or not of that side.
+        """
+        if not hasattr(self.model, "tile_latent_min_size"):
+            raise ConfigError(
+                f"first_stage.tile: diffusers' {type(self.model).__name__} decodes no tiles",
+                "set first_stage.tile: null",
+            )
+        if side % (4 * self.factor):
+            raise ConfigError(
+                f"first_stage.tile: {side} pixels are no multiple of {4 * self.factor}",
+                f"a tile is of whole latents of {self.factor} pixels, and so is a quarter of it",
+            )
+        model = copy.copy(self.model)
+        model.enable_tiling()
+        model.tile_sample_min_size = side
+        model.tile_latent_min_size = side // self.factor
+        return replace(self, model=model)
