@@ -102,6 +102,7 @@ def _quantize(
 ) -> bool:
     """Whether the outputs were there already."""
     watch.reason(state, force)
+    from ..models.loading import first_stage_of
     from ..runtime.ranks import of_job
     from ..stages import pipeline
     from ..store import artifacts
@@ -109,6 +110,8 @@ def _quantize(
     ranks = of_job()
     with watch.keeping(lambda: f"calibrate is kept, {kept_phrase(run.path, 'quantize')}"):
         model = open_model(config, ranks.device(device), run.path, watch)
+        if config.first_stage.bits is not None:
+            first_stage_of(model)  # refused before hours of work
         if state is None:
             watch.reason(freshness.of_run(run, config, model.digest)[1], force)
         with ranks.locked(run.path, watch.note), reported(run.path, "quantize", watch) as watch:
