@@ -57,7 +57,22 @@ ROOMS: list[tuple[str, list[str]]] = [
         ],
     ),
     ("study", ["report"]),
-    ("bench", ["stages", "runtime", "backends", "models", "config", "report", "quant", "store"]),
+    (
+        "bench",
+        [
+            "stages",
+            "runtime",
+            "backends",
+            "models",
+            "lineage",
+            "config",
+            "report",
+            "metrics",
+            "quant",
+            "sampling",
+            "store",
+        ],
+    ),
     (
         "ablation",
         [
@@ -193,6 +208,7 @@ DOORS: dict[str, list[str]] = {
         "config.sampling",
         "config.quantization",
         "config.correction",
+        "config.first_stage",
         "config.schema",
         "config.loading",
         "config.keys",
