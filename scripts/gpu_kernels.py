@@ -14,32 +14,27 @@ import math
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from gpu_calls import shipped
 from torch import Tensor
 
 from qncd_cli.backends.cuda import launch, tiles
 from qncd_cli.backends.cuda.launch import Call
-from qncd_cli.backends.cuda.product import Product as ByteProduct
-from qncd_cli.backends.cuda.product import product_call
-from qncd_cli.backends.cuda.quantize import Quantizer, quantize_call
-from qncd_cli.backends.cuda.tiles import ARCHITECTURES, FLAT, INT8, PACKED, Tile
-from qncd_cli.backends.cuda.weights import Weight
+from qncd_cli.backends.cuda.tiles import ARCHITECTURES
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.topology import weight_layers
 
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 """KiB of shared memory that a block may take (CUDA C++ Programming Guide, compute capabilities)."""
-MATRIX = re.compile(r"\b(IMMA|IGMMA)\.\S*S8")
-"""Instructions of the matrix units on signed bytes: of one warp, of a group of warps (sm_90)."""
+MATRIX = re.compile(r"\b(IMMA|IGMMA)\.\S*S8|\b(HMMA|HGMMA)\.\S*F32")
+"""Instructions of the matrix units, on signed bytes and on 16 bits with float32 sums: of one warp,
+of a group of warps (sm_90)."""
 SPILL = re.compile(r"\b(STL|LDL)\b")
-CONV3, LINEAR = (3, 3, 1, 1, 1, 1, 1, 1), ()
-FORMS = {"3x3 convolution": CONV3, "linear": LINEAR}
 
 
 # ------------------------------------------------------------------ binaries
@@ -73,8 +68,9 @@ def compiled(call: Call, architecture: int) -> Binary:
         if name in call.constants or (isinstance(value, int) and value == 1):
             signature[name], constants[index,] = "constexpr", value
             continue
-        signature[name] = f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-        if isinstance(value, Tensor) or value % 16 == 0:
+        plain = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = f"*{_TYPES[value.dtype]}" if isinstance(value, Tensor) else plain
+        if isinstance(value, Tensor) or (plain == "i32" and value % 16 == 0):
             aligned[index,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     target = GPUTarget("cuda", architecture, 32)
@@ -108,61 +104,6 @@ def _tool(name: str, *arguments: object) -> str:
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     done = subprocess.run([path, *map(str, arguments)], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
-
-
-def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def product_of(
-    tile: Tile, packed: bool, geometry: tuple[int, ...], dtype: torch.dtype = torch.float16, **more
-) -> Call:
-    """A product of LDM-4 (192 channels, 64 x 64 pixels, 8 images) with that tile.
-
-    more: what Product takes, and input_scale_first.
-    """
-    channels, outputs, taps = 192, 192, 9 if geometry else 1
-    shape = (8, 64, 64, channels) if geometry else (8 * 4096, channels)
-    codes = _meta(outputs, taps, channels, dtype=torch.int8)
-    if packed:
-        codes = _meta(outputs, taps, channels // 2, dtype=torch.uint8)
-    zero_point = _meta(outputs, dtype=torch.int8) if packed else None
-    sums = _meta(taps, outputs, dtype=torch.int32)
-    scaled_first = more.pop("input_scale_first", False)
-    weight = Weight(codes, zero_point, _meta(outputs), sums, scaled_first)
-    range_ = _meta(), _meta(dtype=torch.int32)
-    x = _meta(*shape, dtype=torch.int8)
-    problem = ByteProduct(x, weight, _meta(outputs), *range_, geometry, dtype, **more)
-    out = _meta(*problem.output_shape, dtype=problem.output_dtype)
-    return product_call(problem, out, tile)
-
-
-def quantization_of(image: bool, bits: int, dtype: torch.dtype = torch.float16) -> Call:
-    """Quantization of such an image, channels apart, or of its rows; smoothed and shifted."""
-    x = _meta(8, 192, 64, 64, dtype=dtype) if image else _meta(8 * 4096, 192, dtype=dtype)
-    low = _meta(*((8, 64, 64, 192) if image else x.shape), dtype=torch.int8)
-    return quantize_call(x, image, smoothing_quantizer(bits), low, low)
-
-
-def shipped() -> Iterator[tuple[str, Call]]:
-    """Every tile of every kernel, in its forms."""
-    for packed, kinds in ((False, (*INT8, FLAT[0])), (True, (*PACKED, FLAT[1]))):
-        for tile in kinds:
-            size = f"{tile.rows}x{tile.outputs}x{tile.depth}"
-            for form, geometry in FORMS.items():
-                name = f"product {'4-bit' if packed else 'int8'} {size}, {form}"
-                yield name, product_of(tile, packed, geometry)
-    for bits in (8, 16):
-        for image in (True, False):
-            yield (
-                f"quantize {bits} bits, {'image' if image else 'rows'}",
-                quantization_of(image, bits),
-            )
-
-
-def smoothing_quantizer(bits: int) -> Quantizer:
-    """Of a layer of 192 channels, smoothed and shifted."""
-    return Quantizer(_meta(), _meta(dtype=torch.int32), bits, _meta(192), _meta(192))
 
 
 # ------------------------------------------------------------------ on paper

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gpu_calls
 import gpu_kernels
 import pytest
 import torch
@@ -28,7 +29,9 @@ def check(name: str, call: gpu_kernels.Call, architecture: int) -> None:
     assert binary.stack == 0, name
     assert 0 < binary.registers <= 255, name
     assert binary.shared <= 1024 * gpu_kernels.SHARED_LIMIT[architecture], name
-    assert (binary.matrix > 0) is (call.kernel == "product"), name
+    on_matrix_units = call.kernel in ("product", "matmul", "float_product")
+    wide = call.kernel == "float_product" and call.operands[0].dtype == torch.float32
+    assert (binary.matrix > 0) is (on_matrix_units and not wide), name
 
 
 @pytest.mark.parametrize(
@@ -41,14 +44,14 @@ def check(name: str, call: gpu_kernels.Call, architecture: int) -> None:
     ],
 )
 def test_some_tiles(tile, packed, form, architecture):
-    call = gpu_kernels.product_of(tile, packed, gpu_kernels.FORMS[form])
+    call = gpu_calls.product_of(tile, packed, gpu_calls.FORMS[form])
     check(f"{tile} {form}", call, architecture)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_shipped_tile_of_every_kernel(architecture):
-    found = list(gpu_kernels.shipped())
+    found = list(gpu_calls.shipped())
     assert len(found) >= 2 * (len(INT8) + len(PACKED) + len(FLAT))
     for name, call in found:
         check(name, call, architecture)
@@ -65,13 +68,13 @@ def test_every_end_of_a_product(architecture):
             (torch.bfloat16, {"residual": residual}),
             (
                 torch.bfloat16,
-                {"residual": residual, "following": gpu_kernels.smoothing_quantizer(8)},
+                {"residual": residual, "following": gpu_calls.smoothing_quantizer(8)},
             ),
             (torch.float32, {"before": before, "high": True, "input_scale_first": True}),
         ):
             check(
                 str(options),
-                gpu_kernels.product_of(tile, packed, (), dtype, **options),
+                gpu_calls.product_of(tile, packed, (), dtype, **options),
                 architecture,
             )
 
@@ -79,13 +82,13 @@ def test_every_end_of_a_product(architecture):
 def test_triton_has_no_product_of_bytes_for_turing():
     """Why tiles.OLDEST is what it is; a Triton that has one makes this fail."""
     with pytest.raises(RuntimeError, match="PassManager"):
-        gpu_kernels.compiled(gpu_kernels.product_of(INT8[2], False, ()), 75)
+        gpu_kernels.compiled(gpu_calls.product_of(INT8[2], False, ()), 75)
 
 
 def test_a_spill_is_seen():
     """A tile that is too large for its threads does not pass."""
-    tile = gpu_kernels.Tile(128, 128, 64, 2, 2)
-    binary = gpu_kernels.compiled(gpu_kernels.product_of(tile, False, ()), 80)
+    tile = gpu_calls.Tile(128, 128, 64, 2, 2)
+    binary = gpu_kernels.compiled(gpu_calls.product_of(tile, False, ()), 80)
     assert binary.spills > 0
     assert binary.stack > 0
 

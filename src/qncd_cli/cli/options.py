@@ -100,7 +100,8 @@ def wanted(command: Command) -> Command:
         click.option(
             "--bits",
             metavar="W4A8",
-            help="Bits of weights and activations (default: the configuration's; of MODEL, w4a8). "
+            help="Bits of weights and activations (default: the configuration's; of MODEL, w4a8); "
+            "w4a16 leaves all activations in floating point. "
             "A shipped configuration's name may hold them too: fashion_ldm_w4a8.",
         ),
         click.option(

@@ -9,7 +9,7 @@ from ..spec import FLOAT_BITS, Widths
 
 FULL_PRECISION = "fp"
 WEIGHT_ONLY = re.compile(r"w([2-8])a16")
-"""What elsewhere means quantized weights and inputs in 16-bit floating point."""
+"""Weights alone, as everywhere: inputs and attention stay in the model's floating point."""
 
 
 def parse_widths(text: str) -> Widths | None:
@@ -21,10 +21,11 @@ def parse_widths(text: str) -> Widths | None:
     except ValueError as error:
         if match := WEIGHT_ONLY.fullmatch(text.lower()):
             raise ConfigError(
-                f"--bits {text}: inputs of 16 bits are integers of two bytes here, set by "
-                f"quantization.activations.bits",
-                f"for inputs of layers in floating point: --bits w{match[1]}a{FLOAT_BITS}; "
-                "attention's operands have bits of their own, quantization.attention",
+                f"--bits {text}: weights alone are quantized by more than widths: attention stays "
+                f"in floating point too",
+                f"in a table: --bits w{match[1]}a{FLOAT_BITS} with --set "
+                f"quantization.attention.bits={FLOAT_BITS} --set "
+                f"quantization.attention.probabilities_bits={FLOAT_BITS}",
             ) from error
         raise ConfigError(
             f"--bits {text}: expected widths like w4a8, or {FULL_PRECISION}",
@@ -33,7 +34,16 @@ def parse_widths(text: str) -> Widths | None:
 
 
 def bits_overrides(text: str) -> tuple[str, ...]:
-    """Widths as overrides: w4a8 -> quantization.weights.bits=4, ... Raises ConfigError."""
+    """Widths as overrides: w4a8 -> quantization.weights.bits=4, ... Raises ConfigError.
+
+    w4a16 leaves every input in floating point; integers of two bytes are set by their key.
+    """
+    if match := WEIGHT_ONLY.fullmatch(text.lower()):
+        inputs = ("activations.bits", "attention.bits", "attention.probabilities_bits")
+        return (
+            f"quantization.weights.bits={match[1]}",
+            *(f"quantization.{key}={FLOAT_BITS}" for key in inputs),
+        )
     found = parse_widths(text)
     if found is None:
         raise ConfigError(f"--bits {text}: quantizes nothing", "widths like w4a8")

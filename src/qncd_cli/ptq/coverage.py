@@ -126,6 +126,8 @@ def _coverage_row(
     elif timed and known is None:
         why = "depends on the timestep alone: full precision"
         why += ", evaluated once per sampler step" if cached else ""
+    elif widths.weights < FLOAT_BITS == widths.activations and cost.kind != "matmul":
+        why = "weights alone are quantized"
     elif not integer:
         why = "configured"
     return {

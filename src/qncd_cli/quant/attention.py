@@ -15,7 +15,7 @@ Which processors of diffusers compute with these products: quant/attention_proce
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from .layers import SteppedModule, StepState
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """(a int8 [B, M, K], b int8 [B, K, N]) -> a b, int32 [B, M, N], exact"""
 WORTH_INTEGERS = {"macs": 2**24, "width": 256}
-"""Size of one head's product, and its width, from which on integer kernels are the faster ones."""
+"""Size of one head's product, and its width, from which on a CPU's kernels are the faster ones."""
 
 SCORES_AT_ONCE = 2**27
 """Attention scores of one sample that floating point holds at once; more go by groups of heads."""
@@ -43,7 +43,8 @@ class AttentionProducts(SteppedModule):
 
     Buffers, absent where bits is 32: query_scale, query_zero_point, key_..., value_..., all [G].
     bits: of q, k and v; probabilities_bits: of p. scale: of the scores; matmul: an integer kernel
-    for large products of 8 bits, None: the same in floating point.
+    for large products of 8 bits, None: the same in floating point. worth: which are large, where
+    it is not as WORTH_INTEGERS says.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class AttentionProducts(SteppedModule):
     ):
         super().__init__(step)
         self.matmul = matmul
+        self.worth: Mapping[str, int] | None = None
         self.softmax_codes = softmax_codes
         self.bits = bits
         self.probabilities_bits = probabilities_bits
@@ -100,7 +102,8 @@ class AttentionProducts(SteppedModule):
         fits = max(self.bits, self.probabilities_bits) <= 8
         width = key.shape[-1]
         macs = query.shape[-2] * key.shape[-2] * width
-        large = macs >= WORTH_INTEGERS["macs"] and width >= WORTH_INTEGERS["width"]
+        least = self.worth or WORTH_INTEGERS
+        large = macs >= least["macs"] and width >= least["width"]
         return self.matmul is not None and fits and large
 
     def _integer_products(

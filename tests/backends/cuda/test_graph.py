@@ -11,9 +11,11 @@ from conftest import Qncd
 from torch import nn
 
 from qncd_cli.backends.compiled.graph import Tables
+from qncd_cli.backends.cuda import graph as graph_module
 from qncd_cli.backends.cuda import layers, ops
 from qncd_cli.backends.cuda.graph import fused_graph
 from qncd_cli.models.loading import load_model
+from qncd_cli.quant.attention import AttentionProducts
 from qncd_cli.quant.layers import StepState
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.store import artifacts
@@ -34,9 +36,10 @@ def calls(graph: torch.fx.GraphModule) -> collections.Counter:
     return collections.Counter(node.target for node in graph.graph.nodes)
 
 
-def test_a_whole_denoiser(tiny):
-    """Every norm before a layer is joined, and predictions are those of single layers to 50 dB:
-    the order of a norm's sums may move a value to the next code."""
+def test_a_whole_denoiser(tiny, monkeypatch):
+    """Every norm before a layer is joined, attention multiplies bytes, and predictions are those of
+    single layers to 50 dB: the order of a norm's sums may move a value to the next code."""
+    monkeypatch.setattr(graph_module, "WORTH_INTEGERS", {"macs": 0, "width": 0})
     model, artifact, condition = tiny
     x = random(2, *model.latent_shape)
     denoiser = quantized_denoiser(model, artifact, layers.NAME, True)
@@ -45,6 +48,9 @@ def test_a_whole_denoiser(tiny):
     norms = [type(m) for m in denoiser.module.modules()]
     assert found[ops.IMAGE_BYTES] >= 10
     assert found[ops.ROW_BYTES] >= 3
+    assert found[ops.BYTE_MATMUL] >= 2
+    parts = [m for m in denoiser.module.modules() if isinstance(m, AttentionProducts)]
+    assert parts and all(part.matmul is part.worth is None for part in parts)
     assert found[torch.ops.aten.layer_norm.default] == 0
     assert found[torch.ops.aten.group_norm.default] < norms.count(nn.GroupNorm)
     tables = Tables(denoiser.module).values

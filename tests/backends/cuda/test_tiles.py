@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qncd_cli.backends.cuda.tiles import FLAT, INT8, PACKED, choose_tile, efficiency
+from qncd_cli.backends.cuda.tiles import FLAT, INT8, PACKED, WIDE, choose_tile, efficiency, tiles_of
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -16,6 +16,15 @@ def test_tiles_shrink_until_every_multiprocessor_has_one(packed):
     assert choose_tile(1024, 192, packed, 108) == tiles[2]
     assert choose_tile(17, 8, packed, 108) == tiles[2]
     assert choose_tile(16, 960, packed, 108) == FLAT[packed]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_inputs_in_floating_point_have_tiles_of_their_own(packed):
+    tiles = tiles_of(packed, 16)
+    assert choose_tile(32768, 192, packed, 108, 16) == tiles[0]
+    assert choose_tile(17, 8, packed, 108, 16) == tiles[-1]
+    assert choose_tile(16, 960, packed, 108, 16) == FLAT[packed]
+    assert choose_tile(16, 960, packed, 108, 32) == choose_tile(32768, 192, packed, 1, 32) == WIDE
 
 
 def test_packed_tiles_read_as_many_channels():

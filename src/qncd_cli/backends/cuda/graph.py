@@ -3,27 +3,33 @@
 The layers are traced (torch.export) as their operators. Group norm with SiLU, and layer norm with
 modulation, disappear into the quantization behind them; a layer whose output only another layer
 reads writes that one's codes at once. The norms' sums are in another order than torch's, which
-moves some codes by one: such a graph is made only where it is asked for.
+moves some codes by one: such a graph is made only where it is asked for. Attention multiplies bytes
+where the artifact has 8 bits for all of its operands, else in floating point.
 """
 
 from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from ...quant.attention import AttentionProducts
 from ...quant.layers import QuantizedLayer, StepState
 from ..compiled.fusion import calls_of, is_call, operands_of, replace, without
 from ..compiled.graph import BATCH_RANGE, Traced
 from . import layers
-from .ops import BYTE_PRODUCT, BYTES, IMAGE_BYTES, ROW_BYTES
+from .ops import BYTE_MATMUL, BYTE_PRODUCT, BYTE_SOFTMAX, BYTES, IMAGE_BYTES, ROW_BYTES
 
 _aten = torch.ops.aten
+WORTH_INTEGERS = {"macs": 2**20, "width": 16}
+"""Size of one head's product, and its width, from which on attention multiplies bytes. No clock has
+chosen it: float32 has a 32nd of the bytes' rate on an A100; smaller products are all launches."""
 
 
 def fused_graph(
@@ -42,7 +48,7 @@ def fused_graph(
     times = torch.zeros(len(x), device=x.device)
     inputs = x, times, denoiser.tables.values[0], dict(condition)
     shapes: tuple[Any, ...] = (batch, batch, {}, dict.fromkeys(condition, batch))
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _attention_in_bytes(module):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)
@@ -52,6 +58,21 @@ def fused_graph(
     fuse(graph_module.graph)
     graph_module.recompile()
     return graph_module
+
+
+@contextmanager
+def _attention_in_bytes(module: nn.Module) -> Iterator[None]:
+    """In this block attention's products are the kernel's."""
+    products = [m for m in module.modules() if isinstance(m, AttentionProducts)]
+    before = [(part, part.matmul, part.softmax_codes, part.worth) for part in products]
+    try:
+        for part in products:
+            part.matmul, part.worth = BYTE_MATMUL, WORTH_INTEGERS
+            part.softmax_codes = BYTE_SOFTMAX
+        yield
+    finally:
+        for part, matmul, softmax_codes, worth in before:
+            part.matmul, part.softmax_codes, part.worth = matmul, softmax_codes, worth
 
 
 def fuse(graph: Graph) -> None:

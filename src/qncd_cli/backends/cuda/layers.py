@@ -1,7 +1,8 @@
 """The cuda-int8 backend: layers computed by the kernels, and why they cannot be.
 
 The integers are those of backends/int8.py, and they are scaled by the operations of
-backends/reference.py in the same order: the result is the simulation's bit for bit.
+backends/reference.py in the same order: the result is the simulation's bit for bit. Where weights
+alone are quantized the input stays as it is: float sums, in another order than the simulation's.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
 
 
 def _compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    if layer.activation_bits == FLOAT_BITS:
+        return _weights_alone(layer, x)
     dtype = x.dtype
     if layer.rotation:
         x = rotate(x.to(torch.float32), layer.rotation)
@@ -80,6 +83,23 @@ def _compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
     return output.to(dtype)
 
 
+def _weights_alone(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """The input stays as it is, in its own type unless something is done to it in float32."""
+    changed = layer.smoothing is not None or layer.rotation
+    y = layer.smoothed(x.to(torch.float32)) if changed else x
+    y = y.permute(0, 2, 3, 1) if layer.is_conv else y
+    bias, form, output = layer.bias_now(), geometry(layer), None
+    parts = prepare(layer)
+    kind = torch.float32 if len(parts) > 1 else x.dtype
+    for part in parts:
+        weight = part.codes, part.zero_point, part.scale, part.sums
+        output = ops.FLOAT_PRODUCT(y, *weight, bias, form, kind, output)
+        bias = None
+    assert output is not None
+    output = output.permute(0, 3, 1, 2) if layer.is_conv else output
+    return output.to(x.dtype)
+
+
 def geometry(layer: QuantizedLayer) -> list[int]:
     """Height and width of a convolution's kernel, stride, padding, dilation; empty for linear."""
     if not layer.is_conv:
@@ -105,15 +125,15 @@ def forget_kernel(layer: QuantizedLayer) -> None:
 
 
 def why_not(layer: QuantizedLayer) -> str:
-    """Why a layer is simulated instead; empty where integer kernels compute it."""
+    """Why a layer is simulated instead; empty where the kernels compute it."""
     if layer.weight_bits == FLOAT_BITS:
         return "its weight is not quantized"
-    if layer.activation_bits == FLOAT_BITS:
-        return "its input is not quantized"
     if layer.is_conv and isinstance(layer.padding, str):
         return f"padding {layer.padding} is given by name"
     if layer.is_conv and layer.groups > 1:
         return f"it is a convolution in {layer.groups} groups"
+    if layer.activation_bits == FLOAT_BITS:
+        return ""
     if math.prod(layer.weight_shape[1:]) * LARGEST_PRODUCT >= LARGEST_SUM:
         return "sums of so many products may not fit 32 bits"
     return ""

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...quant.attention import softmax_codes
+from .matmul import matmul
 from .norms import GroupNorm, LayerNorm, quantize_image, quantize_rows
-from .product import Product, multiply
+from .product import FloatProduct, Product, multiply, multiply_float
 from .quantize import Quantizer, quantize
 from .weights import Weight
 
@@ -34,6 +36,15 @@ _library.define(
     "ScalarType dtype, *, bool high=False, bool input_scale_first=False, Tensor? before=None, "
     "Tensor? residual=None, Tensor? next_factor=None, Tensor? next_shift=None, "
     "Tensor? next_scale=None, Tensor? next_zero_point=None, int next_bits=0) -> Tensor"
+)
+_library.define(
+    "float_product(Tensor x, Tensor weight, Tensor? weight_zero_point, Tensor weight_scale, "
+    "Tensor weight_sums, Tensor? bias, int[] geometry, ScalarType dtype, Tensor? before=None) "
+    "-> Tensor"
+)
+_library.define("byte_matmul(Tensor a, Tensor b) -> Tensor")
+_library.define(
+    "byte_softmax(Tensor sums, Tensor added, Tensor factor, int bits) -> (Tensor, Tensor)"
 )
 
 
@@ -127,11 +138,46 @@ def _byte_product_fake(*operands, **options) -> Tensor:
     return problem.codes.new_empty(problem.output_shape, dtype=problem.output_dtype)
 
 
+def _float_problem(
+    x: Tensor,
+    weight: Tensor,
+    weight_zero_point: Tensor | None,
+    weight_scale: Tensor,
+    weight_sums: Tensor,
+    bias: Tensor | None,
+    geometry: list[int],
+    dtype: torch.dtype,
+    before: Tensor | None = None,
+) -> FloatProduct:
+    parts = Weight(weight, weight_zero_point, weight_scale, weight_sums, False)
+    return FloatProduct(x.contiguous(), parts, bias, geometry, dtype, before)
+
+
+def _float_product(*operands) -> Tensor:
+    return multiply_float(_float_problem(*operands))
+
+
+def _float_product_fake(*operands) -> Tensor:
+    problem = _float_problem(*operands)
+    return problem.x.new_empty(problem.output_shape, dtype=problem.dtype)
+
+
+def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty([a.shape[0], a.shape[1], b.shape[2]], dtype=torch.int32)
+
+
+def _softmax_fake(sums: Tensor, *others) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(sums, dtype=torch.int8), sums.new_empty(sums.shape[:-1])
+
+
 _OPERATORS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "bytes": (_bytes, _bytes_fake),
     "image_bytes": (_image_bytes, _image_bytes_fake),
     "row_bytes": (_row_bytes, _row_bytes_fake),
     "byte_product": (_byte_product, _byte_product_fake),
+    "float_product": (_float_product, _float_product_fake),
+    "byte_matmul": (matmul, _matmul_fake),
+    "byte_softmax": (softmax_codes, _softmax_fake),
 }
 for name, (function, fake) in _OPERATORS.items():
     for kind in ("CUDA", "CPU"):
@@ -141,3 +187,6 @@ BYTES = torch.ops.qncd.bytes.default
 IMAGE_BYTES = torch.ops.qncd.image_bytes.default
 ROW_BYTES = torch.ops.qncd.row_bytes.default
 BYTE_PRODUCT = torch.ops.qncd.byte_product.default
+FLOAT_PRODUCT = torch.ops.qncd.float_product.default
+BYTE_MATMUL = torch.ops.qncd.byte_matmul.default
+BYTE_SOFTMAX = torch.ops.qncd.byte_softmax.default

@@ -1,4 +1,4 @@
-"""Launches of products of bytes, as matrices or convolutions."""
+"""Launches of products with weights of bytes, as matrices or convolutions: of bytes, of floats."""
 
 from __future__ import annotations
 
@@ -82,11 +82,7 @@ def multiply(problem: Product) -> Tensor:
 
 def product_call(problem: Product, out: Tensor, tile: Tile) -> Call:
     """What `multiply` launches to fill out, with that tile."""
-    weight, outputs = problem.weight, problem.outputs
-    rows = out.numel() // outputs
-    form = list(problem.geometry) or [1, 1, 1, 1, 0, 0, 1, 1]
-    pointwise = form[:6] == [1, 1, 1, 1, 0, 0]
-    sides = (1, 1, 1, 1) if pointwise else (*problem.codes.shape[1:3], *out.shape[1:3])
+    weight, rows = problem.weight, out.numel() // problem.outputs
     after = problem.following or Quantizer(problem.scale, problem.zero_point, 0)
     operands = (
         problem.codes,
@@ -101,14 +97,9 @@ def product_call(problem: Product, out: Tensor, tile: Tile) -> Call:
         operand_or(problem.residual, weight.scale),
         *after.operands,
         out,
-        rows,
-        outputs,
-        problem.codes.shape[-1],
-        weight.codes.shape[2] * (2 if weight.packed else 1),
-        *sides,
+        *_sizes(problem.codes, weight, problem.geometry, out),
     )
-    constants = dict(zip(GEOMETRY, form, strict=True)) | {
-        "POINTWISE": pointwise,
+    constants = _form(problem.geometry) | {
         "PACKED": weight.packed,
         "HIGH_BYTE": problem.high,
         "INPUT_SCALE_FIRST": weight.input_scale_first,
@@ -117,9 +108,85 @@ def product_call(problem: Product, out: Tensor, tile: Tile) -> Call:
         "RESIDUAL": problem.residual is not None,
         **{f"NEXT_{name}": value for name, value in after.constants.items()},
         "DTYPE": triton_type(problem.dtype),
-        "ROWS": tile.rows,
-        "OUTPUTS": tile.outputs,
-        "DEPTH": tile.depth,
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **EXACT}
-    return Call("product", (tile.count(rows, outputs),), operands, constants, options)
+    grid = (tile.count(rows, problem.outputs),)
+    return Call("product", grid, operands, constants | tile.constants, tile.options | EXACT)
+
+
+def _sizes(x: Tensor, weight: Weight, geometry: Sequence[int], out: Tensor) -> tuple[int, ...]:
+    """Rows, outputs, channels, channels of a tap in the weight, sides of the input and output."""
+    outputs = weight.codes.shape[0]
+    sides = (1, 1, 1, 1) if _pointwise(geometry) else (*x.shape[1:3], *out.shape[1:3])
+    padded = weight.codes.shape[2] * (2 if weight.packed else 1)
+    return out.numel() // outputs, outputs, x.shape[-1], padded, *sides
+
+
+def _pointwise(geometry: Sequence[int]) -> bool:
+    return list(geometry[:6]) in ([], [1, 1, 1, 1, 0, 0])
+
+
+def _form(geometry: Sequence[int]) -> dict[str, int | bool]:
+    """The numbers of a geometry by their names in the kernels."""
+    form = list(geometry) or [1, 1, 1, 1, 0, 0, 1, 1]
+    return dict(zip(GEOMETRY, form, strict=True)) | {"POINTWISE": _pointwise(geometry)}
+
+
+# ------------------------------------------------------------------ inputs in floating point
+
+
+@dataclass(frozen=True)
+class FloatProduct:
+    """Numbers in floating point times a weight of bytes.
+
+    x: float32, float16 or bfloat16 [N, H, W, C] or [..., C], in line in memory; before: float32,
+    the product is added to it; the rest as of `Product`.
+    """
+
+    x: Tensor
+    weight: Weight
+    bias: Tensor | None
+    geometry: Sequence[int]
+    dtype: torch.dtype
+    before: Tensor | None = None
+
+    @property
+    def output_shape(self) -> list[int]:
+        """[N, OH, OW, O] or [..., O]"""
+        return output_shape(self.x.shape, self.weight.codes.shape[0], self.geometry)
+
+
+def multiply_float(problem: FloatProduct) -> Tensor:
+    """The product -> [N, OH, OW, O] or [..., O]"""
+    x, weight = problem.x, problem.weight
+    out = x.new_empty(problem.output_shape, dtype=problem.dtype)
+    outputs = weight.codes.shape[0]
+    rows = out.numel() // outputs
+    if rows:
+        bits = 8 * x.element_size()
+        tile = choose_tile(rows, outputs, weight.packed, units(x.device), bits)
+        run(float_product_call(problem, out, tile), x.device)
+    return out
+
+
+def float_product_call(problem: FloatProduct, out: Tensor, tile: Tile) -> Call:
+    """What `multiply_float` launches to fill out, with that tile."""
+    weight = problem.weight
+    operands = (
+        problem.x,
+        weight.codes,
+        operand_or(weight.zero_point, weight.sums),
+        weight.scale,
+        operand_or(problem.bias, weight.scale),
+        operand_or(problem.before, weight.scale),
+        out,
+        *_sizes(problem.x, weight, problem.geometry, out),
+    )
+    constants = _form(problem.geometry) | {
+        "PACKED": weight.packed,
+        "BIASED": problem.bias is not None,
+        "ADDED": problem.before is not None,
+        "WIDENED": problem.x.dtype == torch.bfloat16 and problem.x.device.type == "cpu",
+        "DTYPE": triton_type(problem.dtype),
+    }
+    grid = (tile.count(out.numel() // weight.codes.shape[0], weight.codes.shape[0]),)
+    return Call("float_product", grid, operands, constants | tile.constants, tile.options | EXACT)

@@ -35,11 +35,28 @@ class Tile:
         """Tiles of a result [rows, outputs]."""
         return -(-rows // self.rows) * -(-outputs // self.outputs)
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """What is compiled into a kernel."""
+        return {"ROWS": self.rows, "OUTPUTS": self.outputs, "DEPTH": self.depth}
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
 
 INT8 = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3))
 PACKED = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3))
 FLAT = Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 3)
 """For results of a few rows, as of the embedding of a timestep: int8 and packed."""
+HALF_INT8 = (*INT8[:2], Tile(64, 64, 64, 8, 3))
+HALF_PACKED = (PACKED[1], PACKED[2])
+"""For inputs of 16 bits in floating point, which take more registers."""
+WIDE = Tile(32, 64, 32, 8, 2)
+"""For inputs in float32, which no matrix unit multiplies exactly."""
+ATTENTION = Tile(64, 64, 64, 4, 3)
+"""For the products of attention: rows, columns, depth."""
 QUANTIZE_TILES = ((64, 64), (16, 256))
 """Pixels and channels that one program quantizes: images whose channels lie apart, and rows."""
 STATISTICS_PIXELS = 128
@@ -48,16 +65,25 @@ ROW_NUMBERS = 4096
 """Numbers of whole rows that one program holds; more: its registers spill."""
 
 
-def choose_tile(rows: int, outputs: int, packed: bool, units: int) -> Tile:
+def choose_tile(rows: int, outputs: int, packed: bool, units: int, bits: int = 8) -> Tile:
     """The largest tile that leaves no multiprocessor idle, else the smallest; flat for few rows.
 
-    units: multiprocessors of the device.
+    packed: the weights are; units: multiprocessors of the device; bits: of an input's number.
     """
+    if bits == 32:
+        return WIDE
     if rows <= FLAT[packed].rows:
         return FLAT[packed]
-    tiles = PACKED if packed else INT8
+    tiles = tiles_of(packed, bits)
     full = (tile for tile in tiles if tile.count(rows, outputs) >= TILES_PER_UNIT * units)
     return next(full, tiles[-1])
+
+
+def tiles_of(packed: bool, bits: int) -> tuple[Tile, ...]:
+    """The tiles for inputs of 8 or 16 bits, from large to small, without the flat one."""
+    if bits == 8:
+        return PACKED if packed else INT8
+    return HALF_PACKED if packed else HALF_INT8
 
 
 def widest_rows(width: int) -> int:

@@ -14,8 +14,18 @@ imported and cannot be interpreted afterwards. `launch` loads this package, once
 once to be interpreted. Annotations are read by Triton: no `from __future__ import annotations`.
 """
 
+from .float_product import float_product
+from .matmul import matmul
 from .norms import group_statistics, normed_image, normed_rows
 from .product import product
 from .quantize import quantize
 
-__all__ = ["group_statistics", "normed_image", "normed_rows", "product", "quantize"]
+__all__ = [
+    "float_product",
+    "group_statistics",
+    "matmul",
+    "normed_image",
+    "normed_rows",
+    "product",
+    "quantize",
+]
