@@ -81,7 +81,9 @@ def test_layers_that_are_left_of_a_killed_group_find_their_hessians(job, tmp_pat
     rounded: dict[str, Piece] = {}
 
     def rounded_all(job, rounded, track, most=float("inf")) -> None:
-        for number, (plan, curvature) in enumerate(with_hessians(job, ranges(job), rounded, track)):
+        groups = with_hessians(job, ranges(job), rounded, track)
+        layers = ((plan, held.pop(plan.name)) for plans, held in groups for plan in plans)
+        for number, (plan, curvature) in enumerate(layers):
             if number >= most:
                 raise _Killed
             if plan.name in expected:

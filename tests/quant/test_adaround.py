@@ -124,7 +124,7 @@ def test_learnt_rounding_beats_nearest_and_gptq_on_correlated_inputs(bits):
     spec = weight_spec(bits)
     x, weight = correlated(600, 60, seed=bits), random_weight(16, 60)
     nearest = round_nearest(weight, spec)
-    gptq = round_gptq(weight, spec, 2 * x.T @ x / len(x))
+    gptq, _ = round_gptq(weight, spec, 2 * x.T @ x / len(x))
     errors = {}
     for name, start in (("nearest", nearest), ("gptq", gptq)):
         before = output_error(x, weight, start.codes, start, spec)

@@ -33,7 +33,7 @@ def test_gptq_is_never_worse_than_nearest_on_its_objective_and_stays_in_range(bi
     weight[0] = 0
     spec, hessian = weight_spec(bits), hessian_of(x)
     nearest = round_nearest(weight, spec)
-    gptq = round_gptq(weight, spec, hessian)
+    gptq, _ = round_gptq(weight, spec, hessian)
     assert gptq.codes.min() >= spec.qmin
     assert gptq.codes.max() <= spec.qmax
     before = hessian_error(weight, nearest.codes, nearest.qparams, hessian)
@@ -53,7 +53,7 @@ def test_no_weight_and_no_hessian_leads_out_of_the_integer_range(bits, scale):
     x = correlated_inputs(60, 24, seed=bits)
     x[:, 3], x[:, 7] = 0, x[:, 8]
     spec = weight_spec(bits)
-    for rounded in (round_nearest(weight, spec), round_gptq(weight, spec, hessian_of(x))):
+    for rounded in (round_nearest(weight, spec), round_gptq(weight, spec, hessian_of(x))[0]):
         assert rounded.codes.dtype == torch.int32
         assert rounded.codes.min() >= spec.qmin
         assert rounded.codes.max() <= spec.qmax
@@ -131,7 +131,7 @@ def test_with_an_identity_hessian_gptq_is_nearest():
 def test_a_hessian_that_cannot_be_factored_falls_back_and_says_so():
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     hessian = -torch.ones(8, 8) * 1e6 + torch.eye(8) * 1.1e6
-    rounded = round_gptq(weight, weight_spec(4), hessian)
+    rounded, _ = round_gptq(weight, weight_spec(4), hessian)
     assert "nearest" in rounded.note
     assert torch.equal(rounded.codes, round_nearest(weight, weight_spec(4)).codes)
 
@@ -140,7 +140,7 @@ def test_inputs_that_are_always_zero_do_no_harm():
     x = correlated_inputs(100, 10)
     x[:, 4] = 0
     weight = torch.randn(3, 10, generator=torch.Generator().manual_seed(0))
-    codes = round_gptq(weight, weight_spec(4), hessian_of(x)).codes
+    codes = round_gptq(weight, weight_spec(4), hessian_of(x))[0].codes
     assert torch.isfinite(codes.float()).all()
 
 
@@ -210,7 +210,7 @@ def test_tiny_and_huge_weights_are_rounded_to_the_same_codes(bits, weights, inpu
     small, small_hessian = weight * 2.0**weights, hessian * 2.0 ** (2 * inputs)
     for one, other in (
         (round_nearest(weight, spec), round_nearest(small, spec)),
-        (round_gptq(weight, spec, hessian), round_gptq(small, spec, small_hessian)),
+        (round_gptq(weight, spec, hessian)[0], round_gptq(small, spec, small_hessian)[0]),
     ):
         assert torch.equal(one.codes, other.codes)
         assert torch.equal(one.qparams.scale * 2.0**weights, other.qparams.scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config.schema import Config
 from ..models.topology import capture_inputs
 from ..progress import Track, no_progress
-from ..quant.affine import QParams, fake_quantize
+from ..quant.affine import QParams, fake_quantize, quantize_uint8
 from ..quant.gptq import Curvature, HessianAccumulator, kept_bytes
 from ..runtime.denoiser import Denoiser, full_denoiser, guided_predict, timestep_group
 from ..spec import FLOAT_BITS, activation_spec
@@ -42,13 +42,14 @@ def with_hessians(
     track: Track,
     mine: Collection[str] | None = None,
     exchange: Callable[[Sequence[str]], None] | None = None,
-) -> Iterator[tuple[LayerPlan, Curvature | None]]:
-    """Every layer that is not rounded yet with its curvature; None where rounding is nearest.
+) -> Iterator[tuple[list[LayerPlan], dict[str, Curvature]]]:
+    """The layers that are not rounded yet, those together whose Hessians are held at once, with
+    their curvatures by name; without where rounding is nearest.
 
-    rounded: finished layers; whoever takes a layer puts it there, and layers of later passes get
-    their inputs from behind it (weights.passes). mine: names of the layers that this process
-    rounds, None for all; exchange: makes others' layers of a pass be rounded, too, given their
-    names.
+    rounded: finished layers; whoever takes layers puts them there before the next come, and layers
+    of later passes get their inputs from behind them (weights.passes). Curvatures are the taker's,
+    to be given up one by one. mine: names of the layers that this process rounds, None for all;
+    exchange: makes others' layers of a pass be rounded, too, given their names.
     """
     plans = [plan for plan in job.plans if mine is None or plan.name in mine]
     weights = job.config.quantization.weights
@@ -69,11 +70,9 @@ def with_hessians(
             denoiser = full_denoiser(job.model)
             if twofold:
                 denoiser = TwofoldDenoiser(job, {n: rounded[n].tensors for n in prefix})
-            found = collect_hessians(job.planned(left), qparams, track, denoiser)
-            for plan in left:
-                yield plan, found.pop(plan.name)
+            yield left, collect_hessians(job.planned(left), qparams, track, denoiser)
             job.partial.forget(SUMS)
-    yield from ((plan, None) for plan in plans if plan.name not in rounded)
+    yield [plan for plan in plans if plan.name not in rounded], {}
 
 
 def hessian_groups(plans: list[LayerPlan]) -> list[list[LayerPlan]]:
@@ -122,13 +121,24 @@ def collect_hessians(
             job.factor(name).apply(thinned(part, plan, rows).float(), plan.channel_axis)
             for part in (x.chunk(2) if twofold else [x])
         )
-        if parameters is not None:
-            group = timestep_group(denoiser.step.timestep, bounds)
-            x = fake_quantize(x, parameters.at(group), activation_spec(plan.activation_bits))
-        counts = math.sqrt(job.step_weight(denoiser.step.timestep))
-        if counts != 1:
-            x, *full = (counts * part for part in (x, *full))
-        accumulators[name].update(x, plan.layer, rows, *full)
+        weight = job.step_weight(denoiser.step.timestep)
+        group = timestep_group(denoiser.step.timestep, bounds)
+        at_group = None if parameters is None else parameters.at(group)
+        if (
+            at_group is not None
+            and not full
+            and plan.activation_bits <= 8
+            and x.device.type == "cpu"
+        ):
+            scale, zero_point = float(at_group.scale), int(at_group.zero_point)
+            codes = quantize_uint8(x, scale, zero_point, plan.activation_bits)
+            accumulators[name].update_codes(codes, at_group, plan.layer, rows, weight)
+        else:
+            if at_group is not None:
+                x = fake_quantize(x, at_group, activation_spec(plan.activation_bits))
+            if weight != 1:
+                x, *full = (math.sqrt(weight) * part for part in (x, *full))
+            accumulators[name].update(x, plan.layer, rows, *full)
         to_see.pop(name, None)
         if twofold and not to_see:
             raise _AllSeen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,12 +13,14 @@ from ..quant.affine import QParams
 from ..quant.gptq import Curvature, asymmetric_target
 from ..quant.layers import QuantizedLayer, StepState
 from ..quant.packing import pack
-from ..quant.rounding import CLIP_FRACTIONS, hessian_error, round_gptq, round_nearest
+from ..quant.rounding import CLIP_FRACTIONS, round_gptq, round_nearest
 from ..quant.smoothing import IDENTITY, SmoothingFactor
 from ..spec import FLOAT_BITS, weight_spec
 from ..store.layer_entry import LayerEntry
+from ..store.partial import Piece
 from .cost import Cost
 from .hessians import hessian_groups
+from .job import QuantizationJob
 from .layer_plan import LayerPlan
 from .output_ranges import LayerOutput
 
@@ -25,9 +28,29 @@ ROUNDING_PASSES = 8
 """Passes over a weight for one fraction of the search by squared error (quant.rounding)."""
 NEAREST_WEIGHTS = 6
 """Float32 copies of a weight while its scale is searched by squared error."""
-GPTQ_MATRICES = 6.3
-"""Matrices of a Hessian's size that GPTQ adds to it at its height (two orderings, dampening, two
-factorisations and LAPACK's copy): the most that scripts/gptq_memory.py showed (2,000 inputs)."""
+GPTQ_MATRICES = 3.1
+"""Matrices of a Hessian's size that GPTQ adds to it at its height (two orderings, the
+factorisation): the most that scripts/gptq_memory.py showed (2,000 inputs)."""
+ERROR_PRODUCTS = 3.5
+"""Products of a weight and its Hessian: the errors of both roundings, the power of the output, and
+what columns push onto later ones."""
+
+
+def quantized_layer(
+    job: QuantizationJob,
+    plan: LayerPlan,
+    qparams: QParams | None,
+    curvature: Curvature | None,
+    outputs: Mapping[str, LayerOutput],
+) -> Piece:
+    """The artifact's tensors of one layer (without its name) and the body of its entry."""
+    config, factor = job.config.quantization, job.factor(plan.name)
+    tensors, entry = quantize_layer(plan, qparams, factor, curvature, config.weights.asymmetry)
+    if config.bias_correction:
+        groups = job.calibration.body["groups"]
+        tensors |= correct_bias(plan, tensors, outputs[plan.name], groups)
+        entry = replace(entry, bias_corrected=True)
+    return Piece(entry.to_body(), tensors)
 
 
 def quantize_layer(
@@ -87,9 +110,8 @@ def _round_weight(
     """Codes and their scales, and the entry with what rounding says of them."""
     spec = weight_spec(plan.weight_bits)
     if hessian is not None:
-        rounded = round_gptq(weight, spec, hessian)
+        rounded, error = round_gptq(weight, spec, hessian)
         flat = weight.reshape(len(weight), -1)
-        error = hessian_error(flat, rounded.codes.reshape(flat.shape), rounded.qparams, hessian)
         power = ((flat @ hessian) * flat).sum(1).sum()
         relative = float(error.sum() / power) if power > 0 else 0.0
         entry = replace(entry, rounding="gptq", relative_output_error=relative)
@@ -113,7 +135,7 @@ def cost(plans: list[LayerPlan]) -> Cost:
 
 
 def gptq_cost(plans: list[LayerPlan]) -> Cost:
-    """Two factorisations and an inverse of each Hessian, the columns one after the other.
+    """The factorisation of each Hessian, the columns one after the other, and three errors.
 
     Held: the Hessians of a group that are still to come, and GPTQ's own matrices.
     """
@@ -124,5 +146,5 @@ def gptq_cost(plans: list[LayerPlan]) -> Cost:
             held = max(held, sum(sizes[i:]) + GPTQ_MATRICES * size)
         for plan in group:
             width, outputs = plan.in_features, len(plan.layer.weight)
-            macs += (width + outputs) * width**2
+            macs += width**3 / 6 + ERROR_PRODUCTS * outputs * width**2
     return Cost(held, macs)

@@ -113,24 +113,26 @@ class LayerOutput:
         qparams = choose_qparams(low, high, spec)
         top = (spec.qmax - qparams.zero_point) * qparams.scale
         bottom = (spec.qmin - qparams.zero_point) * qparams.scale
-        inside = x.clamp(bottom, top)
-        rounding = self._energy(fake_quantize(x, qparams, spec) - inside)
-        return rounding + CLIP_WEIGHT * self._energy(inside - x)
+        inside = x.clamp(float(bottom), float(top))
+        rounding = self._energy(fake_quantize(x, qparams, spec).sub_(inside), everywhere=True)
+        return rounding + CLIP_WEIGHT * self._energy(inside.sub_(x))
 
-    def _energy(self, change: Tensor) -> float:
+    def _energy(self, change: Tensor, *, everywhere: bool = False) -> float:
         """Squared sum of what a change of the input does to the output.
 
         Samples of a convolution, and vectors of a linear layer, that are zero need no product.
+        everywhere: there are none to look for.
         """
         if self._roots is not None:
             change = change * self._roots
         rows = change if self.plan.is_conv else change.flatten(0, -2)
-        touched = rows.flatten(1).any(1)
-        if not touched.all():
-            rows = rows[touched]
-        if not len(rows):
-            return 0.0
-        return float(self.plan.apply(rows, self.weight).double().square().sum())
+        if not everywhere:
+            touched = rows.flatten(1).any(1)
+            if not touched.all():
+                rows = rows[touched]
+            if not len(rows):
+                return 0.0
+        return float(self.plan.apply(rows, self.weight).square_().sum(dtype=torch.float64))
 
     def bias_correction(self, weight: Tensor, qparams: QParams | None, groups: int) -> Tensor:
         """Mean over the probe of what the output lost, [G, O]; 0 for groups it does not hold.

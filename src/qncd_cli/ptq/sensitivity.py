@@ -27,6 +27,7 @@ from .cost import HEADROOM, Cost, DenoiserCall
 from .gradients import Remembered, gradients, other_leaves, own_inputs
 from .job import QuantizationJob
 from .layer_plan import LayerPlan, range_observer
+from .layer_threads import side_by_side
 from .step_weights import predicted
 
 ROWS_PER_STEP = 4
@@ -73,10 +74,7 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
     done = _go_on(job.partial, len(picked), result, generator)
     if done == len(picked):
         return result
-    roundings, scales = {}, {}
-    for p in track(plans, "rounding inputs and weights", len(plans), "layers"):
-        roundings[p.name] = _InputError(job, p)
-        scales[p.name] = _weight_scales(job, p)
+    roundings, scales = _roundings(job, track)
     differences = Remembered(HELD, {p.name: partial(_weight_error, job, p, scales) for p in plans})
     weights = {p.name: p.layer.weight for p in plans}
     try:
@@ -195,16 +193,32 @@ def _go_on(kept: Partial, most: int, result: Sensitivity, generator: torch.Gener
     return 0
 
 
-def _weight_scales(job: QuantizationJob, plan: LayerPlan) -> QParams | None:
-    """Scales of a layer's weight with smoothing folded in; None where it stays float."""
+def _roundings(
+    job: QuantizationJob, track: Track
+) -> tuple[dict[str, _InputError], dict[str, QParams | None]]:
+    """How each layer's inputs are rounded; and the scales of its weight with smoothing folded in,
+    None where it stays float."""
+    kept = {p.name: job.partial.take(f"{SCALES}{p.name}") for p in job.plans}
+
+    def work(plan: LayerPlan) -> tuple[_InputError, Piece]:
+        known = kept[plan.name]
+        return _InputError(job, plan), _weight_scales(job, plan) if known is None else known
+
+    roundings, scales, plans = {}, {}, job.plans
+    layers = side_by_side(plans, work)
+    for p, found in track(layers, "rounding inputs and weights", len(plans), "layers"):
+        roundings[p.name], piece = found
+        scales[p.name] = QParams(**piece.tensors) if piece.tensors else None
+        if kept[p.name] is None:
+            job.partial.keep(f"{SCALES}{p.name}", piece)
+    return roundings, scales
+
+
+def _weight_scales(job: QuantizationJob, plan: LayerPlan) -> Piece:
     if plan.weight_bits == FLOAT_BITS:
-        return None
-
-    def search() -> Piece:
-        weight = job.factor(plan.name).fold(plan.layer.weight.detach().float().cpu())
-        return Piece(tensors=weight_qparams(weight, weight_spec(plan.weight_bits))._asdict())
-
-    return QParams(**job.partial.piece(f"{SCALES}{plan.name}", search).tensors)
+        return Piece()
+    weight = job.factor(plan.name).fold(plan.layer.weight.detach().float().cpu())
+    return Piece(tensors=weight_qparams(weight, weight_spec(plan.weight_bits))._asdict())
 
 
 def _weight_error(

@@ -1,7 +1,7 @@
 """The arithmetic of quantization. Nothing else in qncd rounds or clamps codes.
 
 Notation: x ~ (q - zero_point) * scale with q integer in [qmin, qmax] (Jacob et al. 2018, eq. 1).
-Every function returns new tensors; nothing is changed in place.
+Every function returns new tensors; what it is given is not changed.
 """
 
 from __future__ import annotations
@@ -101,8 +101,24 @@ def dequantize(codes: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
 
 def fake_quantize(x: Tensor, qparams: QParams, spec: QSpec) -> Tensor:
     """dequantize(quantize(x)) in float: what an integer kernel sees of x."""
+    scale = _aligned(qparams.scale, x, spec)
     zero_point = _aligned(qparams.zero_point, x, spec)
-    return (round_to_codes(x, qparams, spec) - zero_point) * _aligned(qparams.scale, x, spec)
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return (round_to_codes(x, qparams, spec) - zero_point) * scale
+    y = torch.div(x, scale).round_()  # the same numbers in one copy of x
+    known = zero_point.ndim == 0 and zero_point.device.type == "cpu"
+    if known and not torch.compiler.is_compiling():
+        ends = spec.qmin - int(zero_point), spec.qmax - int(zero_point)
+        return y.clamp_(*ends).mul_(scale)
+    return y.add_(zero_point).clamp_(spec.qmin, spec.qmax).sub_(zero_point).mul_(scale)
+
+
+def round_between(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, out: Tensor) -> Tensor:
+    """The codes of quantize less their zero-points, float, into `out`: many small calls in a row.
+
+    x, scale, low, high, out: [C] float32; low, high: qmin and qmax less the zero-point.
+    """
+    return torch.div(x, scale, out=out).round_().clamp_(low, high)
 
 
 ROUND_TO_EVEN = 1.5 * 2.0**23

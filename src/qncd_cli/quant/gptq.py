@@ -3,8 +3,12 @@
 | here | paper |
 |---|---|
 | hessian [I, I] = 2 X X^T / n over n input vectors | H |
-| inverse_factor, upper triangular, inverse_factor^T inverse_factor = H^-1 | Cholesky(H^-1)^T |
 | dampening | lambda, 1% of the mean diagonal |
+| feedback, from H + lambda I = (U + I) D (U + I)^T, U strictly upper triangular | |
+
+The paper takes the rows of Cholesky(H^-1)^T for what a rounded column pushes onto the later ones.
+That is the same as rounding w_k + (W - W^)_{<k} U_{<k,k} (LDLQ, Chee et al. 2023, arXiv 2307.13304,
+theorem 6), for which H need not be inverted.
 
 With a drift, the target is the output of full precision where the inputs have moved away from it
 (GPTAQ, Li et al. 2025, arXiv 2504.02692), see `asymmetric_target`.
@@ -20,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..spec import QSpec
-from .affine import QParams, dequantize, quantize
+from .affine import QParams, round_between
 
 DAMPENING = 0.01
 BLOCK = 128
@@ -28,6 +32,10 @@ GRAM_BLOCK = 256
 """Rows of a Hessian that are added to at once, from their diagonal on: half of it is the other
 half's mirror image. A larger value computes more of it twice, a smaller one in narrower products.
 """
+CODE_OFFSET = 128
+"""Codes of a byte less this are what integer products take, which are of signed bytes."""
+CODE_ROWS = 1 << 14
+"""Input vectors whose products of codes are summed in int32: 2^14 * 255^2 < 2^31."""
 MAX_DAMPENING_TRIES = 4
 
 
@@ -79,6 +87,31 @@ class HessianAccumulator:
                 (input_vectors(full, layer, max_rows) - rows).T, rows
             )
 
+    def update_codes(
+        self,
+        codes: Tensor,
+        qparams: QParams,
+        layer: nn.Conv2d | nn.Linear,
+        max_rows: int | None = None,
+        count: float = 1.0,
+    ) -> None:
+        """The same from codes, uint8, of one scale and zero-point: sums in integers, exact and
+        several times as fast. count: how much each of these input vectors counts."""
+        zero_point = int(qparams.zero_point) - CODE_OFFSET
+        signed = (codes.to(torch.int16) - CODE_OFFSET).to(torch.int8)
+        rows = input_vectors(signed, layer, max_rows, padding=zero_point)
+        factor = count * float(qparams.scale) ** 2
+        for chunk in rows.split(CODE_ROWS):
+            sums = chunk.sum(0, dtype=torch.int32)
+            shift = zero_point * (len(chunk) * zero_point - sums)
+            for number, part in enumerate(self._filled()):
+                start = number * GRAM_BLOCK
+                columns = chunk[:, start : start + GRAM_BLOCK]
+                products = torch._int_mm(columns.T, chunk[:, start:])
+                products += shift[start:] - zero_point * sums[start : start + GRAM_BLOCK, None]
+                part.add_(products.to(part), alpha=factor)
+        self.count += len(rows)
+
     def merge(self, other: HessianAccumulator) -> None:
         self.total += other.total
         self.count += other.count
@@ -125,20 +158,23 @@ def kept_bytes(in_features: int, *, drift: bool) -> int:
     return 4 * (filled + in_features**2 * drift)
 
 
-def input_vectors(x: Tensor, layer: nn.Conv2d | nn.Linear, max_rows: int | None = None) -> Tensor:
+def input_vectors(
+    x: Tensor, layer: nn.Conv2d | nn.Linear, max_rows: int | None = None, padding: int = 0
+) -> Tensor:
     """[N, C, H, W] or [..., I] -> [rows, I], I in the order of weight.reshape(O, -1).
 
-    max_rows: take at most so many, evenly strided over samples and positions; only these are
-    copied. Raises ValueError for grouped or dilated convolutions and padding given by name.
+    Codes stay what they are, floating point becomes float32. max_rows: take at most so many, evenly
+    strided over samples and positions; only these are copied. padding: what stands for zero. Raises
+    ValueError for grouped or dilated convolutions and padding given by name.
     """
-    x = x.to(torch.float32)
+    x = x.to(torch.float32) if x.is_floating_point() else x
     if isinstance(layer, nn.Linear):
         rows = x.reshape(-1, x.shape[-1])
         return rows[:: _stride(len(rows), max_rows)]
     if layer.groups != 1 or layer.dilation != (1, 1) or isinstance(layer.padding, str):
         raise ValueError("no input vectors for grouped, dilated or name-padded convolutions")
     (kh, kw), (sh, sw), (ph, pw) = layer.kernel_size, layer.stride, layer.padding
-    fields = F.pad(x, (pw, pw, ph, ph)).unfold(2, kh, sh).unfold(3, kw, sw)  # a view
+    fields = F.pad(x, (pw, pw, ph, ph), value=padding).unfold(2, kh, sh).unfold(3, kw, sw)  # a view
     samples, _, height, width = fields.shape[:4]
     count = samples * height * width
     index = torch.arange(0, count, _stride(count, max_rows), device=x.device)
@@ -156,21 +192,21 @@ def _scale_of(diagonal: Tensor) -> Tensor:
     return torch.where(mean > 0, mean, torch.ones_like(mean))
 
 
-def inverse_factor(hessian: Tensor) -> tuple[Tensor | None, float]:
-    """Upper triangular U with U^T U = (H + lambda I)^-1, and lambda / mean(diag H).
+def _feedback(hessian: Tensor, order: Tensor) -> tuple[Tensor | None, float]:
+    """U + I of the damped Hessian whose rows and columns are in this order, both axes reversed (a
+    lower triangle), and lambda / mean(diag H).
 
     Dampening starts at 1% and is raised tenfold until the Cholesky factorisation exists;
-    (None, lambda) when it never does.
+    (None, lambda) when it never does. Inputs that are always zero count as if they were one.
     """
-    mean = _scale_of(hessian.diagonal())
-    dampening = DAMPENING
-    eye = torch.eye(len(hessian), dtype=hessian.dtype)
+    mean, dampening = _scale_of(hessian.diagonal()), DAMPENING
+    reverse = order.flip(0)
     for _ in range(MAX_DAMPENING_TRIES):
-        lower, bad = torch.linalg.cholesky_ex(hessian + dampening * mean * eye)
+        damped = hessian.index_select(0, reverse).index_select(1, reverse)
+        damped.diagonal().add_(dampening * mean)
+        lower, bad = torch.linalg.cholesky_ex(damped)
         if not bad:
-            factor, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not bad:
-                return factor, dampening
+            return lower.div_(lower.diagonal().clone()), dampening
         dampening *= 10
     return None, dampening
 
@@ -202,30 +238,34 @@ def gptq_codes(
     Returns codes int32 [O, I] and a note (empty, or what had to be done); codes None when the
     Hessian could not be factored.
     """
-    hessian = hessian.clone()
     dead = hessian.diagonal() <= 0
-    hessian.diagonal()[dead] = 1.0
+    if dead.any():
+        hessian = hessian.clone()
+        hessian.diagonal()[dead] = 1.0
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    factor, dampening = inverse_factor(hessian[order][:, order])
-    if factor is None:
+    lower, dampening = _feedback(hessian, order)
+    if lower is None:
         return None, "Hessian not positive definite: nearest rounding"
     note = "" if dampening == DAMPENING else f"dampening {dampening:g}"
-    work = weight[:, order].clone()
-    codes = torch.empty_like(work, dtype=torch.int32)
-    size = work.shape[1]
+    size = len(hessian)
+    columns = weight[:, order].T.contiguous()  # a column of the weight is a row here
+    codes, errors = torch.empty_like(columns), torch.empty_like(columns)
+    zero_point = qparams.zero_point.to(columns)
+    low, high = spec.qmin - zero_point, spec.qmax - zero_point
     for start in range(0, size, BLOCK):
         stop = min(start + BLOCK, size)
-        errors = torch.empty_like(work[:, start:stop])
-        for i in range(start, stop):
-            column = work[:, i : i + 1]
-            code = quantize(column, qparams, spec)
-            codes[:, i : i + 1] = code
-            error = (column - dequantize(code, qparams, spec)) / factor[i, i]
-            work[:, i:stop] -= error * factor[i, i:stop]
-            errors[:, i - start : i - start + 1] = error
-        work[:, stop:] -= errors @ factor[start:stop, stop:]
-    result = torch.empty_like(codes)
-    result[:, order] = codes
+        target = columns[start:stop].clone()
+        if start:  # what all columns before the block push onto it
+            pushed = lower[size - start :, size - stop : size - start].T @ errors[:start].flip(0)
+            target += pushed.flip(0)
+        inside = lower[size - stop : size - start, size - stop : size - start].flip(0, 1)
+        rows = zip(target, columns[start:stop], codes[start:stop], errors[start:stop], strict=True)
+        for i, (wanted, column, code, error) in enumerate(rows):
+            round_between(wanted, qparams.scale, low, high, code)
+            torch.addcmul(column, code, qparams.scale, value=-1, out=error)
+            target[i + 1 :].addr_(inside[i, i + 1 :], error)
+    result = torch.empty_like(weight, dtype=torch.int32)
+    result[:, order] = codes.add_(zero_point).T.to(torch.int32)
     return result, note
 
 

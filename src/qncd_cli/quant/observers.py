@@ -88,6 +88,8 @@ class RangeObserver:
         self.histogram[group] += counts.cpu()
 
     def _grow(self, group: int, exponent: int) -> None:
+        if int(self.exponent[group]) < exponent and not self.histogram[group].any():
+            self.exponent[group] = exponent
         quarter = HISTOGRAM_BINS // 4
         while int(self.exponent[group]) < exponent:
             pairs = self.histogram[group].reshape(-1, 2).sum(1)

@@ -70,18 +70,22 @@ def round_nearest(weight: Tensor, spec: QSpec) -> RoundedWeight:
     return RoundedWeight(quantize(weight, qparams, spec), qparams)
 
 
-def round_gptq(weight: Tensor, spec: QSpec, hessian: Tensor) -> RoundedWeight:
-    """Frantar et al. 2022; nearest where its result is worse on the Hessian's own objective."""
+def round_gptq(weight: Tensor, spec: QSpec, hessian: Tensor) -> tuple[RoundedWeight, Tensor]:
+    """Frantar et al. 2022; nearest where its result is worse on the Hessian's own objective.
+
+    Returns the codes, and the squared error of the output that they leave, [O].
+    """
     nearest = round_nearest(weight, spec)
     flat = weight.reshape(weight.shape[0], -1).to(torch.float32)
     codes, note = gptq_codes(flat, hessian, nearest.qparams, spec)
-    if codes is None:
-        return nearest._replace(note=note)
     nearest_error = hessian_error(flat, nearest.codes.reshape(flat.shape), nearest.qparams, hessian)
+    if codes is None:
+        return nearest._replace(note=note), nearest_error
     error = hessian_error(flat, codes, nearest.qparams, hessian)
-    keep = (error <= nearest_error)[:, None]
-    codes = torch.where(keep, codes, nearest.codes.reshape(flat.shape))
-    return RoundedWeight(codes.reshape(weight.shape), nearest.qparams, note)
+    keep = error <= nearest_error
+    codes = torch.where(keep[:, None], codes, nearest.codes.reshape(flat.shape))
+    rounded = RoundedWeight(codes.reshape(weight.shape), nearest.qparams, note)
+    return rounded, torch.where(keep, error, nearest_error)
 
 
 def hessian_error(weight: Tensor, codes: Tensor, qparams: QParams, hessian: Tensor) -> Tensor:

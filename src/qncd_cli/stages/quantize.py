@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,14 +33,16 @@ from ..ptq.coverage import coverage
 from ..ptq.extra_bits import refine
 from ..ptq.hessians import with_hessians
 from ..ptq.job import QuantizationJob
-from ..ptq.layer import correct_bias, quantize_layer
+from ..ptq.layer import quantized_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
+from ..ptq.layer_threads import is_wide, side_by_side
 from ..ptq.output_ranges import LayerOutput, judged_by_output
 from ..ptq.probes import PROBE_CALLS, collect_probes
 from ..ptq.sensitivity import Sensitivity
 from ..ptq.smoothing_choice import factors_of
 from ..ptq.step_weights import found_step_weights
 from ..quant.affine import QParams, choose_qparams
+from ..quant.gptq import Curvature
 from ..quant.observers import choose_range
 from ..runtime.denoiser import full_denoiser
 from ..runtime.ranks import ALONE, Message, Ranks
@@ -225,14 +226,20 @@ def choose_ranges(
     """scale, zero_point [G] of every layer's input by name."""
 
     def chosen(plan: LayerPlan) -> Piece:
+        known = pieces.get(plan.name)
+        if known is not None:
+            return known
         qparams = input_qparams(job, plan, outputs.get(plan.name))
         return Piece(tensors={} if qparams is None else qparams._asdict())
 
+    kept = {p.name: job.partial.take(f"{RANGES}{p.name}") for p in job.plans}
+    pieces = {name: piece for name, piece in kept.items() if piece is not None}
     found: dict[str, QParams | None] = {}
-    for plan in track(job.plans, "choosing activation ranges", len(job.plans), "layers"):
-        choose = functools.partial(chosen, plan)
-        tensors = job.partial.piece(f"{RANGES}{plan.name}", choose).tensors
-        found[plan.name] = QParams(**tensors) if tensors else None
+    layers = side_by_side(job.plans, chosen)
+    for plan, piece in track(layers, "choosing activation ranges", len(job.plans), "layers"):
+        if plan.name not in pieces:
+            job.partial.keep(f"{RANGES}{plan.name}", piece)
+        found[plan.name] = QParams(**piece.tensors) if piece.tensors else None
     return found
 
 
@@ -269,7 +276,6 @@ def quantized_layers(
 ) -> dict[str, Piece]:
     """The artifact's tensors of every layer (without its name) and the body of its entry, on the
     first rank."""
-    config = job.config.quantization
     names = [plan.name for plan in ranks.share(job.plans)]
 
     def said(some: Collection[str]) -> Message:
@@ -279,18 +285,20 @@ def quantized_layers(
         for message in ranks.pooled(said(some)):
             found.update(_pieces(message))
 
+    def layers_with_results() -> Iterator[tuple[LayerPlan, Piece]]:
+        for plans, curvatures in with_hessians(job, qparams, found, track, names, exchange):
+
+            def work(plan: LayerPlan, held: dict[str, Curvature] = curvatures) -> Piece:
+                curvature = held.pop(plan.name, None)
+                return quantized_layer(job, plan, qparams[plan.name], curvature, outputs)
+
+            yield from side_by_side(plans, work, lambda plan: is_wide(plan.in_features))
+
     found = {n: piece for n in names if (piece := job.partial.take(f"{LAYER}{n}")) is not None}
-    work = with_hessians(job, qparams, found, track, names, exchange)
-    for plan, curvature in track(work, ROUNDING, len(names) - len(found), "layers"):
-        name, asymmetry = plan.name, config.weights.asymmetry
-        factor = job.factor(name)
-        tensors, entry = quantize_layer(plan, qparams[name], factor, curvature, asymmetry)
-        if config.bias_correction:
-            groups = job.calibration.body["groups"]
-            tensors |= correct_bias(plan, tensors, outputs[name], groups)
-            entry = replace(entry, bias_corrected=True)
-        found[name] = Piece(entry.to_body(), tensors)
-        job.partial.keep(f"{LAYER}{name}", found[name])
+    left = len(names) - len(found)
+    for plan, piece in track(layers_with_results(), ROUNDING, left, "layers"):
+        found[plan.name] = piece
+        job.partial.keep(f"{LAYER}{plan.name}", piece)
         give_back()
     for message in ranks.gathered(said(names))[1:]:
         found |= _pieces(message)
