@@ -30,7 +30,7 @@ from qncd_cli.models.loading import DiffusionModel
 from qncd_cli.models.random_models import PROMPTS, RANDOM
 from qncd_cli.models.topology import count_macs, weight_layers
 from qncd_cli.ptq import hessians
-from qncd_cli.ptq.hessians import HESSIAN_CALLS, wanted_rows
+from qncd_cli.ptq.hessians import wanted_rows
 from qncd_cli.ptq.layer import gptq_cost
 from qncd_cli.ptq.layer_plan import plan_layers
 from qncd_cli.stages import calibrate, quantize, requantize
@@ -91,10 +91,15 @@ def foresee(config: Config) -> None:
     parts = quantize.costs(config, shapes.denoiser, call)
     touched = [p for p in plan_layers(config, shapes.denoiser) if p.name.endswith(ENDS)]
     touched = [p for p in touched if "attn" in p.name]
-    calls, rows = min(HESSIAN_CALLS, config.sampling.steps), 1
+    calls, rows = min(config.calibration.looks.hessian_calls, config.sampling.steps), 1
     for plan in touched:
         vectors = max(1, call.layer_macs[plan.name] // plan.layer.weight.numel())
-        rows = max(rows, math.ceil(wanted_rows(plan) / (calls * call.copies * vectors)))
+        rows = max(
+            rows,
+            math.ceil(
+                wanted_rows(plan, config.calibration.looks) / (calls * call.copies * vectors)
+            ),
+        )
     batch = min(config.calibration.batch_size, config.calibration.trajectories)
     rows = min(rows, batch)
     few = config.model_copy(

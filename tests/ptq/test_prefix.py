@@ -51,7 +51,7 @@ def rounded(job):
 
 
 def first_call(job, denoiser):
-    t, picked = hessian_batches(job.calibration, 3)[0]
+    t, picked = hessian_batches(job.calibration, 3, 20)[0]
     inputs = job.calibration.tensors
     predict = guided_predict(job.model, denoiser, inputs["inputs.class"][picked], 2.0)
     return predict(inputs["inputs.x"][picked], torch.tensor(t))

@@ -6,12 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from .effort import EFFORTS, Effort, EffortName
 from .lora_names import split_lora
 from .section import MAX_STEPS, Section
 
 MAX_GUIDANCE = 100
 """Published uses stay below 20; far above, every image is saturated or not finite."""
-NOISE_TRAJECTORIES = 32
 LATER = (
     *("height", "width", "images", "masks", "strength", "inputs"),
     *("control", "control_scale", "lora_branch"),
@@ -237,7 +237,16 @@ class SamplingConfig(Section):
 class CalibrationConfig(Section):
     """What is observed in full precision before anything is quantized."""
 
-    trajectories: int = Field(128, ge=1, description="full-precision sampling trajectories")
+    effort: EffortName = Field(
+        "standard",
+        description="how much is looked at before anything is decided: quick takes a fraction of "
+        "the time, thorough a multiple (docs/results.md)",
+    )
+    trajectories: int = Field(
+        EFFORTS["standard"].trajectories,
+        ge=1,
+        description="full-precision sampling trajectories (default: by effort)",
+    )
     batch_size: int = Field(
         32, ge=1, description="trajectories drawn together; fewer need less memory"
     )
@@ -245,17 +254,30 @@ class CalibrationConfig(Section):
         1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
     )
     noise_trajectories: int = Field(
-        NOISE_TRAJECTORIES,
+        EFFORTS["standard"].noise_trajectories,
         ge=1,
-        description="how many of them also measure the quantization noise (default: 32, or all)",
+        description="how many of them also measure the quantization noise (default: by effort, at "
+        "most all)",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _as_many_as_there_are(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("trajectories"), int):
+    def _as_many_as_the_effort_says(cls, data: Any) -> Any:
+        effort = (
+            EFFORTS.get(str(data.get("effort", "standard"))) if isinstance(data, dict) else None
+        )
+        if effort is None:
+            return data  # what it is instead is told below
+        every = data.get("trajectories", effort.trajectories)
+        if not isinstance(every, int):
             return data
-        return {"noise_trajectories": min(NOISE_TRAJECTORIES, data["trajectories"]), **data}
+        noise = min(effort.noise_trajectories, every)
+        return {"trajectories": every, "noise_trajectories": noise, **data}
+
+    @property
+    def looks(self) -> Effort:
+        """What the effort stands for."""
+        return EFFORTS[self.effort]
 
     @model_validator(mode="after")
     def _check(self) -> CalibrationConfig:

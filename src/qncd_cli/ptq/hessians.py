@@ -9,6 +9,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
+from ..config.effort import Effort
 from ..config.schema import Config
 from ..models.topology import capture_inputs
 from ..progress import Track, no_progress
@@ -25,11 +26,6 @@ from .prefix import TwofoldDenoiser, before, passes_of
 
 HESSIAN_MEMORY = 2 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
-HESSIAN_CALLS = 20
-HESSIAN_ROWS = 16384
-"""Input vectors in a Hessian, at least, and HESSIAN_ROWS_PER_INPUT for each of its inputs. With a
-quarter of them GPTQ fits their noise, and every step's prediction is worse."""
-HESSIAN_ROWS_PER_INPUT = 3
 SUMS = "hessians"
 """Name in partial results of the Hessians of the layers that are being rounded, as far as they are
 added up."""
@@ -103,7 +99,8 @@ def collect_hessians(
     """
     config, model, calibration = job.config, job.model, job.calibration
     by_name = {plan.name: plan for plan in job.plans}
-    batches = hessian_batches(calibration, config.calibration.batch_size)
+    looks = config.calibration.looks
+    batches = hessian_batches(calibration, config.calibration.batch_size, looks.hessian_calls)
     accumulators = {p.name: HessianAccumulator(p.in_features) for p in job.plans}
     denoiser = denoiser or full_denoiser(model)
     twofold = isinstance(denoiser, TwofoldDenoiser)
@@ -116,7 +113,7 @@ def collect_hessians(
 
     def receive(name: str, x: Tensor) -> None:
         plan, parameters = by_name[name], qparams[name]
-        rows = rows_per_call(plan, len(batches))
+        rows = rows_per_call(plan, len(batches), looks)
         *full, x = (
             job.factor(name).apply(thinned(part, plan, rows).float(), plan.channel_axis)
             for part in (x.chunk(2) if twofold else [x])
@@ -174,14 +171,14 @@ class _AllSeen(Exception):
     """Every layer that a pass is about has had its input."""
 
 
-def rows_per_call(plan: LayerPlan, calls: int) -> int:
+def rows_per_call(plan: LayerPlan, calls: int, looks: Effort) -> int:
     """Input vectors that one denoiser call adds to a layer's Hessian."""
-    return -(-wanted_rows(plan) // calls)
+    return -(-wanted_rows(plan, looks) // calls)
 
 
-def wanted_rows(plan: LayerPlan) -> int:
+def wanted_rows(plan: LayerPlan, looks: Effort) -> int:
     """Input vectors that are enough for a layer's Hessian."""
-    return max(HESSIAN_ROWS, HESSIAN_ROWS_PER_INPUT * plan.in_features)
+    return max(looks.hessian_rows, round(looks.hessian_rows_per_input * plan.in_features))
 
 
 def thinned(x: Tensor, plan: LayerPlan, rows: int) -> Tensor:
@@ -192,12 +189,14 @@ def thinned(x: Tensor, plan: LayerPlan, rows: int) -> Tensor:
     return x[:: max(1, len(x) // samples)]
 
 
-def hessian_batches(calibration: Artifact, batch_size: int) -> list[tuple[float, Tensor]]:
-    """Batches of row indices, each at one timestep: every timestep, or HESSIAN_CALLS of them."""
+def hessian_batches(
+    calibration: Artifact, batch_size: int, calls: int
+) -> list[tuple[float, Tensor]]:
+    """Batches of row indices, each at one timestep: every timestep, or so many of them."""
     timestep = calibration.tensors["inputs.timestep"]
     times = sorted(set(timestep.tolist()), reverse=True)
     batches = []
-    for i, t in enumerate(times[:: -(-len(times) // HESSIAN_CALLS)]):
+    for i, t in enumerate(times[:: -(-len(times) // calls)]):
         parts = (timestep == t).nonzero().flatten().split(batch_size)
         batches.append((t, parts[i % len(parts)]))
     return batches
@@ -213,7 +212,8 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     weights = config.quantization.weights
     twofold = weights.passes > 1 or weights.asymmetry > 0
     batch = min(config.calibration.batch_size, config.calibration.trajectories)
-    rows = min(HESSIAN_CALLS, call.steps) * batch * call.copies
+    looks = config.calibration.looks
+    rows = min(looks.hessian_calls, call.steps) * batch * call.copies
     groups = hessian_groups(plans)
     calls = weights.passes + 1 if twofold else len(groups)
     macs = float(calls * rows * call.macs)
@@ -224,7 +224,7 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
         held, last = max(held, last + 2 * sum(sizes)), sizes[-1]
         for plan in group:
             positions = call.layer_macs.get(plan.name, 0) / plan.layer.weight.numel()
-            macs += matrices * min(rows * positions, wanted_rows(plan)) * plan.in_features**2
+            macs += matrices * min(rows * positions, wanted_rows(plan, looks)) * plan.in_features**2
     calling = held / 2 + matrices * call.full_bytes(batch * call.copies)
     sums = [sum(kept_bytes(plan.in_features, drift=twofold) for plan in group) for group in groups]
     return Cost(max(held, calling), macs, partial=max(sums, default=0))

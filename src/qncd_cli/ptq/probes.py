@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.effort import Effort
 from ..config.schema import Config
 from ..errors import NotFinite
 from ..models.loading import DiffusionModel
@@ -19,10 +20,6 @@ from ..store.partial import NOTHING_KEPT, Partial
 from .cost import Cost, DenoiserCall
 from .layer_plan import LayerPlan
 
-PROBE_TRAJECTORIES = 8
-PROBE_STEPS = 10
-PROBE_ELEMENTS = 1 << 20
-"""Values of a layer's input that are kept."""
 PROBE_CALLS = "probes"
 """Name of the calls in partial results."""
 
@@ -50,13 +47,14 @@ def collect_probes(
     track: Track,
     partial: Partial = NOTHING_KEPT,
 ) -> dict[str, Probe]:
-    """Inputs of every layer at PROBE_STEPS evenly spaced steps of a few trajectories.
+    """Inputs of every layer at evenly spaced steps of a few trajectories (calibration.effort).
 
     The last step is among them: ranges are widest at either end of a trajectory.
     """
-    calibration = config.calibration
+    calibration, looks = config.calibration, config.calibration.looks
     seeds = list(range(calibration.seed, calibration.seed + _trajectories(config)))
-    kept = {round(i * (steps - 1) / max(1, PROBE_STEPS - 1)) for i in range(PROBE_STEPS)}
+    at = looks.probe_steps
+    kept = {round(i * (steps - 1) / max(1, at - 1)) for i in range(at)}
     probes = {plan.name: Probe(plan.channel_axis, []) for plan in plans}
     step = 0
 
@@ -69,7 +67,7 @@ def collect_probes(
     def see(name: str, x: Tensor) -> None:
         if step not in kept:
             return
-        picked = x[:: _stride(len(x), x[0].numel())].detach().float().cpu().clone()
+        picked = x[:: _stride(len(x), x[0].numel(), looks)].detach().float().cpu().clone()
         if not torch.isfinite(picked).all():
             t = denoiser.step.timestep
             raise NotFinite(f"the input of layer {name} is not finite at timestep {t:g}")
@@ -94,16 +92,16 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
 
 def kept_rows(config: Config, plan: LayerPlan, call: DenoiserCall) -> int:
     """Rows of a layer's input that its probe holds."""
-    rows = _trajectories(config) * call.copies
-    picked = -(-rows // _stride(rows, call.inputs.get(plan.name, 1)))
-    return min(PROBE_STEPS, call.steps) * picked
+    rows, looks = _trajectories(config) * call.copies, config.calibration.looks
+    picked = -(-rows // _stride(rows, call.inputs.get(plan.name, 1), looks))
+    return min(looks.probe_steps, call.steps) * picked
 
 
 def _trajectories(config: Config) -> int:
-    return min(PROBE_TRAJECTORIES, config.calibration.trajectories)
+    return min(config.calibration.looks.probe_trajectories, config.calibration.trajectories)
 
 
-def _stride(rows: int, elements: int) -> int:
+def _stride(rows: int, elements: int, looks: Effort) -> int:
     """Every so many rows of a call are kept. elements: of the input, per row."""
-    wanted = max(1, PROBE_ELEMENTS // PROBE_STEPS // elements)
+    wanted = max(1, looks.probe_elements // looks.probe_steps // elements)
     return max(1, -(-rows // wanted))

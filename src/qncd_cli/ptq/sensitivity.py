@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.effort import Effort
 from ..models.topology import capture_inputs
 from ..progress import Tick, Track, counted, no_progress
 from ..quant.affine import QParams, choose_qparams, fake_quantize
@@ -30,10 +31,6 @@ from .layer_plan import LayerPlan, range_observer
 from .layer_threads import side_by_side
 from .step_weights import predicted
 
-ROWS_PER_STEP = 4
-STEPS = 8
-PROJECTIONS = 4
-"""Random directions of the output that are looked at per calibration row."""
 BACKWARD = 2.0
 """Time of a backward pass over that of a forward one."""
 AT_ONCE = 1 << 26
@@ -62,13 +59,15 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
 
     To first order the error is J e, J the Jacobian of the prediction and e the rounding error
     (nearest, for weights); E[(v J e)^2] = ||J e||^2 over random v (Hutchinson), and one backward
-    pass gives v J for every layer at once. Mean over STEPS timesteps and ROWS_PER_STEP rows. With
-    step weights an error is relative to the mean prediction of all steps, and counts as its step.
+    pass gives v J for every layer at once. Mean over the timesteps and rows that
+    calibration.effort stands for. With step weights an error is relative to the mean prediction of
+    all steps, and counts as its step.
     """
-    calibration, plans = job.calibration, job.plans
+    calibration, plans, looks = job.calibration, job.plans, job.config.calibration.looks
+    steps, projections = looks.sensitivity_steps, looks.sensitivity_projections
     timestep = calibration.tensors["inputs.timestep"]
     times = sorted(set(timestep.tolist()), reverse=True)
-    picked = sorted({times[round(i * (len(times) - 1) / (STEPS - 1))] for i in range(STEPS)})
+    picked = sorted({times[round(i * (len(times) - 1) / (steps - 1))] for i in range(steps)})
     generator = torch.Generator().manual_seed(0)
     result = Sensitivity(*({p.name: 0.0 for p in plans} for _ in range(2)))
     done = _go_on(job.partial, len(picked), result, generator)
@@ -80,13 +79,13 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        at_once = rows_at_once(_elements(job))
-        passes = PROJECTIONS * len(picked[done:]) * -(-ROWS_PER_STEP // at_once)
+        at_once = rows_at_once(_elements(job), looks)
+        passes = projections * len(picked[done:]) * -(-looks.sensitivity_rows // at_once)
         for t, tick in counted(track, picked[done:], "measuring sensitivity", passes, "passes"):
-            rows = (timestep == t).nonzero().flatten()[:ROWS_PER_STEP]
+            rows = (timestep == t).nonzero().flatten()[: looks.sensitivity_rows]
             shape = calibration.tensors["inputs.prediction"][rows].shape
-            drawn = [torch.randn(shape, generator=generator) for _ in range(PROJECTIONS)]
-            count = PROJECTIONS * len(picked) * len(rows)
+            drawn = [torch.randn(shape, generator=generator) for _ in range(projections)]
+            count = projections * len(picked) * len(rows)
             products = [dict.fromkeys(weights, 0.0) for _ in drawn]
 
             def of_input(name: str, found: Tensor, count: int = count) -> None:
@@ -150,10 +149,10 @@ def _pass_back(
         tick()
 
 
-def rows_at_once(elements: int) -> int:
+def rows_at_once(elements: int, looks: Effort) -> int:
     """Calibration rows that go through the denoiser together. elements: that its layers read of
     one, guidance counted; the rows of a model are the same on every machine."""
-    return max(1, min(ROWS_PER_STEP, AT_ONCE // max(1, elements)))
+    return max(1, min(looks.sensitivity_rows, AT_ONCE // max(1, elements)))
 
 
 def _elements(job: QuantizationJob) -> int:
@@ -269,16 +268,18 @@ class _InputError:
         return self.factor.scaled_back(error, axis).to(x.dtype)
 
 
-def cost(plans: list[LayerPlan], call: DenoiserCall) -> Cost:
-    """One call to see what rows take, and for each timestep a pass forward and PROJECTIONS back.
+def cost(plans: list[LayerPlan], call: DenoiserCall, looks: Effort) -> Cost:
+    """One call to see what rows take, and for each timestep a pass forward and some back.
 
     plans: of quantized weights.
     """
     weights = [p.layer.weight.nbytes for p in plans]
     elements = call.copies * sum(call.inputs.get(p.name, 0) for p in plans)
-    rows = call.copies * rows_at_once(elements)
-    errors = min(HELD, sum(weights)) + min(HELD, 4 * rows_at_once(elements) * elements)
+    at_once = rows_at_once(elements, looks)
+    rows = call.copies * at_once
+    errors = min(HELD, sum(weights)) + min(HELD, 4 * at_once * elements)
     gradients = 4 * max(weights, default=0)  # of one layer at a time, its weight, error and product
-    passes = ROWS_PER_STEP * min(STEPS, call.steps) * (1 + BACKWARD * PROJECTIONS)
+    there_and_back = 1 + BACKWARD * looks.sensitivity_projections
+    passes = looks.sensitivity_rows * min(looks.sensitivity_steps, call.steps) * there_and_back
     macs = call.copies * call.macs * (1 + passes)
     return Cost(errors + gradients + rows * call.graph * HEADROOM, macs)

@@ -156,7 +156,7 @@ def costs(config: Config, denoiser: nn.Module, call: DenoiserCall) -> dict[str, 
     if weights.budget is not None:
         found["assigning bits"] = bit_budget.cost(rounded, call)
     if extra_bits.spends(config):
-        found["sensitivity"] = sensitivity.cost(rounded, call)
+        found["sensitivity"] = sensitivity.cost(rounded, call, config.calibration.looks)
     if judged := judged_by_output(config, plans):
         found["activation ranges"] = output_ranges.cost(config, judged, call)
     found[ROUNDING] = layer.cost(rounded)

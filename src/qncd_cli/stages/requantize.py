@@ -25,7 +25,7 @@ from ..models.topology import weight_layers
 from ..progress import Track, no_progress
 from ..ptq import noise
 from ..ptq.coverage import coverage
-from ..ptq.hessians import HESSIAN_CALLS, collect_hessians, hessian_groups, wanted_rows
+from ..ptq.hessians import collect_hessians, hessian_groups, wanted_rows
 from ..ptq.job import QuantizationJob
 from ..ptq.layer import quantize_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
@@ -207,11 +207,14 @@ def rows_a_call(config: Config, model: DiffusionModel, plans: Sequence[LayerPlan
     positions = {c.name: c.macs for c in denoiser_costs(config, model)}
     copies = 2 if model.guides(config.sampling.guidance_scale) else 1
     batch = min(config.calibration.batch_size, config.calibration.trajectories)
-    calls = min(HESSIAN_CALLS, config.sampling.steps)
+    calls = min(config.calibration.looks.hessian_calls, config.sampling.steps)
     needed = 1
     for plan in plans:
         vectors = max(1, positions.get(plan.name, 0) // plan.layer.weight.numel())
-        needed = max(needed, math.ceil(wanted_rows(plan) / (calls * copies * vectors)))
+        needed = max(
+            needed,
+            math.ceil(wanted_rows(plan, config.calibration.looks) / (calls * copies * vectors)),
+        )
     return min(needed, batch)
 
 

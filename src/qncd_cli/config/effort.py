@@ -1,0 +1,52 @@
+"""Effort: how much calibrate and quantize look at before they decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EffortName = Literal["quick", "standard", "thorough"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a configuration's calibration.effort stands for.
+
+    trajectories, noise_trajectories: what these keys of the calibration are unless they are set.
+    hessian_calls: batches of calibration rows, each at one timestep, that Hessians are added up
+    from; hessian_rows: input vectors in one, at least, and hessian_rows_per_input for each of its
+    inputs: with too few of them GPTQ fits their noise. probe_trajectories, probe_steps: where
+    layers' inputs are looked at, of each of which probe_elements values are kept; ranges are chosen
+    on them. sensitivity_steps, sensitivity_rows: timesteps, and rows at each, at which the effect of
+    a rounding is measured, along sensitivity_projections random directions.
+    """
+
+    trajectories: int
+    noise_trajectories: int
+    hessian_calls: int
+    hessian_rows: int
+    hessian_rows_per_input: float
+    probe_trajectories: int
+    probe_steps: int
+    probe_elements: int
+    sensitivity_steps: int
+    sensitivity_rows: int
+    sensitivity_projections: int
+
+
+EFFORTS: dict[str, Effort] = {
+    name: Effort(
+        trajectories=64,
+        noise_trajectories=32,
+        hessian_calls=20,
+        hessian_rows=16384,
+        hessian_rows_per_input=3,
+        probe_trajectories=8,
+        probe_steps=10,
+        probe_elements=1 << 20,
+        sensitivity_steps=8,
+        sensitivity_rows=4,
+        sensitivity_projections=4,
+    )
+    for name in ("quick", "standard", "thorough")
+}
