@@ -40,7 +40,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(minimal, override,
 
 def test_an_unknown_key_like_no_other_gets_the_list_of_its_section(minimal):
     line = refused(minimal, "calibration.zzzzz=1")
-    assert "unknown key calibration.zzzzz (known: trajectories, batch_size," in line
+    assert "unknown key calibration.zzzzz (known: effort, trajectories," in line
 
 
 def test_messages_name_keys_that_the_user_can_write(minimal):

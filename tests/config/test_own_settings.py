@@ -224,12 +224,6 @@ def test_a_configuration_without_a_preset_has_the_best_one(minimal, tmp_path):
     assert (none.preset, none.activations.observer) == (None, "mse")
 
 
-@pytest.mark.parametrize(("trajectories", "noise"), [(16, 16), (64, 32), (32, 32)])
-def test_noise_is_measured_on_as_many_trajectories_as_there_are(minimal, trajectories, noise):
-    config = load_config(minimal, [f"calibration.trajectories={trajectories}"])
-    assert config.calibration.noise_trajectories == noise
-
-
 def test_fewer_trajectories_than_the_file_measures_noise_on_is_no_error(tmp_path):
     path = tmp_path / "my.yaml"
     tree = {"model": {"source": "mine"}, "calibration": {"noise_trajectories": 24}}

@@ -174,10 +174,11 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "sampling.control_scale": (0.7, BOTH),
     "sampling.lora_branch": (["l.safetensors"], BOTH),
     "sampling.inputs": ("y", BOTH),
+    "calibration.effort": ("quick", BOTH),
     "calibration.trajectories": (256, BOTH),
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),
-    "calibration.noise_trajectories": (17, BOTH),
+    "calibration.noise_trajectories": (9, BOTH),
     "quantization.preset": ("minmax", NEITHER),  # its keys count, its name does not
     "quantization.strict": (True, NEITHER),
     "quantization.weights.bits": (8, QUANTIZE),

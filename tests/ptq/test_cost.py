@@ -90,15 +90,16 @@ def test_hessians_and_sensitivity_take_as_many_rows_as_they_say(tiny_model):
     calibration, _ = calibrate.run(config, model)
     plans = plan_layers(config, model.denoiser)
     job = QuantizationJob(config, model, calibration, plans, {})
+    looks = config.calibration.looks
     with rows_of_calls(model) as rows:
         hessians.collect_hessians(job, dict.fromkeys((p.name for p in plans), None))
     vectors = hessians.cost(config, plans, call).macs - sum(rows) * call.macs
-    assert 0 < vectors <= sum(hessians.wanted_rows(p) * p.in_features**2 for p in plans)
+    assert 0 < vectors <= sum(hessians.wanted_rows(p, looks) * p.in_features**2 for p in plans)
     with rows_of_calls(model) as rows:
         sensitivity.sensitivity(job)
-    backward = 1 + sensitivity.BACKWARD * sensitivity.PROJECTIONS
+    backward = 1 + sensitivity.BACKWARD * looks.sensitivity_projections
     passes = rows[0] + sum(rows[1:]) * backward
-    assert sensitivity.cost(plans, call).macs == passes * call.macs
+    assert sensitivity.cost(plans, call, looks).macs == passes * call.macs
     with rows_of_calls(model) as rows:
         step_weights.step_weights(config, model, calibration)
     backward = 1 + step_weights.BACKWARD * step_weights.DIRECTIONS

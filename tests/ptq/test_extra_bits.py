@@ -20,7 +20,7 @@ from qncd_cli.ptq import sensitivity as sensitivities
 from qncd_cli.ptq.extra_bits import refine, spend
 from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import LayerPlan, plan_layers
-from qncd_cli.ptq.sensitivity import ROWS_PER_STEP, Sensitivity, sensitivity
+from qncd_cli.ptq.sensitivity import Sensitivity, sensitivity
 from qncd_cli.ptq.smoothing_choice import Factors, factors_of
 from qncd_cli.quant.affine import QParams, fake_quantize
 from qncd_cli.quant.rounding import round_nearest
@@ -63,7 +63,7 @@ class Calibrated:
         rows = self.calibration.tensors
         parts = []
         for t in rows["inputs.timestep"].unique():
-            at = (rows["inputs.timestep"] == t).nonzero().flatten()[:ROWS_PER_STEP]
+            at = (rows["inputs.timestep"] == t).nonzero().flatten()[:4]
             labels = rows["inputs.class"][at]
             scale = self.config().sampling.guidance_scale
             predict = guided_predict(self.model, full_denoiser(self.model), labels, scale)
@@ -73,6 +73,7 @@ class Calibrated:
 
 def config_of(folder: Path, **changes) -> Config:
     common = {
+        "calibration__effort": "thorough",
         "quantization__activations__bits": ACTIVATION_BITS,
         "quantization__activations__timestep_groups": 2,
         "quantization__activations__observer": "minmax",

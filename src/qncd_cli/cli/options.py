@@ -105,6 +105,13 @@ def wanted(command: Command) -> Command:
             "A shipped configuration's name may hold them too: fashion_ldm_w4a8.",
         ),
         click.option(
+            "--effort",
+            type=click.Choice(["quick", "standard", "thorough"]),
+            metavar="LEVEL",
+            help="How much is looked at before anything is decided: quick, standard (the default) "
+            "or thorough.",
+        ),
+        click.option(
             "--prompts",
             "prompts_file",
             metavar="FILE",

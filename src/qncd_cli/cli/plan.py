@@ -65,7 +65,10 @@ def announce(
     except ModelError:
         return  # no reason not to run: its stages say what is wrong, if anything is
     times = ", ".join(f"{s['stage']} {duration(s['seconds'])}" for s in report["stages"])
-    console.note(f"roughly, uncompiled and on the CPU: {times} (--plan says more)")
+    console.note(
+        f"roughly, at {config.calibration.effort} effort, uncompiled and on the CPU: {times} "
+        "(--plan says more)"
+    )
 
 
 def of_run(

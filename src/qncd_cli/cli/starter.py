@@ -26,7 +26,7 @@ from ..models.zoo import zoo_path
 Tree = dict[str, Any]
 EXAMPLES = ["a red bicycle leaning against a brick wall", "two dogs running along a beach"]
 _SMALL, _LARGE = 100_000_000, 1_500_000_000
-"""Parameters up to which calibration can be generous, and from which it has to be short."""
+"""Parameters up to which calibration can draw many images at once, and from which one."""
 EARLY_SIZE = 64
 """What diffusers takes for the smaller sizes in folders of Stable Diffusion before version 0.9.0,
 which were trained at it (StableDiffusionPipeline; models/schedule.py has it do so)."""
@@ -110,13 +110,13 @@ def starter_tree(facts: Facts) -> Tree:
         sampling["prompts"] = EXAMPLES
     elif card.needs == "classes":
         sampling["classes"] = "all"
-    trajectories, batch = 64, 32
+    batch = 32
     if facts.parameters > _SMALL:
-        trajectories, batch = (64, 2) if facts.parameters <= _LARGE else (32, 1)
+        batch = 2 if facts.parameters <= _LARGE else 1
     return {
         "model": model,
         "sampling": sampling,
-        "calibration": {"trajectories": trajectories, "batch_size": batch},
+        "calibration": {"effort": "standard", "batch_size": batch},
         "quantization": {
             "preset": "best",
             "weights": {"bits": 4},

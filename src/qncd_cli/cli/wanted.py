@@ -17,7 +17,10 @@ from ..config.shipped import find_shipped, split_widths
 from ..config.widths import bits_overrides
 from .starter import facts_of, name_of, starter_tree
 
-NAMES = ("config_name", "model", "bits", "prompts_file", "loras", "overrides", "run_dir")
+NAMES = (
+    *("config_name", "model", "bits", "effort", "prompts_file"),
+    *("loras", "overrides", "run_dir"),
+)
 """Names of the options that say what is wanted, without that of the prompts."""
 _DEFAULT_BITS = "w4a8"
 """Widths of a model alone, and of a shipped configuration whose name says none."""
@@ -26,7 +29,8 @@ _DEFAULT_BITS = "w4a8"
 @dataclass(frozen=True)
 class Wanted:
     """One of model and config_name is None. bits: like w4a8; prompts_file: instead of the
-    configured prompts; prompts: of a text model that has none; loras: fused into the model."""
+    configured prompts; prompts: of a text model that has none; loras: fused into the model;
+    effort: instead of the configured one, with its trajectories."""
 
     config_name: str | None
     model: str | None = None
@@ -36,6 +40,7 @@ class Wanted:
     run_dir: str | None = None
     prompts: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
+    effort: str | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.config_name is None):
@@ -67,6 +72,8 @@ class Wanted:
     def config(self, download: Callable[[str], object] | None = None) -> Config:
         """download: brings a model of the hub that is not here. Raises ConfigError, ModelError."""
         overrides = bits_overrides(self.bits) if self.bits is not None else ()
+        if self.effort is not None:
+            overrides += (f"calibration.effort={self.effort}",)
         if self.prompts_file is not None:
             overrides += (f"sampling.prompts={json.dumps(self.prompts_file)}",)
         if self.loras:

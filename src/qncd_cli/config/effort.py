@@ -17,8 +17,8 @@ class Effort:
     from; hessian_rows: input vectors in one, at least, and hessian_rows_per_input for each of its
     inputs: with too few of them GPTQ fits their noise. probe_trajectories, probe_steps: where
     layers' inputs are looked at, of each of which probe_elements values are kept; ranges are chosen
-    on them. sensitivity_steps, sensitivity_rows: timesteps, and rows at each, at which the effect of
-    a rounding is measured, along sensitivity_projections random directions.
+    on them. sensitivity_steps, sensitivity_rows: timesteps, and rows at each, at which the effect
+    of a rounding is measured, along sensitivity_projections random directions.
     """
 
     trajectories: int
@@ -35,7 +35,33 @@ class Effort:
 
 
 EFFORTS: dict[str, Effort] = {
-    name: Effort(
+    "quick": Effort(
+        trajectories=12,
+        noise_trajectories=4,
+        hessian_calls=5,
+        hessian_rows=8192,
+        hessian_rows_per_input=2,
+        probe_trajectories=4,
+        probe_steps=5,
+        probe_elements=1 << 18,
+        sensitivity_steps=4,
+        sensitivity_rows=2,
+        sensitivity_projections=2,
+    ),
+    "standard": Effort(
+        trajectories=16,
+        noise_trajectories=8,
+        hessian_calls=20,
+        hessian_rows=16384,
+        hessian_rows_per_input=3,
+        probe_trajectories=8,
+        probe_steps=10,
+        probe_elements=1 << 19,
+        sensitivity_steps=4,
+        sensitivity_rows=4,
+        sensitivity_projections=4,
+    ),
+    "thorough": Effort(
         trajectories=64,
         noise_trajectories=32,
         hessian_calls=20,
@@ -47,6 +73,5 @@ EFFORTS: dict[str, Effort] = {
         sensitivity_steps=8,
         sensitivity_rows=4,
         sensitivity_projections=4,
-    )
-    for name in ("quick", "standard", "thorough")
+    ),
 }

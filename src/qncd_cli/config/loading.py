@@ -75,8 +75,8 @@ def resolved(
     """The configuration that a tree means, with `key.path=value` overrides (values are YAML).
 
     What the tree does not set comes from its preset (`best` unless it names one) and, for
-    scheduler, steps and guidance, from the model's own files. A preset among the overrides wins
-    over the tree: what the tree says of keys that presets set is dropped.
+    scheduler, steps and guidance, from the model's own files. A preset, and an effort, among the
+    overrides wins over the tree: what the tree says of keys that it sets is dropped.
     where: names the tree in errors; beside: a folder that relative paths are looked up in after the
     current one; prompts: of a text model that has none; download: brings a model that is not here
     yet. Raises ConfigError, also for a text model without prompts.
@@ -86,6 +86,8 @@ def resolved(
         tree = presets.without_settings(tree)
     elif "quantization.strict" in assigned:
         tree = presets.without_exclusions(tree)
+    if "calibration.effort" in assigned:
+        _without_trajectories(tree)
     for override in overrides:
         _apply_override(tree, override)
     if "calibration.trajectories" in assigned and "calibration.noise_trajectories" not in assigned:
@@ -118,6 +120,12 @@ def _own_strength(tree: dict[str, Any]) -> None:
     card = model_card.card_of(source) if isinstance(source, str) else None
     if card is not None and card.kind in model_card.STRENGTHS:
         section_of(tree, "sampling")["strength"] = model_card.STRENGTHS[card.kind]
+
+
+def _without_trajectories(tree: dict[str, Any]) -> None:
+    """Drop how many trajectories the tree asks for."""
+    for key in ("trajectories", "noise_trajectories"):
+        section_of(tree, "calibration").pop(key, None)
 
 
 def _fewer_noise_trajectories(tree: dict[str, Any]) -> None:

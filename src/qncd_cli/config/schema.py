@@ -101,6 +101,8 @@ class Config(Section):
         if stage == "first_stage":  # latents come from full precision, whatever is quantized
             return {**inputs, "first_stage": tree["first_stage"]}
         budget = self.sampling.reuse
+        if self.calibration.effort == "thorough":  # as before there was the key
+            inputs["calibration"] = {k: v for k, v in tree["calibration"].items() if k != "effort"}
         if inputs["model"]["tokenizer"] is None:  # runs made before there was a key stay valid
             del inputs["model"]["tokenizer"]
         if inputs["model"]["base"] is None:
