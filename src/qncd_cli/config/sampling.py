@@ -240,7 +240,7 @@ class CalibrationConfig(Section):
     effort: EffortName = Field(
         "standard",
         description="how much is looked at before anything is decided: quick takes a fraction of "
-        "the time, thorough a multiple (docs/results.md)",
+        "the time, thorough a multiple (docs/notebook/2026-11-27-effort.md)",
     )
     trajectories: int = Field(
         EFFORTS["standard"].trajectories,
