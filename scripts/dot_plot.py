@@ -28,7 +28,7 @@ def dot_plot(rows: Rows, x_name: str, *, log: bool = False, values: bool = False
     above 0; values: numbers beside the dots. Returns an SVG document."""
     series = list(dict.fromkeys(name for row in rows.values() for name in row))
     measured = [v for row in rows.values() for v in row.values() if v is not None]
-    ticks = _decades(measured) if log else nice_ticks(min(0.0, *measured), max(measured))
+    ticks = decades(measured) if log else nice_ticks(min(0.0, *measured), max(measured))
     scale = math.log10 if log else float
     low, high = scale(ticks[0]), scale(ticks[-1])
     bottom = TOP + ROW * len(rows)
@@ -46,7 +46,7 @@ def dot_plot(rows: Rows, x_name: str, *, log: bool = False, values: bool = False
         for name, value in row.items():
             if value is not None:
                 said = f"{label}, {name}: {value:g}"
-                parts.append(_mark(x(value), y, series.index(name), said))
+                parts.append(mark(x(value), y, series.index(name), said))
                 if values:
                     parts.append(f'<text x="{x(value) + 10:.1f}" y="{y + 4:.1f}">{value:g}</text>')
     parts.append(
@@ -59,7 +59,7 @@ def dot_plot(rows: Rows, x_name: str, *, log: bool = False, values: bool = False
     return "\n".join([head, f"<style>{STYLE}</style>", white, *parts, "</svg>"]) + "\n"
 
 
-def _decades(values: Sequence[float]) -> list[float]:
+def decades(values: Sequence[float]) -> list[float]:
     """Powers of ten that enclose the values."""
     first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
     return [10.0**power for power in range(first, max(last, first + 1) + 1)]
@@ -72,7 +72,7 @@ def _tick(x: float, text: str, bottom: float) -> str:
     )
 
 
-def _mark(x: float, y: float, index: int, said: str) -> str:
+def mark(x: float, y: float, index: int, said: str) -> str:
     shape = f'd="{MARKS[index % len(MARKS)]}" fill="{COLORS[index % len(COLORS)]}"'
     place = f'transform="translate({x:.1f} {y:.1f})"'
     return f'<path {shape} {place} opacity="0.85"><title>{escape(said)}</title></path>'
@@ -85,6 +85,6 @@ def _legend(series: Sequence[str]) -> str:
     step = (WIDTH - LEFT - RIGHT) / len(series)
     places = [(LEFT + step * index + 6, name) for index, name in enumerate(series)]
     return "".join(
-        f'{_mark(x, 20, index, name)}<text x="{x + 12:.1f}" y="24">{escape(name)}</text>'
+        f'{mark(x, 20, index, name)}<text x="{x + 12:.1f}" y="24">{escape(name)}</text>'
         for index, (x, name) in enumerate(places)
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import written
 from dot_plot import Rows, dot_plot
+from scatter_plot import scatter_plot
 
 PAGE = written.DOCS / "results.md"
 MEASURED = written.DOCS / "notebook" / "measured.json"
@@ -76,6 +77,31 @@ def speed_table(rows: list[Measured]) -> str:
     return "\n".join(lines)
 
 
+def images_table(rows: list[Measured]) -> str:
+    """What one image takes end to end, and how far it is from full precision's."""
+    lines = ["| row | ms an image | times float32 | PSNR, dB |", "|---|---|---|---|"]
+    for row in rows:
+        decibels = "" if row["image_psnr_db"] is None else f"{row['image_psnr_db']:.1f}"
+        speedup = f"{row['image_seconds'][0] / row['image_seconds'][1]:.2f}"
+        lines.append(
+            f"| {row['row']} | {1000 * row['image_seconds'][1]:.1f} | {speedup} | {decibels} |"
+        )
+    return "\n".join(lines)
+
+
+def of_images(found: list[Measured]) -> tuple[dict[str, str], dict[str, str]]:
+    """Tables and plots of `qncd bench --image` by name; none before it was measured.
+
+    Rows have image_seconds, those of the float32 row and their own, and image_psnr_db.
+    """
+    rows = [row for row in found if "image_seconds" in row]
+    if not rows:
+        return {}, {}
+    points = {row["row"]: (row["image_seconds"][1], row["image_psnr_db"]) for row in rows}
+    plot = scatter_plot(points, "seconds an image", "PSNR to full precision, dB")
+    return {"images": images_table(rows)}, {"images": plot}
+
+
 def files() -> dict[Path, str]:
     found = measured()
     presets, corrections = chosen(found, PRESETS), chosen(found, CORRECTIONS)
@@ -87,6 +113,8 @@ def files() -> dict[Path, str]:
         "corrections": quality_table(corrections, CORRECTIONS),
         "speed": speed_table(speed),
     }
+    more, plots = of_images(found)
+    tables |= more
     text = PAGE.read_text(encoding="utf-8")
     for name, table in tables.items():
         marks = f"<!-- {name}, from notebook/measured.json -->", "<!-- end -->"
@@ -103,6 +131,7 @@ def files() -> dict[Path, str]:
             "LDM-4, one call: times as fast as float32",
             values=True,
         ),
+        **plots,
     }
     return {PAGE: text, **{PLOTS / f"{name}.svg": svg for name, svg in drawn.items()}}
 

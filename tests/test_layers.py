@@ -245,7 +245,8 @@ DOORS: dict[str, list[str]] = {
     "onnx": ["backends.* (inside)"],
     "onnx_ir": ["backends.onnx.graph", "backends.onnx.layers"],
     "onnxruntime": ["backends.* (inside)"],
-    "openvino": ["backends.* (inside)"],
+    "openvino": ["backends.* (inside)", "bench.nncf (inside)"],
+    "nncf": ["bench.nncf (inside)"],
     "triton": ["backends.cuda.kernels.*", "backends.cuda.launch (inside)"],
     "PIL": [
         "models.start_images",

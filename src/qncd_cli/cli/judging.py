@@ -7,6 +7,12 @@ import click
 from . import options
 from .console import Console
 
+BENCH_ROWS = (
+    "float32-eager,float32-compiled,bfloat16-eager,bfloat16-compiled,"
+    "simulate-w4a8,int8-w4a8,int8-w4a8-compiled"
+)
+BENCH_ROUNDS = 9
+
 
 @click.command(
     epilog="\b\nExamples:\n  qncd ablate --config fashion_ldm --num 300\n"
@@ -74,7 +80,8 @@ def ablate(**options):
     epilog="\b\nExamples:\n  qncd bench random:ldm4\n"
     "  qncd bench zoo:fashion-ldm --batch-size 50 --rounds 20\n"
     "  qncd bench random:ldm4 --rows float32-eager,int8-w4a8 --no-memory --profile\n"
-    "  qncd bench --config fashion_ldm_w4a8.yaml --json"
+    "  qncd bench --config fashion_ldm_w4a8.yaml --json\n"
+    "  qncd bench --image --run-dir runs/fashion_ldm_w4a8"
 )
 @click.argument("source", required=False)
 @click.option(
@@ -86,10 +93,8 @@ def ablate(**options):
 @click.option(
     "--rows",
     metavar="NAME,NAME,...",
-    default="float32-eager,float32-compiled,bfloat16-eager,bfloat16-compiled,"
-    "simulate-w4a8,int8-w4a8,int8-w4a8-compiled",
-    show_default=True,
-    help="What to measure; quantized rows take any widths of 2 to 8 bits.",
+    default=None,
+    help=f"What to measure; quantized rows take any widths of 2 to 8 bits (default: {BENCH_ROWS}).",
 )
 @click.option(
     "--batch-size",
@@ -102,10 +107,9 @@ def ablate(**options):
 @click.option(
     "--rounds",
     type=click.IntRange(1),
-    default=9,
-    show_default=True,
+    default=None,
     metavar="N",
-    help="How often every row is timed, in turn with the others.",
+    help="How often every row is timed, in turn with the others (default: 9, with --image 3).",
 )
 @click.option(
     "--memory/--no-memory",
@@ -114,20 +118,59 @@ def ablate(**options):
     help="Also load every row alone in a process: its memory, loading and preparing.",
 )
 @click.option("--profile", is_flag=True, help="Also say where a call's time goes.")
-@click.option("--out", metavar="DIR", help="Where to write (default: runs/bench_<model>).")
+@click.option(
+    "--image",
+    is_flag=True,
+    help="Of a quantized run: seconds per image end to end, by part, and how far its images are "
+    "from full precision's. Rows: float32-eager, bfloat16-compiled and the like, int8 with -reuse, "
+    "-decoder and -compiled, nncf.",
+)
+@click.option(
+    "--batch-sizes",
+    default="1,8",
+    show_default=True,
+    metavar="N,N",
+    help="With --image: images drawn together.",
+)
+@click.option(
+    "--num",
+    type=click.IntRange(1),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="With --image: images that are compared with full precision's.",
+)
+@options.run_dir
+@click.option("--out", metavar="DIR", help="Where to write (default: runs/bench_<model>, or RUN).")
 @options.json_output
-def bench(source, config_name, as_json, debug, **options):
+def bench(source, config_name, as_json, debug, image, batch_sizes, num, run_dir, **options):
     """Speed, memory and size of a model's denoiser on this CPU, full precision beside quantized.
 
     SOURCE: zoo:NAME, random:NAME, a diffusers folder or hub id. Quantized rows are made on the
     spot from one calibration input (preset minmax): good for speed and size, not for images.
-    Writes bench.json and bench.md. A row that this machine cannot run is listed with the reason.
+    Writes bench.json and bench.md (--image: bench_image.json and .md). A row that this machine
+    cannot run is listed with the reason.
     """
+    rows, rounds = options.pop("rows"), options.pop("rounds")
+    if image:
+        if source or config_name or options.pop("profile"):
+            raise click.UsageError("--image takes a --run-dir, no SOURCE, --config or --profile")
+        from . import bench_images as images
+
+        more = (rows or images.DEFAULT_ROWS, batch_sizes, rounds or images.ROUNDS, num)
+        of_images = images.ImageOptions(*more, options["memory"], run_dir, options["out"])
+        images.bench_images(Console(as_json), of_images)
+        return
     if (source is None) == (config_name is None):
         raise click.UsageError("give either SOURCE or --config")
+    if run_dir is not None:
+        raise click.UsageError("--run-dir is for --image")
     from . import bench as command
 
-    command.bench(Console(as_json), command.BenchOptions(source, config_name, **options))
+    asked = command.BenchOptions(
+        source, config_name, rows=rows or BENCH_ROWS, rounds=rounds or BENCH_ROUNDS, **options
+    )
+    command.bench(Console(as_json), asked)
 
 
 @click.command(
