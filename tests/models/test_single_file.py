@@ -192,6 +192,23 @@ def test_what_a_file_lacks_and_has_too_much_is_said(made, tmp_path):
     assert_same(pipeline, DiffusionPipeline.from_pretrained(folder))
 
 
+def test_scaled_fp8_is_read_with_its_scales_and_refused_without(made, tmp_path):
+    folder, base, tensors = made("FluxPipeline, dev")
+    scaled, start = dict(tensors), single_files.UNET
+    layers = [n for n in tensors if n.startswith(start) and tensors[n].ndim == 2]
+    for name in layers:
+        scale = tensors[name].abs().max() / 448
+        scaled[name] = (tensors[name] / scale).to(torch.float8_e4m3fn)
+        scaled[name.replace(".weight", ".scale_weight")] = scale.reshape(1)
+    scaled[f"{start}scaled_fp8"] = torch.empty(0, dtype=torch.float8_e4m3fn)
+    path = single_files.write(scaled, tmp_path / "m.safetensors")
+    expected = DiffusionPipeline.from_pretrained(folder)
+    assert_same(opened(path, base), expected, rtol=2**-4, atol=2e-3)
+    del scaled[layers[3].replace(".weight", ".scale_weight")]
+    with pytest.raises(ModelError, match="is scaled fp8, 1 tensor without a scale"):
+        opened(single_files.write(scaled, path), base)
+
+
 def test_stable_diffusion_3_works_without_its_third_encoder(made, tmp_path):
     _, base, tensors = made("StableDiffusion3Pipeline")
     short = {n: t for n, t in tensors.items() if ".t5xxl." not in n}
