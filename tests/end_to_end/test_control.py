@@ -118,6 +118,8 @@ def test_four_stages(folder, files, name, tmp_path):
         refused = work("export", "--to", to, place, ok=False)
         assert refused.exit_code == 5 and "ControlNet" in refused.stderr, refused.stderr
         assert not (tmp_path / place).exists()
+    refused = work("bench", "--config", "tiny.yaml", ok=False)
+    assert refused.exit_code == 5 and "ControlNet" in refused.stderr, refused.stderr
 
 
 def test_what_does_not_fit_is_one_line(folder, files, tmp_path):

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config.loading import load_config, parse_config
 from ..config.schema import Config
+from ..errors import ModelError
 from ..store import files
 from .console import Console
 from .shared import open_model
@@ -42,6 +43,11 @@ def bench(console: Console, options: BenchOptions) -> None:
     else:
         config = parse_config({"model": {"source": options.source}}, "bench")
         name = re.sub(r"[^\w.-]+", "-", config.model.source).strip("-.") or "model"
+    if config.sampling.control is not None:
+        raise ModelError(
+            "bench times a denoiser from its own file, and a U-Net with its ControlNet has none",
+            "leave sampling.control out, with the pipeline's U-Net alone",
+        )
     names = [part.strip().lower() for part in options.rows.split(",") if part.strip()]
     request = table.BenchRequest(
         parse_rows(names, config.model.dtype),

@@ -207,7 +207,8 @@ def _checkpoint_facts(source: str, compvis_config: str | None) -> Facts:
     if card is None:
         raise ModelError(
             f"{source}: a checkpoint needs the YAML that CompVis published with it",
-            "name it (--compvis-config), or a pipeline folder of the same kind (--base)",
+            "name it (--compvis-config; elsewhere --set model.compvis_config=YAML), or a pipeline "
+            "folder of the same kind (--base; elsewhere --set model.base=FOLDER)",
         )
     return Facts(os.path.abspath(source), os.path.abspath(found), None, card, 0, frozenset(), None)
 
