@@ -44,6 +44,7 @@ class TwofoldDenoiser(Denoiser):
             if plan.name in rounded:
                 bits, tensors = plan.weight_bits, dict(rounded[plan.name])
                 layer = QuantizedLayer(plan.layer, tensors, bits, FLOAT_BITS, StepState(), simulate)
+                layer = layer.to(job.model.device)  # what is rounded is kept on the CPU
                 replace_module(module, plan.name, _BothHalves(plan.layer, layer))
         super().__init__(module, StepState())
 

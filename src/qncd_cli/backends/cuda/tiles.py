@@ -50,7 +50,7 @@ INT8 = (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 8, 3), Tile(64, 64, 64, 4, 3
 PACKED = (Tile(128, 128, 32, 8, 3), Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 4, 3))
 FLAT = Tile(16, 64, 64, 4, 3), Tile(16, 64, 32, 4, 3)
 """For results of a few rows, as of the embedding of a timestep: int8 and packed."""
-HALF_INT8 = (*INT8[:2], Tile(64, 64, 64, 8, 3))
+HALF_INT8 = (INT8[0], Tile(128, 64, 32, 8, 3), Tile(64, 64, 32, 8, 3))
 HALF_PACKED = (PACKED[1], PACKED[2])
 """For inputs of 16 bits in floating point, which take more registers."""
 WIDE = Tile(32, 64, 32, 8, 2)
