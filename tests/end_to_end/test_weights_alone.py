@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def test_no_input_is_quantized_and_the_coverage_says_so(ran):
     assert coverage["weight_code_bytes"] < coverage["float_denoiser_bytes"] / 4
     metrics = json.loads((qncd.folder / run / "metrics.json").read_text())
     assert metrics
+
+
+def test_the_plan_says_so(ran):
+    qncd, _ = ran
+    said = qncd("run", "model", "--bits", "w4a16", "--plan", "--run-dir", "other").stdout
+    assert re.search(r"0 quantized, [1-9]\d* in their weights alone", " ".join(said.split()))
 
 
 def test_every_backend_and_low_memory_draw_the_same(ran, monkeypatch):

@@ -15,6 +15,7 @@ from ..runs.measuring import Wishes, check
 from ..runs.model import model_digest, silence_diffusers
 from ..runs.quantize import check_parents
 from ..runs.sample import DEFAULT_NUM, check_settled
+from ..spec import FLOAT_BITS
 from ..store.run_dir import RunDir, find_run
 from ..vocabulary import megabytes
 from .console import Console
@@ -208,7 +209,10 @@ def _extra_bits(result: dict[str, Any]) -> list[list[str]]:
 
 def _quantized(rows: list[dict[str, Any]]) -> str:
     integer = sum(row["integer"] for row in rows)
-    return f"{integer} quantized, {len(rows) - integer} left in float"
+    layers = [row for row in rows if row["kind"] != "matmul" and not row["integer"]]
+    alone = sum(row["weight_bits"] < FLOAT_BITS for row in layers)
+    weights = f"{alone} in their weights alone, " if alone else ""
+    return f"{integer} quantized, {weights}{len(rows) - integer - alone} left in float"
 
 
 def _memory(size: int | None) -> str:
