@@ -114,7 +114,7 @@ def _break(folder, what):
     elif what == "other class":
         index = json.loads((folder / "model_index.json").read_text())
         (folder / "model_index.json").write_text(
-            json.dumps({**index, "_class_name": "ConsistencyModelPipeline"})
+            json.dumps({**index, "_class_name": "DanceDiffusionPipeline"})
         )
 
 
@@ -125,7 +125,7 @@ def _break(folder, what):
         ("component missing", "cannot be loaded"),
         ("weights truncated", "cannot be loaded"),
         ("index damaged", "model_index.json is damaged"),
-        ("other class", "ConsistencyModelPipeline is not supported"),
+        ("other class", "DanceDiffusionPipeline is not supported"),
         ("tensor renamed", "1 of 208 tensors missing (first: conv_in.bias)"),
         ("tensor added", "1 of 208 tensors unexpected (first: extra)"),
         ("LoRA", "holds LoRA weights (first: mid_block"),
