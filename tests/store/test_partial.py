@@ -49,6 +49,20 @@ def test_pieces_come_back_once_with_values_and_tensors(tmp_path):
         assert kept.piece("a.b c", pytest.fail).value == {"n": 0}
 
 
+def test_a_piece_lies_in_memory_as_it_is_read_back(tmp_path):
+    """Sums over channels first and last differ in their last bits."""
+    x = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    made = Piece(tensors={"x": x, "columns": x[0, 0].T})
+    with suppress(KeyboardInterrupt), opened(tmp_path) as kept:
+        kept.keep("call", made)
+        raise KeyboardInterrupt
+    with opened(tmp_path) as kept:
+        found = kept.take("call")
+    for name, tensor in made.tensors.items():
+        assert torch.equal(tensor, found.tensors[name])
+        assert tensor.stride() == found.tensors[name].stride()
+
+
 def test_a_piece_is_what_it_was_when_it_was_kept(tmp_path):
     x = torch.zeros(3)
     with suppress(KeyboardInterrupt), opened(tmp_path) as kept:

@@ -52,8 +52,9 @@ class KeptCalls(Denoiser):
             output, seen = found.tensors.pop("output"), found.tensors
         else:
             self._seen = {}
-            output, seen = super().__call__(x, t, condition), self._seen
-            self.kept.keep(key, Piece(tensors={"output": output, **seen}), self.states)
+            made = Piece(tensors={"output": super().__call__(x, t, condition), **self._seen})
+            self.kept.keep(key, made, self.states)
+            output, seen = made.tensors["output"], {n: made.tensors[n] for n in self._seen}
         if self._receive is not None:
             for name, value in sorted(seen.items()):
                 self._receive(name.split(" ", 2)[2], value)

@@ -50,10 +50,15 @@ NAMES = {"code": "the code of qncd", "model": "the model's files"}
 
 @dataclass(frozen=True)
 class Piece:
-    """value: as JSON has it; tensors: by name."""
+    """value: as JSON has it; tensors: by name, in the order of memory that they are read back in:
+    sums over another order have other last bits."""
 
     value: Any = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            self.tensors[name] = tensor.contiguous()
 
 
 States = Mapping[str, Callable[[], Piece]]
