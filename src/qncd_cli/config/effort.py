@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 EffortName = Literal["quick", "standard", "thorough"]
@@ -34,44 +34,38 @@ class Effort:
     sensitivity_projections: int
 
 
-EFFORTS: dict[str, Effort] = {
-    "quick": Effort(
-        trajectories=12,
-        noise_trajectories=4,
-        hessian_calls=5,
-        hessian_rows=8192,
-        hessian_rows_per_input=2,
-        probe_trajectories=4,
-        probe_steps=5,
-        probe_elements=1 << 18,
-        sensitivity_steps=4,
-        sensitivity_rows=2,
-        sensitivity_projections=2,
-    ),
-    "standard": Effort(
-        trajectories=16,
-        noise_trajectories=8,
-        hessian_calls=20,
-        hessian_rows=16384,
-        hessian_rows_per_input=3,
-        probe_trajectories=8,
-        probe_steps=10,
-        probe_elements=1 << 19,
-        sensitivity_steps=4,
-        sensitivity_rows=4,
-        sensitivity_projections=4,
-    ),
-    "thorough": Effort(
-        trajectories=64,
-        noise_trajectories=32,
-        hessian_calls=20,
-        hessian_rows=16384,
-        hessian_rows_per_input=3,
-        probe_trajectories=8,
-        probe_steps=10,
-        probe_elements=1 << 20,
-        sensitivity_steps=8,
-        sensitivity_rows=4,
-        sensitivity_projections=4,
-    ),
-}
+_THOROUGH = Effort(
+    trajectories=64,
+    noise_trajectories=32,
+    hessian_calls=20,
+    hessian_rows=16384,
+    hessian_rows_per_input=3,
+    probe_trajectories=8,
+    probe_steps=10,
+    probe_elements=1 << 20,
+    sensitivity_steps=8,
+    sensitivity_rows=4,
+    sensitivity_projections=4,
+)
+_STANDARD = replace(
+    _THOROUGH,
+    trajectories=16,
+    noise_trajectories=8,
+    probe_elements=1 << 19,
+    sensitivity_steps=4,
+)
+_QUICK = replace(
+    _STANDARD,
+    trajectories=12,
+    noise_trajectories=4,
+    hessian_calls=5,
+    hessian_rows=8192,
+    hessian_rows_per_input=2,
+    probe_trajectories=4,
+    probe_steps=5,
+    probe_elements=1 << 18,
+    sensitivity_rows=2,
+    sensitivity_projections=2,
+)
+EFFORTS: dict[str, Effort] = {"quick": _QUICK, "standard": _STANDARD, "thorough": _THOROUGH}
+"""What each costs and loses: docs/notebook/2026-11-27-effort.md."""
