@@ -59,9 +59,9 @@ SETTINGS = (
 """With few of both a stage of minutes takes seconds."""
 HOUR = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d|\"outputs\": \"\w+\"")
 """Times of day in reports, and digests of these."""
-LEFT_OUT = (".txt", ".ses", "status.json")
-"""What commands printed, a file of onnxruntime's own that it makes where it is imported, and what
-says which process worked when."""
+LEFT_OUT = (".txt", ".ses", "status.json", "backend.json")
+"""What commands printed, a file of onnxruntime's own that it makes where it is imported, what says
+which process worked when, and seconds of the backends that a long run has timed."""
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*IMPORTS, "kill_run"])
 

@@ -52,6 +52,23 @@ def test_other_bits_are_quantized_from_the_same_calibration(work):
     assert work("quantize").stdout.startswith("quantize: unchanged, skipped")
 
 
+def test_another_correction_measures_the_noise_alone(work):
+    run = work.folder / RUN
+    quantized, statistics = run / "quantized.safetensors", run / "noise_stats.safetensors"
+    before, was = quantized.stat(), statistics.read_bytes()
+    result = work("quantize", "--set", "correction.inter.method=stepwise")
+    line = "quantize: again, because the noise was measured without what stepwise needs"
+    assert line in result.stderr
+    after = quantized.stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert statistics.read_bytes() != was
+    assert work("quantize").stdout.startswith("quantize: unchanged, skipped")
+    assert not [*run.glob("partial/*")]
+    work("sample", "--num", "2", "--name", "stepwise")
+    work("quantize", "--set", "correction.inter.method=runtime")
+    work("sample", "--num", "2", "--inter", "stepwise", "--name", "both")  # what was there is kept
+
+
 def test_bits_that_calibration_depends_on_are_refused_with_what_to_do_again(work):
     work("calibrate", "--config", "tiny.yaml", "--set", "correction.intra=auto")
     work("quantize")

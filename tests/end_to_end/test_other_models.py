@@ -36,7 +36,10 @@ def test_preset_best_from_calibration_to_evaluation(tmp_path, request, kind, int
     widths = [(row["weight_bits"], row["activation_bits"]) for row in coverage["layers"]]
     assert (4, 8) in widths
     assert {*widths} - {(4, 8), (8, 16)}  # the layers that matter most
-    runner("sample", "--num", "4", "--inter", "runtime", "--name", "corrected")
+    refused = runner("sample", "--num", "4", "--inter", "runtime", "--name", "corrected", ok=False)
+    assert refused.exit_code == 4 and "without what the runtime correction" in refused.stderr
+    runner("quantize", "--set", "correction.inter.method=runtime")
+    runner("sample", "--num", "4", "--name", "corrected")
     plain, corrected = (
         load_file(tmp_path / RUN / "samples" / name / "latents.safetensors")["latents"]
         for name in ("quantized", "corrected")

@@ -262,6 +262,7 @@ def test_batch_size_changes_full_precision_images_by_rounding_only(work):
 @pytest.mark.parametrize("inter", ["none", "ptqd", "runtime"])
 def test_batch_size_changes_quantized_images_hardly(work, inter):
     """A rounding that falls the other way is worth one code, no more; so is every correction."""
+    work("quantize", "--set", f"correction.inter.method={inter}")
     for size in ("1", "6"):
         options = ("--batch-size", size, "--inter", inter, "--name", f"b{size}")
         work("sample", "--num", "6", *options)
@@ -390,7 +391,8 @@ def test_a_correction_prepared_for_other_sampling_is_refused(work, change):
 
 def test_a_baseline_measured_for_the_other_target_is_refused(work):
     target = ("--set", "correction.inter.target=injected")
-    result = work("sample", "--num", "2", "--name", "x", "--inter", "runtime", *target, ok=False)
+    work("quantize", "--set", "correction.inter.method=runtime")
+    result = work("sample", "--num", "2", "--name", "x", *target, ok=False)
     assert result.exit_code == 3
     assert "baseline was measured for target total, not injected" in result.stderr
 
@@ -422,6 +424,7 @@ CORRECTIONS = {
 def drawn(sampled, tmp_path_factory) -> Qncd:
     """Sets drawn with every correction: batches A (seeds 0 to 2) and B (3 to 5). Do not change."""
     runner = Qncd(shutil.copytree(sampled, tmp_path_factory.mktemp("drawn") / "work"))
+    runner("quantize", "--set", "correction.inter.method=runtime")
     for name, options in CORRECTIONS.items():
         runner("sample", "--num", "6", "--batch-size", "3", "--name", name, *options)
     return runner

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
+from qncd_cli.config.correction import RUNTIME, STEPWISE
 from qncd_cli.config.loading import parse_config
 from qncd_cli.correction.statistics import NoiseStatistics
 from qncd_cli.errors import ConfigError
@@ -54,7 +55,7 @@ def quantized(folder, **scheduler_config):
     model = replace(model, scheduler_config={**model.scheduler_config, **scheduler_config})
     config = config_for(folder)
     calibration, smoothing = calibrate.run(config, model)
-    result = quantize.run(config, model, calibration, smoothing)
+    result = quantize.run(config, model, calibration, smoothing, also=(RUNTIME, STEPWISE))
     noise_stats = artifacts.seal(result.noise_stats)
     return model, SampledModel.quantized(model, result.quantized, noise_stats)
 

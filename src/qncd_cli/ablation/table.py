@@ -24,7 +24,7 @@ from typing import Any
 from .. import __version__
 from ..backends.base import AUTO, get_backend
 from ..config.schema import Config
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError
 from ..lineage import sample_sets
 from ..lineage.sample_set import match_sets, read_set
 from ..metrics.protocol import Protocol, describe, prepared
@@ -43,7 +43,7 @@ from ..store.files import read_json, write_sealed_json
 from ..store.run_dir import RunDir, read_coverage
 from . import rendering
 from .gains import with_gains
-from .variants import Variant
+from .variants import Variant, check_variants, statistics_of
 
 Tell = Callable[[str], None]
 
@@ -82,8 +82,8 @@ class AblateRequest:
 class _Ablation:
     """What the rows of one call share.
 
-    backend: the one of all rows, auto until a row has been drawn or found; redone: folders that
-    --force has already renewed.
+    backend: the one of all rows, auto until a row has been drawn or found; statistics: of noise,
+    that corrections of any row need; redone: folders that --force has already renewed.
     """
 
     request: AblateRequest
@@ -92,6 +92,7 @@ class _Ablation:
     tell: Tell
     track: Track
     backend: str
+    statistics: frozenset[str]
     full: Measured | None = None
     redone: set[Path] = field(default_factory=set)
 
@@ -113,20 +114,12 @@ def run(
 
     Raises what the stages raise; finished rows are kept and the next call goes on from there.
     """
-    if (reuse := variants[0].config.sampling.reuse) is not None:
-        raise ConfigError(
-            f"sampling.reuse {reuse:g}: ablate draws its rows without reuse across steps",
-            "add --set sampling.reuse=null",
-        )
-    if (bits := variants[0].config.first_stage.bits) is not None:
-        raise ConfigError(
-            f"first_stage.bits {bits}: ablate decodes all rows alike, in floating point",
-            "add --set first_stage.bits=null",
-        )
+    check_variants(variants)
     protocol = prepared(protocol, request.count, track)
     for variant in variants:
         model.labels([variant.config.sampling.seed], variant.config.sampling.classes)
-    ablation = _Ablation(request, model, protocol, tell, track, request.backend)
+    statistics = statistics_of(variants)
+    ablation = _Ablation(request, model, protocol, tell, track, request.backend, statistics)
     if ablation.backend == AUTO:
         ablation.backend = backend_of_table(_cache(ablation), model.device)
     table = _table(variants[0].config, ablation)
@@ -226,6 +219,7 @@ def _measure(variant: Variant, identity: dict[str, Any], ablation: _Ablation) ->
             *(made, config, model, calibration, smoothing, ablation.track),
             force=force,
             tell=ablation.tell,
+            also=ablation.statistics,
         )
     with _clock(seconds, "sample"):
         folder = _sample(variant, made, ablation)

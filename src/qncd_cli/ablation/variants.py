@@ -151,3 +151,22 @@ def _at_widths(tree: dict[str, Any], widths: Widths | None, where: str) -> Confi
     quantization |= {"split_skip_connections": False, "bias_correction": False}
     tree["correction"]["intra"] = "none"
     return parse_config(tree, where)
+
+
+def check_variants(variants: Sequence[Variant]) -> None:
+    """Raise ConfigError for what a table does not compare."""
+    if (reuse := variants[0].config.sampling.reuse) is not None:
+        raise ConfigError(
+            f"sampling.reuse {reuse:g}: ablate draws its rows without reuse across steps",
+            "add --set sampling.reuse=null",
+        )
+    if (bits := variants[0].config.first_stage.bits) is not None:
+        raise ConfigError(
+            f"first_stage.bits {bits}: ablate decodes all rows alike, in floating point",
+            "add --set first_stage.bits=null",
+        )
+
+
+def statistics_of(variants: Sequence[Variant]) -> frozenset[str]:
+    """Statistics of noise that corrections of any variant need (`InterConfig.statistics`)."""
+    return frozenset().union(*(v.config.correction.inter.statistics for v in variants))

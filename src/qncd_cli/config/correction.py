@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from .section import Section
 
+RUNTIME, STEPWISE = "runtime", "stepwise"
+"""Statistics of the noise that take calls of the denoiser of their own."""
+
 
 class InterConfig(Section):
     """Correction of the noise that accumulates over the steps (docs/method.md).
@@ -67,6 +70,13 @@ class InterConfig(Section):
         if self.slope and self.baseline == "none":
             raise ValueError("slope needs baseline full_precision to compare with")
         return self
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """What quantize measures for it beside the noise of every step: RUNTIME or STEPWISE."""
+        if self.method == "runtime" and self.baseline == "full_precision":
+            return frozenset((RUNTIME,))
+        return frozenset((STEPWISE,)) if self.method == "stepwise" else frozenset()
 
     @property
     def depends_on_batch(self) -> bool:

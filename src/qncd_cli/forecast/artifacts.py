@@ -158,7 +158,7 @@ def extra_input_bits(config: Config, plans: list[LayerPlan]) -> float:
 
 
 def noise_stats(config: Config, shapes: Shapes, timesteps: list[float]) -> Artifact:
-    body = noise_body(config, shapes.latent_shape, timesteps)
+    body = noise_body(config, shapes.latent_shape, timesteps, config.correction.inter.statistics)
     return _blank("noise_stats", body, {"quantized": CONTENT})
 
 

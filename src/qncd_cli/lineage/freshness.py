@@ -6,7 +6,7 @@ skips it then; commands say the rest before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,23 +90,53 @@ def quantized(run: RunDir, config: Config, model: str, before: State) -> State:
     return State("quantize", why, open=True, found=state.found)
 
 
-def quantized_from(run: RunDir, config: Config, model: str, parents: dict[str, str]) -> State:
-    """The stage quantize. parents: digests of calibration and smoothing."""
+def quantized_from(
+    run: RunDir, config: Config, model: str, parents: dict[str, str], also: Collection[str] = ()
+) -> State:
+    """The stage quantize. parents: digests of calibration and smoothing; also: as in `lacking`."""
 
     def linked(found: Mapping[str, Stored]) -> str:
         if found["quantized"].parents != parents:
             return "calibrate is another one than it was made from"
         if found["noise_stats"].parents != {"quantized": found["quantized"].digest}:
             return "quantized and noise_stats do not belong together"
-        if not run.coverage.is_file():
-            return f"{run.coverage.name} is missing"
-        try:
-            read_coverage(run.coverage)
-        except ArtifactError:
-            return f"{run.coverage.name} is damaged or an earlier version's"
-        return ""
+        if wrong := _coverage_fault(run):
+            return wrong
+        return lacking(config, found["noise_stats"].body, also)
 
     return _state(run, "quantize", ("quantized", "noise_stats"), config, model, linked)
+
+
+def weights_from(run: RunDir, config: Config, model: str, parents: dict[str, str]) -> State:
+    """The stage quantize but for the statistics of the noise, which may be measured by themselves.
+
+    parents: as in `quantized_from`.
+    """
+
+    def linked(found: Mapping[str, Stored]) -> str:
+        if found["quantized"].parents != parents:
+            return "calibrate is another one than it was made from"
+        return _coverage_fault(run)
+
+    return _state(run, "quantize", ("quantized",), config, model, linked)
+
+
+def _coverage_fault(run: RunDir) -> str:
+    if not run.coverage.is_file():
+        return f"{run.coverage.name} is missing"
+    try:
+        read_coverage(run.coverage)
+    except ArtifactError:
+        return f"{run.coverage.name} is damaged or an earlier version's"
+    return ""
+
+
+def lacking(config: Config, body: Mapping[str, Any], also: Collection[str] = ()) -> str:
+    """A phrase where the statistics of noise are without some that the correction of config reads,
+    or that also names; body: of noise_stats."""
+    wanted = config.correction.inter.statistics.union(also)
+    missing = sorted(wanted.difference(body.get("measured", wanted)))
+    return f"the noise was measured without what {' and '.join(missing)} needs" if missing else ""
 
 
 def reused(run: RunDir, config: Config, model: str, quantized: str) -> State:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backends.base import BACKENDS
+from ..config.correction import RUNTIME, STEPWISE
 from ..config.schema import Config
 from ..correction.baseline import Estimate, EstimatorBaseline, StepError, fit_gains
 from ..correction.runtime import SLOPE_RATIOS, RuntimeCorrection
@@ -30,9 +31,10 @@ from ..store.partial import NOTHING_KEPT, Partial
 from .cost import INTEGERS, SIMULATION, Cost, DenoiserCall
 from .stepwise import fit_stepwise, goals_of, in_batches, latent_recorder
 
-CALLS_PER_STEP = 5
-"""Calls of a denoiser per step, for progress: both models and their estimators (two fewer in all
-at the last step), and full precision at the quantized model's inputs."""
+PAIR_CALLS = 2
+"""Calls of a denoiser per step: the quantized one, and full precision at its inputs."""
+RUNTIME_CALLS = 2
+"""Calls more per step for the run-time estimator: its own on both models, but at the last step."""
 CARRIED = "carried_from"
 """Key of the body of statistics that are another artifact's: its digest."""
 
@@ -43,40 +45,48 @@ def measure_noise(
     quantized: Artifact,
     track: Track,
     partial: Partial = NOTHING_KEPT,
+    also: Collection[str] = (),
 ) -> Artifact:
-    """Quantization noise per timestep, and what the run-time estimator reads without any.
+    """Quantization noise per timestep, and what else the configured correction needs.
 
     Pairs (eps, eps~) are taken along the quantized model's own trajectories, where corrections
-    will meet them. The run-time estimator runs on both models at every step: what it reads on the
-    full-precision one is the model's own error, the baseline of docs/method.md; how well it
-    foretells the pairs is its gain. The terms of the step-wise correction come from trajectories
-    that already have those of earlier steps. All in eps, whatever the model predicts (of rectified
-    flows in the velocity). Where corrections have no meaning (`plan_steps`) the artifact holds no
-    timestep, and its body says why.
+    will meet them. RUNTIME: the run-time estimator runs on both models at every step: what it reads
+    on the full-precision one is the model's own error, the baseline of docs/method.md; how well it
+    foretells the pairs is its gain. STEPWISE: the terms of the step-wise correction come from
+    trajectories that already have those of earlier steps. Both are measured for a correction that
+    reads them (`InterConfig.statistics`), or where also asks for them: they take twice as long as
+    the pairs, whose statistics are the same with and without. All in eps, whatever the model
+    predicts (of rectified flows in the velocity). Where corrections have no meaning (`plan_steps`)
+    the artifact holds no timestep, and its body says why.
     """
     scheduler = trajectory.timed_scheduler(config, model)
-    body = noise_body(config, model.latent_shape, [])
+    wanted = config.correction.inter.statistics.union(also)
+    body = noise_body(config, model.latent_shape, [], wanted)
     try:
         plan = plan_steps(scheduler, config.sampling.eta)
     except ConfigError as refused:
-        body["refused"] = refused.message
+        body |= {"refused": refused.message, "measured": [RUNTIME, STEPWISE]}
         layout = KINDS["noise_stats"].layout(body)
         tensors = {
             name: torch.zeros(shape, dtype=torch_type(type_))
             for name, (type_, shape) in layout.items()
         }
     else:
-        tensors = _measure(config, model, quantized, scheduler, plan, track, partial)
-        body |= noise_body(config, model.latent_shape, [step.t for step in plan])
+        tensors = _measure(config, model, quantized, scheduler, plan, wanted, track, partial)
+        body |= noise_body(config, model.latent_shape, [step.t for step in plan], wanted)
     parents = {"quantized": quantized.digest}
     digest = config.stage_digest("quantize")
     return Artifact("noise_stats", tensors, body, digest, model.digest, parents)
 
 
 def noise_body(
-    config: Config, latent_shape: Sequence[int], timesteps: Sequence[float]
+    config: Config,
+    latent_shape: Sequence[int],
+    timesteps: Sequence[float],
+    measured: Collection[str],
 ) -> dict[str, Any]:
-    """Body of the artifact: what its statistics hold for. timesteps: of every step."""
+    """Body of the artifact: what its statistics hold for. timesteps: of every step; measured: of
+    RUNTIME and STEPWISE."""
     sampling = config.sampling
     return {
         "channels": latent_shape[0],
@@ -90,6 +100,7 @@ def noise_body(
             "guidance_scale": sampling.guidance_scale,
         },
         "target": config.correction.inter.target,
+        "measured": sorted(measured),
     }
 
 
@@ -99,6 +110,7 @@ def _measure(
     quantized: Artifact,
     scheduler: Any,
     plan: Sequence[StepInfo],
+    wanted: Collection[str],
     track: Track,
     partial: Partial,
 ) -> dict[str, Tensor]:
@@ -116,22 +128,38 @@ def _measure(
     readings: list[tuple[list[Estimate], list[StepError]]] = []
     seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
     batches = chunks(seeds, calibration.batch_size)
-    calls = len(batches) * (CALLS_PER_STEP * len(plan) - 2)
+    per_step = PAIR_CALLS + RUNTIME_CALLS * (RUNTIME in wanted) + bool(wanted)
+    calls = len(batches) * (per_step * len(plan) - 2 * (RUNTIME in wanted))
     for batch, tick in counted(track, batches, "measuring quantization noise", calls, "calls"):
         errors: list[StepError] = []
         predict_full = trajectory.predict_for(config, model, full, batch, tick)
         record = pair_recorder(statistics, errors, plan, kind, predict_full)
-        estimates, _ = _estimates(config, model, computed, batch, tick, on_step=record)
+        how = _estimates if RUNTIME in wanted else _drawn
+        estimates, _ = how(config, model, computed, batch, tick, record)
+        if not wanted:
+            continue
         readings.append((estimates, errors))
         passed: list[Tensor] = []
-        estimates, end = _estimates(
-            config, model, full, batch, tick, on_step=latent_recorder(passed)
-        )
+        estimates, end = how(config, model, full, batch, tick, latent_recorder(passed))
         own += estimates
-        goals.append(goals_of(passed, end, plan, scheduler))
+        if STEPWISE in wanted:
+            goals.append(goals_of(passed, end, plan, scheduler))
     tensors = statistics.finish()
-    together = in_batches(config, model, computed)
-    tensors |= fit_stepwise(config, model, together, torch.cat(goals, 1), seeds, track)
+    if STEPWISE in wanted:
+        together = in_batches(config, model, computed)
+        tensors |= fit_stepwise(config, model, together, torch.cat(goals, 1), seeds, track)
+    if RUNTIME in wanted:
+        tensors |= _of_estimator(model, own, readings, tensors["timesteps"].tolist())
+    return tensors
+
+
+def _of_estimator(
+    model: DiffusionModel,
+    own: list[Estimate],
+    readings: list[tuple[list[Estimate], list[StepError]]],
+    timesteps: Sequence[int],
+) -> dict[str, Tensor]:
+    """runtime_*: what the estimator reads on the model itself, and how well it foretells noise."""
     baseline = EstimatorBaseline.of(own)
     gains = fit_gains(baseline, readings, SLOPE_RATIOS)
     tables: dict[str, Mapping[int, Tensor]] = {
@@ -141,11 +169,24 @@ def _measure(
         **{f"{name}_gain": table for name, table in gains.items()},
     }
     unseen = {"mean": torch.zeros(model.latent_shape[0]), "slope": torch.ones(())}
+    tensors = {}
     for name, table in tables.items():
         default = unseen.get(name, torch.zeros(()))
-        rows = [table.get(t, default).float() for t in tensors["timesteps"].tolist()]
+        rows = [table.get(t, default).float() for t in timesteps]
         tensors[f"runtime_{name}"] = torch.stack(rows)
     return tensors
+
+
+def _drawn(
+    config: Config,
+    model: DiffusionModel,
+    denoiser: Denoiser,
+    seeds: list[int],
+    tick: Tick,
+    on_step: OnStep,
+) -> tuple[list[Estimate], Tensor]:
+    """No readings, and where the trajectories end: without an estimator."""
+    return [], trajectory.draw(config, model, denoiser, seeds, on_step=on_step, tick=tick)
 
 
 def _estimates(
@@ -154,7 +195,7 @@ def _estimates(
     denoiser: Denoiser,
     seeds: list[int],
     tick: Tick,
-    on_step: OnStep | None = None,
+    on_step: OnStep,
 ) -> tuple[list[Estimate], Tensor]:
     """The run-time estimator's readings along one batch of trajectories of the denoiser, and where
     these end."""
@@ -203,5 +244,7 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     rows = calibration.noise_trajectories * call.copies * call.steps
     device = next(denoiser.parameters()).device
     quantized = INTEGERS if fastest(device) == "int8" else SIMULATION
-    calls = 3 * quantized + 3  # of CALLS_PER_STEP, and one of fit_stepwise
+    wanted = config.correction.inter.statistics
+    both = 1 + (RUNTIME in wanted)  # calls of each model at a step
+    calls = both * (quantized + 1) + bool(wanted) + quantized * (STEPWISE in wanted)
     return Cost(kept + call.first_bytes(batch), rows * call.macs * calls)

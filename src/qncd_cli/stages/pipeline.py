@@ -6,7 +6,7 @@ configurations (the ablate stage) share the work that they have in common.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Track, no_progress
 from ..ptq.first_stage import quantize_first_stage
+from ..ptq.noise import measure_noise
 from ..ptq.reuse import find_reuse
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
@@ -87,21 +88,26 @@ def quantize(
     force: bool = False,
     tell: Tell = unheard,
     ranks: Ranks = ALONE,
+    also: Collection[str] = (),
 ) -> bool:
-    """Write quantized, noise_stats and coverage; whether they were there already. As calibrate."""
+    """Write quantized, noise_stats and coverage; whether they were there already. As calibrate.
+
+    also: statistics of noise beside those that the configuration needs. Where these alone are
+    missing, the noise alone is measured again.
+    """
     parents = {"calibration": calibration.digest, "smoothing": smoothing.digest}
-
-    def holds() -> bool:
-        return not force and freshness.quantized_from(run, config, model.digest, parents).holds
-
-    if ranks.agreed(holds):
+    of_stage = run, config, model.digest, parents
+    if ranks.agreed(lambda: not force and freshness.quantized_from(*of_stage, also).holds):
         freshness.note_settings(run, "quantize", config)
         discard_stage(run.path, "quantize")
         return True
+    if ranks.agreed(lambda: not force and freshness.weights_from(*of_stage).holds):
+        ranks.agreed(lambda: _measure_noise(run, config, model, track, tell, also))
+        return False
     with _kept("quantize", run, config, model, parents, tell, ranks) as partial:
         with explained(model):
             result = quantize_stage.run(
-                *(config, model, calibration, smoothing, track, partial), ranks=ranks
+                *(config, model, calibration, smoothing, track, partial), ranks=ranks, also=also
             )
 
         def write() -> None:
@@ -114,6 +120,27 @@ def quantize(
 
         ranks.agreed(write)
     return False
+
+
+def _measure_noise(
+    run: RunDir,
+    config: Config,
+    model: DiffusionModel,
+    track: Track,
+    tell: Tell,
+    also: Collection[str],
+) -> None:
+    """Write noise_stats of the quantized model that is there, with what they already hold."""
+    quantized = artifacts.read(run.tensors("quantized"), "quantized")
+    parents = {"quantized": quantized.digest}
+    found = freshness.quantized_from(run, config, model.digest, dict(quantized.parents)).found
+    there = found.get("noise_stats")
+    if there is not None and there.parents == parents:
+        also = {*also, *there.body.get("measured", ())}
+    with _kept("quantize", run, config, model, parents, tell, ALONE) as partial, explained(model):
+        statistics = measure_noise(config, model, quantized, track, partial, also)
+        artifacts.write(run.tensors("noise_stats"), statistics)
+        freshness.note_settings(run, "quantize", config)
 
 
 def reuse(

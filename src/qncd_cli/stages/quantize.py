@@ -79,13 +79,14 @@ def run(
     track: Track = no_progress,
     partial: Partial = NOTHING_KEPT,
     ranks: Ranks = ALONE,
+    also: Collection[str] = (),
 ) -> QuantizeResult | None:
     """The stage's outputs, on the first rank.
 
     calibration and smoothing: of this model and configuration (the caller checks that). partial:
     what an earlier process has done; ranks: do their share of the layers each, which depend on each
     other only through what is exchanged. The first alone spends extra bits, learns roundings and
-    measures the noise.
+    measures the noise; also: statistics of it beside those that the configuration needs.
     """
     factors = factors_of(smoothing)
     plans = [
@@ -140,7 +141,7 @@ def run(
     if config.quantization.weights.rounding in ("adaround", "brecq"):
         unsealed = reconstruct.reconstruct(job, unsealed, track)
     quantized = seal(unsealed)
-    noise_stats = noise.measure_noise(config, model, quantized, track, partial)
+    noise_stats = noise.measure_noise(config, model, quantized, track, partial, also)
     return QuantizeResult(quantized, noise_stats, coverage(config, model, quantized))
 
 

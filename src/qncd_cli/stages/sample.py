@@ -24,6 +24,7 @@ from ..correction.runtime import RuntimeCorrection
 from ..correction.stepwise import StepwiseCorrection, field_grid
 from ..errors import ArtifactError, ConfigError
 from ..lineage import sample_set, sample_sets
+from ..lineage.freshness import lacking
 from ..lineage.growing_set import GrowingSet, go_on, part_path
 from ..lineage.sample_sets import TRACED, Drawing, identity_of
 from ..lineage.shards import SHARD, Shard
@@ -197,6 +198,12 @@ def _check_correction(config: Config, model: DiffusionModel, stats: Artifact) ->
         )
     prepared = stats.body["sampling"]
     asked = {key: getattr(config.sampling, key) for key in prepared}
+    if lacking(config, stats.body):
+        raise ArtifactError(
+            f"the noise was measured without what the {inter.method} correction needs",
+            f'"qncd quantize --set correction.inter.method={inter.method}" measures it alone; '
+            "or add --inter none",
+        )
     differing = [f"{k} {prepared[k]}, now {asked[k]}" for k in prepared if prepared[k] != asked[k]]
     if differing:
         raise ConfigError(

@@ -112,23 +112,20 @@ def _quantized_layout(body: dict) -> Layout:
 
 def _noise_stats_layout(body: dict) -> Layout:
     steps, channels = body["steps"], body["channels"]
-    per_channel = (
-        *("mean", "variance", "residual_mean", "runtime_mean"),
-        *("affine_a", "affine_b", "affine_mean"),
-    )
-    runtime = ("variance", "slope", "tensor_gain", "channel_gain", "slope_gain")
-    per_step = (
-        "correlation_k",
-        "residual_variance",
-        "affine_variance",
-        *[f"runtime_{name}" for name in runtime],
-    )
+    measured = body.get("measured", ("runtime", "stepwise"))  # all, before it was said
+    per_channel = ["mean", "variance", "residual_mean", "affine_a", "affine_b", "affine_mean"]
+    per_step = ["correlation_k", "residual_variance", "affine_variance"]
+    if "runtime" in measured:
+        of_step = ("variance", "slope", "tensor_gain", "channel_gain", "slope_gain")
+        per_channel.append("runtime_mean")
+        per_step += [f"runtime_{name}" for name in of_step]
     layout: Layout = {"timesteps": (INT64, (steps,))}
     layout |= dict.fromkeys(per_channel, (FLOAT32, (steps, channels)))
     layout |= dict.fromkeys(per_step, (FLOAT32, (steps,)))
-    terms = (body["sampler_steps"], channels)
-    layout |= dict.fromkeys(("stepwise_prediction", "stepwise_latent"), (FLOAT32, terms))
-    layout["stepwise_field"] = (FLOAT32, (*terms, *body["grid"]))
+    if "stepwise" in measured:
+        terms = (body["sampler_steps"], channels)
+        layout |= dict.fromkeys(("stepwise_prediction", "stepwise_latent"), (FLOAT32, terms))
+        layout["stepwise_field"] = (FLOAT32, (*terms, *body["grid"]))
     return layout
 
 
