@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .launch import EXACT, Call, operand_or, run, triton_type, units
 from .quantize import Quantizer
-from .tiles import Tile, choose_tile
+from .tiles import Tile, candidates, choose_tile
+from .tuning import can_time, milliseconds, table_of
 from .weights import Weight
 
 GEOMETRY = [
@@ -75,9 +76,24 @@ def multiply(problem: Product) -> Tensor:
     rows = out.numel() // problem.outputs
     if rows:
         device = problem.codes.device
-        tile = choose_tile(rows, problem.outputs, problem.weight.packed, units(device))
-        run(product_call(problem, out, tile), device)
+        run(product_call(problem, out, _tile(problem, out, rows)), device)
     return out
+
+
+def _tile(problem: Product, out: Tensor, rows: int) -> Tile:
+    """The tile that is fastest, where launches can be timed; else the one that arithmetic says."""
+    device, weight = problem.codes.device, problem.weight
+    if not can_time(device):
+        return choose_tile(rows, problem.outputs, weight.packed, units(device))
+    _, _, channels, *_ = _sizes(problem.codes, weight, problem.geometry, out)
+    after = "codes" if problem.following is not None else str(problem.dtype)
+    words = "packed" if weight.packed else "int8", *problem.geometry, after
+    shape = " ".join(map(str, (rows, problem.outputs, channels, *words)))
+    return table_of(device).fastest(
+        shape,
+        candidates(rows, weight.packed),
+        lambda tile: milliseconds(product_call(problem, out, tile), device),
+    )
 
 
 def product_call(problem: Product, out: Tensor, tile: Tile) -> Call:

@@ -1,6 +1,6 @@
-"""Shipped tiles of the product kernel, and which of them a product takes.
+"""Shipped tiles of the product kernel, and which of them a product takes by arithmetic.
 
-Chosen by arithmetic, not by a clock: no GPU has timed them yet. Each is compiled ahead of time for
+On a GPU those of products of bytes are timed once (`tuning`). Each is compiled ahead of time for
 every architecture in ARCHITECTURES, and its registers, shared memory and spills are looked at
 (scripts/gpu_kernels.py and its tests).
 """
@@ -77,6 +77,12 @@ def choose_tile(rows: int, outputs: int, packed: bool, units: int, bits: int = 8
     tiles = tiles_of(packed, bits)
     full = (tile for tile in tiles if tile.count(rows, outputs) >= TILES_PER_UNIT * units)
     return next(full, tiles[-1])
+
+
+def candidates(rows: int, packed: bool) -> tuple[Tile, ...]:
+    """The tiles that may be the fastest for a product of bytes with so many rows."""
+    few = (FLAT[packed],) if rows <= 4 * FLAT[packed].rows else ()
+    return tiles_of(packed, 8) + few
 
 
 def tiles_of(packed: bool, bits: int) -> tuple[Tile, ...]:

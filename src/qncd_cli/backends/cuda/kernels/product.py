@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .addressing import corners, pixel_of, tile_of
 from .rounding import code, rounded
 
 NIBBLES: tl.constexpr = tl.constexpr(32)
@@ -68,10 +69,7 @@ def product(
     the layer's output, to which it is rounded before the residual is added. NEXT_BITS: 0, or the
     output is the next layer's codes of so many bits.
     """
-    columns = (outputs + OUTPUTS - 1) // OUTPUTS
-    tile = tl.program_id(0)
-    row = (tile // columns) * ROWS + tl.arange(0, ROWS)
-    output = (tile % columns) * OUTPUTS + tl.arange(0, OUTPUTS)
+    row, output = tile_of(outputs, ROWS, OUTPUTS)
     here, real = row < rows, output < outputs
     depth = tl.arange(0, DEPTH)
     channel = (depth // NIBBLES) * (2 * NIBBLES) + depth % NIBBLES if PACKED else depth
@@ -79,15 +77,18 @@ def product(
     tap_bytes = padded // 2 if PACKED else padded
     taps: tl.constexpr = KERNEL_H * KERNEL_W
 
-    if POINTWISE:
-        image = row.to(tl.int64)
-        top = row * 0
-        left = row * 0
-    else:
-        out_pixels = out_height * out_width
-        image = (row // out_pixels).to(tl.int64) * (height * width)
-        top = (row % out_pixels) // out_width * STRIDE_H - PAD_H
-        left = row % out_width * STRIDE_W - PAD_W
+    image, top, left = corners(
+        row,
+        height,
+        width,
+        out_height,
+        out_width,
+        STRIDE_H,
+        STRIDE_W,
+        PAD_H,
+        PAD_W,
+        POINTWISE,
+    )
 
     weights = weight_ptr + output[None, :].to(tl.int64) * (taps * tap_bytes) + depth[:, None]
     if PACKED:
@@ -97,13 +98,19 @@ def product(
     for k in range(0, taps * blocks):
         tap = k // blocks
         first = (k - tap * blocks) * STEP
-        if POINTWISE:
-            pixel, inside = image, here
-        else:
-            y = top + tap // KERNEL_W * DILATION_H
-            x = left + tap % KERNEL_W * DILATION_W
-            inside = here & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-            pixel = image + y * width + x
+        pixel, inside = pixel_of(
+            tap,
+            here,
+            image,
+            top,
+            left,
+            height,
+            width,
+            KERNEL_W,
+            DILATION_H,
+            DILATION_W,
+            POINTWISE,
+        )
         known = first + channel
         codes = x_ptr + pixel[:, None] * channels + known[None, :]
         a = tl.load(codes, mask=inside[:, None] & (known < channels)[None, :], other=0)
@@ -135,9 +142,19 @@ def product(
         if PAD_H == 0 and PAD_W == 0:
             sums += moved
         else:
-            y = top + tap // KERNEL_W * DILATION_H
-            x = left + tap % KERNEL_W * DILATION_W
-            inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            _, inside = pixel_of(
+                tap,
+                here,
+                image,
+                top,
+                left,
+                height,
+                width,
+                KERNEL_W,
+                DILATION_H,
+                DILATION_W,
+                POINTWISE,
+            )
             sums += tl.where(inside[:, None], moved, 0)
 
     weight_scale = tl.load(weight_scale_ptr + output, mask=real, other=0.0)[None, :]
