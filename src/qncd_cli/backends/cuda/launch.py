@@ -75,6 +75,19 @@ def run(call: Call, device: torch.device) -> None:
         kernel[call.grid](*call.operands, **call.constants, **call.options)
 
 
+def launch_time(call: Call, device: torch.device, warmup: float, repeats: float) -> float:
+    """Milliseconds of a launch on a GPU, the median of many.
+
+    warmup, repeats: milliseconds of launches before those that count, and of those.
+    """
+    from triton.testing import do_bench
+
+    found: Any = do_bench(
+        lambda: run(call, device), warmup=warmup, rep=repeats, return_mode="median"
+    )
+    return float(found)
+
+
 @functools.cache
 def units(device: torch.device) -> int:
     """Multiprocessors."""

@@ -16,14 +16,13 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ...errors import ArtifactError
 from ...store.file_stamps import cache_folder
 from ...store.files import read_json, write_json
-from .launch import Call, run
+from .launch import Call, launch_time
 from .tiles import Tile
 
 WARMUP, REPEATS = 5, 20
@@ -82,10 +81,5 @@ def table_for(gpu: str, triton: str) -> TileTable:
 
 
 def milliseconds(call: Call, device: torch.device) -> float:
-    """Of a launch on a GPU: the median of many."""
-    from triton.testing import do_bench
-
-    found: Any = do_bench(
-        lambda: run(call, device), warmup=WARMUP, rep=REPEATS, return_mode="median"
-    )
-    return float(found)
+    """Time of a launch on a GPU, the median of many."""
+    return launch_time(call, device, WARMUP, REPEATS)

@@ -27,8 +27,11 @@ def corners(
     PAD_W: tl.constexpr,
     POINTWISE: tl.constexpr,
 ):
-    """Of the input pixels of each row of the result: number of the image's first pixel, and the
-    line and column of the first tap in it. POINTWISE: the number of its only pixel, and zeros."""
+    """Where the input of each row of the result begins.
+
+    The number of its image's first pixel, and the line and column of the first tap in that image.
+    POINTWISE: the number of its only pixel, and zeros.
+    """
     if POINTWISE:
         image = row.to(tl.int64)
         top = row * 0
