@@ -41,6 +41,13 @@ def available_memory(root: Path = SYSTEM) -> int | None:
     return min([*found, *_of_groups(root)], default=None)
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a GPU; None for the CPU, whose memory is the system's."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def _of_groups(root: Path) -> list[int]:
     """What the limits of this process' control groups, of either version, leave of memory."""
     top = root / "sys/fs/cgroup"

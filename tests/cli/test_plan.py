@@ -208,6 +208,25 @@ def test_what_does_not_fit_on_disk_is_refused_in_one_line(qncd, monkeypatch):
     assert json.loads(refused.stdout)["does_not_fit"]
 
 
+def test_what_does_not_fit_on_a_gpu_is_refused_in_one_line(qncd, planned, monkeypatch):
+    """No GPU is here: its free memory is told, all else is the plan's."""
+    _, quantize, _ = planned["stages"]
+    assert 0 < quantize["device_bytes"] < quantize["peak_bytes"]
+    free = quantize["device_bytes"]
+    monkeypatch.setattr(forecast, "device_memory", lambda device: free)
+    assert qncd(*PLAN, "--json").data["available"]["device"] == free
+    monkeypatch.setattr(forecast, "device_memory", lambda device: free - 1)
+    refused = qncd(*PLAN, ok=False)
+    assert refused.exit_code == 6
+    (line,) = refused.stderr.strip().splitlines()
+    assert "quantize takes up to" in line and "free there" in line
+
+
+def test_a_plan_for_a_device_that_is_not_there_is_refused(qncd):
+    refused = qncd(*PLAN, "--device", "cuda:7", ok=False)
+    assert refused.exit_code == 6 and "no CUDA device for cuda:7" in refused.stderr
+
+
 def test_a_stage_is_refused_for_its_own_needs(qncd, planned, monkeypatch):
     """Calibration may fit where drawing many samples at once does not."""
     big = ("run", "--config", "tiny.yaml", "--num", "100000", "--batch-size", "100000", "--plan")

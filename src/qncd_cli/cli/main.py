@@ -78,7 +78,7 @@ def calibrate(device, force, dry_run, plan, profile, as_json, debug, **names):
 
     wanted = Wanted(**names)
     if plan:
-        planning.of_config(Console(as_json), wanted, planning.STAGES[:2])
+        planning.of_config(Console(as_json), wanted, planning.STAGES[:2], device=device)
         return
     commands.calibrate(
         *(Console(as_json), wanted, device), force=force, dry_run=dry_run, profile=profile
@@ -246,7 +246,9 @@ def run(device, force, plan, as_json, debug, **options):
     if plan:
         drawing = {name: options[name] for name in commands.DRAWING}
         told = EvalOptions(**{k: v for k, v in options.items() if k not in commands.DRAWING})
-        planning.of_config(Console(as_json), wanted, planning.STAGES, drawing, told.wishes)
+        planning.of_config(
+            *(Console(as_json), wanted, planning.STAGES, drawing, told.wishes), device=device
+        )
         return
     commands.run_all(Console(as_json), wanted, device, force=force, options=options)
 

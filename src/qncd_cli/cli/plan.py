@@ -32,12 +32,14 @@ def of_config(
     stages: tuple[str, ...],
     drawing: dict[str, Any] | None = None,
     measuring: Wishes | None = None,
+    device: str = "cpu",
 ) -> None:
     """Print a forecast of stages from the first on. drawing: sampling options, None: defaults.
 
-    measuring: what eval is told, which is checked as the stages check it.
+    measuring: what eval is told, which is checked as the stages check it; device: where they are to
+    run.
     """
-    options = SampleOptions(**{**_DEFAULTS, **(drawing or {})})
+    options = SampleOptions(**{**_DEFAULTS, **(drawing or {}), "device": device})
     config, count = wanted.config(), options.num or DEFAULT_NUM
     if measuring is not None:
         check(measuring, config)
@@ -73,13 +75,17 @@ def announce(
 
 
 def of_run(
-    console: Console, run_dir: str | None, overrides: Sequence[str], stages: tuple[str, ...]
+    console: Console,
+    run_dir: str | None,
+    overrides: Sequence[str],
+    stages: tuple[str, ...],
+    device: str,
 ) -> None:
     """Print a forecast of quantize, and what else is named, in a run that is calibrated."""
     run = find_run(run_dir)
     config = load_config(str(run.config), overrides)
     check_parents(run, config, model_digest(config))
-    options = SampleOptions(**_DEFAULTS)
+    options = SampleOptions(**_DEFAULTS, device=device)
     _forecast(console, config, options, run.path, stages, DEFAULT_NUM)
 
 
@@ -117,7 +123,7 @@ def _report(
 ) -> dict[str, Any]:
     from ..forecast import plan as forecast
     from ..forecast.shapes import model_shapes
-    from ..models.loading import DTYPES
+    from ..models.loading import DTYPES, find_device
 
     silence_diffusers()
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
@@ -133,7 +139,14 @@ def _report(
         image_size=config.sampling.sides,
     )
     request = forecast.Request(
-        stages, sampling, count, options.batch_size, options.backend, folder, imports
+        stages,
+        sampling,
+        count,
+        options.batch_size,
+        options.backend,
+        folder,
+        imports,
+        device=find_device(options.device),
     )
     return forecast.run(config, shapes, request)
 
@@ -176,12 +189,14 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             for stage in report["stages"]
         ],
     )
-    free = report["available"]
+    free, on_cpu = report["available"], report["device"] == "cpu"
+    device = "the CPU" if on_cpu else report["device"]
+    there = "" if on_cpu else f"{_memory(free['device'])} on {device}, "
     print(
-        f"{report['samples']:,} samples, {report['batch_size']} at once, on the CPU with backend "
-        f"{report['backend']}, uncompiled. Available: {_memory(free['memory'])} of memory, "
+        f"{report['samples']:,} samples, {report['batch_size']} at once, on {device} with backend "
+        f"{report['backend']}, uncompiled. Available: {_memory(free['memory'])} of memory, {there}"
         f"{_memory(free['disk'])} of disk.\n"
-        "Times are rough: from MACs and the rate that this machine reached just now."
+        "Times are rough: from MACs and the rate that this machine's CPU reached just now."
     )
     mapped = max(stage["mapped_bytes"] for stage in report["stages"])
     if mapped:

@@ -82,7 +82,7 @@ def quantize(
     for key, value in (("quantization.weights.budget", budget), ("sampling.reuse", reuse)):
         overrides = overrides if value is None else (*overrides, f"{key}={value}")
     if plan:
-        planning.of_run(Console(as_json), run_dir, overrides, ("quantize",))
+        planning.of_run(Console(as_json), run_dir, overrides, ("quantize",), device)
         return
     console = Console(as_json)
     commands.quantize(console, overrides, run_dir, device, force=force, profile=profile)

@@ -17,7 +17,7 @@ from ..config.schema import Config
 from ..errors import BackendUnavailable
 from ..lineage.sample_set import SHEET_IMAGES
 from ..lineage.sample_sets import TRACED, default_batch
-from ..machine import available_disk, available_memory
+from ..machine import available_disk, available_memory, device_memory
 from ..models.loading import DTYPES, known_classes
 from ..models.topology import LayerCost, count_macs
 from ..ptq.coverage import coverage_of
@@ -36,6 +36,7 @@ from .partial import partial_bytes
 from .shapes import DENOISERS, Shapes
 from .work import Clock, measured_rates
 
+CPU = torch.device("cpu")
 SHEET_SCALE = 2  # of the contact sheet's pixels, per side
 
 
@@ -45,7 +46,7 @@ class Request:
 
     sampling: the configuration that samples are drawn with, count of them in batches (None: of the
     default size); run_dir: where all is written; imports: bytes of this process before it did
-    anything; clock: of the rates that are measured.
+    anything; clock: of the rates that are measured; device: where the stages are to run.
     """
 
     stages: tuple[str, ...]
@@ -56,10 +57,14 @@ class Request:
     run_dir: Path
     imports: int
     clock: Clock = time.perf_counter
+    device: torch.device = CPU
 
 
 def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     """The forecast as a tree for JSON: of main memory, with everything on the CPU.
+
+    On a GPU no more than the same lies there, the libraries of this process aside: device_bytes of
+    a stage has to be free there, too. Times are the CPU's.
 
     Raises ModelError for classes that the model does not have.
     """
@@ -76,7 +81,7 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     )
     batch_size = request.batch_size or default_batch(covered["macs"])
     result = _result(config, shapes, covered, quantized)
-    backend = get_backend(request.backend, "cpu").name
+    backend = get_backend(request.backend, request.device).name
     sizes = Foreseen.of(calibration, smoothing, quantized)
     noise = artifacts.noise_stats(config, shapes, times)
     disk = {
@@ -85,10 +90,14 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
         "sample": _samples_bytes(shapes, request),
     }
     stages = _stages(config, shapes, request, batch_size, backend, costs, sizes, quantized, disk)
-    available = {"memory": available_memory(), "disk": available_disk(request.run_dir)}
+    available = {
+        "memory": available_memory(),
+        "disk": available_disk(request.run_dir),
+        "device": device_memory(request.device),
+    }
     for stage in stages:
-        free = available["memory"]
-        stage["fits"] = free is None or stage["needed_bytes"] <= free
+        needs = (("memory", "needed_bytes"), ("device", "device_bytes"))
+        stage["fits"] = all(_fits(stage[bytes_], available[where]) for where, bytes_ in needs)
     return {
         "source": shapes.source,
         "parameters": covered["float_denoiser_bytes"] // 4,
@@ -97,10 +106,15 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
         "stages": stages,
         "available": available,
         "backend": backend,
+        "device": str(request.device),
         "samples": request.count,
         "batch_size": batch_size,
-        "does_not_fit": _problems(request.stages, stages, available),
+        "does_not_fit": _problems(request, stages, available),
     }
+
+
+def _fits(size: int, free: int | None) -> bool:
+    return free is None or size <= free
 
 
 def check(report: dict[str, Any]) -> None:
@@ -211,6 +225,7 @@ def _stages(
         highest = max(found, key=lambda phase: found[phase])
         needed = {p: size - (p != memory.LOADING) * mapped[name] for p, size in found.items()}
         neediest = max(needed, key=lambda phase: needed[phase])
+        there = max((size for phase, size in found.items() if phase != memory.LOADING), default=0)
         stages.append(
             {
                 "stage": name,
@@ -219,6 +234,7 @@ def _stages(
                 "mapped_bytes": mapped[name],
                 "needed_bytes": started + round(needed[neediest]),
                 "needed_at": neediest,
+                "device_bytes": round(there),
                 "phases": {phase: started + round(size) for phase, size in found.items()},
                 "macs": round(sum(cost.macs for cost in costs[name].values())),
                 "seconds": rates.seconds(costs[name].values()),
@@ -231,17 +247,23 @@ def _stages(
 
 
 def _problems(
-    asked: tuple[str, ...], stages: list[dict[str, Any]], available: dict[str, int | None]
+    request: Request, stages: list[dict[str, Any]], available: dict[str, int | None]
 ) -> list[str]:
-    stages = [stage for stage in stages if stage["stage"] in asked]
+    stages = [stage for stage in stages if stage["stage"] in request.stages]
     room, free = available["memory"], available["disk"]
     highest = max(stages, key=lambda stage: stage["needed_bytes"])
     disk = sum(stage["disk_bytes"] for stage in stages)
     problems = []
-    if room is not None and not highest["fits"]:
+    if room is not None and highest["needed_bytes"] > room:
         problems.append(
             f"{highest['stage']} takes about {megabytes(highest['needed_bytes'])} of memory "
             f"({highest['needed_at']}), {megabytes(room)} are available"
+        )
+    largest, there = max(stages, key=lambda stage: stage["device_bytes"]), available["device"]
+    if there is not None and largest["device_bytes"] > there:
+        problems.append(
+            f"{largest['stage']} takes up to {megabytes(largest['device_bytes'])} on "
+            f"{request.device}, {megabytes(there)} are free there"
         )
     if free is not None and disk > free:
         problems.append(f"up to {megabytes(disk)} of disk are needed, {megabytes(free)} are free")
