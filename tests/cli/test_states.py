@@ -57,7 +57,9 @@ def test_another_correction_measures_the_noise_alone(work):
     quantized, statistics = run / "quantized.safetensors", run / "noise_stats.safetensors"
     before, was = quantized.stat(), statistics.read_bytes()
     result = work("quantize", "--set", "correction.inter.method=stepwise")
-    line = "quantize: again, because the noise was measured without what stepwise needs"
+    line = (
+        "quantize: again, because the noise was measured without what the stepwise correction needs"
+    )
     assert line in result.stderr
     after = quantized.stat()
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)

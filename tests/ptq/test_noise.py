@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from qncd_cli.config.correction import RUNTIME, STEPWISE
+from qncd_cli.config.correction import PAIRS, RUNTIME, STEPWISE
 from qncd_cli.config.loading import parse_config
 from qncd_cli.models.loading import load_model
 from qncd_cli.progress import Track
@@ -53,37 +53,50 @@ def counting(totals: list[tuple[int, int]]) -> Track:
     return track
 
 
+@pytest.fixture(scope="module")
+def fitted(tiny_model, made):
+    """Statistics for a correction that reads the pairs alone."""
+    return noise.measure_noise(config_with(tiny_model, method="ptqd"), *made[:2], counting([]))
+
+
 @pytest.mark.parametrize(
     ("inter", "measured"),
     [
-        ({"method": "ptqd"}, []),
+        ({"method": "none"}, []),
         ({"method": "runtime", "baseline": "none"}, []),
-        ({"method": "runtime"}, [RUNTIME]),
-        ({"method": "stepwise"}, [STEPWISE]),
+        ({"method": "affine"}, [PAIRS]),
+        ({"method": "runtime"}, [PAIRS, RUNTIME]),
+        ({"method": "stepwise"}, [PAIRS, STEPWISE]),
     ],
 )
 def test_a_correction_gets_the_statistics_that_it_needs_and_the_noise_is_the_same(
-    tiny_model, made, inter, measured
+    tiny_model, made, fitted, inter, measured
 ):
-    model, quantized, plain = made
+    model, quantized, look = made
     totals: list[tuple[int, int]] = []
-    found = noise.measure_noise(
-        config_with(tiny_model, **inter), model, quantized, counting(totals)
-    )
+    config = config_with(tiny_model, **inter)
+    found = noise.measure_noise(config, model, quantized, counting(totals))
     assert found.body["measured"] == measured
     kinds = {name.partition("_")[0] for name in found.tensors}
-    assert kinds & {RUNTIME, STEPWISE} == {*measured}
-    for name, tensor in plain.tensors.items():
+    assert kinds & {RUNTIME, STEPWISE} == {*measured} - {PAIRS}
+    for name, tensor in (fitted if measured else look).tensors.items():
         assert torch.equal(found.tensors[name], tensor), name
     assert totals and all(total == came for total, came in totals)
 
 
+def test_where_no_correction_reads_the_noise_few_trajectories_show_it(made, fitted):
+    look = made[2].tensors
+    assert torch.equal(look["timesteps"], fitted.tensors["timesteps"])
+    seen, known = (t["variance"].mean() for t in (look, fitted.tensors))
+    assert not torch.equal(seen, known) and 0.5 < float(seen / known) < 2
+
+
 def test_what_else_is_asked_for_is_measured_as_if_it_alone_were(tiny_model, made, tmp_path):
-    model, quantized, plain = made
+    model, quantized, _ = made
     none = config_with(tiny_model, method="none")
     both = noise.measure_noise(none, model, quantized, counting([]), also=(RUNTIME, STEPWISE))
     artifacts.write(tmp_path / "noise_stats.safetensors", both)
-    assert both.body["measured"] == [RUNTIME, STEPWISE]
+    assert both.body["measured"] == [PAIRS, RUNTIME, STEPWISE]
     for method in (RUNTIME, STEPWISE):
         config = config_with(tiny_model, method=method)
         alone = noise.measure_noise(config, model, quantized, counting([]))

@@ -8,8 +8,9 @@ from pydantic import Field, model_validator
 
 from .section import Section
 
-RUNTIME, STEPWISE = "runtime", "stepwise"
-"""Statistics of the noise that take calls of the denoiser of their own."""
+PAIRS, RUNTIME, STEPWISE = "pairs", "runtime", "stepwise"
+"""Statistics of the noise that corrections read: errors along all trajectories that there are for
+it, what the run-time estimator reads, terms of the step-wise correction."""
 
 
 class InterConfig(Section):
@@ -73,10 +74,11 @@ class InterConfig(Section):
 
     @property
     def statistics(self) -> frozenset[str]:
-        """What quantize measures for it beside the noise of every step: RUNTIME or STEPWISE."""
-        if self.method == "runtime" and self.baseline == "full_precision":
-            return frozenset((RUNTIME,))
-        return frozenset((STEPWISE,)) if self.method == "stepwise" else frozenset()
+        """What quantize has to measure for it, of PAIRS, RUNTIME and STEPWISE."""
+        if self.method == "none" or (self.method == "runtime" and self.baseline == "none"):
+            return frozenset()
+        more = {"runtime": RUNTIME, "stepwise": STEPWISE}.get(self.method, PAIRS)
+        return frozenset((PAIRS, more))
 
     @property
     def depends_on_batch(self) -> bool:

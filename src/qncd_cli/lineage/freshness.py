@@ -134,9 +134,11 @@ def _coverage_fault(run: RunDir) -> str:
 def lacking(config: Config, body: Mapping[str, Any], also: Collection[str] = ()) -> str:
     """A phrase where the statistics of noise are without some that the correction of config reads,
     or that also names; body: of noise_stats."""
-    wanted = config.correction.inter.statistics.union(also)
-    missing = sorted(wanted.difference(body.get("measured", wanted)))
-    return f"the noise was measured without what {' and '.join(missing)} needs" if missing else ""
+    inter, there = config.correction.inter, body.get("measured")
+    if there is None or inter.statistics.union(also).issubset(there):
+        return ""
+    who = "another row's" if inter.statistics.issubset(there) else f"the {inter.method}"
+    return f"the noise was measured without what {who} correction needs"
 
 
 def reused(run: RunDir, config: Config, model: str, quantized: str) -> State:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.base import BACKENDS
-from ..config.correction import RUNTIME, STEPWISE
+from ..config.correction import PAIRS, RUNTIME, STEPWISE
 from ..config.schema import Config
 from ..correction.baseline import Estimate, EstimatorBaseline, StepError, fit_gains
 from ..correction.runtime import SLOPE_RATIOS, RuntimeCorrection
@@ -35,6 +35,9 @@ PAIR_CALLS = 2
 """Calls of a denoiser per step: the quantized one, and full precision at its inputs."""
 RUNTIME_CALLS = 2
 """Calls more per step for the run-time estimator: its own on both models, but at the last step."""
+LOOK = 4
+"""Where no correction reads the statistics, one of so many trajectories is drawn for the report.
+Larger: a shorter quantize, and curves of the report that wave."""
 CARRIED = "carried_from"
 """Key of the body of statistics that are another artifact's: its digest."""
 
@@ -54,18 +57,19 @@ def measure_noise(
     on the full-precision one is the model's own error, the baseline of docs/method.md; how well it
     foretells the pairs is its gain. STEPWISE: the terms of the step-wise correction come from
     trajectories that already have those of earlier steps. Both are measured for a correction that
-    reads them (`InterConfig.statistics`), or where also asks for them: they take twice as long as
-    the pairs, whose statistics are the same with and without. All in eps, whatever the model
-    predicts (of rectified flows in the velocity). Where corrections have no meaning (`plan_steps`)
-    the artifact holds no timestep, and its body says why.
+    reads them (`InterConfig.statistics`), or where also asks for them, and take twice as long as
+    the pairs; where nothing reads those either, a few trajectories do. All in eps, whatever the
+    model predicts (of rectified flows in the velocity). Where corrections have no meaning
+    (`plan_steps`) the artifact holds no timestep, and its body says why.
     """
     scheduler = trajectory.timed_scheduler(config, model)
     wanted = config.correction.inter.statistics.union(also)
+    wanted = wanted.union((PAIRS,)) if wanted else wanted
     body = noise_body(config, model.latent_shape, [], wanted)
     try:
         plan = plan_steps(scheduler, config.sampling.eta)
     except ConfigError as refused:
-        body |= {"refused": refused.message, "measured": [RUNTIME, STEPWISE]}
+        body |= {"refused": refused.message, "measured": [PAIRS, RUNTIME, STEPWISE]}
         layout = KINDS["noise_stats"].layout(body)
         tensors = {
             name: torch.zeros(shape, dtype=torch_type(type_))
@@ -86,7 +90,7 @@ def noise_body(
     measured: Collection[str],
 ) -> dict[str, Any]:
     """Body of the artifact: what its statistics hold for. timesteps: of every step; measured: of
-    RUNTIME and STEPWISE."""
+    PAIRS, RUNTIME and STEPWISE."""
     sampling = config.sampling
     return {
         "channels": latent_shape[0],
@@ -126,9 +130,10 @@ def _measure(
     own: list[Estimate] = []
     goals: list[Tensor] = []
     readings: list[tuple[list[Estimate], list[StepError]]] = []
-    seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
+    count, more = _trajectories(config, wanted), not {RUNTIME, STEPWISE}.isdisjoint(wanted)
+    seeds = list(range(calibration.seed, calibration.seed + count))
     batches = chunks(seeds, calibration.batch_size)
-    per_step = PAIR_CALLS + RUNTIME_CALLS * (RUNTIME in wanted) + bool(wanted)
+    per_step = PAIR_CALLS + RUNTIME_CALLS * (RUNTIME in wanted) + more
     calls = len(batches) * (per_step * len(plan) - 2 * (RUNTIME in wanted))
     for batch, tick in counted(track, batches, "measuring quantization noise", calls, "calls"):
         errors: list[StepError] = []
@@ -136,7 +141,7 @@ def _measure(
         record = pair_recorder(statistics, errors, plan, kind, predict_full)
         how = _estimates if RUNTIME in wanted else _drawn
         estimates, _ = how(config, model, computed, batch, tick, record)
-        if not wanted:
+        if not more:
             continue
         readings.append((estimates, errors))
         passed: list[Tensor] = []
@@ -151,6 +156,12 @@ def _measure(
     if RUNTIME in wanted:
         tensors |= _of_estimator(model, own, readings, tensors["timesteps"].tolist())
     return tensors
+
+
+def _trajectories(config: Config, wanted: Collection[str]) -> int:
+    """How many are drawn; at least two, if there are as many."""
+    most = config.calibration.noise_trajectories
+    return most if wanted else min(most, max(2, most // LOOK))
 
 
 def _of_estimator(
@@ -240,11 +251,12 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     calibration = config.calibration
     parameters = sum(p.numel() for p in denoiser.parameters())
     kept = call.weights if keeps(4 * parameters) else 0
-    batch = call.copies * min(calibration.batch_size, calibration.noise_trajectories)
-    rows = calibration.noise_trajectories * call.copies * call.steps
+    wanted = config.correction.inter.statistics
+    count, more = _trajectories(config, wanted), not {RUNTIME, STEPWISE}.isdisjoint(wanted)
+    batch = call.copies * min(calibration.batch_size, count)
+    rows = count * call.copies * call.steps
     device = next(denoiser.parameters()).device
     quantized = INTEGERS if fastest(device) == "int8" else SIMULATION
-    wanted = config.correction.inter.statistics
     both = 1 + (RUNTIME in wanted)  # calls of each model at a step
-    calls = both * (quantized + 1) + bool(wanted) + quantized * (STEPWISE in wanted)
+    calls = both * (quantized + 1) + more + quantized * (STEPWISE in wanted)
     return Cost(kept + call.first_bytes(batch), rows * call.macs * calls)

@@ -198,9 +198,9 @@ def _check_correction(config: Config, model: DiffusionModel, stats: Artifact) ->
         )
     prepared = stats.body["sampling"]
     asked = {key: getattr(config.sampling, key) for key in prepared}
-    if lacking(config, stats.body):
+    if why := lacking(config, stats.body):
         raise ArtifactError(
-            f"the noise was measured without what the {inter.method} correction needs",
+            why,
             f'"qncd quantize --set correction.inter.method={inter.method}" measures it alone; '
             "or add --inter none",
         )
