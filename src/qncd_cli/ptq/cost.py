@@ -20,6 +20,11 @@ INTEGERS = 0.5
 0.83 (speed in docs/notebook)."""
 
 
+OBSERVING = 60
+"""Passes over a layer's input for what an observer counts of it. Fitted, as other numbers of passes
+are, by scripts/plan_times.py (docs/notebook/2026-11-27-effort.md)."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a part takes beside what is held before it begins.

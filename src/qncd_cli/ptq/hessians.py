@@ -26,9 +26,9 @@ from .prefix import TwofoldDenoiser, before, passes_of
 
 HESSIAN_MEMORY = 4 << 30
 """Bytes of Hessians held at once; more layers take more passes over the calibration inputs."""
-CODES = 0.3
+CODES = 0.45
 """Time of the sums of products of codes over that of float32's, with VNNI; larger: longer
-forecasts (scripts/plan_times.py: fashion-ldm's Hessians foretold 10.5 s, took 11.2)."""
+forecasts. Fitted as `cost.OBSERVING`."""
 SUMS = "hessians"
 """Name in partial results of the Hessians of the layers that are being rounded, as far as they are
 added up."""

@@ -24,7 +24,7 @@ from .job import QuantizationJob
 from .layer_plan import LayerPlan
 from .output_ranges import LayerOutput
 
-ROUNDING_PASSES = 8
+ROUNDING_PASSES = 32
 """Passes over a weight for one fraction of the search by squared error (quant.rounding)."""
 NEAREST_WEIGHTS = 6
 """Float32 copies of a weight while its scale is searched by squared error."""
@@ -129,9 +129,13 @@ def _round_weight(
 
 def cost(plans: list[LayerPlan]) -> Cost:
     """Scales of all weights, each searched by squared error. plans: of quantized weights."""
-    sizes = [p.layer.weight.numel() for p in plans]
-    passes = ROUNDING_PASSES * CLIP_FRACTIONS * sum(sizes)
-    return Cost(NEAREST_WEIGHTS * 4.0 * max(sizes, default=0), passes=passes)
+    largest = max((p.layer.weight.numel() for p in plans), default=0)
+    return Cost(NEAREST_WEIGHTS * 4.0 * largest, passes=search_passes(plans))
+
+
+def search_passes(plans: list[LayerPlan]) -> float:
+    """Elements that the search of all weights' scales passes over."""
+    return float(ROUNDING_PASSES * CLIP_FRACTIONS * sum(p.layer.weight.numel() for p in plans))
 
 
 def gptq_cost(plans: list[LayerPlan]) -> Cost:

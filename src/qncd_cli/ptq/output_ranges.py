@@ -21,6 +21,9 @@ from .probes import cost as probing_cost
 
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Fractions of the min-max range that are tried at either end, in all pairs."""
+TRIED_PASSES = 25
+"""Passes over a layer's kept inputs for each pair of ends that is tried. Fitted as
+`cost.OBSERVING`."""
 SHORTLIST = 6
 """Ranges whose error is computed in full, beside min-max and that of least squared error; all
 others are left out by an estimate. A larger value takes longer and finds the same range."""
@@ -154,6 +157,8 @@ class LayerOutput:
 def cost(config: Config, judged: list[LayerPlan], call: DenoiserCall) -> Cost:
     """Probes of the layers that are judged, and each layer on its own at every pair of ends."""
     tried = 2 * len(FRACTIONS) + SHORTLIST + 3  # clipping is a few rows, mostly
-    macs = sum(tried * call.layer_macs.get(p.name, 0) * kept_rows(config, p, call) for p in judged)
+    rows = {p.name: tried * kept_rows(config, p, call) for p in judged}
+    macs = sum(count * call.layer_macs.get(name, 0) for name, count in rows.items())
+    passes = TRIED_PASSES * sum(count * call.inputs.get(name, 0) for name, count in rows.items())
     probing = probing_cost(config, judged, call)
-    return replace(probing, macs=probing.macs + macs)
+    return replace(probing, macs=probing.macs + macs, passes=probing.passes + passes)

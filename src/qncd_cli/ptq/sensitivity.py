@@ -27,12 +27,16 @@ from ..store.partial import Partial, Piece
 from .cost import HEADROOM, Cost, DenoiserCall
 from .gradients import Remembered, gradients, other_leaves, own_inputs
 from .job import QuantizationJob
+from .layer import search_passes
 from .layer_plan import LayerPlan, range_observer
 from .layer_threads import side_by_side
 from .step_weights import predicted
 
 BACKWARD = 2.0
 """Time of a backward pass over that of a forward one."""
+BACKWARD_PASSES = 200
+"""Passes over what layers read, in a pass forward and in each pass back. Fitted as
+`cost.OBSERVING`."""
 AT_ONCE = 1 << 26
 """Elements that layers read in one pass: what it keeps for the way back is a few times as much. A
 larger value takes more memory, where four rows of a model have more."""
@@ -282,4 +286,6 @@ def cost(plans: list[LayerPlan], call: DenoiserCall, looks: Effort) -> Cost:
     there_and_back = 1 + BACKWARD * looks.sensitivity_projections
     passes = looks.sensitivity_rows * min(looks.sensitivity_steps, call.steps) * there_and_back
     macs = call.copies * call.macs * (1 + passes)
-    return Cost(errors + gradients + rows * call.graph * HEADROOM, macs)
+    looks_at = looks.sensitivity_rows * min(looks.sensitivity_steps, call.steps) * elements
+    read = BACKWARD_PASSES * (1 + looks.sensitivity_projections) * looks_at + search_passes(plans)
+    return Cost(errors + gradients + rows * call.graph * HEADROOM, macs, read)

@@ -14,7 +14,7 @@ from ..models.topology import attention_sites, capture_attention, capture_inputs
 from ..progress import Track, counted, no_progress
 from ..ptq import smoothing_choice
 from ..ptq.attention import operand_observers
-from ..ptq.cost import Cost, DenoiserCall
+from ..ptq.cost import OBSERVING, Cost, DenoiserCall
 from ..ptq.layer_plan import plan_layers
 from ..ptq.smoothing_choice import BEFORE_FACTORS, Factors, choose_factors, factors_of
 from ..quant.layers import StepState
@@ -128,7 +128,8 @@ def costs(
     calibration = config.calibration
     batch = min(calibration.batch_size, calibration.trajectories)
     rows = calibration.trajectories * call.copies * call.steps
-    found = {TRAJECTORIES: Cost(call.full_bytes(batch * call.copies), rows * call.macs)}
+    passes = OBSERVING * rows * sum(call.inputs.values())
+    found = {TRAJECTORIES: Cost(call.full_bytes(batch * call.copies), rows * call.macs, passes)}
     if smoothing_choice.looked_at(config, denoiser):
         found["choosing smoothing factors"] = smoothing_choice.cost(config, denoiser, call)
     if smoothing_choice.reads_embeddings(config):
