@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from ..machine import give_back
 from ..store.partial import Partial, Piece, States
 from .denoiser import Denoiser, timestep_group
 
 SEEN = "seen"
 """Name of what hooks saw during a call, before a number that keeps its order."""
+
+
+LONG = 1.0
+"""Seconds of a call after which freed memory goes back to the system: from call to call the heap of
+a large model grows by pieces between those that live. Less: time for calls of small models."""
 
 
 class KeptCalls(Denoiser):
@@ -52,7 +59,10 @@ class KeptCalls(Denoiser):
             output, seen = found.tensors.pop("output"), found.tensors
         else:
             self._seen = {}
+            begun = time.perf_counter()
             made = Piece(tensors={"output": super().__call__(x, t, condition), **self._seen})
+            if time.perf_counter() - begun > LONG:
+                give_back()
             self.kept.keep(key, made, self.states)
             output, seen = made.tensors["output"], {n: made.tensors[n] for n in self._seen}
         if self._receive is not None:
