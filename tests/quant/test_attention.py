@@ -45,7 +45,7 @@ def install(denoiser, bits, p_bits) -> int:
     return len(sites)
 
 
-def test_heads_a_few_at_a_time_give_the_same(monkeypatch):
+def test_samples_and_heads_a_few_at_a_time_give_the_same(monkeypatch):
     made, _ = processor()
     q, k, v = (randn(2, 5, 6, 4, seed=seed) for seed in range(3))
     for mask in (None, randn(2, 5, 6, 6, seed=3), randn(2, 1, 1, 6, seed=4)):
@@ -54,6 +54,27 @@ def test_heads_a_few_at_a_time_give_the_same(monkeypatch):
             monkeypatch.setattr(attention, "SCORES_AT_ONCE", 36 * at_once)
             torch.testing.assert_close(made.products(q, k, v, mask), whole, atol=1e-6, rtol=1e-6)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("mask", [None, (4, 1, 1, 300), (300, 300)])
+def test_scores_held_at_once_are_bounded_whatever_the_batch(monkeypatch, mask):
+    """Bit for bit, and no tensor of scores is larger than asked."""
+    made, _ = processor()
+    q, k, v = (randn(4, 3, 300, 16, seed=seed) for seed in range(3))
+    mask = None if mask is None else randn(*mask, seed=3)
+    whole, sizes, inner = made.products(q, k, v, mask), [], attention._softmax
+
+    def seen(scores, mask):
+        sizes.append(scores.numel())
+        return inner(scores, mask)
+
+    monkeypatch.setattr(attention, "_softmax", seen)
+    for at_once in (1, 2, 3, 7):
+        sizes.clear()
+        monkeypatch.setattr(attention, "SCORES_AT_ONCE", 300 * 300 * at_once)
+        assert torch.equal(made.products(q, k, v, mask), whole)
+        assert sum(sizes) == 4 * 3 * 300 * 300
+        assert max(sizes) <= 300 * 300 * at_once
 
 
 # ---- against diffusers --------------------------------------------------------------------------

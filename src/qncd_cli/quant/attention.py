@@ -15,7 +15,7 @@ Which processors of diffusers compute with these products: quant/attention_proce
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,8 +29,11 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 WORTH_INTEGERS = {"macs": 2**24, "width": 256}
 """Size of one head's product, and its width, from which on a CPU's kernels are the faster ones."""
 
-SCORES_AT_ONCE = 2**27
-"""Attention scores of one sample that floating point holds at once; more go by groups of heads."""
+SCORES_AT_ONCE = 2**22
+"""Attention scores that floating point holds at once; more go by groups of samples, and of heads.
+Larger: memory of a few times 4 bytes each, which the system hands over anew at every call."""
+GRAPH_SCORES = 2**27
+"""The same of one sample in a graph, which holds every group's operators."""
 
 
 def probabilities_qparams(bits: int) -> QParams:
@@ -77,16 +80,27 @@ class AttentionProducts(SteppedModule):
         """
         if self._integers_pay(query, key):
             return self._integer_products(query, key, value, mask)
-        at_once = max(1, SCORES_AT_ONCE // (query.shape[-2] * key.shape[-2]))
-        if query.shape[1] <= at_once:
-            return self._float_products(query, key, value, mask)
-        parts = []
-        for start in range(0, query.shape[1], at_once):
-            heads = slice(start, start + at_once)
-            cut = mask if mask is None or mask.shape[-3] == 1 else mask[..., heads, :, :]
-            part = query[:, heads], key[:, heads], value[:, heads]
-            parts.append(self._float_products(*part, cut))
-        return torch.cat(parts, 1)
+        most = SCORES_AT_ONCE if self.step.traced is None else GRAPH_SCORES
+        at_once = max(1, most // (query.shape[-2] * key.shape[-2]))  # matrices of scores
+        samples, heads = query.shape[:2]
+        if self.step.traced is None and samples > 1 and samples * heads > at_once:
+            return self._by_parts(0, max(1, at_once // heads), query, key, value, mask)
+        if heads > at_once:
+            return self._by_parts(1, at_once, query, key, value, mask)
+        return self._float_products(query, key, value, mask)
+
+    def _by_parts(
+        self, axis: int, size: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """`products`, so many samples (axis 0) or heads (axis 1) at a time."""
+        masks: Sequence[Tensor | None] = [mask] * -(-query.shape[axis] // size)
+        if mask is not None:
+            mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+            if mask.shape[axis] > 1:
+                masks = mask.split(size, axis)
+        operands = (x.split(size, axis) for x in (query, key, value))
+        parts = [self.products(*part) for part in zip(*operands, masks, strict=True)]
+        return torch.cat(parts, axis)
 
     def _float_products(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
