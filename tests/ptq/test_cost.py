@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_config
 from torch import nn
 
+from qncd_cli.config.effort import EFFORTS
 from qncd_cli.config.loading import parse_config
 from qncd_cli.config.schema import Config
 from qncd_cli.forecast import activations, artifacts
@@ -17,7 +19,15 @@ from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import DiffusionModel, load_model
 from qncd_cli.models.topology import count_macs
 from qncd_cli.progress import no_progress
-from qncd_cli.ptq import bit_budget, hessians, layer, probes, sensitivity, step_weights
+from qncd_cli.ptq import (
+    bit_budget,
+    calibration_probes,
+    hessians,
+    layer,
+    probes,
+    sensitivity,
+    step_weights,
+)
 from qncd_cli.ptq.cost import DenoiserCall
 from qncd_cli.ptq.job import QuantizationJob
 from qncd_cli.ptq.layer_plan import plan_layers
@@ -77,6 +87,34 @@ def test_probes_hold_as_many_bytes_as_they_say(tiny_model):
     found = probes.collect_probes(config, model, full_denoiser(model), plans, steps, no_progress)
     held = sum(x.nbytes for probe in found.values() for _, x in probe.parts)
     assert probes.cost(config, plans, call_of(config, model)).kept == held > 0
+
+
+@pytest.mark.parametrize("positions", [4, 9, 1024])
+@pytest.mark.parametrize("elements", [1 << 19, 4])
+def test_probes_on_calibration_hold_as_many_bytes_as_they_say(
+    tiny_model, monkeypatch, elements, positions
+):
+    """elements: with few of them the model counts as large: a step shows one trajectory."""
+    tree = tiny_config(tiny_model, calibration={**FEW, "trajectories": 6})
+    config = parse_config(tree | {"sampling": {"steps": 3, "guidance_scale": 2.0}}, "test")
+    name = config.calibration.effort
+    monkeypatch.setitem(EFFORTS, name, replace(EFFORTS[name], probe_elements=elements))
+    monkeypatch.setattr(calibration_probes, "POSITIONS", positions)
+    model = load_model(config.model.source)
+    calibration, _ = calibrate.run(config, model)
+    plans = plan_layers(config, model.denoiser)
+    with rows_of_calls(model) as rows:
+        found = calibration_probes.probes_on_calibration(
+            QuantizationJob(config, model, calibration, plans, {}), plans
+        )
+    cost = calibration_probes.cost(config, plans, call_of(config, model))
+    held = sum(x.nbytes for probe in found.values() for _, x in probe.parts)
+    assert 0 < held <= cost.kept <= 1.2 * held
+    assert sum(rows) * call_of(config, model).macs == cost.macs
+    assert rows[-1] == (2 if elements == 4 else 12)
+    for plan in plans:
+        for t, part in found[plan.name].parts:
+            assert part[0].numel() <= positions * plan.in_channels, t
 
 
 def test_hessians_and_sensitivity_take_as_many_rows_as_they_say(tiny_model):

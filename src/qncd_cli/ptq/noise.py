@@ -250,13 +250,13 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     """Trajectories of both models, the quantized one's weights kept where there is room."""
     calibration = config.calibration
     parameters = sum(p.numel() for p in denoiser.parameters())
-    kept = call.weights if keeps(4 * parameters) else 0
+    integers = fastest(next(denoiser.parameters()).device) == "int8"
+    kept = (call.weights / (4 if integers else 1)) if keeps(4 * parameters) else 0
     wanted = config.correction.inter.statistics
     count, more = _trajectories(config, wanted), not {RUNTIME, STEPWISE}.isdisjoint(wanted)
     batch = call.copies * min(calibration.batch_size, count)
     rows = count * call.copies * call.steps
-    device = next(denoiser.parameters()).device
-    quantized = INTEGERS if fastest(device) == "int8" else SIMULATION
+    quantized = INTEGERS if integers else SIMULATION
     both = 1 + (RUNTIME in wanted)  # calls of each model at a step
     calls = both * (quantized + 1) + more + quantized * (STEPWISE in wanted)
     return Cost(kept + call.first_bytes(batch), rows * call.macs * calls)

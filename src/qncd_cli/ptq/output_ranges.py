@@ -14,10 +14,11 @@ from ..quant.observers import choose_range
 from ..quant.smoothing import SmoothingFactor
 from ..runtime.denoiser import timestep_group
 from ..spec import activation_spec
+from .calibration_probes import cost as probing_cost
+from .calibration_probes import kept_rows
 from .cost import Cost, DenoiserCall
 from .layer_plan import LayerPlan
-from .probes import Probe, kept_rows
-from .probes import cost as probing_cost
+from .probes import Probe
 
 FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 """Fractions of the min-max range that are tried at either end, in all pairs."""
@@ -157,8 +158,9 @@ class LayerOutput:
 def cost(config: Config, judged: list[LayerPlan], call: DenoiserCall) -> Cost:
     """Probes of the layers that are judged, and each layer on its own at every pair of ends."""
     tried = 2 * len(FRACTIONS) + SHORTLIST + 3  # clipping is a few rows, mostly
-    rows = {p.name: tried * kept_rows(config, p, call) for p in judged}
+    rows = {name: tried * count for name, count in kept_rows(config, judged, call).items()}
     macs = sum(count * call.layer_macs.get(name, 0) for name, count in rows.items())
     passes = TRIED_PASSES * sum(count * call.inputs.get(name, 0) for name, count in rows.items())
     probing = probing_cost(config, judged, call)
-    return replace(probing, macs=probing.macs + macs, passes=probing.passes + passes)
+    kept = probing.kept if config.quantization.bias_correction else 0
+    return replace(probing, macs=probing.macs + macs, passes=probing.passes + passes, kept=kept)

@@ -52,9 +52,8 @@ def collect_probes(
     The last step is among them: ranges are widest at either end of a trajectory.
     """
     calibration, looks = config.calibration, config.calibration.looks
-    seeds = list(range(calibration.seed, calibration.seed + _trajectories(config)))
-    at = looks.probe_steps
-    kept = {round(i * (steps - 1) / max(1, at - 1)) for i in range(at)}
+    seeds = list(range(calibration.seed, calibration.seed + probed_trajectories(config)))
+    kept = looked_at_steps(looks, steps)
     probes = {plan.name: Probe(plan.channel_axis, []) for plan in plans}
     step = 0
 
@@ -67,7 +66,8 @@ def collect_probes(
     def see(name: str, x: Tensor) -> None:
         if step not in kept:
             return
-        picked = x[:: _stride(len(x), x[0].numel(), looks)].detach().float().cpu().clone()
+        stride = -(-len(x) // wanted_rows(x[0].numel(), looks))
+        picked = x[::stride].detach().float().cpu().clone()
         if not torch.isfinite(picked).all():
             t = denoiser.step.timestep
             raise NotFinite(f"the input of layer {name} is not finite at timestep {t:g}")
@@ -83,25 +83,33 @@ def collect_probes(
     return probes
 
 
-def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
-    """The trajectories, and what is kept of the plans' inputs."""
-    kept = sum(4 * kept_rows(config, plan, call) * call.inputs.get(plan.name, 0) for plan in plans)
-    rows = _trajectories(config) * call.copies
-    return Cost(kept + call.full_bytes(rows), rows * call.steps * call.macs, kept=kept)
+def looked_at_steps(looks: Effort, steps: int) -> list[int]:
+    """Numbers of the steps whose inputs are kept, of so many."""
+    at = looks.probe_steps
+    return sorted({round(i * (steps - 1) / max(1, at - 1)) for i in range(at)})
 
 
-def kept_rows(config: Config, plan: LayerPlan, call: DenoiserCall) -> int:
-    """Rows of a layer's input that its probe holds."""
-    rows, looks = _trajectories(config) * call.copies, config.calibration.looks
-    picked = -(-rows // _stride(rows, call.inputs.get(plan.name, 1), looks))
-    return min(looks.probe_steps, call.steps) * picked
-
-
-def _trajectories(config: Config) -> int:
+def probed_trajectories(config: Config) -> int:
+    """How many trajectories are looked at, the first ones of the calibration."""
     return min(config.calibration.looks.probe_trajectories, config.calibration.trajectories)
 
 
-def _stride(rows: int, elements: int, looks: Effort) -> int:
-    """Every so many rows of a call are kept. elements: of the input, per row."""
-    wanted = max(1, looks.probe_elements // looks.probe_steps // elements)
-    return max(1, -(-rows // wanted))
+def wanted_rows(elements: int, looks: Effort) -> int:
+    """Rows of one call that are kept of a layer's input. elements: of it, per row."""
+    return max(1, looks.probe_elements // looks.probe_steps // max(1, elements))
+
+
+def kept_of_call(rows: int, elements: int, looks: Effort) -> int:
+    """Rows of a call that are kept of a layer's input, at even distances. rows: of the call;
+    elements: of the input, per row."""
+    return -(-rows // -(-rows // wanted_rows(elements, looks)))
+
+
+def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
+    """The trajectories, and what is kept of the plans' inputs."""
+    looks = config.calibration.looks
+    rows = probed_trajectories(config) * call.copies
+    inputs = (call.inputs.get(plan.name, 0) for plan in plans)
+    of_call = sum(4 * kept_of_call(rows, elements, looks) * elements for elements in inputs)
+    kept = of_call * min(looks.probe_steps, call.steps)
+    return Cost(kept + call.full_bytes(rows), rows * call.steps * call.macs, kept=kept)

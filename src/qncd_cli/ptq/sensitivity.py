@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..config.effort import Effort
-from ..models.topology import capture_inputs
 from ..progress import Tick, Track, counted, no_progress
 from ..quant.affine import QParams, choose_qparams, fake_quantize
 from ..quant.observers import choose_range
@@ -24,6 +23,7 @@ from ..quant.rounding import weight_qparams
 from ..runtime.denoiser import timestep_group
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, activation_spec, weight_spec
 from ..store.partial import Partial, Piece
+from .calibration_probes import input_shapes
 from .cost import HEADROOM, Cost, DenoiserCall
 from .gradients import Remembered, gradients, other_leaves, own_inputs
 from .job import QuantizationJob
@@ -83,7 +83,8 @@ def sensitivity(job: QuantizationJob, track: Track = no_progress) -> Sensitivity
     try:
         for weight in weights.values():
             weight.requires_grad_(True)
-        at_once = rows_at_once(_elements(job), looks)
+        elements = sum(shape.numel() for shape in input_shapes(job, [*weights]).values())
+        at_once = rows_at_once(elements, looks)
         passes = projections * len(picked[done:]) * -(-looks.sensitivity_rows // at_once)
         for t, tick in counted(track, picked[done:], "measuring sensitivity", passes, "passes"):
             rows = (timestep == t).nonzero().flatten()[: looks.sensitivity_rows]
@@ -157,21 +158,6 @@ def rows_at_once(elements: int, looks: Effort) -> int:
     """Calibration rows that go through the denoiser together. elements: that its layers read of
     one, guidance counted; the rows of a model are the same on every machine."""
     return max(1, min(looks.sensitivity_rows, AT_ONCE // max(1, elements)))
-
-
-def _elements(job: QuantizationJob) -> int:
-    """What the layers read of one calibration row."""
-    sizes: dict[str, int] = {}
-
-    def receive(name: str, x: Tensor) -> None:
-        sizes[name] = x.numel()
-
-    inputs = job.calibration.tensors
-    with torch.no_grad(), capture_inputs(job.model.denoiser, [p.name for p in job.plans], receive):
-        x = inputs["inputs.x"][:1].to(job.model.device, job.model.dtype)
-        t = float(inputs["inputs.timestep"][0])
-        predicted(job.config, job.model, x, inputs["inputs.class"][:1], t)
-    return sum(sizes.values())
 
 
 def _sums(so_far: Sensitivity, generator: torch.Generator) -> Piece:

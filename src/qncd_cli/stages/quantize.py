@@ -28,6 +28,7 @@ from ..ptq import (
 )
 from ..ptq.attention import quantize_attention
 from ..ptq.bit_budget import BitAssignment, assign_bits
+from ..ptq.calibration_probes import probes_on_calibration
 from ..ptq.cost import Cost, DenoiserCall
 from ..ptq.coverage import coverage
 from ..ptq.extra_bits import refine
@@ -37,14 +38,13 @@ from ..ptq.layer import quantized_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
 from ..ptq.layer_threads import is_wide, side_by_side
 from ..ptq.output_ranges import LayerOutput, judged_by_output
-from ..ptq.probes import PROBE_CALLS, collect_probes
+from ..ptq.probes import PROBE_CALLS
 from ..ptq.sensitivity import Sensitivity
 from ..ptq.smoothing_choice import factors_of
 from ..ptq.step_weights import found_step_weights
 from ..quant.affine import QParams, choose_qparams
 from ..quant.gptq import Curvature
 from ..quant.observers import choose_range
-from ..runtime.denoiser import full_denoiser
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact, seal
@@ -109,6 +109,7 @@ def run(
         outputs = layer_outputs(mine, track)
     qparams = choose_ranges(mine, outputs, track)
     if not config.quantization.bias_correction:
+        outputs.clear()
         partial.forget(f"{PROBE_CALLS} ")
     tensors: dict[str, Tensor] = {}
     entries: dict[str, LayerEntry] = {}
@@ -208,16 +209,14 @@ def _extremes(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def layer_outputs(job: QuantizationJob, track: Track) -> dict[str, LayerOutput]:
     """What judges the output of each layer that asks for it (observer output, bias correction)."""
-    config, model = job.config, job.model
-    asked = judged_by_output(config, job.plans)
+    asked = judged_by_output(job.config, job.plans)
     if not asked:
         return {}
-    steps = len(job.calibration.body["timesteps"])
-    denoiser = full_denoiser(model)
-    probes = collect_probes(config, model, denoiser, asked, steps, track, job.partial)
+    probes = probes_on_calibration(job, asked, track)
     bounds, counts = job.group_bounds, job.step_weight
     return {
-        p.name: LayerOutput(p, probes[p.name], job.factor(p.name), bounds, counts) for p in asked
+        p.name: LayerOutput(p, probes.pop(p.name), job.factor(p.name), bounds, counts)
+        for p in asked
     }
 
 
