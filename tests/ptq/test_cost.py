@@ -43,10 +43,10 @@ def rows_of_calls(model: DiffusionModel) -> Iterator[list[int]]:
     """Rows of every call of the model's denoiser within the block."""
     found: list[int] = []
 
-    def count(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+    def count(module: nn.Module, args: tuple, kwargs: dict) -> None:
         found.append(len(args[0] if args else kwargs["sample"]))
 
-    handle = model.denoiser.register_forward_hook(count, with_kwargs=True)
+    handle = model.denoiser.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield found
     finally:

@@ -106,3 +106,22 @@ def test_layers_that_are_left_of_a_killed_group_find_their_hessians(job, tmp_pat
         assert not (tmp_path / "partial" / "quantize" / f"{SUMS}.safetensors").exists()
     assert again.keys() == rounded.keys()
     assert len(made) == len(calls)
+
+
+def test_a_call_ends_where_the_last_of_its_layers_has_had_its_input(job):
+    ran = []
+    handles = [
+        plan.layer.register_forward_hook(lambda *_, name=plan.name: ran.append(name))
+        for plan in job.plans
+    ]
+    names = [plan.name for plan in job.plans]
+    try:
+        some = collect_hessians(job.planned(job.plans[:3]), ranges(job))
+        early, ran[:] = list(ran), []
+        every = collect_hessians(job, ranges(job))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert set(early) == set(names[:2]) < set(ran)
+    for name, curvature in some.items():
+        assert torch.equal(curvature.hessian, every[name].hessian)

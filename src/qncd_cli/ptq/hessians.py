@@ -140,7 +140,7 @@ def collect_hessians(
                 x, *full = (math.sqrt(weight) * part for part in (x, *full))
             accumulators[name].update(x, plan.layer, rows, *full)
         to_see.pop(name, None)
-        if twofold and not to_see:
+        if not to_see:
             raise _AllSeen
 
     with capture_inputs(denoiser.module, list(by_name), receive):
@@ -209,8 +209,8 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     """The calls, and the outer product of every input vector. plans: of quantized weights.
 
     At the end each Hessian of a group is held twice, beside the last one of the group before. A
-    pass of several sees every row twice and ends behind its last layer, on average halfway; drifts
-    are as large as Hessians.
+    pass ends at its last layer, of several passes on average halfway; twofold ones see every row
+    twice. Drifts are as large as Hessians.
     """
     weights = config.quantization.weights
     twofold = weights.passes > 1 or weights.asymmetry > 0
@@ -218,7 +218,7 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     looks = config.calibration.looks
     rows = min(looks.hessian_calls, call.steps) * batch * call.copies
     groups = hessian_groups(plans)
-    calls = weights.passes + 1 if twofold else len(groups)
+    calls = weights.passes + 1 if twofold else (len(groups) + 1) / 2
     macs = float(calls * rows * call.macs)
     held = last = 0.0
     matrices = 2 if twofold else 1
