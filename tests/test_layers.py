@@ -209,6 +209,7 @@ DOORS: dict[str, list[str]] = {
         "config.quantization",
         "config.correction",
         "config.first_stage",
+        "config.text_encoders",
         "config.schema",
         "config.loading",
         "config.keys",

@@ -122,6 +122,8 @@ IMAGES = {
         "widths; in brackets the 95 % bootstrap interval of these differences.",
     ),
     "sqnr_steps_db": _decibels("SQNR by step", "SQNR of the prediction at every sampling step."),
+    "sqnr_embeddings_db": _decibels("SQNR of embeddings", "Of what text encoders make of prompts."),
+    "sqnr_lowest_db": _decibels("SQNR, lowest", "Of the prompt that loses most by quantization."),
     "psnr_db": _decibels("PSNR", "PSNR of all images together: a few that flipped decide it."),
     "psnr_median_db": _decibels("PSNR, median", "PSNR of the median image."),
     "psnr_q05_db": _decibels("PSNR, worst 5 %", "PSNR that 5 % of the images lie below."),

@@ -225,12 +225,13 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "correction.inter.field": (4, QUANTIZE),
     "first_stage.bits": (8, NEITHER),
     "first_stage.tile": (512, NEITHER),
+    "text_encoders.bits": (8, NEITHER),
     "evaluation.num_samples": (50, NEITHER),
     "evaluation.reference": ("elsewhere", NEITHER),
 }
 
 
-OF_TEXT_MODELS = ("sampling.negative_prompt", "sampling.image_size")
+OF_TEXT_MODELS = ("sampling.negative_prompt", "sampling.image_size", "text_encoders.bits")
 
 
 def leaves(tree: dict, prefix: str = "") -> set[str]:

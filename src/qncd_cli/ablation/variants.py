@@ -165,6 +165,11 @@ def check_variants(variants: Sequence[Variant]) -> None:
             f"first_stage.bits {bits}: ablate decodes all rows alike, in floating point",
             "add --set first_stage.bits=null",
         )
+    if (encoders := variants[0].config.text_encoders.bits) is not None:
+        raise ConfigError(
+            f"text_encoders.bits {encoders}: ablate encodes all rows alike, in floating point",
+            "add --set text_encoders.bits=null",
+        )
 
 
 def statistics_of(variants: Sequence[Variant]) -> frozenset[str]:

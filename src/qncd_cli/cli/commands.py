@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..config.loading import load_config
+from ..metrics.embeddings import sentence_of_encoders
 from ..phases import Phases
 from ..runs.calibrate import calibrate as calibrate_run
 from ..runs.measuring import check
@@ -13,6 +14,7 @@ from ..runs.model import model_digest
 from ..runs.quantize import quantize as quantize_run
 from ..runs.requantize import requantize as requantize_run
 from ..store.run_dir import RunDir, find_run, set_current
+from ..vocabulary import megabytes
 from . import states
 from .console import Console
 from .evaluation import EvalOptions, evaluate
@@ -83,6 +85,9 @@ def quantize(
     if (decoder := made.first_stage) is not None:
         share = decoder["integer_macs"] / decoder["macs"]
         plan["first_stage"] = {"integer_macs_share": share, "macs": decoder["macs"]}
+    if (encoders := made.text_encoders) is not None:
+        known = ("bits", "bytes", "float_bytes", "prompts", "fidelity")
+        plan["text_encoders"] = {key: encoders[key] for key in known}
     done(
         console,
         "quantize",
@@ -101,6 +106,9 @@ def quantize(
     )
     if made.reuse is not None and not console.as_json:
         print(*picture(made.reuse), sep="\n")
+    if encoders is not None and not console.as_json:
+        sizes = f"{megabytes(encoders['bytes'])}, in float32 {megabytes(encoders['float_bytes'])}"
+        print(f"{sentence_of_encoders(encoders)} ({sizes})")
 
 
 def _reuse(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,6 +172,8 @@ def _opened(run: RunDir) -> tuple[Config, Any, artifacts.Artifact]:
 def _without_correction(console: Console, config: Config, what: str) -> None:
     if config.first_stage.bits is not None:
         console.note(f"{what} decodes in floating point: first_stage.bits is of qncd sample")
+    if config.text_encoders.bits is not None:
+        console.note(f"{what} encodes in floating point: text_encoders.bits is of qncd sample")
     inter = config.correction.inter.method
     if inter != "none":
         console.note(f"{what} samples by itself: the {inter} correction is not part of it")

@@ -137,6 +137,7 @@ def _report(
         base=model.base,
         prompts=len(config.sampling.prompts or ()),
         image_size=config.sampling.sides,
+        text=config.text_encoders.bits is not None,
     )
     request = forecast.Request(
         stages,
@@ -156,7 +157,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
     rows = covered["layers"]
     layers = [row for row in rows if row["kind"] != "matmul"]
     products = [row for row in rows if row["kind"] == "matmul"]
-    bits = result["average_weight_bits"]
+    bits, encoders = result["average_weight_bits"], report["text_encoders_bytes"]
     console.table(
         ["plan", ""],
         [
@@ -172,6 +173,7 @@ def _render(console: Console, report: dict[str, Any]) -> None:
             ["of these quantized weights", megabytes(result["weight_bytes"])],
             ["of these left unquantized", megabytes(result["rest_bytes"])],
             ["of float32", f"{100 * result['share_of_float32']:.1f} %"],
+            *([["text encoders", megabytes(encoders)]] if encoders else []),
         ],
         report["source"],
     )

@@ -20,7 +20,7 @@ from .console import Console, keeping
 from .process import collect_as_usual
 from .states import say
 
-UNSAID = ("because", "keys", "reuse", "first_stage")
+UNSAID = ("because", "keys", "reuse", "first_stage", "text_encoders")
 """Keys of a stage's payload that are told before it begins, or below its line."""
 
 

@@ -18,8 +18,9 @@ from .first_stage import FirstStageConfig
 from .quantization import QuantizationConfig
 from .sampling import CalibrationConfig, ModelConfig, SamplingConfig
 from .section import Section
+from .text_encoders import TextEncodersConfig
 
-Stage = Literal["calibrate", "quantize", "reuse", "first_stage"]
+Stage = Literal["calibrate", "quantize", "reuse", "first_stage", "text_encoders"]
 SAMPLER = ("scheduler", "steps", "eta", "guidance_scale")
 """Keys of `sampling` that decide what a prediction is at a step."""
 REUSING = ("ddim", "dpmsolver++", "euler", "flow-euler")
@@ -47,6 +48,7 @@ class Config(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     correction: CorrectionConfig = CorrectionConfig()
     first_stage: FirstStageConfig = FirstStageConfig()
+    text_encoders: TextEncodersConfig = TextEncodersConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -80,6 +82,17 @@ class Config(Section):
                 f"correction.inter.method {inter.method} is of sampling without reuse: with "
                 "sampling.reuse set it to none, and correction.reuse to what is to be mended"
             )
+        encoders = self.text_encoders.bits
+        if encoders is not None and self.sampling.prompts is None:
+            raise ValueError(
+                f"text_encoders.bits {encoders} is of models that read prompts (sampling.prompts): "
+                "for others leave it null"
+            )
+        if encoders is not None and self.sampling.lora_branch:
+            raise ValueError(
+                "sampling.lora_branch may change text encoders, which were quantized without it: "
+                "with it set text_encoders.bits: null"
+            )
         if self.sampling.reuse is not None and self.sampling.scheduler not in REUSING:
             raise ValueError(
                 f"sampling.reuse takes the schedulers {', '.join(REUSING)}, not "
@@ -96,6 +109,9 @@ class Config(Section):
     def stage_inputs(self, stage: Stage) -> dict[str, Any]:
         """The part of the configuration that decides what a stage writes."""
         tree = self.to_dict()
+        if stage == "text_encoders":  # whatever the denoiser is, and however it samples
+            texts = {key: tree["sampling"][key] for key in ("prompts", "negative_prompt")}
+            return {"model": tree["model"], **texts, "text_encoders": tree["text_encoders"]}
         inputs = {k: tree[k] for k in ("model", "calibration")}
         inputs["sampling"] = self.sampling.drawn_with()
         if stage == "first_stage":  # latents come from full precision, whatever is quantized

@@ -64,7 +64,7 @@ def calibration(config: Config, shapes: Shapes, timesteps: list[float]) -> Artif
         "layers": {p.name: p.in_channels for p in plan_layers(config, shapes.denoiser)},
         "attention": {site.name: site.channels for site in attention_sites(shapes.denoiser)},
     }
-    return _blank("calibration", body, {"smoothing": CONTENT})
+    return blank("calibration", body, {"smoothing": CONTENT})
 
 
 def smoothing(config: Config, shapes: Shapes) -> Artifact:
@@ -88,7 +88,7 @@ def smoothing(config: Config, shapes: Shapes) -> Artifact:
         if plan.name in smoothed
     }
     rotated = {p.name: rotated_body(p) for p in plans if p.rotates(config)}
-    return _blank("smoothing", {"layers": {**rotated, **layers}})
+    return blank("smoothing", {"layers": {**rotated, **layers}})
 
 
 def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Artifact) -> Artifact:
@@ -107,7 +107,7 @@ def quantized(config: Config, shapes: Shapes, calibrated: Artifact, factors: Art
         "cache_time_embeddings": config.quantization.cache_time_embeddings,
         "source": shapes.source,
     }
-    return _blank("quantized", body, {"calibration": CONTENT, "smoothing": CONTENT})
+    return blank("quantized", body, {"calibration": CONTENT, "smoothing": CONTENT})
 
 
 def _entry(config: Config, plan: LayerPlan, factor: dict[str, Any] | None) -> LayerEntry:
@@ -159,7 +159,7 @@ def extra_input_bits(config: Config, plans: list[LayerPlan]) -> float:
 
 def noise_stats(config: Config, shapes: Shapes, timesteps: list[float]) -> Artifact:
     body = noise_body(config, shapes.latent_shape, timesteps, config.correction.inter.statistics)
-    return _blank("noise_stats", body, {"quantized": CONTENT})
+    return blank("noise_stats", body, {"quantized": CONTENT})
 
 
 def latents(shapes: Shapes, count: int, traced: int, steps: int) -> Artifact:
@@ -170,10 +170,11 @@ def latents(shapes: Shapes, count: int, traced: int, steps: int) -> Artifact:
         "steps": steps,
         "extra_calls": 0,
     }
-    return _blank("latents", body)
+    return blank("latents", body)
 
 
-def _blank(kind: str, body: dict[str, Any], parents: dict[str, str] | None = None) -> Artifact:
+def blank(kind: str, body: dict[str, Any], parents: dict[str, str] | None = None) -> Artifact:
+    """An artifact of a body, on the meta device."""
     tensors = {
         name: torch.empty(shape, dtype=torch_type(type_), device="meta")
         for name, (type_, shape) in KINDS[kind].layout(body).items()

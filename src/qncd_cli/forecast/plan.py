@@ -20,6 +20,7 @@ from ..lineage.sample_sets import TRACED, default_batch
 from ..machine import available_disk, available_memory, device_memory
 from ..models.loading import DTYPES, known_classes
 from ..models.topology import LayerCost, count_macs
+from ..ptq.cost import Cost
 from ..ptq.coverage import coverage_of
 from ..ptq.layer_plan import plan_layers
 from ..sampling.levels import visited, with_timesteps
@@ -30,7 +31,7 @@ from ..stages import calibrate, quantize, sample
 from ..store.artifacts import Artifact
 from ..store.layer_entry import layer_entries
 from ..vocabulary import megabytes
-from . import activations, artifacts, memory
+from . import activations, artifacts, memory, text_encoders
 from .memory import Foreseen
 from .partial import partial_bytes
 from .shapes import DENOISERS, Shapes
@@ -84,12 +85,17 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     backend = get_backend(request.backend, request.device).name
     sizes = Foreseen.of(calibration, smoothing, quantized)
     noise = artifacts.noise_stats(config, shapes, times)
+    text = text_encoders.artifact(config, shapes)
+    text_bytes = 0 if text is None else artifacts.file_bytes(text)
     disk = {
         "calibrate": sum(map(artifacts.file_bytes, (calibration, smoothing))),
-        "quantize": result["artifact_bytes"] + artifacts.file_bytes(noise),
+        "quantize": result["artifact_bytes"] + artifacts.file_bytes(noise) + text_bytes,
         "sample": _samples_bytes(shapes, request),
     }
-    stages = _stages(config, shapes, request, batch_size, backend, costs, sizes, quantized, disk)
+    before = text_encoders.cost(config, shapes, text)
+    stages = _stages(
+        *(config, shapes, request, batch_size, backend, costs, sizes, quantized, before, disk)
+    )
     available = {
         "memory": available_memory(),
         "disk": available_disk(request.run_dir),
@@ -103,6 +109,7 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
         "parameters": covered["float_denoiser_bytes"] // 4,
         "coverage": covered,
         "result": result,
+        "text_encoders_bytes": text_bytes,
         "stages": stages,
         "available": available,
         "backend": backend,
@@ -193,9 +200,10 @@ def _stages(
     macs: list[LayerCost],
     sizes: Foreseen,
     quantized: Artifact,
+    before: dict[str, Cost],
     disk: dict[str, int],
 ) -> list[dict[str, Any]]:
-    """disk: bytes that each stage leaves there."""
+    """before: what quantize does first; disk: bytes that each stage leaves there."""
     steps, drawn = (len(_timesteps(c, shapes)) for c in (config, request.sampling))
     call = activations.meter(config, shapes, quantized, macs, steps)
     integers = backend == "int8"
@@ -207,7 +215,7 @@ def _stages(
     decoder, batch = activations.first_stage(shapes), min(request.count, batch_size)
     costs = {
         "calibrate": calibrate.costs(config, shapes.denoiser, shapes.classes, call),
-        "quantize": quantize.costs(config, shapes.denoiser, call),
+        "quantize": before | quantize.costs(config, shapes.denoiser, call),
         "sample": sample.costs(drawing, decoder, request.count, batch, integers=integers),
     }
     phases = {

@@ -26,6 +26,7 @@ from ..models.loading import FIRST_STAGES
 from ..models.model_folder import find_base
 from ..models.pipelines import CLASS_CONDITIONAL, is_guided
 from ..models.text import reads_scale, sides_of
+from ..models.text_encoders import described_encoders
 from .described import Stored, at_random, folder_of_source, in_checkpoint, in_folder
 from .meta_inputs import (
     CLIP_PIPELINES,
@@ -63,7 +64,8 @@ class Shapes:
     arguments: rows -> keyword arguments of the denoiser, tensors on the meta device. classes: of
     the model, 0 for none; guided: whether it has a null class or prompt, and interpolates: how,
     as of DiffusionModel. image_shape: of one image. scheduler: configuration, None where nothing
-    says. dtype: of all but the first stage.
+    says. dtype: of all but the first stage. text: the text encoders, where they were asked for and
+    a folder describes them; tokens: of a prompt, 0 where there are none.
     """
 
     source: str
@@ -79,6 +81,8 @@ class Shapes:
     interpolates: bool
     scheduler: dict[str, Any] | None
     arguments: Callable[[int], Arguments] = field(repr=False)
+    text: nn.Module | None = None
+    tokens: int = 0
 
     def guides(self, scale: float) -> bool:
         """Whether that scale guides, as DiffusionModel.guides says."""
@@ -110,27 +114,28 @@ def model_shapes(
     base: str | None = None,
     prompts: int = 0,
     image_size: int | tuple[int, int] | None = None,
+    text: bool = False,
 ) -> Shapes:
     """dtype: of all but the first stage; prompts: how many of a text model; image_size: in pixels,
-    None for the model's own.
+    None for the model's own; text: whether the text encoders are wanted, too.
 
     Hub ids only where the files are here, checkpoints from their YAML or base. Raises ModelError.
     """
     scheduler: dict[str, Any] | None = None
     stored: dict[str, Stored] = {}
     tokens, is_folder, kind = 0, False, ""
+    place: Path | None = None
     if source.startswith("random:"):
         modules, scheduler = at_random(source.removeprefix("random:"))
     elif is_checkpoint(source):
         modules, scheduler, stored = in_checkpoint(source, compvis_config, base)
-        if base is not None:
-            kind = read_index(find_base(base), base)["_class_name"]
-            tokens = _prompt_tokens(find_base(base), kind)
+        place = None if base is None else find_base(base)
     else:
-        folder, is_folder = folder_of_source(source), True
-        modules, scheduler, stored = in_folder(folder, source)
-        kind = read_index(folder, source)["_class_name"]
-        tokens = _prompt_tokens(folder, kind)
+        place, is_folder = folder_of_source(source), True
+        modules, scheduler, stored = in_folder(place, source)
+    if place is not None:
+        kind = read_index(place, source)["_class_name"]
+        tokens = _prompt_tokens(place, kind)
     name = next((n for n in DENOISERS if n in modules), None)
     if name is None:
         raise ModelError(f"{source}: has no {' or '.join(DENOISERS)}", "is it a diffusion model?")
@@ -154,8 +159,8 @@ def model_shapes(
     if embedder is not None:
         tokens = embedder.config.tokens
     tokens = tokens or TEXT_TOKENS.get(type(denoiser).__name__, 0)
-    text = not classes and not isinstance(denoiser, UNet2DModel)
-    scaled = text and reads_scale(denoiser)
+    prompted = not classes and not isinstance(denoiser, UNet2DModel)
+    scaled = prompted and reads_scale(denoiser)
     flux = isinstance(denoiser, FluxTransformer2DModel)
     return Shapes(
         source=source,
@@ -166,11 +171,13 @@ def model_shapes(
         parts=parts,
         latent_shape=latent,
         image_shape=image,
-        classes=max(1, prompts) if text else classes,
-        guided=bool(classes or text) and not flux and not scaled,
+        classes=max(1, prompts) if prompted else classes,
+        guided=bool(classes or prompted) and not flux and not scaled,
         interpolates=bool(classes) and (not kind or kind in CLASS_CONDITIONAL),
         scheduler=scheduler,
         arguments=arguments_of(denoiser, dtype, latent, tokens, scaled),
+        text=described_encoders(place, source) if text and place is not None else None,
+        tokens=tokens,
     )
 
 

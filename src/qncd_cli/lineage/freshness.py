@@ -28,6 +28,9 @@ NAMES = {
     "widths.weights.nearest": "rounding to nearest",
     "estimator_target": "correction.inter.target",
     "first_stage": "first_stage",
+    "text_encoders": "text_encoders",
+    "prompts": "sampling.prompts",
+    "negative_prompt": "sampling.negative_prompt",
     "reuse.budget": "sampling.reuse",
     "reuse.mends": "correction.reuse",
     "reuse.field": "correction.inter.field",
@@ -185,6 +188,28 @@ def check_first_stage(run: RunDir, config: Config, model: str) -> Stored:
         f"{run.path}: {why}",
         f'make one with "qncd quantize --set first_stage.bits={config.first_stage.bits}" and these '
         "settings, or add --set first_stage.bits=null",
+    )
+
+
+def text_encoders(run: RunDir, config: Config, model: str) -> State:
+    """The text encoders of `text_encoders.bits`."""
+    return _state(run, "text_encoders", ("text_encoders",), config, model, lambda found: "")
+
+
+def check_text_encoders(run: RunDir, config: Config, model: str) -> Stored:
+    """The text encoders of `text_encoders.bits`, which prompts are encoded by. Raises ArtifactError
+    where there are none of these settings and this model."""
+    state = text_encoders(run, config, model)
+    if state.holds:
+        return state.found["text_encoders"]
+    bits = config.text_encoders.bits
+    why = f"there are no text encoders of text_encoders.bits {bits}"
+    if not state.new:
+        why = f"the text encoders of text_encoders.bits do not hold ({state.why})"
+    raise ArtifactError(
+        f"{run.path}: {why}",
+        f'make them with "qncd quantize --set text_encoders.bits={bits}" and these settings, or '
+        "add --set text_encoders.bits=null",
     )
 
 

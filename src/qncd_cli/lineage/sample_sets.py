@@ -40,11 +40,12 @@ PIXELS = "pixels"
 """Key in the body of latents: a digest of every image's colours, in the order of their seeds."""
 IDENTITY = (
     *("kind", "source", "dtype", "sampling", "correction", "digests"),
-    *("guidance", "backend", "compiled", "batches", "tile"),
+    *("guidance", "backend", "compiled", "batches", "tile", "encoded_by"),
 )
 """Keys of a manifest that its own digest is of."""
 TYPES: dict[str, type] = {
     **dict.fromkeys(("digest", "kind", "source", "dtype", "backend", "device", CONTENT), str),
+    "encoded_by": str,
     **dict.fromkeys(("sampling", "digests", "batches"), dict),
     **dict.fromkeys(("batch_size", "steps", "extra_calls", "tile"), int),
     **{"classes": list, "complete": bool, "compiled": bool},
@@ -61,6 +62,8 @@ NAMES = {
     "digests.quantized": "the quantized model",
     "digests.reuse": "the reuse plan",
     "digests.first_stage": "the decoder in integers",
+    "digests.text_encoders": "the quantized text encoders",
+    "encoded_by": "what computes the text encoders",
     "tile": "first_stage.tile",
     "batches.first_seed": "--seed",
     "batches.count": "--num",
@@ -144,7 +147,8 @@ class Drawing:
 
     kind: quantized or full; digests: of what its denoiser was made from; backend: the name of what
     computes quantized layers, None for full precision; without_guidance: none although a scale is
-    set; first_seed, count, batch_size: None where the set does not depend on them.
+    set; first_seed, count, batch_size: None where the set does not depend on them. encoded_by: the
+    name of what computes quantized text encoders, None where there are none.
     """
 
     kind: str
@@ -155,6 +159,7 @@ class Drawing:
     first_seed: int | None = None
     count: int | None = None
     batch_size: int | None = None
+    encoded_by: str | None = None
 
 
 def identity_of(config: Config, drawing: Drawing) -> dict[str, Any]:
@@ -180,6 +185,8 @@ def identity_of(config: Config, drawing: Drawing) -> dict[str, Any]:
         identity["compiled"] = True  # the same
     if config.first_stage.tile is not None:
         identity["tile"] = config.first_stage.tile
+    if drawing.encoded_by is not None:
+        identity["encoded_by"] = drawing.encoded_by  # as for the backend
     if inter is not None and inter.depends_on_batch:
         identity["batches"] = {
             "first_seed": drawing.first_seed,

@@ -30,6 +30,7 @@ from .random_models import random_pipeline
 from .schedule import schedule_of
 from .single_file import file_pipeline
 from .text import TEXT_TABLES, Prompts, check_encoded, encode
+from .text_encoders import OtherEncoders, TextEncoders, encoders_of
 from .zoo import zoo_path
 
 TEXT_PARTS = tuple(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3"))
@@ -54,6 +55,7 @@ class DiffusionModel:
     start: class labels [N] -> latents of the images that sampling begins from, None for noise;
     paints: whether the denoiser reads these images, so that it can also begin from noise.
     branches: of LoRAs, to be attached to whatever computes the denoiser.
+    text: the text encoders, where they were asked to be kept.
     """
 
     source: str
@@ -71,6 +73,7 @@ class DiffusionModel:
     start: Callable[[Tensor], Tensor] | None = None
     paints: bool = False
     branches: Branches = field(default_factory=dict)
+    text: TextEncoders | None = None
 
     def labels(self, seeds: list[int], classes: str | tuple[int, ...]) -> Tensor:
         """One label per seed: classes in turn. Raises ModelError for a class out of range."""
@@ -131,6 +134,8 @@ def load_model(
     prompts: Prompts | None = None,
     tile: int | None = None,
     cache: PromptCache | None = None,
+    encoders: OtherEncoders | None = None,
+    keep_text: bool = False,
     tell: Tell = untold,
     track: Track = no_progress,
 ) -> DiffusionModel:
@@ -143,7 +148,8 @@ def load_model(
     denoiser's layers (the digest is that of the model without them). prompts: of text models, and
     of no others; tile: side of the tiles that images are decoded in, None for whole images; cache:
     where those that a folder's text encoders made are kept, which are then not
-    even read again. tell: hears what a user should know.
+    even read again. encoders: encode the prompts in the place of the model's own; keep_text: the
+    model's own stay with it, as `text`. tell: hears what a user should know.
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place, folder = find_device(device), _folder_of(source)
@@ -154,10 +160,12 @@ def load_model(
         _check_folder_alone(source, base)
         digest = with_loras(folder_digest(folder), loras)
         if cache is not None and prompts is not None:
-            path = cache.path(with_loras(digest, branch), dtype, prompts)
+            key = None if encoders is None else encoders.key
+            path = cache.path(with_loras(digest, branch), dtype, prompts, key)
             encoded = cache.read(path, place)
         # a LoRA may be for the text encoders, too
-        left_out = UNUSED if encoded is None or loras or branch else {*UNUSED, *TEXT_PARTS}
+        needed = encoded is None or keep_text or loras or branch
+        left_out = UNUSED if needed else {*UNUSED, *TEXT_PARTS}
         loaded = torch.float32 if loras or branch else DTYPES[dtype]
         pipeline = load_pipeline(folder, source, loaded, left_out, tell)
         fuse(pipeline, loras, source)
@@ -169,6 +177,8 @@ def load_model(
             check_values(component, f"{source}: {name}")
     _check_kind(source, type(pipeline).__name__, prompts)
     if prompts is not None and encoded is None:
+        if encoders is not None:
+            encoders.install(encoders_of(pipeline))
         encoded = encode(pipeline, prompts, tell, track)
         if cache is not None and path is not None:
             cache.write(path, encoded)
@@ -189,6 +199,7 @@ def load_model(
         device=place,
         interpolates=kind in CLASS_CONDITIONAL,
         branches=beside,
+        text=TextEncoders(pipeline, prompts) if keep_text and prompts is not None else None,
         **{**schedule, **parts},
     )
     return model if tile is None else replace(model, decode=first_stage_of(model).tiled(tile))

@@ -30,12 +30,19 @@ class PromptCache:
 
     folder: Path
 
-    def path(self, model_digest: str, dtype: str, prompts: Prompts) -> Path:
-        """File that keeps what these prompts become; the guidance scale does not matter to it."""
+    def path(
+        self, model_digest: str, dtype: str, prompts: Prompts, encoders: str | None = None
+    ) -> Path:
+        """File that keeps what these prompts become; the guidance scale does not matter to it.
+
+        encoders: what they are encoded by, None for the model's own text encoders.
+        """
         alone = dataclasses.replace(prompts, guidance_scale=1.0, images=None, control=None)
         encoded = dataclasses.asdict(alone)
         del encoded["images"], encoded["control"]
         made_from = {"model": model_digest, "dtype": dtype, **encoded}
+        if encoders is not None:
+            made_from["text_encoders"] = encoders
         return self.folder / f"{digest_of(made_from)}.safetensors"
 
     def read(self, path: Path, device: torch.device) -> Encoded | None:

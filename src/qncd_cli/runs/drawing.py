@@ -57,9 +57,11 @@ def draw(
     yet, under its own it draws.
     """
     from ..lineage.growing_set import note_begun
+    from ..models.loading import find_device
     from ..runtime.compiled_graph import GRAPHS_FOLDER
     from ..runtime.preparation import Preparation, prepare
     from ..runtime.ranks import of_job
+    from ..runtime.text_encoders import encoders_backend, other_encoders
     from ..stages import sample as stage
     from ..store import artifacts
 
@@ -69,7 +71,7 @@ def draw(
     folder = of_set if shard is None else shard.folder(of_set)
     with ranks.locked(run.path, watch.note):
         ranks.agreed(lambda: None)  # the lock is held
-        quantized = reuse = decoder = None
+        quantized = reuse = decoder = text = None
         if not wishes.full_precision:
             kinds = "quantized", "noise_stats"
             artifact, noise_stats = (artifacts.read(run.tensors(kind), kind) for kind in kinds)
@@ -78,8 +80,20 @@ def draw(
                 reuse = artifacts.read(run.tensors("reuse"), "reuse")
             if config.first_stage.bits is not None:
                 decoder = artifacts.read(run.tensors("first_stage"), "first_stage")
+            if config.text_encoders.bits is not None:
+                text = artifacts.read(run.tensors("text_encoders"), "text_encoders")
         begun = None if wishes.force else _begun(folder, of_set, shard)
-        model = open_model(config, ranks.device(wishes.device), run.path, watch)
+        place = ranks.device(wishes.device)
+        encoding = None
+        if text is not None:
+            before = (begun or {}).get("encoded_by")
+            encoding = text, encoders_backend(wishes.backend, find_device(place), before)
+        others = (
+            None
+            if encoding is None
+            else other_encoders(encoding[0], config.model.source, encoding[1])
+        )
+        model = open_model(config, place, run.path, watch, encoders=others)
         if config.sampling != own.sampling:
             note_sampling(watch, config, model)
         stage.check(config, model, quantized[1] if quantized else None, list(whole))
@@ -107,6 +121,8 @@ def draw(
                 "compiled": made.compiled,
             },
         )
+        if encoding is not None:
+            sampled = sampled.encoding(*encoding)
         _note_backend(watch, sampled)
         seeds = whole if shard is None else shard.seeds(batch_size)
         request = stage.SampleRequest(folder, list(seeds), batch_size, shard)

@@ -11,7 +11,10 @@ from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ArtifactError
 from ..lineage.measured import Measurement
+from ..metrics.embeddings import KIND as ENCODERS
+from ..metrics.embeddings import note_of_encoders
 from ..metrics.record import same_protocol
+from ..store.artifact_files import read_stored
 from ..store.files import finite, read_json, write_sealed_json
 from ..store.run_dir import RunDir, find_run, read_coverage
 from .job import agreed
@@ -137,6 +140,10 @@ def _evaluate(
                 found = ranks.agreed(lambda: decoder_fidelity(quantized_set, model, watch.track))
                 metrics["decoder"] = found
                 metrics["checks"] = [*metrics["checks"], note_of_decoder(found)]
+            if ENCODERS in quantized_set.manifest["digests"]:
+                body = read_stored(run.tensors(ENCODERS), ENCODERS).body
+                metrics[ENCODERS] = {key: body[key] for key in ("bits", "prompts", "fidelity")}
+                metrics["checks"] = [*metrics["checks"], note_of_encoders(body)]
 
         def write() -> None:
             sets = full_set, quantized_set

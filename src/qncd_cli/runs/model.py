@@ -12,6 +12,7 @@ from .watch import SILENT, Watch
 
 if TYPE_CHECKING:
     from ..models.loading import DiffusionModel
+    from ..models.text_encoders import OtherEncoders
 
 
 def model_digest(config: Config) -> str | None:
@@ -22,11 +23,18 @@ def model_digest(config: Config) -> str | None:
 
 
 def open_model(
-    config: Config, device: str = "auto", folder: Path | None = None, watch: Watch = SILENT
+    config: Config,
+    device: str = "auto",
+    folder: Path | None = None,
+    watch: Watch = SILENT,
+    *,
+    encoders: OtherEncoders | None = None,
+    keep_text: bool = False,
 ) -> DiffusionModel:
     """The configured model, with diffusers silenced: what it has to say is said by our errors.
 
-    folder: of a run, where encoded prompts are kept. Raises ModelError.
+    folder: of a run, where encoded prompts are kept; encoders, keep_text: as `load_model` has them.
+    Raises ModelError.
     """
     from ..models.control import ControlImages
     from ..models.loading import load_model
@@ -64,6 +72,8 @@ def open_model(
         prompts=prompts,
         tile=config.first_stage.tile,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
+        encoders=encoders,
+        keep_text=keep_text,
         tell=watch.note,
         track=watch.track,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ from .watch import SILENT, Watch
 @dataclass(frozen=True)
 class Quantized:
     """artifact_bytes: of quantized.safetensors; coverage: coverage.json, bits and kernel of every
-    layer; skipped, state: as of Calibrated; reuse, first_stage: what the plan of sampling.reuse and
-    the decoder of first_stage.bits say, None without one."""
+    layer; skipped, state: as of Calibrated; reuse, first_stage, text_encoders: what the plan of
+    sampling.reuse, the decoder of first_stage.bits and the encoders of text_encoders.bits say, None
+    without; the last with the bytes of their file."""
 
     run: RunDir
     artifact_bytes: int
@@ -35,6 +36,7 @@ class Quantized:
     state: State | None
     reuse: Mapping[str, Any] | None = None
     first_stage: Mapping[str, Any] | None = None
+    text_encoders: Mapping[str, Any] | None = None
 
 
 def quantize(
@@ -49,9 +51,9 @@ def quantize(
 
     run_dir: a calibrated run, None for the one that the command line calibrated last; it gets
     quantized.safetensors, noise_stats.safetensors and coverage.json, with sampling.reuse also the
-    plan, reuse.safetensors, with first_stage.bits the decoder, first_stage.safetensors. config:
-    instead of the run's config.yaml, which it replaces: the same calibration at other bits. device,
-    force: as calibrate takes them.
+    plan, reuse.safetensors, with first_stage.bits the decoder, first_stage.safetensors, with
+    text_encoders.bits these, text_encoders.safetensors. config: instead of the run's config.yaml,
+    which it replaces: the same calibration at other bits. device, force: as calibrate takes them.
 
     Raises ArtifactError where the calibration is missing, damaged, or of other settings than
     config's (the message says which); ModelError, BackendUnavailable.
@@ -73,18 +75,22 @@ def quantize(
     if config is not None:
         agreed(lambda: keep_config(run, config))
     size = run.tensors("quantized").stat().st_size
-    reuse = first_stage = None
+    reuse = first_stage = encoders = None
     if wanted.sampling.reuse is not None:
         reuse = read_stored(run.tensors("reuse"), "reuse").body
     if wanted.first_stage.bits is not None:
         first_stage = read_stored(run.tensors("first_stage"), "first_stage").body
+    if wanted.text_encoders.bits is not None:
+        file = run.tensors("text_encoders")
+        encoders = {**read_stored(file, "text_encoders").body, "bytes": file.stat().st_size}
     state = None if skipped else state
-    return Quantized(run, size, read_coverage(run.coverage), skipped, state, reuse, first_stage)
+    coverage = read_coverage(run.coverage)
+    return Quantized(run, size, coverage, skipped, state, reuse, first_stage, encoders)
 
 
 def _holds(run: RunDir, config: Config, digest: str | None, state: State | None) -> bool:
-    """Whether all outputs are there, among them the plan of sampling.reuse and the decoder of
-    first_stage.bits where these are asked for.
+    """Whether all outputs are there, among them the plan of sampling.reuse, the decoder of
+    first_stage.bits and the encoders of text_encoders.bits where these are asked for.
 
     digest: of the model, where it is known; state: of the stage.
     """
@@ -92,9 +98,16 @@ def _holds(run: RunDir, config: Config, digest: str | None, state: State | None)
         return False
     quantized = state.found["quantized"].digest
     decoder = config.first_stage.bits is None or freshness.first_stage(run, config, digest).holds
-    if not decoder:
+    if not decoder or not _has_encoders(run, config, digest):
         return False
     return config.sampling.reuse is None or freshness.reused(run, config, digest, quantized).holds
+
+
+def _has_encoders(run: RunDir, config: Config, digest: str | None) -> bool:
+    """Whether the text encoders that are asked for are there, if any are."""
+    if config.text_encoders.bits is None:
+        return True
+    return digest is not None and freshness.text_encoders(run, config, digest).holds
 
 
 def _quantize(
@@ -109,13 +122,19 @@ def _quantize(
 
     ranks = of_job()
     with watch.keeping(lambda: f"calibrate is kept, {kept_phrase(run.path, 'quantize')}"):
-        model = open_model(config, ranks.device(device), run.path, watch)
+        encode = config.text_encoders.bits is not None
+        needed = encode and (force or not _has_encoders(run, config, model_digest(config)))
+        model = open_model(config, ranks.device(device), run.path, watch, keep_text=needed)
         if config.first_stage.bits is not None:
             first_stage_of(model)  # refused before hours of work
         if state is None:
             watch.reason(freshness.of_run(run, config, model.digest)[1], force)
         with ranks.locked(run.path, watch.note), reported(run.path, "quantize", watch) as watch:
             ranks.agreed(lambda: check_parents(run, config, model.digest))  # the lock is held
+            encoded = not needed or pipeline.text_encoders(
+                *(run, config, model, watch.track), force=force, tell=watch.note, ranks=ranks
+            )
+            model = replace(model, text=None)
             smoothing, calibration = (
                 artifacts.read(run.tensors(kind), kind) for kind in ("smoothing", "calibration")
             )
@@ -132,7 +151,7 @@ def _quantize(
                 wanted.append(pipeline.first_stage)
             for make in wanted:
                 there &= make(run, config, model, watch.track, force=force, ranks=ranks)
-            return there
+            return there and encoded
 
 
 def check_parents(run: RunDir, config: Config, model: str | None) -> None:

@@ -66,12 +66,13 @@ def sample(
     Processes that torchrun began share the work.
 
     run_dir: a quantized run, None for the current one. config: instead of the run's own; it may
-    differ from that in `sampling`, `correction.inter` and `first_stage`. num: images, of the seeds
-    from sampling.seed on. batch_size: drawn together, None for what suits the model. name: of the
-    set, None for quantized, full or full_compiled. full_precision: the model as it was. backend:
-    auto, int8, simulate or openvino. low_memory: weights stay packed. device, force: as calibrate
-    takes them. shard: "2/4" draws the second of four parts into a folder of its own, for `merge`.
-    format: png, or also folders, webdataset or npz (lineage/set_formats.py), beside the set.
+    differ from that in `sampling`, `correction.inter`, `first_stage` and `text_encoders`. num:
+    images, of the seeds from sampling.seed on. batch_size: drawn together, None for what suits the
+    model. name: of the set, None for quantized, full or full_compiled. full_precision: the model as
+    it was. backend: auto, int8, simulate or openvino. low_memory: weights stay packed. device,
+    force: as calibrate takes them. shard: "2/4" draws the second of four parts into a folder of its
+    own, for `merge`. format: png, or also folders, webdataset or npz (lineage/set_formats.py),
+    beside the set.
 
     Raises ArtifactError where the quantized model is missing or another one's, or a set of that
     name was drawn with other settings; ConfigError, ModelError, BackendUnavailable.
@@ -125,7 +126,7 @@ def _of_run(config: Config, own: Config) -> Config:
     tree, wanted = own.to_dict(), config.to_dict()
     tree["correction"]["inter"] = wanted["correction"]["inter"]
     tree["sampling"]["reuse"] = wanted["sampling"]["reuse"]
-    tree["first_stage"] = wanted["first_stage"]
+    tree |= {key: wanted[key] for key in ("first_stage", "text_encoders")}
     expected = sampled_with(parse_config(tree, "sample"), wanted["sampling"], "sample")
     check_settled(expected, config, "config")
     return config
@@ -157,6 +158,7 @@ def _set_state(
         whole.start,
         len(whole),
         batch_size,
+        encoded_by=_encoded_by(digests, wishes, manifest),
     )
     sample_sets.check_identity(folder, manifest, sample_sets.identity_of(config, drawing))
     if wishes.shard is None:
@@ -167,9 +169,19 @@ def _set_state(
     return _completeness(folder, manifest, shard.seeds(batch_size))
 
 
+def _encoded_by(
+    digests: Mapping[str, str], wishes: DrawingWishes, manifest: Mapping[str, Any]
+) -> str | None:
+    """The name of what computes quantized text encoders: as before where the backend that is wished
+    for computes no layers by themselves."""
+    if "text_encoders" not in digests:
+        return None
+    return manifest.get("encoded_by") if wishes.backend in ("auto", "openvino") else wishes.backend
+
+
 def _made_from(run: RunDir, own: Config, config: Config, model: str | None) -> dict[str, str]:
-    """Digests of what sample reads, of the run's own configuration, and of the plan and the decoder
-    that the set's asks for. Raises ArtifactError."""
+    """Digests of what sample reads, of the run's own configuration, and of the plan, the decoder
+    and the text encoders that the set's asks for. Raises ArtifactError."""
     stored = _quantized_of(run, own, model)
     digests = {"quantized": stored.digest}
     if config.sampling.reuse is not None:
@@ -179,6 +191,10 @@ def _made_from(run: RunDir, own: Config, config: Config, model: str | None) -> d
         known = stored.model if model is None else model
         made = own.model_copy(update={"first_stage": config.first_stage})
         digests["first_stage"] = freshness.check_first_stage(run, made, known).digest
+    if config.text_encoders.bits is not None:
+        known = stored.model if model is None else model
+        made = own.model_copy(update={"text_encoders": config.text_encoders})
+        digests["text_encoders"] = freshness.check_text_encoders(run, made, known).digest
     return digests
 
 

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from ..models.loading import DiffusionModel
     from ..runtime.ranks import Ranks
 
+MADE_FROM = {
+    "quantized": "quantized model",
+    "first_stage": "decoder in integers",
+    "text_encoders": "text encoders in integers",
+}
+"""What of a run a set's images come from, by its kind."""
 KEPT = "images of finished batches are kept, the same command goes on with the next"
 """What whoever interrupts the drawing of images is told."""
 
@@ -56,7 +62,7 @@ def check_quantized(run: RunDir, samples: SampleSet) -> None:
 def check_made_from(run: RunDir, folder: Path, manifest: Mapping[str, Any], hint: str) -> None:
     """The same, of a manifest."""
     digests = manifest.get("digests", {})
-    for kind, what in (("quantized", "quantized model"), ("first_stage", "decoder in integers")):
+    for kind, what in MADE_FROM.items():
         if kind in digests and digests[kind] != read_stored(run.tensors(kind), kind).digest:
             raise ArtifactError(f"{folder}: sampled from another {what} than this run's", hint)
 

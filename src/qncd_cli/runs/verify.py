@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.loading import load_config
+from ..config.schema import Config
 from ..errors import ModelError, NotFinite
 from ..lineage import sample_sets
 from ..store.artifact_files import read_stored
@@ -17,7 +18,7 @@ from ..store.run_dir import RunDir, find_run
 from ..vocabulary import IDENTICAL_DB, said
 from .model import open_model
 from .sample import sample
-from .sets import check_model, check_quantized, config_of, full_folder
+from .sets import MADE_FROM, check_model, check_quantized, config_of, full_folder
 from .watch import SILENT, Watch
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ def verify(
     """
     run = find_run(None if run_dir is None else str(run_dir))
     config = load_config(str(run.config))
-    decoder = config.first_stage.bits is not None
+    kinds = _kinds(config)
     if name is None:
-        usual = not force and _holds(run, run.samples("quantized"), num, decoder=decoder)
+        usual = not force and _holds(run, run.samples("quantized"), num, kinds)
         name = "quantized" if usual else OWN_SET
     folder = run.samples(name)
     try:
-        if force or not _holds(run, folder, num, decoder=decoder):
+        if force or not _holds(run, folder, num, kinds):
             with _drawing("quantized"):
                 sample(
                     run_dir,
@@ -137,16 +138,21 @@ def _drawing(kind: str) -> Iterator[None]:
         ) from error
 
 
-def _holds(run: RunDir, folder: Path, num: int, *, decoder: bool) -> bool:
-    """Whether a set is whole, of the run's quantized model and decoder, and of as many seeds."""
+def _kinds(config: Config) -> list[str]:
+    """Artifacts that images of a run with this configuration are drawn from."""
+    asked = {"first_stage": config.first_stage.bits, "text_encoders": config.text_encoders.bits}
+    return ["quantized", *(kind for kind, bits in asked.items() if bits is not None)]
+
+
+def _holds(run: RunDir, folder: Path, num: int, kinds: Sequence[str]) -> bool:
+    """Whether a set is whole, of the run's artifacts of these kinds, and of as many seeds."""
     manifest = sample_sets.begun(folder)
     if manifest is None or not manifest.get("complete"):
         return False
     seeds = manifest.get("seeds", ())
-    kinds = ("quantized", *(("first_stage",) if decoder else ()))
     present = {kind: read_stored(run.tensors(kind), kind).digest for kind in kinds}
     digests = manifest.get("digests", {})
-    same = all(digests.get(kind) == present.get(kind) for kind in ("quantized", "first_stage"))
+    same = all(digests.get(kind) == present.get(kind) for kind in MADE_FROM)
     return len(seeds) >= num and same and not sample_sets.without_image(folder, seeds)
 
 

@@ -24,7 +24,7 @@ class SampledModel:
     noise_stats: needed by every correction that uses statistics; backend: computes the quantized
     layers. None for full precision. compiled: whether the denoiser is one compiled graph. reuse:
     the plan by which it leaves work out, with its terms. decode: makes images of latents, None for
-    the model's own.
+    the model's own. encoded_by: the name of what computes quantized text encoders.
     """
 
     kind: str  # "quantized" or "full"
@@ -35,6 +35,7 @@ class SampledModel:
     compiled: bool = False
     reuse: Artifact | None = None
     decode: Callable[[Tensor], Tensor] | None = None
+    encoded_by: str | None = None
 
     @classmethod
     def full_precision(cls, model: DiffusionModel) -> SampledModel:
@@ -76,7 +77,7 @@ class SampledModel:
     @property
     def quantized_digests(self) -> dict[str, str]:
         """Digests of what the denoiser computes with, the plan of reuse aside."""
-        aside = ("reuse", "first_stage")
+        aside = ("reuse", "first_stage", "text_encoders")
         return {name: digest for name, digest in self.digests.items() if name not in aside}
 
     def reusing(self, plan: Artifact) -> SampledModel:
@@ -92,6 +93,12 @@ class SampledModel:
         """The same, with images made by the decoder of an artifact."""
         digests = {**self.digests, "first_stage": artifact.digest}
         return replace(self, decode=decode, digests=digests)
+
+    def encoding(self, artifact: Artifact, backend: Backend) -> SampledModel:
+        """The same, of a model whose prompts are encoded by an artifact. Raises ArtifactError."""
+        artifacts.check_lineage(artifact, model=self.digests["model"])
+        digests = {**self.digests, "text_encoders": artifact.digest}
+        return replace(self, digests=digests, encoded_by=backend.name)
 
     def fallbacks(self) -> dict[str, str]:
         """Quantized layers that the backend leaves to the simulation, with the reason."""

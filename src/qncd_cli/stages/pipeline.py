@@ -33,6 +33,7 @@ from ..store.unfinished import remove_unfinished
 from . import calibrate as calibrate_stage
 from . import quantize as quantize_stage
 from . import sample as sample_stage
+from . import text_encoders as text_encoders_stage
 
 Tell = Callable[[str], None]
 
@@ -191,6 +192,35 @@ def first_stage(
             made = quantize_first_stage(config, model, track)
         artifacts.write(run.tensors("first_stage"), made)
         freshness.note_settings(run, "first_stage", config)
+        return False
+
+    return ranks.agreed(make)
+
+
+def text_encoders(
+    run: RunDir,
+    config: Config,
+    model: DiffusionModel,
+    track: Track = no_progress,
+    *,
+    force: bool = False,
+    tell: Tell = unheard,
+    ranks: Ranks = ALONE,
+) -> bool:
+    """Write the text encoders of `text_encoders.bits`; whether they were there already. As
+    `first_stage`; a call that was interrupted goes on. model: with its own text encoders, which are
+    spent."""
+    stage: Stage = "text_encoders"
+
+    def make() -> bool:
+        if not force and freshness.text_encoders(run, config, model.digest).holds:
+            discard_stage(run.path, stage)
+            return True
+        with _kept(stage, run, config, model, {}, tell, ALONE) as partial:
+            with explained(model):
+                made = text_encoders_stage.run(config, model, track, partial)
+            artifacts.write(run.tensors(stage), made)
+            freshness.note_settings(run, stage, config)
         return False
 
     return ranks.agreed(make)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def identify(
         config.sampling.guidance_scale < 1 and not model.interpolates,
         *((request.whole[0], len(request.whole), request.batch_size) if request else ()),
     )
-    return identity_of(config, drawing)
+    return identity_of(config, replace(drawing, encoded_by=sampled.encoded_by))
 
 
 # ------------------------------------------------------------------ corrections

@@ -9,6 +9,7 @@ Tensor names (G timestep groups, R calibration rows, T timesteps, C channels):
 | quantized | per layer .weight (codes; per output channel one bit stream along the flattened input dimension, lowest bit first: two 4-bit codes to a byte, low nibble first), .weight_scale [O], .weight_zero_point [O] (below 8 bits), .input_scale, .input_zero_point [G], .smoothing, .shift [C_in], .rotation [1], .bias [O], .bias_correction [G, O]; per attention module .{query, key, value}_{scale, zero_point} [G] | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups, group_bounds |
 | noise_stats | timesteps [T], mean, variance, residual_mean, affine_a, affine_b, affine_mean, runtime_mean [T, C], correlation_k, residual_variance, affine_variance, runtime_variance, runtime_slope, runtime_tensor_gain, runtime_channel_gain, runtime_slope_gain [T]; stepwise_prediction, stepwise_latent [S, C], stepwise_field [S, C, *grid] | channels, steps, sampler_steps, grid, sampling, target |
 | first_stage | of the decoder of latents, as in quantized with one group: per layer .weight, .weight_scale, .input_scale, .input_zero_point, .bias; per attention module .{query, key, value}_{scale, zero_point} | layers {name: LayerEntry}, attention {name: AttentionEntry}, groups 1, group_bounds [], macs and integer_macs of an image |
+| text_encoders | of the text encoders' linear layers, as in quantized with one group: per layer .weight, .weight_scale, .weight_zero_point, .input_scale, .input_zero_point, .smoothing, .bias | layers {name: LayerEntry}, attention {}, groups 1, group_bounds [], bits, float_bytes of the layers in float32, prompts that were looked at, fidelity {embedding: {sqnr_db, sqnr_lowest_db}} |
 | reuse | per site <site>.{factor, slope, offset} [S, B, C]; stepwise_* as in noise_stats where the prediction is mended too (channels > 0) | timesteps of the S steps, kept [[site]] by step, chains [[site]], share of MACs, sites {name: C}, branches B, correction, channels, grid, sampling |
 | latents | latents [N, C, ...], seeds, classes [N]; predictions [K, S, C, ...], prediction_seeds [K] of the first K seeds | count, latent_shape, traced, steps, extra_calls |
 | features | features, logits, spatial [N, W] of N images (metrics/kept_features.py) | network, count, size [H, W], seen {digests, colours, brightest}, widths {tensor: W} |
@@ -213,6 +214,15 @@ KINDS: dict[str, _Kind] = {
         {
             **{"layers": dict, "attention": dict, "groups": int, "group_bounds": list},
             **{"macs": int, "integer_macs": int},
+        },
+    ),
+    "text_encoders": _Kind(
+        1,
+        _quantized_layout,
+        "qncd quantize",
+        {
+            **{"layers": dict, "attention": dict, "groups": int, "group_bounds": list},
+            **{"bits": int, "float_bytes": int, "prompts": int, "fidelity": dict},
         },
     ),
     "noise_stats": _Kind(
