@@ -24,7 +24,7 @@ from ..runtime.denoiser import timestep_group
 from ..spec import FLOAT_BITS, MAX_ACTIVATION_BITS, activation_spec, weight_spec
 from ..store.partial import Partial, Piece
 from .calibration_probes import input_shapes
-from .cost import HEADROOM, Cost, DenoiserCall
+from .cost import Cost, DenoiserCall
 from .gradients import Remembered, gradients, other_leaves, own_inputs
 from .job import QuantizationJob
 from .layer import search_passes
@@ -274,4 +274,4 @@ def cost(plans: list[LayerPlan], call: DenoiserCall, looks: Effort) -> Cost:
     macs = call.copies * call.macs * (1 + passes)
     looks_at = looks.sensitivity_rows * min(looks.sensitivity_steps, call.steps) * elements
     read = BACKWARD_PASSES * (1 + looks.sensitivity_projections) * looks_at + search_passes(plans)
-    return Cost(errors + gradients + rows * call.graph * HEADROOM, macs, read)
+    return Cost(errors + gradients + rows * call.graph, macs, read)

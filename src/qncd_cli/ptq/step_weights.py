@@ -16,7 +16,7 @@ from ..sampling.response import carried, responses
 from ..sampling.samplers import make_scheduler
 from ..store.artifacts import Artifact
 from ..store.partial import NOTHING_KEPT, Partial, Piece
-from .cost import HEADROOM, Cost, DenoiserCall
+from .cost import Cost, DenoiserCall
 
 WEIGHED_ROWS = 4
 """Trajectories that are followed back."""
@@ -127,7 +127,7 @@ def cost(config: Config, call: DenoiserCall) -> Cost:
     """One pass forward and DIRECTIONS back for each step."""
     rows = call.copies * _rows(config)
     macs = rows * call.steps * call.macs * (1 + BACKWARD * DIRECTIONS)
-    return Cost(rows * call.graph * HEADROOM, macs)
+    return Cost(rows * call.graph, macs)
 
 
 def _rows(config: Config) -> int:
