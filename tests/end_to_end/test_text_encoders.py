@@ -192,7 +192,8 @@ def test_four_stages_of_models_with_several_encoders(kind, tmp_path):
     said = runner("run", "--config", "tiny.yaml", "--num", "2").stdout
     assert "pooled over all" in said
     found = artifacts.read(tmp_path / FILE, "text_encoders").body
-    assert {name.split(".")[0] for name in found["layers"]} >= {"text_encoder", "text_encoder_2"}
-    assert {*found["fidelity"]} == {"hidden states", "pooled"}
+    encoders = {name.split(".")[0] for name in found["layers"]}
+    assert encoders >= {"text_encoder", "text_encoder_2"}
+    assert {*found["fidelity"]} == {"hidden states", "pooled", *encoders}
     assert all(each["sqnr_embeddings_db"] > 25 for each in found["fidelity"].values())
     assert manifest(tmp_path / SAMPLES / "quantized")["digests"]["text_encoders"]

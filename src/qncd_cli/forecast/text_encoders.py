@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from ..config.schema import Config
 from ..ptq import text_encoders
@@ -15,6 +16,8 @@ from .artifacts import SOME_FLOAT, blank
 from .shapes import Shapes
 
 WHAT = "quantizing the text encoders"
+KEPT = 4
+"""Copies of all embeddings that are compared: joined and by encoder, before and after."""
 FIGURES = {"sqnr_embeddings_db": SOME_FLOAT, "sqnr_lowest_db": SOME_FLOAT}
 
 
@@ -23,6 +26,8 @@ def artifact(config: Config, shapes: Shapes) -> Artifact | None:
     plans = _plans(config, shapes)
     if not plans:
         return None
+    assert shapes.text is not None
+    encoders = [name for name, _ in shapes.text.named_children()]
     body = {
         "layers": bodies({plan.name: _entry(plan) for plan in plans}),
         "attention": {},
@@ -32,7 +37,7 @@ def artifact(config: Config, shapes: Shapes) -> Artifact | None:
         "float_bytes": 4 * sum(plan.layer.weight.numel() for plan in plans),
         "source": shapes.source,
         "prompts": shapes.classes,
-        "fidelity": {"hidden states": FIGURES, "pooled": FIGURES},
+        "fidelity": dict.fromkeys(("hidden states", "pooled", *encoders), FIGURES),
     }
     return blank("text_encoders", body)
 
@@ -45,6 +50,8 @@ def cost(config: Config, shapes: Shapes, made: Artifact | None) -> dict[str, Cos
     held += sum(tensor.nbytes for tensor in made.tensors.values())
     prompts = min(shapes.classes, text_encoders.PROMPTS)
     tokens = shapes.tokens * (prompts + 1)  # a negative prompt
+    encoders: Any = shapes.text.children()
+    held += KEPT * 4.0 * tokens * sum(encoder.config.hidden_size for encoder in encoders)
     return {WHAT: text_encoders.cost(_plans(config, shapes), tokens, held)}
 
 

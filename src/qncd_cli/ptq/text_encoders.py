@@ -30,7 +30,7 @@ from .layer_plan import LayerPlan
 
 OBSERVER = "minmax"
 """The prompts that ranges are of are those that are drawn: there is nothing to clip."""
-PROMPTS = 512
+PROMPTS = 128
 """Prompts that are looked at, at most; more: rarer inputs are not clipped, and a longer stage."""
 STRENGTH = 0.5
 """How much of the difficulty moves from inputs to weights: SmoothQuant's own."""

@@ -122,8 +122,10 @@ def _quantize(
 
     ranks = of_job()
     with watch.keeping(lambda: f"calibrate is kept, {kept_phrase(run.path, 'quantize')}"):
-        encode = config.text_encoders.bits is not None
-        needed = encode and (force or not _has_encoders(run, config, model_digest(config)))
+        digest = model_digest(config)
+        needed = config.text_encoders.bits is not None and ranks.agreed(
+            lambda: force or not _has_encoders(run, config, digest)
+        )
         model = open_model(config, ranks.device(device), run.path, watch, keep_text=needed)
         if config.first_stage.bits is not None:
             first_stage_of(model)  # refused before hours of work
