@@ -206,6 +206,7 @@ DOORS: dict[str, list[str]] = {
     "pydantic": [
         "config.section",
         "config.sampling",
+        "config.calibration",
         "config.quantization",
         "config.correction",
         "config.first_stage",

@@ -1,4 +1,4 @@
-"""The sections `model`, `sampling` and `calibration` of the configuration: how images are drawn."""
+"""The sections `model` and `sampling` of the configuration: how images are drawn."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .effort import EFFORTS, Effort, EffortName
 from .lora_names import split_lora
 from .section import MAX_STEPS, Section
 
@@ -232,58 +231,6 @@ class SamplingConfig(Section):
         tree = self.model_dump(mode="json")
         del tree["seed"], tree["reuse"]  # what that means is in the digest of its plan
         return {key: value for key, value in tree.items() if key not in LATER or value is not None}
-
-
-class CalibrationConfig(Section):
-    """What is observed in full precision before anything is quantized."""
-
-    effort: EffortName = Field(
-        "standard",
-        description="how much is looked at before anything is decided: quick takes a fraction of "
-        "the time, thorough a multiple (docs/notebook/2026-11-27-effort.md)",
-    )
-    trajectories: int = Field(
-        EFFORTS["standard"].trajectories,
-        ge=1,
-        description="full-precision sampling trajectories (default: by effort)",
-    )
-    batch_size: int = Field(
-        32, ge=1, description="trajectories drawn together; fewer need less memory"
-    )
-    seed: int = Field(
-        1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
-    )
-    noise_trajectories: int = Field(
-        EFFORTS["standard"].noise_trajectories,
-        ge=1,
-        description="how many of them also measure the quantization noise (default: by effort, at "
-        "most all)",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_many_as_the_effort_says(cls, data: Any) -> Any:
-        effort = (
-            EFFORTS.get(str(data.get("effort", "standard"))) if isinstance(data, dict) else None
-        )
-        if effort is None:
-            return data  # what it is instead is told below
-        every = data.get("trajectories", effort.trajectories)
-        if not isinstance(every, int):
-            return data
-        noise = min(effort.noise_trajectories, every)
-        return {"trajectories": every, "noise_trajectories": noise, **data}
-
-    @property
-    def looks(self) -> Effort:
-        """What the effort stands for."""
-        return EFFORTS[self.effort]
-
-    @model_validator(mode="after")
-    def _check(self) -> CalibrationConfig:
-        if self.noise_trajectories > self.trajectories:
-            raise ValueError("noise_trajectories cannot exceed trajectories")
-        return self
 
 
 def _without_mark(text: Any) -> Any:

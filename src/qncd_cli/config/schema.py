@@ -13,10 +13,11 @@ import yaml
 from pydantic import Field, model_validator
 
 from ..store.digests import digest_of
+from .calibration import CalibrationConfig
 from .correction import CorrectionConfig
 from .first_stage import FirstStageConfig
 from .quantization import QuantizationConfig
-from .sampling import CalibrationConfig, ModelConfig, SamplingConfig
+from .sampling import ModelConfig, SamplingConfig
 from .section import Section
 from .text_encoders import TextEncodersConfig
 
