@@ -21,8 +21,8 @@ from ..config.schema import Config
 from ..correction.baseline import EstimatorBaseline
 from ..correction.offline import AffineCorrection, PtqdCorrection
 from ..correction.runtime import RuntimeCorrection
-from ..correction.stepwise import StepwiseCorrection, field_grid
-from ..errors import ArtifactError, ConfigError
+from ..correction.stepwise import StepwiseCorrection
+from ..errors import ArtifactError
 from ..lineage import sample_set, sample_sets
 from ..lineage.freshness import lacking
 from ..lineage.growing_set import GrowingSet, go_on, part_path
@@ -31,8 +31,8 @@ from ..lineage.shards import SHARD, Shard
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
+from ..ptq.corrections import check_correction
 from ..ptq.cost import HEADROOM, INTEGERS, SIMULATION, Cost, DenoiserCall
-from ..ptq.noise import CARRIED
 from ..runtime import trajectory
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
@@ -156,7 +156,7 @@ def check(
     """
     model.labels(seeds, config.sampling.classes)
     if noise_stats is not None:
-        _check_correction(config, model, noise_stats)
+        check_correction(config, model, noise_stats, lacking(config, noise_stats.body))
     timed = trajectory.timed_scheduler(config, model)
     if noise_stats is not None and config.correction.inter.method != "none":
         plan_steps(timed, config.sampling.eta)
@@ -181,48 +181,6 @@ def identify(
 
 
 # ------------------------------------------------------------------ corrections
-
-
-def _check_correction(config: Config, model: DiffusionModel, stats: Artifact) -> None:
-    """Statistics hold for the sampler they were measured with, and for no other."""
-    inter = config.correction.inter
-    needs = inter.method in ("ptqd", "affine", "stepwise") or (
-        inter.method == "runtime" and inter.baseline == "full_precision"
-    )
-    if not needs:
-        return
-    if CARRIED in stats.body:
-        raise ArtifactError(
-            f"the {inter.method} correction was not prepared for the LoRA of this run",
-            "set it and repeat qncd quantize --lora on the run without it, or add --inter none",
-        )
-    prepared = stats.body["sampling"]
-    asked = {key: getattr(config.sampling, key) for key in prepared}
-    if why := lacking(config, stats.body):
-        raise ArtifactError(
-            why,
-            f'"qncd quantize --set correction.inter.method={inter.method}" measures it alone; '
-            "or add --inter none",
-        )
-    differing = [f"{k} {prepared[k]}, now {asked[k]}" for k in prepared if prepared[k] != asked[k]]
-    if differing:
-        raise ConfigError(
-            f"the {inter.method} correction was prepared for other sampling"
-            f" ({'; '.join(differing)})",
-            'repeat "qncd calibrate" and "qncd quantize" with these settings, or add --inter none',
-        )
-    wanted, found = list(field_grid(model.latent_shape[1:], inter.field)), stats.body["grid"]
-    if inter.method == "stepwise" and found != wanted:
-        raise ConfigError(
-            f"the stepwise correction was fitted with a field of {found} values, not {wanted}",
-            'repeat "qncd quantize" with this correction.inter.field',
-        )
-    if inter.method == "runtime" and stats.body["target"] != inter.target:
-        raise ConfigError(
-            f"the run-time baseline was measured for target {stats.body['target']}, "
-            f"not {inter.target}",
-            'repeat "qncd quantize", or set correction.inter.baseline=none',
-        )
 
 
 def make_correction(
