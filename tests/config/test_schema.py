@@ -81,7 +81,9 @@ def test_a_value_out_of_range_is_refused_by_its_key(minimal, override, key):
         (["calibration.noise_trajectories=129"], "noise_trajectories cannot exceed trajectories"),
         (["sampling.eta=0.5", "sampling.scheduler=euler"], "eta applies to the ddim scheduler"),
         (["sampling.classes=[]"], "classes must not be empty"),
-        (["sampling.image_size=512"], "image_size belongs to text models"),
+        (["calibration.sizes=[]"], "sizes must name each size once"),
+        (["calibration.sizes=[[32, 48], [32, 48]]"], "sizes must name each size once"),
+        (["calibration.sizes=[[32, 48], [48, 32]]"], "2 more need a batch each, but 16 traj"),
         (["sampling.negative_prompt=blur"], "negative_prompt belongs to text models"),
         (
             ["sampling.reuse=0.5", "correction.inter.method=ptqd"],
@@ -179,6 +181,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
     "calibration.batch_size": (16, BOTH),
     "calibration.seed": (5, BOTH),
     "calibration.noise_trajectories": (9, BOTH),
+    "calibration.sizes": ([[32, 48]], BOTH),
     "quantization.preset": ("minmax", NEITHER),  # its keys count, its name does not
     "quantization.strict": (True, NEITHER),
     "quantization.weights.bits": (8, QUANTIZE),
@@ -231,7 +234,7 @@ KEYS: dict[str, tuple[object, set[str]]] = {
 }
 
 
-OF_TEXT_MODELS = ("sampling.negative_prompt", "sampling.image_size", "text_encoders.bits")
+OF_TEXT_MODELS = ("sampling.negative_prompt", "text_encoders.bits")
 
 
 def leaves(tree: dict, prefix: str = "") -> set[str]:
@@ -283,6 +286,8 @@ def test_a_stage_is_stale_exactly_when_a_key_that_it_uses_changes(key, intra):
     own = {"sampling": {"prompts": ["a shoe"]}} if key in OF_TEXT_MODELS else {}
     if key in BESIDE:
         own = {"sampling": {"prompts": ["a shoe"], **BESIDE[key]}}
+    if key == "calibration.sizes":
+        own = {"calibration": {"batch_size": 4}}  # a batch for each
     before = parse_config({**MODEL, **own, "correction": {"intra": intra}}, "here")
     value = KEYS[key][0]
     if key == "correction.intra":

@@ -424,7 +424,7 @@ def test_the_first_stage_keeps_its_precision(folder):
 
 
 def test_what_a_text_model_cannot_do_is_one_line(folder):
-    with pytest.raises(ModelError, match="image_size 18.*multiple of 4"):
+    with pytest.raises(ModelError, match="18 x 18 pixels.*multiples of 4"):
         load_model(str(folder("FluxPipeline, dev")), prompts=Prompts(TEXTS, image_size=18))
     with pytest.raises(ModelError, match="without a negative prompt"):
         load_model(str(folder("FluxPipeline, dev")), prompts=Prompts(TEXTS, "bag"))

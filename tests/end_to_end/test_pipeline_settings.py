@@ -254,7 +254,7 @@ def test_four_stages_of_a_size_that_is_not_square(folder, name, tmp_path):
     [
         ({"height": 32}, 3, "height and width belong together"),
         ({"height": 32, "width": 32, "image_size": 32}, 3, "image_size is height and width"),
-        ({"height": 32, "width": 33}, 5, "32 x 33 does not fit.*use a multiple of 2"),
+        ({"height": 32, "width": 33}, 5, "32 x 33 pixels do not fit.*use multiples of 2"),
     ],
 )
 def test_sizes_that_cannot_be_are_one_line(folder, tmp_path, sampling, code, said):

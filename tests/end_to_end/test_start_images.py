@@ -181,6 +181,13 @@ def test_a_set_from_other_images_is_another(folder, files, tmp_path):
         ("StableDiffusionInpaintPipeline", {"images": "I"}, 5, "needs masks"),
         ("StableDiffusionImg2ImgPipeline", {"images": "I", "masks": "M"}, 5, "takes no masks"),
         ("StableDiffusionInpaintPipeline", {"images": "I", "masks": "small"}, 5, "8 x 8 pixels, b"),
+        ("StableDiffusionInpaintPipeline", {"images": "I", "masks": "turned"}, 5, "8 x 32 pixels"),
+        (
+            "StableDiffusionXLInpaintPipeline",
+            {"images": "I", "masks": "second"},
+            5,
+            r"small.png: a mask of 8 x 8 pixels, but \S+1.png has 16 x 16 .give a mask",
+        ),
         ("StableDiffusionInpaintPipeline", {"images": "I", "masks": "3"}, 3, "3 masks for 2 im"),
         ("StableDiffusionImg2ImgPipeline", {"images": "wide"}, 5, "16 x 8.*another shape"),
         ("StableDiffusionImg2ImgPipeline", {"images": "text"}, 5, "is no image that can be read"),
@@ -193,12 +200,14 @@ def test_a_set_from_other_images_is_another(folder, files, tmp_path):
 def test_images_that_do_not_fit_are_one_line(folder, files, tmp_path, name, sampling, code, said):
     Image.new("L", (8, 8)).save(tmp_path / "small.png")
     Image.new("RGB", (16, 8)).save(tmp_path / "wide.png")
+    Image.new("L", (8, 32)).save(tmp_path / "turned.png")  # as many pixels as the images
     (tmp_path / "text.png").write_text("no image")
     meant = {
         "I": str(files / "images"),
         "M": str(files / "masks"),
         "3": [str(files / "masks" / "0.png")] * 3,
-        **{n: f"{n}.png" for n in ("small", "wide", "text")},
+        "second": [str(files / "masks" / "0.png"), "small.png"],
+        **{n: f"{n}.png" for n in ("small", "wide", "text", "turned")},
     }
     work = Qncd(tmp_path)
     tree = tiny_config(folder(name), correction__inter__method="none")

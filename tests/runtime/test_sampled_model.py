@@ -171,6 +171,29 @@ def test_terms_of_another_field_are_refused(tiny_model, v_model):
     check(tree, *v_model)
 
 
+@pytest.mark.parametrize("name", [*PREPARED, "stepwise"])
+def test_a_correction_prepared_for_images_of_another_size_is_refused(tiny_model, v_model, name):
+    tree = config_for(tiny_model, "none" if name == "stepwise" else name).to_dict()
+    if name == "stepwise":
+        tree["correction"]["inter"]["method"] = name
+    other = load_model(str(tiny_model), image_size=(24, 16))
+    with pytest.raises(ConfigError, match="latents of 8 x 8, now 12 x 8") as refused:
+        check(tree, other, v_model[1])
+    assert "--inter none" in refused.value.hint
+    del v_model[1].noise_stats.body["latent_shape"]  # as statistics made before it was said
+    check(tree, other, v_model[1])
+    v_model[1].noise_stats.body["latent_shape"] = [3, 8, 8]
+
+
+def test_a_graph_is_of_one_size(v_model):
+    """And one that was made before there were sizes is found again."""
+    own = v_model[1]
+    assert own.graph_digests == own.digests and own.size is None
+    others = [replace(own, size=size).graph_digests for size in ((24, 16), (16, 24))]
+    assert len({tuple(found.items()) for found in (own.graph_digests, *others)}) == 3
+    assert replace(own, size=(24, 16)).digests == own.digests
+
+
 def test_the_run_time_correction_alone_needs_no_preparation(tiny_model, v_model):
     tree = config_for(tiny_model, "runtime alone").to_dict()
     tree["sampling"] |= {"steps": 2, "eta": 0.5}

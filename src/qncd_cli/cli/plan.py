@@ -41,6 +41,7 @@ def of_config(
     """
     options = SampleOptions(**{**_DEFAULTS, **(drawing or {}), "device": device})
     config, count = wanted.config(), options.num or DEFAULT_NUM
+    config.check_sizes()
     if measuring is not None:
         check(measuring, config)
     _forecast(console, config, options, wanted.folder, stages, count)
@@ -138,6 +139,7 @@ def _report(
         prompts=len(config.sampling.prompts or ()),
         image_size=config.sampling.sides,
         text=config.text_encoders.bits is not None,
+        sizes=config.calibration.sizes or (),
     )
     request = forecast.Request(
         stages,

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from .effort import EFFORTS, Effort, EffortName
-from .section import Section
+from .section import Section, Side
 
 
 class CalibrationConfig(Section):
@@ -35,6 +35,20 @@ class CalibrationConfig(Section):
         description="how many of them also measure the quantization noise (default: by effort, at "
         "most all)",
     )
+    sizes: tuple[tuple[Side, Side], ...] | None = Field(
+        None,
+        description="heights and widths of images, in pixels, beside sampling's own: batches of "
+        "trajectories take all of them in turn, so that activation ranges are of all; smoothing, "
+        "rounding and corrections look at sampling's own size (docs/models.md)",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, data: Any) -> Any:
+        sizes = data.get("sizes") if isinstance(data, dict) else None
+        if not isinstance(sizes, list):
+            return data
+        return {**data, "sizes": tuple(tuple(s) if isinstance(s, list) else s for s in sizes)}
 
     @model_validator(mode="before")
     @classmethod
@@ -59,4 +73,23 @@ class CalibrationConfig(Section):
     def _check(self) -> CalibrationConfig:
         if self.noise_trajectories > self.trajectories:
             raise ValueError("noise_trajectories cannot exceed trajectories")
+        if self.sizes is None:
+            return self
+        if not self.sizes or len(set(self.sizes)) != len(self.sizes):
+            raise ValueError("sizes must name each size once; null: sampling's own alone")
+        if 0 in self.by_size:
+            batches = -(-self.trajectories // self.batch_size)
+            raise ValueError(
+                f"sizes: sampling's own and {len(self.sizes)} more need a batch each, but "
+                f"{self.trajectories} trajectories, {self.batch_size} at once, make {batches}: "
+                "lower calibration.batch_size or raise calibration.trajectories"
+            )
         return self
+
+    @property
+    def by_size(self) -> list[int]:
+        """How many trajectories are of sampling's own size, and of each of sizes: batches take
+        them in turn."""
+        turns, every = 1 + len(self.sizes or ()), self.trajectories
+        batches = [min(self.batch_size, every - n) for n in range(0, every, self.batch_size)]
+        return [sum(batches[turn::turns]) for turn in range(turns)]

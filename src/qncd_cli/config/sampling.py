@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from .lora_names import split_lora
-from .section import MAX_STEPS, Section
+from .section import MAX_STEPS, Section, Side
 
 MAX_GUIDANCE = 100
 """Published uses stay below 20; far above, every image is saturated or not finite."""
@@ -113,13 +113,16 @@ class SamplingConfig(Section):
         None, description="of a text model: a list, or a file with one a line; in turn by seed"
     )
     negative_prompt: str = Field("", description="what guidance leads a text model away from")
-    image_size: Annotated[int, Field(ge=16)] | None = Field(
-        None, description="of a text model, height and width in pixels, if not its own"
+    image_size: Side | None = Field(
+        None,
+        description="height and width of images in pixels, if not the model's own: of text models "
+        "and of class-conditional U-Nets in latents",
     )
-    height: Annotated[int, Field(ge=16)] | None = Field(
-        None, description="of a text model, in pixels, together with width, if it is not square"
+    height: Side | None = Field(
+        None,
+        description="of the same models, in pixels, together with width, if it is not square",
     )
-    width: Annotated[int, Field(ge=16)] | None = Field(None, description="the same")
+    width: Side | None = Field(None, description="the same")
     images: tuple[str, ...] | None = Field(
         None,
         description="of Stable Diffusion and SDXL: images that sampling begins from, a file, a "
@@ -183,7 +186,7 @@ class SamplingConfig(Section):
             raise ValueError("classes must not be empty; 'all' takes every class in turn")
         if self.prompts == ():
             raise ValueError("prompts must not be empty")
-        for key in ("negative_prompt", "image_size", "height", "width", "images", "control"):
+        for key in ("negative_prompt", "images", "control"):
             if getattr(self, key) and self.prompts is None:
                 raise ValueError(f"{key} belongs to text models, which need prompts")
         for key in ("masks", "strength"):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from ..errors import ConfigError
 from ..store.digests import digest_of
 from .calibration import CalibrationConfig
 from .correction import CorrectionConfig
@@ -101,6 +102,20 @@ class Config(Section):
             )
         return self
 
+    def check_sizes(self) -> None:
+        """Raise ConfigError where calibration.sizes cannot be drawn beside sampling's own; what is
+        sampled afterwards may be of any of them."""
+        sizes, sampling = self.calibration.sizes or (), self.sampling
+        if sampling.sides in sizes:
+            height, width = sampling.sides
+            raise ConfigError(
+                f"calibration.sizes: {height} x {width} is sampling's own size", "leave it out"
+            )
+        if sizes and (sampling.images or sampling.control):
+            raise ConfigError(
+                "sampling.images and sampling.control have one shape", "leave calibration.sizes out"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
@@ -126,6 +141,8 @@ class Config(Section):
             del inputs["model"]["base"]
         if not inputs["model"]["lora"]:
             del inputs["model"]["lora"]
+        if self.calibration.sizes is None:
+            del inputs["calibration"]["sizes"]
         if tree["sampling"]["guidance_scale"] < 1:  # once led away from prompts
             inputs["guidance"] = "off, or towards the null class"
         inputs["intra"] = intra = tree["correction"]["intra"]

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..spec import FLOAT_BITS, WIDE_WEIGHT_BITS
 
 MAX_STEPS = 1000
+Side = Annotated[int, Field(ge=16)]
+"""Height or width of an image, in pixels."""
 Bits = Annotated[int, Field(ge=2, le=FLOAT_BITS)]
 Observer = Literal["minmax", "moving_average", "percentile", "mse", "output"]
 """How a range is chosen; output: by the error of the layer's output."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..backends.reference import simulate_with
@@ -27,14 +29,8 @@ def meter(
 
     costs: of the denoiser on one row; steps: its calls per trajectory.
     """
-    inputs: dict[str, int] = {}
-
-    def see(name: str, x: torch.Tensor) -> None:
-        inputs.setdefault(name, x[0].numel())
-
     layers = weight_layers(shapes.denoiser)
-    with capture_inputs(shapes.denoiser, list(layers), see):
-        full = peak_bytes(lambda: shapes.call(METERED_ROWS)) / METERED_ROWS
+    full, inputs = _full(shapes)
     weights, simulated = _simulated(shapes, quantized)
     graph = _graph(shapes, list(quantized.body["layers"])) if spends(config) else 0.0
     return DenoiserCall(
@@ -49,6 +45,26 @@ def meter(
         inputs,
         {cost.name: cost.macs for cost in costs},
     )
+
+
+def at_size(call: DenoiserCall, shapes: Shapes) -> DenoiserCall:
+    """The same call in full precision, of a model that is sized for other images."""
+    full, inputs = _full(shapes)
+    with torch.no_grad():
+        costs = count_macs(shapes.denoiser, lambda: shapes.call(1))
+    return replace(call, full=full, inputs=inputs, macs=sum(cost.macs for cost in costs))
+
+
+def _full(shapes: Shapes) -> tuple[float, dict[str, int]]:
+    """Bytes of activations per row, and what each layer reads, in full precision."""
+    inputs: dict[str, int] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        inputs.setdefault(name, x[0].numel())
+
+    with capture_inputs(shapes.denoiser, list(weight_layers(shapes.denoiser)), see):
+        full = peak_bytes(lambda: shapes.call(METERED_ROWS)) / METERED_ROWS
+    return full, inputs
 
 
 def copies(config: Config, shapes: Shapes) -> int:

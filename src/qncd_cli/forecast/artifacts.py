@@ -56,7 +56,7 @@ def calibration(config: Config, shapes: Shapes, timesteps: list[float]) -> Artif
     activations = config.quantization.activations
     bounds = group_bounds(timesteps, activations.timestep_groups)
     body = {
-        "rows": config.calibration.trajectories * len(timesteps),
+        "rows": config.calibration.by_size[0] * len(timesteps),
         "latent_shape": list(shapes.latent_shape),
         "groups": len(bounds) + 1,
         "group_bounds": list(bounds),

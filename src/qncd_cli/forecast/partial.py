@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 
 from ..config.schema import Config
@@ -26,10 +27,11 @@ def partial_bytes(
 ) -> dict[str, int]:
     """Bytes by stage: outputs of all calls, inputs that are kept with them, and pieces of the
     result. results: bytes that each stage leaves; batches of samples are counted there."""
-    row = 4 * math.prod(shapes.latent_shape) * activations.copies(config, shapes) * steps
+    row = 4 * activations.copies(config, shapes) * steps
+    of_size = [math.prod(one.latent_shape) for one in (shapes, *shapes.sized.values())]
     rows = {
-        "calibrate": config.calibration.trajectories,
-        "quantize": CALLS_PER_STEP * config.calibration.noise_trajectories,
+        "calibrate": sum(map(operator.mul, config.calibration.by_size, of_size)),
+        "quantize": CALLS_PER_STEP * config.calibration.noise_trajectories * of_size[0],
     }
     found = dict.fromkeys(costs, 0)
     for stage, count in rows.items():

@@ -210,11 +210,12 @@ def _stages(
     weights = call.weights / 4 if integers else call.weights
     held = memory.resident(shapes, DTYPES[config.model.dtype])
     rest = memory.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
+    others = [activations.at_size(call, one) for one in shapes.sized.values()]
     copies = activations.copies(request.sampling, shapes)
     drawing = replace(call, copies=copies, steps=drawn)
     decoder, batch = activations.first_stage(shapes), min(request.count, batch_size)
     costs = {
-        "calibrate": calibrate.costs(config, shapes.denoiser, shapes.classes, call),
+        "calibrate": calibrate.costs(config, shapes.denoiser, shapes.classes, call, others),
         "quantize": before | quantize.costs(config, shapes.denoiser, call),
         "sample": sample.costs(drawing, decoder, request.count, batch, integers=integers),
     }

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from ..models.call_signature import INPAINTING
 from ..models.control import CONTROLNET, join, steer
 from ..models.digest import is_checkpoint
 from ..models.folder_check import read_index
+from ..models.image_size import Sides, check_sizable, latent_sides, pixels_per_latent
 from ..models.loading import FIRST_STAGES
 from ..models.model_folder import find_base
 from ..models.pipelines import CLASS_CONDITIONAL, is_guided
-from ..models.text import reads_scale, sides_of
+from ..models.text import reads_scale
 from ..models.text_encoders import described_encoders
 from .described import Stored, at_random, folder_of_source, in_checkpoint, in_folder
 from .meta_inputs import (
@@ -65,7 +66,8 @@ class Shapes:
     the model, 0 for none; guided: whether it has a null class or prompt, and interpolates: how,
     as of DiffusionModel. image_shape: of one image. scheduler: configuration, None where nothing
     says. dtype: of all but the first stage. text: the text encoders, where they were asked for and
-    a folder describes them; tokens: of a prompt, 0 where there are none.
+    a folder describes them; tokens: of a prompt, 0 where there are none. sized: as DiffusionModel
+    has it.
     """
 
     source: str
@@ -83,6 +85,7 @@ class Shapes:
     arguments: Callable[[int], Arguments] = field(repr=False)
     text: nn.Module | None = None
     tokens: int = 0
+    sized: Mapping[Sides, Shapes] = field(default_factory=dict)
 
     def guides(self, scale: float) -> bool:
         """Whether that scale guides, as DiffusionModel.guides says."""
@@ -113,11 +116,12 @@ def model_shapes(
     compvis_config: str | None = None,
     base: str | None = None,
     prompts: int = 0,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | Sides | None = None,
+    sizes: Sequence[Sides] = (),
     text: bool = False,
 ) -> Shapes:
     """dtype: of all but the first stage; prompts: how many of a text model; image_size: in pixels,
-    None for the model's own; text: whether the text encoders are wanted, too.
+    None for the model's own; sizes: others; text: whether the text encoders are wanted, too.
 
     Hub ids only where the files are here, checkpoints from their YAML or base. Raises ModelError.
     """
@@ -153,7 +157,6 @@ def model_shapes(
     parts = {n: _part(n, m, stored.get(n), dtype) for n, m in modules.items()}
     others = {n: s for n, s in stored.items() if n not in modules and s.elements}
     parts |= {n: Part(s.elements, s.size, False) for n, s in others.items()}
-    latent, image = _sizes(denoiser, first_stage, image_size)
     embedder: Any = modules.get("class_embedder")
     classes = _classes(denoiser, embedder)
     if embedder is not None:
@@ -162,23 +165,30 @@ def model_shapes(
     prompted = not classes and not isinstance(denoiser, UNet2DModel)
     scaled = prompted and reads_scale(denoiser)
     flux = isinstance(denoiser, FluxTransformer2DModel)
-    return Shapes(
+    if not prompted and (image_size is not None or sizes):
+        check_sizable(source, denoiser, first_stage)
+
+    def sized(size: int | Sides | None) -> dict[str, Any]:
+        latent, image = _sizes(kind if prompted and kind else source, denoiser, first_stage, size)
+        arguments = arguments_of(denoiser, dtype, latent, tokens, scaled)
+        return {"latent_shape": latent, "image_shape": image, "arguments": arguments}
+
+    shapes = Shapes(
         source=source,
         is_folder=is_folder,
         dtype=dtype,
         denoiser=denoiser,
         first_stage=None if first_stage is None else first_stage.eval().requires_grad_(False),
         parts=parts,
-        latent_shape=latent,
-        image_shape=image,
         classes=max(1, prompts) if prompted else classes,
         guided=bool(classes or prompted) and not flux and not scaled,
         interpolates=bool(classes) and (not kind or kind in CLASS_CONDITIONAL),
         scheduler=scheduler,
-        arguments=arguments_of(denoiser, dtype, latent, tokens, scaled),
         text=described_encoders(place, source) if text and place is not None else None,
         tokens=tokens,
+        **sized(image_size),
     )
+    return replace(shapes, sized={size: replace(shapes, **sized(size)) for size in sizes})
 
 
 def _part(name: str, module: nn.Module, stored: Stored | None, dtype: torch.dtype) -> Part:
@@ -192,14 +202,13 @@ def _parameters(module: nn.Module) -> int:
 
 
 def _sizes(
-    denoiser: Any, first_stage: Any, image_size: int | tuple[int, int] | None
+    name: str, denoiser: Any, first_stage: Any, image_size: int | Sides | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    config = denoiser.config
-    scale = 1 if first_stage is None else 2 ** (len(first_stage.config.block_out_channels) - 1)
+    config, scale = denoiser.config, pixels_per_latent(first_stage)
     flux = isinstance(denoiser, FluxTransformer2DModel)
     sides: Any = 2 * math.isqrt(FLUX_TOKENS) if flux else config.sample_size
     if image_size is not None:
-        sides = [side // scale for side in sides_of(image_size)]
+        sides = latent_sides(name, denoiser, scale, image_size)
     height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
     painting = config.in_channels == INPAINTING
     own = first_stage.config.latent_channels if painting else config.in_channels

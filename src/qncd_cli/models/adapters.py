@@ -14,6 +14,8 @@ from .call_signature import INPAINTING
 from .control import CONTROL, ControlImages, controls, join
 from .control import PIPELINES as CONTROL_PIPELINES
 from .first_stage import FirstStage, scaled, to_uint8
+from .image_size import Sides, check_sizable, pixels_per_latent
+from .image_size import latent_sides as sides_for
 from .pipelines import CLASS_CONDITIONAL, ClassConditionalPipeline
 from .prompt_length import Tell
 from .schedule import (
@@ -25,7 +27,7 @@ from .schedule import (
     shifted,
 )
 from .start_images import StartImages, started
-from .text import TEXT_TABLES, Encoded, Prompts, latent_sides, reads_scale
+from .text import TEXT_TABLES, Encoded, Prompts, latent_sides, reads_scale, told_size
 
 Condition = dict[str, Tensor]
 Parts = dict[str, Any]
@@ -109,12 +111,15 @@ def _text(pipeline: Any, request: Request) -> Parts:
         negative = None
         scale = {"timestep_cond": _embedded_scale(pipeline, denoiser, prompts.guidance_scale)}
 
+    of_size, null_size = told_size(pipeline, prompts, encoded)
+    alike = of_size | scale
+
     def condition(labels: Tensor) -> Condition:
         found = {name: value[labels.to(value.device)] for name, value in table.items()}
-        return found | {name: value.expand(len(labels), -1) for name, value in scale.items()}
+        return found | {name: value.expand(len(labels), -1) for name, value in alike.items()}
 
     def null_condition(rows: int) -> Condition:
-        null = negative or {}
+        null = {**(negative or {}), **null_size}
         return {name: value.expand(rows, *value.shape[1:]) for name, value in null.items()}
 
     return {
@@ -140,6 +145,17 @@ def _channels(pipeline: Any, denoiser: Any) -> int:
             "inpainting needs a U-Net of 9 channels in a folder of an inpainting pipeline",
         )
     return latent
+
+
+def with_size(source: str, pipeline: Any, parts: Parts, size: int | Sides | None) -> Parts:
+    """The parts of a model without prompts that draws images of a size in pixels, None for its
+    own. Raises ModelError for a model, and for a size, that cannot be."""
+    if size is None:
+        return parts
+    denoiser, first_stage = parts["denoiser"], pipeline.components.get("vqvae")
+    check_sizable(source, denoiser, first_stage)
+    sides = sides_for(source, denoiser, pixels_per_latent(first_stage), size)
+    return {**parts, "latent_shape": (parts["latent_shape"][0], *sides)}
 
 
 def with_images(pipeline: Any, parts: Parts, images: StartImages | None, tell: Tell) -> Parts:

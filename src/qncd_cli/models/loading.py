@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import BackendUnavailable, ModelError
 from ..progress import Track, no_progress
-from .adapters import ADAPTERS, Condition, with_control, with_images
+from .adapters import ADAPTERS, Condition, Parts, with_control, with_images, with_size
 from .call_signature import check_inputs, unify_call
 from .compvis.checkpoint import compvis_pipeline
 from .denoiser_folder import check_values
 from .digest import checkpoint_digest, folder_digest, is_checkpoint, random_digest, with_loras
 from .first_stage import FirstStage
 from .folder_check import is_there, read_index
+from .image_size import Sides, sides_of
 from .lora import Branches, branches, fuse
 from .model_folder import find_folder
 from .pipeline_folder import FIRST_STAGES, UNUSED, load_pipeline
@@ -56,6 +57,8 @@ class DiffusionModel:
     paints: whether the denoiser reads these images, so that it can also begin from noise.
     branches: of LoRAs, to be attached to whatever computes the denoiser.
     text: the text encoders, where they were asked to be kept.
+    size: height and width of images in pixels as they were asked for, None for the model's own.
+    sized: by height and width, the same model with the same modules, drawing images of that size.
     """
 
     source: str
@@ -74,6 +77,8 @@ class DiffusionModel:
     paints: bool = False
     branches: Branches = field(default_factory=dict)
     text: TextEncoders | None = None
+    size: Sides | None = None
+    sized: Mapping[Sides, DiffusionModel] = field(default_factory=dict)
 
     def labels(self, seeds: list[int], classes: str | tuple[int, ...]) -> Tensor:
         """One label per seed: classes in turn. Raises ModelError for a class out of range."""
@@ -132,6 +137,8 @@ def load_model(
     loras: Sequence[str] = (),
     branch: Sequence[str] = (),
     prompts: Prompts | None = None,
+    image_size: int | Sides | None = None,
+    sizes: Sequence[Sides] = (),
     tile: int | None = None,
     cache: PromptCache | None = None,
     encoders: OtherEncoders | None = None,
@@ -146,10 +153,11 @@ def load_model(
     other source reads them. loras: FILE or FILE:WEIGHT,
     fused one after the other; branch: such files that are not fused, but computed beside the
     denoiser's layers (the digest is that of the model without them). prompts: of text models, and
-    of no others; tile: side of the tiles that images are decoded in, None for whole images; cache:
-    where those that a folder's text encoders made are kept, which are then not
-    even read again. encoders: encode the prompts in the place of the model's own; keep_text: the
-    model's own stay with it, as `text`. tell: hears what a user should know.
+    of no others; image_size: of a model without prompts, as `Prompts` has it of the others; sizes:
+    others that the model is `sized` for; tile: side of the tiles that images are decoded in, None
+    for whole images; cache: where those that a folder's text encoders made are kept, which are then
+    not even read again. encoders: encode the prompts in the place of the model's own; keep_text:
+    the model's own stay with it, as `text`. tell: hears what a user should know.
     Raises ModelError, or BackendUnavailable for a device that is not there.
     """
     place, folder = find_device(device), _folder_of(source)
@@ -185,24 +193,34 @@ def load_model(
     if encoded is not None:
         check_encoded(encoded, source)
     kind = type(pipeline).__name__
-    parts = ADAPTERS[kind](pipeline, (prompts, encoded))
-    if prompts is not None:
+
+    def parts_of(size: int | Sides | None) -> Parts:
+        if prompts is None:
+            return with_size(source, pipeline, ADAPTERS[kind](pipeline, (None, None)), size)
+        parts = ADAPTERS[kind](pipeline, (replace(prompts, image_size=size), encoded))
         parts = with_images(pipeline, parts, prompts.images, tell)
-        parts = with_control(pipeline, parts, prompts.control, tell)
+        return with_control(pipeline, parts, prompts.control, tell)
+
+    def made(size: int | Sides | None, parts: Parts) -> DiffusionModel:
+        model = DiffusionModel(
+            source=source,
+            digest=digest,
+            dtype=DTYPES[dtype],
+            device=place,
+            interpolates=kind in CLASS_CONDITIONAL,
+            branches=beside,
+            text=TextEncoders(pipeline, prompts) if keep_text and prompts is not None else None,
+            size=None if size is None else sides_of(size),
+            **{"scheduler_config": schedule_of(pipeline), **parts},
+        )
+        return model if tile is None else replace(model, decode=first_stage_of(model).tiled(tile))
+
+    size = image_size if prompts is None else prompts.image_size
+    parts, others = parts_of(size), {other: parts_of(other) for other in sizes}
     check_inputs(parts["denoiser"], parts["condition"](torch.zeros(1, dtype=torch.int64)), source)
     unify_call(parts["denoiser"])
-    schedule = {"scheduler_config": schedule_of(pipeline)}
-    model = DiffusionModel(
-        source=source,
-        digest=digest,
-        dtype=DTYPES[dtype],
-        device=place,
-        interpolates=kind in CLASS_CONDITIONAL,
-        branches=beside,
-        text=TextEncoders(pipeline, prompts) if keep_text and prompts is not None else None,
-        **{**schedule, **parts},
-    )
-    return model if tile is None else replace(model, decode=first_stage_of(model).tiled(tile))
+    sized = {other: made(other, found) for other, found in others.items()}
+    return replace(made(size, parts), sized=sized)
 
 
 def _check_kind(source: str, kind: str, prompts: Prompts | None) -> None:

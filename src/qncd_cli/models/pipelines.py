@@ -27,6 +27,8 @@ from diffusers.schedulers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from .image_size import Sides, check_sizable, latent_sides, pixels_per_latent, sides_of
+
 
 def is_guided(scale: float, interpolates: bool) -> bool:
     """Whether a guidance scale guides, by the rule of the pipeline's class.
@@ -82,6 +84,18 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         """[N, C, h, w] -> images [N, C, H, W] in about [-1, 1]."""
         return latents
 
+    def _latent_sides(self, height: int | None, width: int | None) -> Sides:
+        """Raises ModelError for a size that cannot be."""
+        config: Any = self.denoiser.config
+        own = sides_of(config.sample_size)
+        if height is None and width is None:
+            return own
+        name, first_stage = type(self).__name__, self.components.get("vqvae")
+        check_sizable(name, self.denoiser, first_stage)
+        factor = pixels_per_latent(first_stage)
+        size = (height or factor * own[0], width or factor * own[1])
+        return latent_sides(name, self.denoiser, factor, size)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -91,17 +105,20 @@ class ClassConditionalPipeline(DiffusionPipeline, ABC):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Draw one image per label.
 
         guidance_scale: eps = eps_null + guidance_scale * (eps_class - eps_null); 1 turns it off,
         0 is the null class alone.
         output_type: "pil", "np" ([N, H, W, C] in [0, 1]) or "latent" ([N, C, h, w]).
+        height, width: in pixels, of U-Nets in latents; None for the model's own.
         """
         device = self._execution_device
         labels = torch.as_tensor(class_labels, device=device)
         config: Any = self.denoiser.config
-        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        shape = (len(labels), config.in_channels, *self._latent_sides(height, width))
         guided = is_guided(guidance_scale, interpolates=True)
         if guided:
             labels = torch.cat([torch.full_like(labels, self.null_class), labels])

@@ -33,11 +33,13 @@ class PromptCache:
     def path(
         self, model_digest: str, dtype: str, prompts: Prompts, encoders: str | None = None
     ) -> Path:
-        """File that keeps what these prompts become; the guidance scale does not matter to it.
+        """File that keeps what these prompts become, whatever guidance scale and size.
 
         encoders: what they are encoded by, None for the model's own text encoders.
         """
-        alone = dataclasses.replace(prompts, guidance_scale=1.0, images=None, control=None)
+        alone = dataclasses.replace(
+            prompts, image_size=None, guidance_scale=1.0, images=None, control=None
+        )
         encoded = dataclasses.asdict(alone)
         del encoded["images"], encoded["control"]
         made_from = {"model": model_digest, "dtype": dtype, **encoded}

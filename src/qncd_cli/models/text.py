@@ -16,6 +16,8 @@ from torch import Tensor
 from ..errors import ModelError
 from ..progress import Track, counted, no_progress
 from .control import ControlImages
+from .image_size import Sides
+from .image_size import latent_sides as sides_for
 from .prompt_length import Tell, check_lengths
 from .start_images import StartImages
 
@@ -36,7 +38,7 @@ class Prompts:
 
     texts: tuple[str, ...]
     negative: str = ""
-    image_size: int | tuple[int, int] | None = None
+    image_size: int | Sides | None = None
     guidance_scale: float = 1.0
     images: StartImages | None = None
     control: ControlImages | None = None
@@ -44,7 +46,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What prompts become: arguments of the denoiser.
+    """What prompts become: arguments of the denoiser, whatever the size of images.
 
     table: each [P, ...], a row a prompt; negative: each [1, ...], None for models without guidance.
     """
@@ -53,31 +55,49 @@ class Encoded:
     negative: Table | None
 
 
-def latent_sides(pipeline: Any, prompts: Prompts) -> tuple[int, int]:
+def latent_sides(pipeline: Any, prompts: Prompts) -> Sides:
     """Height and width of latents. Raises ModelError for an image size that the model cannot have.
 
     The model's own size is one number, or a pair where its images are not square.
     """
-    factor: int = pipeline.vae_scale_factor
-    unit = factor if "unet" in pipeline.components else 2 * factor
+    denoiser = _denoiser(pipeline)
     if prompts.image_size is None:
-        own = getattr(_denoiser(pipeline).config, "sample_size", None)
+        own = getattr(denoiser.config, "sample_size", None)
         sides = own or pipeline.default_sample_size
         height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
         return int(height), int(width)
-    height, width = sides_of(prompts.image_size)
-    if height % unit or width % unit:  # transformers read patches of 2 x 2
-        size = height if height == width else f"{height} x {width}"
-        raise ModelError(
-            f"sampling.image_size {size} does not fit {type(pipeline).__name__}",
-            f"use a multiple of {unit}",
-        )
-    return height // factor, width // factor
+    name, factor = type(pipeline).__name__, pipeline.vae_scale_factor
+    return sides_for(name, denoiser, factor, prompts.image_size)
 
 
-def sides_of(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width."""
-    return (size, size) if isinstance(size, int) else size
+@torch.no_grad()
+def told_size(pipeline: Any, prompts: Prompts, encoded: Encoded) -> tuple[Table, Table]:
+    """What a denoiser reads of the image's size, each [1, ...]: with a prompt, and without.
+
+    SDXL: time_ids, original height and width, top and left of the crop, height and width of the
+    image (arXiv 2307.01952, sec. 2.2): the size that is drawn, uncropped; of a refiner a score of
+    beauty for the last two. The 1024-pixel models of PixArt-alpha: resolution and aspect_ratio
+    (arXiv 2310.00426, sec. 2.4). Others read nothing.
+    """
+    like = encoded.table["encoder_hidden_states"]
+    height, width = (pipeline.vae_scale_factor * n for n in latent_sides(pipeline, prompts))
+
+    def row(*numbers: float) -> Tensor:
+        return torch.tensor([numbers], dtype=like.dtype, device=like.device)
+
+    kind = type(pipeline).__name__
+    if TEXT_TABLES[kind] is stable_diffusion_xl_table:
+        scored = pipeline.config.get("requires_aesthetics_score", False)
+        ids = [
+            row(height, width, 0, 0, *((score,) if scored else (height, width)))
+            for score in AESTHETIC_SCORES
+        ]
+        return {"time_ids": ids[0]}, {"time_ids": ids[1]}
+    if kind == "PixArtAlphaPipeline" and pipeline.transformer.config.sample_size == 128:
+        size = row(height, width)
+        found = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+        return found, found
+    return {}, {}
 
 
 def reads_scale(denoiser: Any) -> bool:
@@ -100,30 +120,17 @@ def stable_diffusion_table(pipeline: Any, prompts: Prompts, track: Track) -> Enc
 
 
 def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
-    """SDXL: text_embeds [P, C'] and time_ids [P, 6] as well (arXiv 2307.01952, sec. 2.2).
-
-    time_ids: original height and width, top and left of the crop, height and width of the image;
-    here the size that is drawn, uncropped; of a refiner [P, 5], a score of beauty for the last two.
-    Without a negative prompt its embeddings are zeros where
-    the pipeline was trained so.
-    """
-    height, width = (pipeline.vae_scale_factor * n for n in latent_sides(pipeline, prompts))
+    """SDXL: text_embeds [P, C'] as well. Without a negative prompt its embeddings are zeros where
+    the pipeline was trained so."""
     device = pipeline.unet.device
-    scored = pipeline.config.get("requires_aesthetics_score", False)
 
-    def encode(texts: list[str], score: float = AESTHETIC_SCORES[0]) -> Table:
+    def encode(texts: list[str]) -> Table:
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             texts, device=device, do_classifier_free_guidance=False
         )
-        sizes = [height, width, 0, 0, *((score,) if scored else (height, width))]
-        ids = torch.tensor(sizes, dtype=pooled.dtype, device=device)
-        return {
-            "encoder_hidden_states": embeddings,
-            "text_embeds": pooled,
-            "time_ids": ids.expand(len(texts), -1),
-        }
+        return {"encoder_hidden_states": embeddings, "text_embeds": pooled}
 
-    negative = encode([prompts.negative], AESTHETIC_SCORES[1])
+    negative = encode([prompts.negative])
     if not prompts.negative and pipeline.config.force_zeros_for_empty_prompt:
         zeros = ("encoder_hidden_states", "text_embeds")
         negative |= {name: torch.zeros_like(negative[name]) for name in zeros}
@@ -131,12 +138,8 @@ def stable_diffusion_xl_table(pipeline: Any, prompts: Prompts, track: Track) -> 
 
 
 def pixart_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
-    """PixArt-alpha and -Sigma: T5's encoder_hidden_states [P, L, C] and their mask [P, L].
-
-    The 1024-pixel models of alpha also take the image's size (arXiv 2310.00426, sec. 2.4).
-    """
-    config, device = pipeline.transformer.config, pipeline.transformer.device
-    height, width = (pipeline.vae_scale_factor * n for n in latent_sides(pipeline, prompts))
+    """PixArt-alpha and -Sigma: T5's encoder_hidden_states [P, L, C] and their mask [P, L]."""
+    device = pipeline.transformer.device
 
     def encode(texts: list[str]) -> Table:
         embeddings, mask, _, _ = pipeline.encode_prompt(
@@ -145,12 +148,7 @@ def pixart_table(pipeline: Any, prompts: Prompts, track: Track) -> Encoded:
             device=device,
             clean_caption=True,  # as the pipelines do, where beautifulsoup4 is installed
         )
-        table = {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
-        if type(pipeline).__name__ == "PixArtAlphaPipeline" and config.sample_size == 128:
-            size = torch.tensor([height, width], dtype=embeddings.dtype, device=device)
-            table["resolution"] = size.expand(len(texts), -1)
-            table["aspect_ratio"] = (size[:1] / size[1:]).expand(len(texts), -1)
-        return table
+        return {"encoder_hidden_states": embeddings, "encoder_attention_mask": mask}
 
     return Encoded(_in_parts(encode, prompts.texts, track), encode([prompts.negative]))
 

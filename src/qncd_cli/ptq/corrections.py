@@ -42,6 +42,7 @@ def check_correction(config: Config, model: DiffusionModel, stats: Artifact, lac
             f" ({'; '.join(differing)})",
             'repeat "qncd calibrate" and "qncd quantize" with these settings, or add --inter none',
         )
+    check_size(f"the {inter.method} correction", model, stats, "--inter none")
     wanted, found = list(field_grid(model.latent_shape[1:], inter.field)), stats.body["grid"]
     if inter.method == "stepwise" and found != wanted:
         raise ConfigError(
@@ -53,4 +54,16 @@ def check_correction(config: Config, model: DiffusionModel, stats: Artifact, lac
             f"the run-time baseline was measured for target {stats.body['target']}, "
             f"not {inter.target}",
             'repeat "qncd quantize", or set correction.inter.baseline=none',
+        )
+
+
+def check_size(what: str, model: DiffusionModel, found: Artifact, without: str) -> None:
+    """Raise ConfigError for what was prepared on latents of another shape, where it says of which:
+    it does since a run draws several sizes. without: the option that does without it."""
+    shape = found.body.get("latent_shape")
+    if shape is not None and shape != list(model.latent_shape):
+        before, now = (" x ".join(map(str, one[1:])) for one in (shape, model.latent_shape))
+        raise ConfigError(
+            f"{what} was prepared for images of another size (latents of {before}, now {now})",
+            f'repeat "qncd calibrate" and "qncd quantize" with this size, or add {without}',
         )

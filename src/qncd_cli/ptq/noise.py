@@ -94,6 +94,7 @@ def noise_body(
     sampling = config.sampling
     return {
         "channels": latent_shape[0],
+        "latent_shape": list(latent_shape),
         "grid": list(field_grid(latent_shape[1:], config.correction.inter.field)),
         "steps": len({timestep_key(t) for t in timesteps}),
         "sampler_steps": len(timesteps),

@@ -131,6 +131,7 @@ def find_reuse(
         "correction": config.correction.reuse,
         "channels": model.latent_shape[0] if config.correction.reuse in OUTPUT else 0,
         "grid": list(field_grid(model.latent_shape[1:], config.correction.inter.field)),
+        "latent_shape": list(model.latent_shape),
     }
     return Artifact(
         *("reuse", tensors, body, config.stage_digest("reuse"), model.digest),

@@ -52,6 +52,7 @@ def calibrate(
     if not isinstance(config, Config):
         config = load_config(str(config))
     check_unbranched(config)
+    config.check_sizes()
     run = RunDir(Path(run_dir))
     digest = model_digest(config)
     state = freshness.calibrated(run, config, digest) if digest is not None else None

@@ -14,7 +14,7 @@ from ..lineage.shards import Shard, shard_folders
 from ..spec import Compile
 from ..store.lock import locked
 from ..store.run_dir import RunDir, read_coverage
-from .model import note_sampling, open_model
+from .model import note_sampling, note_size, open_model
 from .sets import KEPT
 from .status import reported
 from .watch import Watch
@@ -96,7 +96,8 @@ def draw(
         model = open_model(config, place, run.path, watch, encoders=others)
         if config.sampling != own.sampling:
             note_sampling(watch, config, model)
-        stage.check(config, model, quantized[1] if quantized else None, list(whole))
+            note_size(watch, config, model, quantized)
+        stage.check(config, model, quantized[1] if quantized else None, list(whole), reuse)
         macs = _macs(run, config, model, full_precision=wishes.full_precision)
         batch_size = wishes.batch_size or sample_sets.default_batch(macs)
         how = Preparation(

@@ -13,6 +13,7 @@ from .watch import SILENT, Watch
 if TYPE_CHECKING:
     from ..models.loading import DiffusionModel
     from ..models.text_encoders import OtherEncoders
+    from ..store.artifacts import Artifact
 
 
 def model_digest(config: Config) -> str | None:
@@ -45,12 +46,12 @@ def open_model(
     silence_diffusers()
     watch.imported()
     model, sampling = config.model, config.sampling
-    prompts, images, control = None, None, None
+    prompts, images, control, sizes = None, None, None, config.calibration.sizes or ()
     if sampling.images is not None:
-        images = StartImages(sampling.images, sampling.masks or ())
+        images, sizes = StartImages(sampling.images, sampling.masks or ()), ()  # of one shape
     if sampling.control is not None:
         scale = sampling.control_scale
-        control = ControlImages(sampling.control, 1.0 if scale is None else scale)
+        control, sizes = ControlImages(sampling.control, 1.0 if scale is None else scale), ()
     if sampling.prompts is not None:
         prompts = Prompts(
             sampling.prompts,
@@ -70,6 +71,8 @@ def open_model(
         loras=model.lora,
         branch=sampling.lora_branch or (),
         prompts=prompts,
+        image_size=sampling.sides if prompts is None else None,
+        sizes=sizes,
         tile=config.first_stage.tile,
         cache=PromptCache(folder / "prompts") if folder is not None else None,
         encoders=encoders,
@@ -87,6 +90,22 @@ def note_sampling(watch: Watch, config: Config, model: DiffusionModel) -> None:
         watch.note(f"{model.source}: {remark}")
     if model.interpolates and config.sampling.guidance_scale == 0:
         watch.note("guidance 0: every image is of the null class, whatever sampling.classes says")
+
+
+def note_size(
+    watch: Watch, config: Config, model: DiffusionModel, quantized: tuple[Artifact, Artifact] | None
+) -> None:
+    """Say where images are of a size that calibration has not seen. quantized: the quantized model
+    and its noise statistics, which say what sampling's own size was."""
+    if quantized is None or model.size in (config.calibration.sizes or ()):
+        return
+    shape = quantized[1].body.get("latent_shape")
+    if shape is not None and shape != list(model.latent_shape):
+        height, width = model.size or ("the model's", "own")
+        watch.note(
+            f"{height} x {width}: activation ranges are of other sizes; a run with this one among "
+            "calibration.sizes has seen it"
+        )
 
 
 def check_unbranched(config: Config) -> None:

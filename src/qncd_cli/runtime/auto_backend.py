@@ -183,7 +183,7 @@ class _Candidates:
             found = [backend.name for backend in _layer_by_layer(self.model.device)]
             names += [name for name in found if name not in names]
         graph = BACKENDS["openvino"]
-        kept = graphs and has_openvino(self.folder, sampled.digests)
+        kept = graphs and has_openvino(self.folder, sampled.graph_digests)
         if kept and not graph.why_unavailable(self.model.device):
             names.append(graph.name)
         return names
@@ -198,7 +198,7 @@ class _Candidates:
             inputs = _inputs(self.model, 1)
             denoiser = in_openvino(
                 sampled.denoiser,
-                sampled.digests,
+                sampled.graph_digests,
                 (inputs[0], inputs[2]),
                 self.folder,
                 self.model.dtype,

@@ -134,7 +134,7 @@ def _prepared(
     if backend != AUTO or how.compile is Compile.YES:
         return sampled
     cache = how.table or BackendCache(
-        how.folder, sampled.digests, how.low_memory, graphs=not how.low_memory
+        how.folder, sampled.graph_digests, how.low_memory, graphs=not how.low_memory
     )
     return choose_backend(
         model,
@@ -171,7 +171,7 @@ def _export(model: DiffusionModel, sampled: SampledModel, how: Preparation) -> S
     """Run by the graph of a backend that runs whole graphs."""
     denoiser = in_openvino(
         sampled.denoiser,
-        sampled.digests,
+        sampled.graph_digests,
         example_of(model),
         how.folder,
         model.dtype,
@@ -205,7 +205,7 @@ def _compile(
     row = torch.zeros(1, *model.latent_shape, dtype=model.dtype), condition
     if fuses:
         return replace(sampled, denoiser=fuse_denoiser(sampled.denoiser, row), compiled=True)
-    place = sampled.quantized_digests, row, how.folder, how.tell
+    place = sampled.graph_digests, row, how.folder, how.tell
     try:
         if isinstance(sampled.denoiser, ReusingDenoiser):
             graph: Denoiser = compile_reusing(sampled.denoiser, *place)
@@ -244,8 +244,8 @@ def _wants_graph(
     gain = compiling_gain(_rows_ahead(config, model, how), how.macs)
     if isinstance(sampled.denoiser, ReusingDenoiser):
         pattern = sampled.denoiser.pattern
-        if has_graphs(how.folder, sampled.quantized_digests, pattern):
+        if has_graphs(how.folder, sampled.graph_digests, pattern):
             return True
         assert config.sampling.reuse is not None
         return gain * config.sampling.reuse >= WORTH_COMPILING * len(patterns_of(pattern))
-    return has_graph(how.folder, sampled.digests) or gain >= WORTH_COMPILING
+    return has_graph(how.folder, sampled.graph_digests) or gain >= WORTH_COMPILING

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from ..backends.base import Backend, get_backend
+from ..models.image_size import Sides, said
 from ..models.loading import DiffusionModel
 from ..models.lora import attach
 from ..quant.layers import QuantizedLayer
@@ -24,7 +25,8 @@ class SampledModel:
     noise_stats: needed by every correction that uses statistics; backend: computes the quantized
     layers. None for full precision. compiled: whether the denoiser is one compiled graph. reuse:
     the plan by which it leaves work out, with its terms. decode: makes images of latents, None for
-    the model's own. encoded_by: the name of what computes quantized text encoders.
+    the model's own. encoded_by: the name of what computes quantized text encoders. size: as the
+    model has it.
     """
 
     kind: str  # "quantized" or "full"
@@ -36,11 +38,12 @@ class SampledModel:
     reuse: Artifact | None = None
     decode: Callable[[Tensor], Tensor] | None = None
     encoded_by: str | None = None
+    size: Sides | None = None
 
     @classmethod
     def full_precision(cls, model: DiffusionModel) -> SampledModel:
         attach(model.denoiser, model.branches)
-        return cls("full", full_denoiser(model), {"model": model.digest})
+        return cls("full", full_denoiser(model), {"model": model.digest}, size=model.size)
 
     @classmethod
     def quantized(
@@ -72,13 +75,15 @@ class SampledModel:
         )
         attach(denoiser.module, model.branches)
         digests = {"model": model.digest, **parents}
-        return cls("quantized", denoiser, digests, noise_stats, found)
+        return cls("quantized", denoiser, digests, noise_stats, found, size=model.size)
 
     @property
-    def quantized_digests(self) -> dict[str, str]:
-        """Digests of what the denoiser computes with, the plan of reuse aside."""
+    def graph_digests(self) -> dict[str, str]:
+        """What a graph of the denoiser is made from, the plan of reuse aside: digests, and the size
+        of images, which is fixed in it, where that is not the model's own."""
         aside = ("reuse", "first_stage", "text_encoders")
-        return {name: digest for name, digest in self.digests.items() if name not in aside}
+        digests = {name: digest for name, digest in self.digests.items() if name not in aside}
+        return digests if self.size is None else {**digests, "size": said(self.size)}
 
     def reusing(self, plan: Artifact) -> SampledModel:
         """The same, leaving out work by a plan that was made for it. Raises ArtifactError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,13 @@ def run(
     """Returns the calibration and the smoothing artifact (not yet written), on the first rank.
 
     Every trajectory is a function of its own seed; a row of the calibration set is one sample at
-    one step: model input x, timestep, class, seed and the full-precision guided prediction. Layers
+    one step: model input x, timestep, class, seed and the full-precision guided prediction. Where
+    there are calibration.sizes, rows are of sampling's own size, and statistics of all. Layers
     that no input reaches (those of inputs that the pipeline does not give) are left out.
     partial: what an earlier process has done; ranks: the first chooses smoothing factors, all
     draw their share of the trajectories.
     """
+    config.check_sizes()
     digest = config.stage_digest("calibrate")
     denoiser = full_denoiser(model)
     timesteps = trajectory.timesteps(config, model)
@@ -122,14 +124,22 @@ def run(
 
 
 def costs(
-    config: Config, denoiser: nn.Module, classes: int | None, call: DenoiserCall
+    config: Config,
+    denoiser: nn.Module,
+    classes: int | None,
+    call: DenoiserCall,
+    others: Sequence[DenoiserCall] = (),
 ) -> dict[str, Cost]:
-    """The parts of run by what they do, each with what it takes. classes: of the model."""
-    calibration = config.calibration
+    """The parts of run by what they do, each with what it takes. classes: of the model; others:
+    calls at each of calibration.sizes."""
+    calibration, macs, passes = config.calibration, 0.0, 0.0
     batch = min(calibration.batch_size, calibration.trajectories)
-    rows = calibration.trajectories * call.copies * call.steps
-    passes = OBSERVING * rows * sum(call.inputs.values())
-    found = {TRAJECTORIES: Cost(call.full_bytes(batch * call.copies), rows * call.macs, passes)}
+    for count, one in zip(calibration.by_size, (call, *others), strict=True):
+        rows = count * one.copies * one.steps
+        macs += rows * one.macs
+        passes += OBSERVING * rows * sum(one.inputs.values())
+    held = max(one.full_bytes(batch * one.copies) for one in (call, *others))
+    found = {TRAJECTORIES: Cost(held, macs, passes)}
     if smoothing_choice.looked_at(config, denoiser):
         found["choosing smoothing factors"] = smoothing_choice.cost(config, denoiser, call)
     if smoothing_choice.reads_embeddings(config):
@@ -195,24 +205,29 @@ def _factor_tensors(factors: Factors) -> dict[str, Tensor]:
 def _collect_rows(
     config: Config, model: DiffusionModel, denoiser: Denoiser, track: Track, ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Run the trajectories; rows in the order of batch, step, seed. On the first rank, which
-    has all of them."""
+    """Run the trajectories, batches taking all sizes in turn; rows of sampling's own size in the
+    order of batch, step, seed. On the first rank, which has all of them."""
     calibration = config.calibration
     seeds = list(range(calibration.seed, calibration.seed + calibration.trajectories))
     batches = chunks(seeds, calibration.batch_size)
+    models = [model, *(model.sized[size] for size in calibration.sizes or ())]
     mine = ranks.share(list(enumerate(batches)))
     found: dict[str, Tensor] = {}
     calls = len(mine) * len(trajectory.timesteps(config, model))
     for (number, batch), tick in counted(track, mine, "calibrating", calls, "calls"):
+        of_size = models[number % len(models)]
         parts: dict[str, list[Tensor]] = {name: [] for name in ROWS}
         record = _recorder(parts, batch, model.labels(batch, config.sampling.classes))
-        trajectory.draw(config, model, denoiser, batch, on_step=record, tick=tick)
+        kept = record if of_size is model else None
+        trajectory.draw(config, of_size, denoiser, batch, on_step=kept, tick=tick)
+        if kept is None:
+            continue
         found |= {f"{number}/{name}": torch.cat(values) for name, values in parts.items()}
     for message in ranks.gathered(Message(None, found))[1:]:
         found |= message.tensors
     if not ranks.first:
         return {}
-    numbers = range(len(batches))
+    numbers = range(0, len(batches), len(models))
     return {name: torch.cat([found[f"{number}/{name}"] for number in numbers]) for name in ROWS}
 
 

@@ -31,7 +31,7 @@ from ..lineage.shards import SHARD, Shard
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
-from ..ptq.corrections import check_correction
+from ..ptq.corrections import check_correction, check_size
 from ..ptq.cost import HEADROOM, INTEGERS, SIMULATION, Cost, DenoiserCall
 from ..runtime import trajectory
 from ..runtime.ranks import ALONE, Message, Ranks
@@ -94,7 +94,7 @@ def run(
     Raises ArtifactError when the folder holds another set than the one asked for, ConfigError
     when the correction was prepared for other sampling settings.
     """
-    check(config, model, sampled.noise_stats, request.seeds)
+    check(config, model, sampled.noise_stats, request.seeds, sampled.reuse)
     identity = identify(config, model, sampled, request)
     growing: list[GrowingSet] = []
 
@@ -145,18 +145,24 @@ def costs(
 
 
 def check(
-    config: Config, model: DiffusionModel, noise_stats: Artifact | None, seeds: list[int]
+    config: Config,
+    model: DiffusionModel,
+    noise_stats: Artifact | None,
+    seeds: list[int],
+    reuse: Artifact | None = None,
 ) -> None:
     """Check a request before anything is prepared, drawn or replaced.
 
-    noise_stats: of the quantized model, None for full precision. Refused are schedulers and
-    numbers of steps that the model cannot have, and a correction that was prepared for other
-    sampling or is left without meaning by the scheduler (`plan_steps`). Raises ModelError,
-    ConfigError.
+    noise_stats: of the quantized model, None for full precision; reuse: its plan. Refused are
+    schedulers and numbers of steps that the model cannot have, a plan for images of another size,
+    and a correction that was prepared for other sampling or is left without meaning by the
+    scheduler (`plan_steps`). Raises ModelError, ConfigError.
     """
     model.labels(seeds, config.sampling.classes)
     if noise_stats is not None:
         check_correction(config, model, noise_stats, lacking(config, noise_stats.body))
+    if reuse is not None:
+        check_size("the plan for sampling.reuse", model, reuse, "--set sampling.reuse=null")
     timed = trajectory.timed_scheduler(config, model)
     if noise_stats is not None and config.correction.inter.method != "none":
         plan_steps(timed, config.sampling.eta)
