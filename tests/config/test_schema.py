@@ -312,6 +312,16 @@ def test_spelling_a_default_out_changes_no_digest():
         assert short.stage_digest(stage) == long.stage_digest(stage)
 
 
+@pytest.mark.parametrize("stage", ["calibrate", "quantize", "reuse", "first_stage"])
+def test_no_stage_of_a_run_made_before_there_were_sizes_is_stale(stage):
+    config = parse_config({**MODEL, "sampling": {"reuse": 0.5}}, "here")
+    inputs = config.stage_inputs(stage)
+    assert "sizes" not in inputs.get("calibration", {})
+    several = {"calibration": {"batch_size": 4, "sizes": [[32, 48]]}}
+    of_several = parse_config({**MODEL, **several}, "here").stage_inputs(stage)
+    assert ("sizes" in of_several.get("calibration", {})) == (stage != "reuse")
+
+
 def test_the_default_configuration_is_a_config():
     assert isinstance(parse_config(MODEL, "here"), Config)
 

@@ -130,6 +130,8 @@ class Config(Section):
             return {"model": tree["model"], **texts, "text_encoders": tree["text_encoders"]}
         inputs = {k: tree[k] for k in ("model", "calibration")}
         inputs["sampling"] = self.sampling.drawn_with()
+        if self.calibration.sizes is None:  # as before there was the key
+            del inputs["calibration"]["sizes"]
         if stage == "first_stage":  # latents come from full precision, whatever is quantized
             return {**inputs, "first_stage": tree["first_stage"]}
         budget = self.sampling.reuse
@@ -141,8 +143,6 @@ class Config(Section):
             del inputs["model"]["base"]
         if not inputs["model"]["lora"]:
             del inputs["model"]["lora"]
-        if self.calibration.sizes is None:
-            del inputs["calibration"]["sizes"]
         if tree["sampling"]["guidance_scale"] < 1:  # once led away from prompts
             inputs["guidance"] = "off, or towards the null class"
         inputs["intra"] = intra = tree["correction"]["intra"]
