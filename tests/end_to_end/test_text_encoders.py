@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,12 @@ def test_killed_they_are_gone_on_with_and_come_out_the_same(work):
     for write in (1, 2):
         assert code_of(work.folder, *quantize, at=At(write=write, before=write == 1)) == -9
         assert not (work.folder / FILE).exists()
-    assert [*(work.folder / RUN / "partial" / "text_encoders").iterdir()]
+    partial = work.folder / RUN / "partial" / "text_encoders"
+    assert [*partial.iterdir()]
+    stop = At(write=1, kill=signal.SIGTERM)
+    assert code_of(work.folder, *quantize, at=stop) == 128 + signal.SIGTERM
+    assert any("what quantize has done is kept" in line for line in stderr_of(work.folder))
+    assert [*partial.iterdir()]
     assert code_of(work.folder, *quantize) == 0, stderr_of(work.folder)
     assert (work.folder / FILE).read_bytes() == made
     assert not (work.folder / RUN / "partial").exists()

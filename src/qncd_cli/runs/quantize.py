@@ -121,7 +121,8 @@ def _quantize(
     from ..store import artifacts
 
     ranks = of_job()
-    with watch.keeping(lambda: f"calibrate is kept, {kept_phrase(run.path, 'quantize')}"):
+    kept = run.path, "quantize", "text_encoders"
+    with watch.keeping(lambda: f"calibrate is kept, {kept_phrase(*kept)}"):
         digest = model_digest(config)
         needed = config.text_encoders.bits is not None and ranks.agreed(
             lambda: force or not _has_encoders(run, config, digest)

@@ -21,9 +21,10 @@ def folder_of(run: Path, stage: str) -> Path:
     return run / FOLDER / stage
 
 
-def kept_phrase(run: Path, stage: str) -> str:
-    """What an interrupted stage has kept on disk, for people."""
-    files = [*folder_of(run, stage).glob("*.safetensors")]
+def kept_phrase(run: Path, stage: str, *parts: str) -> str:
+    """What an interrupted stage has kept on disk, for people. parts: of it, which keep their own
+    results."""
+    files = [f for name in (stage, *parts) for f in folder_of(run, name).glob("*.safetensors")]
     files += (run / FOLDER).glob(f"{stage}.*/*.safetensors")
     written = [path.stat().st_mtime for path in files]
     if not written:
