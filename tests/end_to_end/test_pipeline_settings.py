@@ -238,7 +238,13 @@ def test_tokens_of_a_flux_image_that_is_not_square_keep_their_places(folder, nam
 
 
 @pytest.mark.parametrize(
-    "name", ["StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline, schnell"]
+    "name",
+    [
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "StableDiffusion3Pipeline",
+        "FluxPipeline, schnell",
+    ],
 )
 def test_four_stages_of_a_size_that_is_not_square(folder, name, tmp_path):
     guidance = 1.0 if name in tiny.FLUX else 2.0
