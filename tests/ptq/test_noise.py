@@ -10,9 +10,11 @@ from conftest import tiny_config
 
 from qncd_cli.config.correction import PAIRS, RUNTIME, STEPWISE
 from qncd_cli.config.loading import parse_config
+from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model
 from qncd_cli.progress import Track
-from qncd_cli.ptq import noise
+from qncd_cli.ptq import noise, reuse
+from qncd_cli.ptq.cost import DenoiserCall
 from qncd_cli.stages import calibrate, quantize
 from qncd_cli.store import artifacts
 
@@ -110,3 +112,12 @@ def test_statistics_without_what_they_say_that_they_hold_are_refused(made, tmp_p
     body = {**plain.body, "measured": [RUNTIME]}
     with pytest.raises(Exception, match="runtime_mean"):
         artifacts.write(tmp_path / "noise_stats.safetensors", replace(plain, body=body))
+
+
+@pytest.mark.parametrize("part", [noise, reuse])
+def test_a_forecast_without_weights_takes_the_kernels_that_the_stage_takes(tiny_model, part):
+    config, model = config_with(tiny_model, method="none"), load_model(str(tiny_model))
+    shapes = model_shapes(str(tiny_model), torch.float32)
+    assert next(shapes.denoiser.parameters()).is_meta
+    call = DenoiserCall(2, STEPS, 1e6, 2e6, 3e6, 4e6, 1000, 10_000)
+    assert part.cost(config, shapes.denoiser, call) == part.cost(config, model.denoiser, call)

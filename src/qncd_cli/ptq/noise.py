@@ -243,7 +243,10 @@ def pair_recorder(
 
 def fastest(device: torch.device) -> str:
     """The backend that computes the quantized model in the least time: integer kernels, which give
-    the numbers of the simulation, or that where they are not to be had."""
+    the numbers of the simulation, or that where they are not to be had. Forecasts, whose models are
+    on the meta device, are of the CPU."""
+    if device.type == "meta":
+        device = torch.device("cpu")
     return "int8" if not BACKENDS["int8"].why_unavailable(device) else "simulate"
 
 
