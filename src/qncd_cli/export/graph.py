@@ -17,6 +17,7 @@ import torch
 from ..backends import int8
 from ..backends.onnx import runtimes
 from ..backends.onnx.runtimes import Session
+from ..backends.onnx.signature import own_signature
 from ..config.schema import Config
 from ..errors import ArtifactError
 from ..metrics.tensor import psnr_db
@@ -116,7 +117,7 @@ def _write(
     """The graph at path; every layer's row of INDEX."""
     denoiser = quantized_denoiser(model, quantized, "simulate", cache)
     parts = dict(denoiser.module.named_modules())
-    write_graph(denoiser, example_of(model), target, path, f"--to {target}")
+    write_graph(denoiser, own_signature(*example_of(model)), target, path, f"--to {target}")
     return _rows(model, quantized, parts, target)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends.onnx import runtimes
 from ..backends.onnx.runtimes import Session
+from ..backends.onnx.signature import DenoiserSignature, Signature, own_signature
 from ..errors import ArtifactError, BackendUnavailable
 from ..models.loading import DiffusionModel
 from ..store import own_code
@@ -77,30 +80,50 @@ def in_float32(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_graph(
-    denoiser: Denoiser,
-    example: Example,
-    target: str,
-    path: Path,
-    asked: str,
+    denoiser: Denoiser, signature: DenoiserSignature, target: str, path: Path, asked: str
 ) -> None:
     """The graph of a simulated denoiser, in float32, which cannot compute any more afterwards.
 
-    asked: the option that wants it, for messages. Raises
-    BackendUnavailable where the model cannot be traced.
+    asked: the option that wants it, for messages. Raises BackendUnavailable where the model cannot
+    be traced.
     """
     from ..backends.onnx import graph as onnx_graph
     from ..backends.onnx.layers import Form
 
     module = denoiser.module.float()
     parts = dict(module.named_modules())
+    with _tracing(f"{asked}: the denoiser"):
+        traced = onnx_graph.trace(module, denoiser.step, denoiser.group_bounds, signature)
+    _save(onnx_graph.spell_out(traced, parts, Form(TARGETS[target].form)), target, path)
+
+
+def write_float_graph(
+    module: nn.Module, signature: Signature, target: str, path: Path, what: str
+) -> None:
+    """The graph of a module without quantized layers, in its own precision.
+
+    what: it is, for messages. Raises BackendUnavailable where it cannot be traced.
+    """
+    from ..backends.onnx import graph as onnx_graph
+
+    with _tracing(what):
+        traced = onnx_graph.trace_float(module, signature)
+    _save(traced, target, path)
+
+
+@contextmanager
+def _tracing(what: str) -> Iterator[None]:
+    """Whatever a tracer can stumble over is one line."""
     try:
-        traced = onnx_graph.trace(module, denoiser.step, denoiser.group_bounds, example)
-    except Exception as error:  # whatever a tracer can stumble over
+        yield
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise BackendUnavailable(
-            f"{asked}: the denoiser cannot be traced: {reason[:160]}"
-        ) from error
-    graph = onnx_graph.spell_out(traced, parts, Form(TARGETS[target].form))
+        raise BackendUnavailable(f"{what} cannot be traced: {reason[:160]}") from error
+
+
+def _save(graph: Any, target: str, path: Path) -> None:
+    from ..backends.onnx import graph as onnx_graph
+
     if target == "onnx":
         onnx_graph.save(graph, path)
         return
@@ -131,7 +154,10 @@ def in_openvino(
             tell(f"{place}: damaged, or not exported by you: made again")
         tell("exporting the denoiser to OpenVINO, once for this artifact")
         with replacing_folder(place) as made:
-            write_graph(simulated, example, "openvino", made / path.name, "--backend openvino")
+            signature = own_signature(*example)
+            write_graph(
+                simulated, signature, "openvino", made / path.name, "--backend openvino"
+            )
         own_code.seal_folder(place)
     try:
         session = runtimes.openvino_session(path, dtype)

@@ -13,6 +13,7 @@ from qncd_cli.backends import int8
 from qncd_cli.backends.onnx import graph as onnx_graph
 from qncd_cli.backends.onnx import runtimes
 from qncd_cli.backends.onnx.layers import Form
+from qncd_cli.backends.onnx.signature import own_signature
 from qncd_cli.backends.reference import simulate
 from qncd_cli.quant.affine import choose_qparams
 from qncd_cli.quant.attention_processors import QuantizedAttnProcessor
@@ -85,7 +86,7 @@ def traced():
     for group, timestep in enumerate((999.0, 1.0)):
         module.step.group = group
         said[timestep] = module(x, torch.full((3,), timestep), mask).sample
-    graph = onnx_graph.trace(module, module.step, BOUNDS, (x, {"mask": mask}))
+    graph = onnx_graph.trace(module, module.step, BOUNDS, own_signature(x, {"mask": mask}))
     inputs = {"sample": x, "mask": mask}
     return graph, dict(module.named_modules()), inputs, said
 

@@ -1,7 +1,7 @@
-"""A quantized denoiser as one ONNX graph: (sample, timestep, condition) -> prediction.
+"""A quantized denoiser as one ONNX graph, called as a signature says; and modules as they are.
 
 The graph holds the ranges of all timestep groups and finds those of its call: all rows of a call
-are at one timestep. The number of rows is open, the other shapes are fixed.
+are at one timestep.
 
 Each quantized layer and each attention's products are traced as one operator of our own, which
 `onnx_layers` then spells out.
@@ -23,14 +23,10 @@ from ...quant.layers import QuantizedLayer, StepState
 from .. import int8
 from ..reference import simulate_with
 from .layers import Form, Writer
+from .signature import DenoiserSignature, Inputs, Signature
 
 OPSET = 21
 DOMAIN = "qncd"
-SAMPLE, TIMESTEP, PREDICTION = "sample", "timestep", "prediction"
-BATCH_RANGE = (2, 63)
-"""Numbers of rows to trace for; the graph takes any. diffusers' upsampling has two ways to compute
-the same, and takes the other one from 64 rows on."""
-
 LARGEST = 1_500_000_000
 """Bytes of weights inside of the file; protobuf allows 2 GiB."""
 
@@ -48,55 +44,75 @@ class _Rows(dict):
 
 
 class _Whole(nn.Module):
-    """The denoiser with nothing outside of its arguments."""
+    """A module that takes the signature's inputs; of a denoiser, with nothing outside of them."""
 
-    def __init__(self, module: nn.Module, step: StepState, group_bounds: tuple[float, ...]):
+    def __init__(self, module: nn.Module, signature: Signature):
         super().__init__()
-        self.module, self.step = module, step
+        self.module, self.signature = module, signature
+
+    def forward(self, inputs: Inputs) -> Any:
+        return self.signature.call(self.module, inputs)
+
+
+class _Denoiser(_Whole):
+    def __init__(
+        self,
+        module: nn.Module,
+        signature: DenoiserSignature,
+        step: StepState,
+        group_bounds: tuple[float, ...],
+    ):
+        super().__init__(module, signature)
+        self.timestep, self.step = signature.timestep, step
         self.register_buffer("bounds", torch.tensor(group_bounds, dtype=torch.float32))
 
-    def forward(self, sample: Tensor, timestep: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        group = (timestep[0] < self.get_buffer("bounds")).sum()  # as assemble.timestep_group
+    def forward(self, inputs: Inputs) -> Any:
+        group = (self.timestep(inputs) < self.get_buffer("bounds")).sum()  # denoiser.timestep_group
         self.step.traced = _Rows(group)
-        return self.module(sample, timestep, **condition).sample
+        return super().forward(inputs)
 
 
 def trace(
     module: nn.Module,
     step: StepState,
     group_bounds: tuple[float, ...],
-    example: tuple[Tensor, Mapping[str, Tensor]],
+    signature: DenoiserSignature,
 ) -> ir.Model:
     """The denoiser with operators of our own in it; its layers cannot compute any more.
 
-    example: x [N, ...] and its condition, N at least 2, float32. Raises whatever torch raises where
-    a model cannot be traced.
+    Raises whatever torch raises where a model cannot be traced.
     """
-    x, condition = example
-    batch = {0: torch.export.Dim("batch", min=BATCH_RANGE[0], max=BATCH_RANGE[1])}
-    shapes = {SAMPLE: batch, TIMESTEP: batch, "condition": dict.fromkeys(condition, batch)}
     for name, part in module.named_modules():
         if isinstance(part, QuantizedLayer):
             part.compute = _simulated(part.float_weight()) if int8.why_not(part) else _layer(name)
         elif isinstance(part, AttentionProducts):
             part.products = _products(name, step)  # type: ignore[method-assign]
+    try:
+        return _traced(_Denoiser(module, signature, step, group_bounds), signature)
+    finally:
+        step.traced = None
+
+
+def trace_float(module: nn.Module, signature: Signature) -> ir.Model:
+    """A module without quantized layers, in standard operators alone. Raises as trace does."""
+    return _traced(_Whole(module, signature), signature)
+
+
+def _traced(whole: _Whole, signature: Signature) -> ir.Model:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        try:
-            program = torch.onnx.export(
-                _Whole(module, step, group_bounds),
-                (x, torch.zeros(len(x))),
-                kwargs={"condition": dict(condition)},
-                input_names=[SAMPLE, TIMESTEP, *condition],
-                output_names=[PREDICTION],
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                dynamo=True,
-                optimize=False,
-                verbose=False,
-            )
-        finally:
-            step.traced = None
+        program = torch.onnx.export(
+            whole,
+            (),
+            kwargs={"inputs": dict(signature.inputs)},
+            input_names=list(signature.inputs),
+            output_names=list(signature.outputs),
+            dynamic_shapes={"inputs": signature.sizes},
+            opset_version=OPSET,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+        )
     assert program is not None
     return program.model
 
