@@ -34,14 +34,13 @@ def export_graph(
     stage.require(target)
     folder = Path(out)
     check_folder(folder, stage.INDEX, "folder with an exported graph", force=force)
-    config, model, quantized = _opened(find_run(run_dir))
+    config, model, quantized = opened(find_run(run_dir))
     check = stage.Check(samples, bound)
     with replacing_folder(folder) as made:
         index = stage.run(config, model, quantized, target, made, check, console.track)
         lines = usage.graph_lines(index, folder)
         readme = usage.graph_readme(config, index, lines)
         (made / usage.README).write_text(readme, encoding="utf-8")
-    products, agreement = index["products"], index["agreement"]
     floats = [row for row in index["layers"] if row["why_not_integer"]]
     for row in floats[:1]:
         console.note(
@@ -54,26 +53,14 @@ def export_graph(
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "layers": len(index["layers"]),
         "integer_layers": sum(row["integer_products"] > 0 for row in index["layers"]),
-        "products": products,
-        "agreement": agreement,
+        "products": index["products"],
+        "agreement": index["agreement"],
         "python": lines,
         "seconds": round(console.lap(), 2),
     }
 
-    psnr = agreement["psnr_db"]
-    images = "identical images" if psnr is None else f"images {psnr:.1f} dB"
-
     def render() -> None:
-        print(
-            f"integer: {payload['integer_layers']} of {payload['layers']} layers; "
-            f"{products['integer_here']} of {products['to_be_integer']} products of bytes are "
-            f"integer operators in the compiled graph, beside {products['float_here']} float ones"
-        )
-        print(
-            f"simulate: largest difference {agreement['max_difference']:.3g} "
-            f"({agreement['relative_difference']:.2%} of the largest prediction), {images} "
-            f"({samples} samples, {agreement['steps']} steps)"
-        )
+        print(usage.graph_said(payload), end="")
         print(usage.said(folder, index["file"], payload["bytes"], lines), end="")
 
     console.result(payload, render)
@@ -94,7 +81,7 @@ def export_comfyui(
     path = Path(out)
     stage.check_target(path, force=force)
     run = find_run(run_dir)
-    config, model, quantized = _opened(run)
+    config, model, quantized = opened(run)
     made = stage.run(config, model, quantized, path, samples, bound, console.track)
     layers, sizes, agreement = made["layers"], made["sizes"], made["agreement"]
     kinds = {kind: [row for row in layers if row["format"] == kind] for kind in stage.FORMATS}
@@ -109,7 +96,7 @@ def export_comfyui(
     prediction = model.scheduler_config.get("prediction_type", "epsilon")
     if prediction == "v_prediction":
         console.note("the model predicts v: say so in ComfyUI (node ModelSamplingDiscrete)")
-    _without_correction(console, config, "a file")
+    without_correction(console, config, "a file")
     payload = {
         "file": str(path),
         "format": "comfyui",
@@ -145,7 +132,7 @@ def export_comfyui(
     console.result(payload, render)
 
 
-def _exportable(run: RunDir) -> Config:
+def exportable(run: RunDir) -> Config:
     """The run's configuration. Raises ModelError for a denoiser that other tools have two of."""
     config = load_config(str(run.config))
     if config.sampling.control is not None:
@@ -156,9 +143,9 @@ def _exportable(run: RunDir) -> Config:
     return config
 
 
-def _opened(run: RunDir) -> tuple[Config, Any, artifacts.Artifact]:
+def opened(run: RunDir) -> tuple[Config, Any, artifacts.Artifact]:
     """Configuration, model (in float32 on the CPU) and quantized artifact of a run."""
-    config = _exportable(run)
+    config = exportable(run)
     quantized = artifacts.read(run.tensors("quantized"), "quantized")
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
     tree = config.to_dict()
@@ -169,7 +156,7 @@ def _opened(run: RunDir) -> tuple[Config, Any, artifacts.Artifact]:
     return config, model, quantized
 
 
-def _without_correction(console: Console, config: Config, what: str) -> None:
+def without_correction(console: Console, config: Config, what: str) -> None:
     if config.first_stage.bits is not None:
         console.note(f"{what} decodes in floating point: first_stage.bits is of qncd sample")
     if config.text_encoders.bits is not None:
@@ -179,24 +166,19 @@ def _without_correction(console: Console, config: Config, what: str) -> None:
         console.note(f"{what} samples by itself: the {inter} correction is not part of it")
 
 
-def export(
-    console: Console, out: str, run_dir: str | None, hub: str | None, *, force: bool
-) -> None:
-    """A pipeline folder for diffusers, and its copy on a hub. hub: id of the repository."""
-    from ..export.folder import check_target, save_folder
-    from ..export.hub import check_id, push
-    from ..exported import exported_pipeline
+def bytes_in(folder: Path) -> int:
+    """Sum over all files of a folder and of those below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def opened_pipeline(
+    console: Console, config: Config, quantized: artifacts.Artifact
+) -> tuple[Any, Any]:
+    """The pipeline as it is stored, and the run's scheduler. Raises ModelError, ArtifactError."""
     from ..models.loading import open_pipeline
     from ..models.schedule import schedule_of
     from ..sampling.samplers import make_scheduler
 
-    silence_diffusers()
-    run, folder = find_run(run_dir), Path(out)
-    if hub is not None:
-        check_id(hub)
-    config = _exportable(run)
-    check_target(folder, force=force)
-    quantized = artifacts.read(run.tensors("quantized"), "quantized")
     artifacts.check_lineage(quantized, config=config.stage_digest("quantize"))
     model = config.model
     pipeline, digest = open_pipeline(
@@ -204,15 +186,33 @@ def export(
         base=model.base,
     )
     artifacts.check_lineage(quantized, model=digest)
-    scheduler = make_scheduler(config.sampling.scheduler, schedule_of(pipeline))
-    kind, source = type(pipeline).__name__, model_card.source_of(model.source)
+    return pipeline, make_scheduler(config.sampling.scheduler, schedule_of(pipeline))
+
+
+def export(
+    console: Console, out: str, run_dir: str | None, hub: str | None, *, force: bool
+) -> None:
+    """A pipeline folder for diffusers, and its copy on a hub. hub: id of the repository."""
+    from ..export.folder import check_target, save_folder
+    from ..export.hub import check_id, push
+    from ..exported import exported_pipeline
+
+    silence_diffusers()
+    run, folder = find_run(run_dir), Path(out)
+    if hub is not None:
+        check_id(hub)
+    config = exportable(run)
+    check_target(folder, force=force)
+    quantized = artifacts.read(run.tensors("quantized"), "quantized")
+    pipeline, scheduler = opened_pipeline(console, config, quantized)
+    kind, source = type(pipeline).__name__, model_card.source_of(config.model.source)
     lines = usage.pipeline_lines(config, type(pipeline), folder)
     named = lines if hub is None else usage.pipeline_lines(config, type(pipeline), hub)
     readme = model_card.card_text(config, run, quantized.digest, kind, named, source)
     exported = exported_pipeline(pipeline, quantized, scheduler)
     save_folder(exported, folder, force=force, readme=readme, beside=source.files)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    _without_correction(console, config, "a pipeline")
+    size = bytes_in(folder)
+    without_correction(console, config, "a pipeline")
     payload = {
         "folder": str(folder),
         "pipeline": kind,

@@ -37,6 +37,28 @@ class Source:
     files: Sequence[Path] = ()
 
 
+@dataclass(frozen=True)
+class Format:
+    """What a card says of the folder's own kind.
+
+    what: after the pipeline's class; needs: of whoever loads it; library: that the hub knows it
+    by; tags: more than the usual; size: of the denoiser in bytes, None: as the artifact's.
+    """
+
+    what: str
+    needs: str
+    library: str = "diffusers"
+    tags: Sequence[str] = ()
+    size: int | None = None
+
+
+DIFFUSERS = Format(
+    "of diffusers whose denoiser is quantized. It computes with integers where the CPU can.",
+    "Loading needs the packages qncd-cli, diffusers and accelerate "
+    "(`pip install 'qncd-cli[export]'`):",
+)
+
+
 def source_of(source: str) -> Source:
     """What the files on this machine tell of a model source."""
     folder = folder_of(source)
@@ -63,7 +85,13 @@ def _head(path: Path) -> dict[str, Any]:
 
 
 def card_text(
-    config: Config, run: RunDir, quantized: str, kind: str, lines: Sequence[str], source: Source
+    config: Config,
+    run: RunDir,
+    quantized: str,
+    kind: str,
+    lines: Sequence[str],
+    source: Source,
+    form: Format = DIFFUSERS,
 ) -> str:
     """README.md. quantized: digest of the artifact; kind: of the pipeline; lines: Python that loads
     the folder and draws an image."""
@@ -72,10 +100,11 @@ def card_text(
     if source.base is not None:
         head |= {"base_model": source.base, "base_model_relation": "quantized"}
     label = config.quantization.widths.label
-    head |= {"library_name": "diffusers", "tags": ["quantized", "qncd", label.lower()]}
+    tags = ["quantized", "qncd", label.lower(), *form.tags]
+    head |= {"library_name": form.library, "tags": tags}
     yaml = "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items())
     bits = config.quantization.widths.described(_mean_bits(coverage))
-    size = run.tensors("quantized").stat().st_size + coverage["rest_bytes"]
+    size = form.size or run.tensors("quantized").stat().st_size + coverage["rest_bytes"]
     share = size / coverage["float_denoiser_bytes"]
     rows = {
         "quantized from": config.model.source if source.base is None else source.base,
@@ -95,10 +124,7 @@ def card_text(
     code = "".join(f"{line}\n" for line in lines)
     return (
         f"{MARK}\n{yaml}{MARK}\n\n# {rows['quantized from']}, {label}\n\n"
-        f"A `{kind}` of diffusers whose denoiser is quantized. It computes with integers where the "
-        f"CPU can.\n\n| | |\n|---|---|\n{table}\n"
-        "Loading needs the packages qncd-cli, diffusers and accelerate "
-        "(`pip install 'qncd-cli[export]'`):\n\n"
+        f"A `{kind}` {form.what}\n\n| | |\n|---|---|\n{table}\n{form.needs}\n\n"
         f"```python\n{code}```\n\n"
         f"Written by `qncd export` (version {__version__}), preset "
         f"`{config.quantization.preset}`.\n"

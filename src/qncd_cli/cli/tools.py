@@ -125,13 +125,17 @@ def convert(
     "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6\n"
     "  qncd export --to onnx exported/onnx\n"
     "  qncd export --to openvino exported/openvino --samples 8 --bound 0.05\n"
+    "  qncd export --to optimum-onnx exported/my-model-onnx\n"
+    "  qncd export --to optimum-openvino exported/my-model-openvino --run-dir runs/my-model_w8a8\n"
     "  qncd export --to comfyui exported/sdxl-w8a8.safetensors\n"
     "  qncd export --to diffusers exported/my-model --push-to-hub me/my-model-w4a8"
 )
 @click.argument("out", metavar="PLACE", type=click.Path())
 @click.option(
     "--to",
-    type=click.Choice(["diffusers", "comfyui", "onnx", "openvino"]),
+    type=click.Choice(
+        ["diffusers", "comfyui", "onnx", "openvino", "optimum-onnx", "optimum-openvino"]
+    ),
     required=True,
     help="The format.",
 )
@@ -152,7 +156,7 @@ def convert(
     "--push-to-hub",
     "hub",
     metavar="OWNER/NAME",
-    help="Of a diffusers folder: upload it as well, into this repository of the hub.",
+    help="Of a pipeline folder: upload it as well, into this repository of the hub.",
 )
 @options.run_dir
 @options.force("Replace the exported folder or file that is there.")
@@ -169,6 +173,12 @@ def export(out, to, samples, bound, hub, run_dir, force, as_json, debug):
     the operators that ONNX Runtime or OpenVINO compute in integers. The graph is run beside the
     simulation; PLACE/graph.json says how to call it, what is not in integers, and what came out.
 
+    optimum-onnx, optimum-openvino: a whole pipeline folder of such graphs, which Optimum's
+    ORTDiffusionPipeline (package optimum-onnx) or OVDiffusionPipeline (optimum-intel) loads by
+    from_pretrained(PLACE), without this package: the denoiser quantized, text encoders and first
+    stage in float32, sizes of images and batch open. Stable Diffusion, SDXL, LCM, their img2img and
+    inpainting, SD 3 and FLUX. Optimum is not needed to write it.
+
     comfyui: the denoiser alone, one .safetensors in ComfyUI's names: U-Nets of Stable Diffusion and
     SDXL, transformers of SD 3 and FLUX. Its linear layers keep their codes, one byte each;
     convolutions, which ComfyUI does not quantize, are bfloat16. Inputs are quantized row by row
@@ -184,9 +194,15 @@ def export(out, to, samples, bound, hub, run_dir, force, as_json, debug):
             raise click.UsageError("--samples and --bound are for graphs, not for diffusers")
         command.export(console, out, run_dir, hub, force=force)
         return
-    if hub is not None:
-        raise click.UsageError("--push-to-hub is for diffusers folders")
     samples = 4 if samples is None else samples
+    if to.startswith("optimum-"):
+        from .export_optimum import export_optimum
+
+        share = 0.1 if bound is None else bound
+        export_optimum(console, to, out, run_dir, hub, samples, share, force=force)
+        return
+    if hub is not None:
+        raise click.UsageError("--push-to-hub is for pipeline folders")
     if to == "comfyui":
         command.export_comfyui(console, out, run_dir, samples, bound, force=force)
         return

@@ -10,6 +10,7 @@ from typing import Any
 from .. import __version__
 from ..config.schema import Config
 from ..vocabulary import megabytes
+from .model_card import Format
 
 README = "README.md"
 OPENED = {
@@ -25,6 +26,10 @@ OPENED = {
     ),
 }
 """Format of a graph -> its imports, how it is opened, how it is called."""
+OPTIMUM = {
+    "onnx": ("optimum.onnxruntime", "ORTDiffusionPipeline"),
+    "openvino": ("optimum.intel", "OVDiffusionPipeline"),
+}
 TYPES = {"int64": "np.int64", "int32": "np.int32"}
 
 
@@ -37,6 +42,16 @@ def pipeline_lines(config: Config, kind: type, folder: Path | str) -> list[str]:
         "import qncd_cli.exported",
         "from diffusers import DiffusionPipeline",
         f"pipeline = DiffusionPipeline.from_pretrained({str(folder)!r})",
+        f"image = pipeline({', '.join(_arguments(config, kind))}).images[0]",
+    ]
+
+
+def optimum_lines(config: Config, kind: type, folder: Path | str, target: str) -> list[str]:
+    """The same with Optimum's pipelines, for graphs of ONNX or OpenVINO."""
+    module, name = OPTIMUM[target]
+    return [
+        f"from {module} import {name}",
+        f"pipeline = {name}.from_pretrained({str(folder)!r})",
         f"image = pipeline({', '.join(_arguments(config, kind))}).images[0]",
     ]
 
@@ -70,6 +85,34 @@ def _zeros(name: str, entry: Mapping[str, Any]) -> str:
     shape = [1 if size == "batch" else size for size in entry["shape"]]
     kind = TYPES.get(entry["dtype"], "np.float32")
     return f'"{name}": np.zeros({tuple(shape)}, {kind})'
+
+
+def graph_said(payload: Mapping[str, Any]) -> str:
+    """What export prints of a denoiser's graph: what is in integers, and how well it agrees."""
+    products, agreement = payload["products"], payload["agreement"]
+    psnr = agreement["psnr_db"]
+    images = "identical images" if psnr is None else f"images {psnr:.1f} dB"
+    return (
+        f"integer: {payload['integer_layers']} of {payload['layers']} layers; "
+        f"{products['integer_here']} of {products['to_be_integer']} products of bytes are "
+        f"integer operators in the compiled graph, beside {products['float_here']} float ones\n"
+        f"simulate: largest difference {agreement['max_difference']:.3g} "
+        f"({agreement['relative_difference']:.2%} of the largest prediction), {images} "
+        f"({agreement['samples']} samples, {agreement['steps']} steps)\n"
+    )
+
+
+def optimum_format(target: str, package: str, size: int) -> Format:
+    """What a model card says of a folder for Optimum. size: of the denoiser in bytes."""
+    return Format(
+        "as graphs that Optimum's pipelines load. The denoiser is quantized, the other parts are "
+        "float32; `graph.json` says what is computed in integers, and how well the graph agrees.",
+        "Loading needs an environment with Optimum and a diffusers that fits it "
+        f"(`pip install '{package}' diffusers`), without qncd-cli:",
+        library="diffusers",
+        tags=(target,),
+        size=size,
+    )
 
 
 def graph_readme(config: Config, index: Mapping[str, Any], lines: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ what not, and how far its predictions and images are from those of the simulate 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,9 @@ def run(
     path = folder / TARGETS[target].file
     layers = _write(model, quantized, target, path, cache)
     session = TARGETS[target].open(path)
-    compared = compare(config, model, simulated, session, check.samples, track)
+    exported = SessionDenoiser(simulated, session)
+    compared = compare(config, model, simulated, exported, check.samples, track)
+    check_bound(compared, check.bound, target)
     index = {
         "format": target,
         "file": path.name,
@@ -79,22 +81,31 @@ def run(
         "inputs": _inputs(config, model),
         "timestep_group_bounds": quantized.body["group_bounds"],
         "layers": layers,
-        "products": {
-            "to_be_integer": sum(layer["integer_products"] for layer in layers),
-            "integer_here": session.integer,
-            "float_here": session.floating,
-        },
+        "products": products(layers, session),
         "agreement": compared,
     }
-    if not compared["relative_difference"] <= check.bound:
+    write_json(folder / INDEX, index)
+    return index
+
+
+def products(layers: Sequence[Mapping[str, Any]], session: Session) -> dict[str, int]:
+    """How many products the runtime computes in integers. layers: rows of INDEX."""
+    return {
+        "to_be_integer": sum(layer["integer_products"] for layer in layers),
+        "integer_here": session.integer,
+        "float_here": session.floating,
+    }
+
+
+def check_bound(compared: Mapping[str, Any], bound: float, target: str) -> None:
+    """Raises ArtifactError for a graph whose predictions are too far from the simulation's."""
+    if not compared["relative_difference"] <= bound:
         raise ArtifactError(
             f"--to {target}: a prediction of the graph differs from the simulation by "
             f"{compared['relative_difference']:.3g} of the largest one, more than the bound "
-            f"{check.bound:g}",
+            f"{bound:g}",
             "nothing was written; --bound allows more",
         )
-    write_json(folder / INDEX, index)
-    return index
 
 
 def _inputs(config: Config, model: DiffusionModel) -> dict[str, dict[str, Any]]:
@@ -118,22 +129,23 @@ def _write(
     denoiser = quantized_denoiser(model, quantized, "simulate", cache)
     parts = dict(denoiser.module.named_modules())
     write_graph(denoiser, own_signature(*example_of(model)), target, path, f"--to {target}")
-    return _rows(model, quantized, parts, target)
+    return rows(model, quantized, parts, target)
 
 
-def _rows(
+def rows(
     model: DiffusionModel, quantized: Artifact, parts: Mapping[str, Any], target: str
 ) -> list[dict[str, Any]]:
-    rows = []
+    """What INDEX says of every layer. parts: modules of the denoiser in simulation by name."""
+    found = []
     for name, part in parts.items():
         if isinstance(part, QuantizedLayer):
             why = int8.why_not(part)
-            rows.append(_row(name, 0 if why else int8.products(part), why))
+            found.append(_row(name, 0 if why else int8.products(part), why))
         elif isinstance(part, AttentionProducts):
-            products, why = _attention(part, target)
-            rows.append(_row(name.removesuffix(".processor"), products, why))
+            count, why = _attention(part, target)
+            found.append(_row(name.removesuffix(".processor"), count, why))
     left = [name for name in weight_layers(model.denoiser) if name not in quantized.body["layers"]]
-    return rows + [_row(name, 0, "not quantized: see coverage.json") for name in left]
+    return found + [_row(name, 0, "not quantized: see coverage.json") for name in left]
 
 
 def _row(name: str, products: int, why: str) -> dict[str, Any]:
@@ -155,7 +167,7 @@ def compare(
     config: Config,
     model: DiffusionModel,
     simulated: Denoiser,
-    session: Session,
+    exported: Denoiser,
     samples: int,
     track: Track,
 ) -> dict[str, Any]:
@@ -164,7 +176,7 @@ def compare(
     Differences of guided predictions on the simulation's own inputs at every step, and the PSNR of
     the images that both come to from the same noise (None: they are identical).
     """
-    denoisers = {"simulated": simulated, "graph": SessionDenoiser(simulated, session)}
+    denoisers = {"simulated": simulated, "graph": exported}
     what = "comparing with the simulation"
     found = agreement.measure(config, model, denoisers, "simulated", "graph", samples, track, what)
     psnr = psnr_db(found.images["simulated"], found.images["graph"])

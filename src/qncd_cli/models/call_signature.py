@@ -7,7 +7,9 @@ keep them. They are not stored with the weights: whoever loads a denoiser calls
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Collection
 from typing import Any
 
@@ -53,6 +55,14 @@ def unify_call(denoiser: nn.Module) -> nn.Module:
     if channels and getattr(config, "out_channels", None) == 2 * channels:
         denoiser.register_forward_hook(_without_variance)
     return denoiser
+
+
+def as_its_class(denoiser: nn.Module) -> nn.Module:
+    """The same module, called as its class says: without the hooks of `unify_call`."""
+    own = copy.copy(denoiser)
+    for hooks in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
+        setattr(own, hooks, OrderedDict())
+    return own
 
 
 def check_inputs(denoiser: nn.Module, given: Collection[str], source: str) -> None:

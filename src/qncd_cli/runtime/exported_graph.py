@@ -155,9 +155,7 @@ def in_openvino(
         tell("exporting the denoiser to OpenVINO, once for this artifact")
         with replacing_folder(place) as made:
             signature = own_signature(*example)
-            write_graph(
-                simulated, signature, "openvino", made / path.name, "--backend openvino"
-            )
+            write_graph(simulated, signature, "openvino", made / path.name, "--backend openvino")
         own_code.seal_folder(place)
     try:
         session = runtimes.openvino_session(path, dtype)

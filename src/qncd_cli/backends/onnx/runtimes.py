@@ -15,6 +15,8 @@ from ...errors import BackendUnavailable
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs by name -> the first output."""
+RunAll = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Inputs by name -> outputs by name, in the graph's order."""
 ONNX_INTEGER = (
     "ConvInteger",
     "QLinearConv",
@@ -38,9 +40,13 @@ class Session:
     products) the runtime computes in integers and in floating point, in its optimized graph.
     """
 
-    run: Run
+    run_all: RunAll
     integer: int
     floating: int
+
+    def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The first output."""
+        return next(iter(self.run_all(inputs).values()))
 
 
 def why_missing(packages: tuple[str, ...]) -> str:
@@ -75,10 +81,11 @@ def onnx_session(path: Path) -> Session:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         graph = onnx.load(optimized, load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
+    names = [output.name for output in session.get_outputs()]
 
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
-        return torch.from_numpy(session.run(None, arrays)[0])
+        return dict(zip(names, map(torch.from_numpy, session.run(names, arrays)), strict=True))
 
     return Session(run, sum(map(kinds.count, ONNX_INTEGER)), sum(map(kinds.count, ONNX_FLOAT)))
 
@@ -100,9 +107,13 @@ def openvino_session(path: Path, dtype: torch.dtype = torch.float32) -> Session:
         if said["layerType"] in OPENVINO_PRODUCTS:
             precisions.append(said["runtimePrecision"])
 
-    def run(inputs: Mapping[str, Tensor]) -> Tensor:
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         arrays = {name: value.contiguous().numpy() for name, value in inputs.items()}
-        return torch.from_numpy(request.infer(arrays)[0].copy())
+        found = request.infer(arrays)
+        return {
+            output.get_any_name(): torch.from_numpy(found[output].copy())
+            for output in compiled.outputs
+        }
 
     integer = sum(precision in OPENVINO_INTEGER for precision in precisions)
     return Session(run, integer, len(precisions) - integer)

@@ -35,13 +35,16 @@ class Signature:
 
 @dataclass(frozen=True)
 class DenoiserSignature(Signature):
-    """timestep: inputs -> the timestep of all rows, 0 to 1000, one number."""
+    """What a denoiser's graph takes and gives.
+
+    timestep: inputs -> the timestep of all rows, 0 to 1000, one number.
+    """
 
     timestep: Callable[[Inputs], Tensor]
 
 
 def own_signature(x: Tensor, condition: Inputs) -> DenoiserSignature:
-    """As this package calls a denoiser: the number of rows is open, and nothing else.
+    """The call of a denoiser in this package: the number of rows is open, and nothing else.
 
     x [N, ...] and its condition: examples, N at least 2, float32.
     """
