@@ -243,18 +243,22 @@ def pair_recorder(
 
 def fastest(device: torch.device) -> str:
     """The backend that computes the quantized model in the least time: integer kernels, which give
-    the numbers of the simulation, or that where they are not to be had. Forecasts, whose models are
-    on the meta device, are of the CPU."""
-    if device.type == "meta":
-        device = torch.device("cpu")
+    the numbers of the simulation, or that where they are not to be had."""
     return "int8" if not BACKENDS["int8"].why_unavailable(device) else "simulate"
+
+
+def computes_in_integers(denoiser: nn.Module) -> bool:
+    """Whether `fastest` is integer kernels. Forecasts, whose denoisers are on the meta device, are
+    of the CPU."""
+    device = next(denoiser.parameters()).device
+    return fastest(torch.device("cpu") if device.type == "meta" else device) == "int8"
 
 
 def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     """Trajectories of both models, the quantized one's weights kept where there is room."""
     calibration = config.calibration
     parameters = sum(p.numel() for p in denoiser.parameters())
-    integers = fastest(next(denoiser.parameters()).device) == "int8"
+    integers = computes_in_integers(denoiser)
     kept = (call.weights / (4 if integers else 1)) if keeps(4 * parameters) else 0
     wanted = config.correction.inter.statistics
     count, more = _trajectories(config, wanted), not {RUNTIME, STEPWISE}.isdisjoint(wanted)

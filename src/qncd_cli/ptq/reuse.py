@@ -29,7 +29,7 @@ from ..sampling.noise import chunks
 from ..store.artifacts import Artifact
 from . import step_weights
 from .cost import INTEGERS, SIMULATION, Cost, DenoiserCall
-from .noise import fastest
+from .noise import computes_in_integers, fastest
 from .reuse_errors import AGES, MEASURED, site_errors
 from .reuse_plan import Chain, choose_plan
 from .stepwise import fit_stepwise, goals_of, latent_recorder
@@ -216,8 +216,7 @@ def _goals(config: Config, model: DiffusionModel, seeds: list[int], track: Track
 def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     """What finding a plan takes; values that are kept are small beside activations."""
     calibration = config.calibration
-    device = next(denoiser.parameters()).device
-    quantized = INTEGERS if fastest(device) == "int8" else SIMULATION
+    quantized = INTEGERS if computes_in_integers(denoiser) else SIMULATION
     sites = [site for chain in reuse_chains(denoiser) for site in chain]
     of_layers = call.layer_macs.items()
     saved = sum(macs for name, macs in of_layers for site in sites if site.holds(name))
