@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.compiled import fusion, graph, ops, upsampled_conv
@@ -265,3 +268,24 @@ def test_layers_that_quantize_one_input_alike_do_it_once(operators):
     assert tables.values.shape == (1, 2)  # one scale, one zero-point
     called = [str(node.target) for node in program.graph.nodes]
     assert called.count("aten.round.default") == 1
+
+
+def test_a_layer_that_is_collected_during_a_trace_is_forgotten_behind_the_tracer_s_back(operators):
+    """The collector runs whenever it likes; torch's operators answer to whoever traces."""
+    seen = []
+
+    class Tracer(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    layers = {f"collected {i}": QuantizedLayer.__new__(QuantizedLayer) for i in range(3)}
+    for layer in layers.values():
+        nn.Module.__init__(layer)
+    ops.register(layers)
+    with Tracer():
+        layers.clear()
+        layer = None
+        gc.collect()
+    assert layer is None and not seen
+    assert not any(key.startswith("collected") for key in ops._layers)

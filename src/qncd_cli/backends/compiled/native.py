@@ -19,6 +19,8 @@ from .. import int8
 from .compiler import compiling
 
 SOURCES = Path(__file__).with_name("kernels")
+_libraries: list[ctypes.CDLL] = []
+"""The one that this process has loaded."""
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-w")
 
 
@@ -34,12 +36,12 @@ def load(folder: Path) -> None:
     path = _path(folder)
     with own_code.opened(path) as library:
         if library is not None:
-            ctypes.CDLL(str(library))
+            _libraries.append(ctypes.CDLL(str(library)))
             return
     with compiling(folder):
         content = _compile()
     with own_code.seal_and_open(path, content) as library:
-        ctypes.CDLL(str(library))
+        _libraries.append(ctypes.CDLL(str(library)))
 
 
 def missing(folder: Path) -> bool:
@@ -94,6 +96,10 @@ def keep(key: str, kernel: int8.Kernel) -> None:
 
 
 def forget(key: str) -> None:
-    """Let go of what was kept, if anything was."""
-    if _loaded():
-        torch.ops.qncd.forget(key)
+    """Let go of what was kept, if anything was.
+
+    Python's collector calls this wherever it runs, also while a graph is traced, when torch's
+    operators do not do what they say.
+    """
+    for library in _libraries:
+        library.qncd_forget(key.encode())

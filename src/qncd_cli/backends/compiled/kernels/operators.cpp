@@ -7,13 +7,15 @@
 #include "matmul.h"
 #include "row_ops.h"
 
+// No operator: Python's collector calls it at any time, also while something is traced.
+extern "C" void qncd_forget(const char* key) { forget(key); }
+
 TORCH_LIBRARY_FRAGMENT(qncd, library) {
   library.def(
       "keep(str key, bool is_conv, bool upsampled, Tensor[] weights, Tensor[] weight_scales, "
       "Tensor weight_zero_point, int[] stride, int[] padding, int[] dilation, int groups, "
       "bool writes_bfloat16) -> ()",
       keep);
-  library.def("forget(str key) -> ()", forget);
 }
 
 TORCH_LIBRARY_IMPL(qncd, CPU, library) {
