@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Qncd, tiny_config
+from drawn_sets import images, manifest, refused
 
 RUN = Path("runs/tiny")
 SAMPLES = RUN / "samples"
@@ -39,20 +40,6 @@ def decoding(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture
 def work(decoding, tmp_path) -> Qncd:
     return Qncd(shutil.copytree(decoding, tmp_path / "work"))
-
-
-def images(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def refused(work: Qncd, *arguments: str) -> str:
-    result = work(*arguments, ok=False)
-    assert result.exit_code != 0 and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def test_off_changes_no_bit_and_on_changes_images_alone(work):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Qncd, tiny_config
+from drawn_sets import images, refused
 
 RUN = Path("runs/tiny")
 SET = RUN / "samples/quantized"
@@ -36,16 +37,6 @@ def planned(tmp_path_factory, tiny_model) -> Path:
 @pytest.fixture
 def work(planned, tmp_path) -> Qncd:
     return Qncd(shutil.copytree(planned, tmp_path / "work"))
-
-
-def images(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-
-
-def refused(work: Qncd, *arguments: str) -> str:
-    result = work(*arguments, ok=False)
-    assert result.exit_code != 0 and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def test_a_plan_leaves_the_quantized_model_and_images_without_it_as_they_were(work):

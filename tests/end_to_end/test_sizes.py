@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import drawn_sets
 import pytest
 from conftest import Qncd, tiny_config
 from diffusers import UNet2DConditionModel
@@ -23,8 +24,7 @@ NARROW = ("--set", "sampling.height=24", "--set", "sampling.width=16")
 
 
 def images(work: Qncd, name: str = "quantized") -> dict[str, bytes]:
-    folder = work.folder / RUN / "samples" / name
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+    return drawn_sets.images(work.folder / RUN / "samples" / name)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Qncd, tiny_config
 from diffusers_pipelines import save
+from drawn_sets import images, manifest, refused
 from processes import At, code_of, stderr_of
 
 from qncd_cli.store import artifacts
@@ -53,20 +54,6 @@ def encoding(tmp_path_factory) -> Path:
 @pytest.fixture
 def work(encoding, tmp_path) -> Qncd:
     return Qncd(shutil.copytree(encoding, tmp_path / "work"))
-
-
-def images(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-
-
-def manifest(folder: Path) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
-
-
-def refused(work: Qncd, *arguments: str) -> str:
-    result = work(*arguments, ok=False)
-    assert result.exit_code != 0 and result.stderr.count("\n") == 1, result.stderr
-    return result.stderr
 
 
 def test_off_changes_no_bit_and_on_changes_what_prompts_become(work):

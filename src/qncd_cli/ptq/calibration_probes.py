@@ -43,7 +43,8 @@ def probes_on_calibration(
 
     The last step is among them: ranges are widest at either end of a trajectory. Of a model most of
     whose layers read more than is kept at a step, another trajectory is looked at each time. At
-    most POSITIONS positions of an input are kept: its extremes may lie elsewhere.
+    most POSITIONS positions of an input are kept: its extremes may lie elsewhere. Raises NotFinite
+    naming the layer and the timestep.
     """
     config, model, calibration = job.config, job.model, job.calibration
     looks, inputs = config.calibration.looks, calibration.tensors
@@ -86,7 +87,8 @@ def probes_on_calibration(
 
 
 def input_shapes(job: QuantizationJob, layers: list[str]) -> dict[str, torch.Size]:
-    """What each layer reads of one calibration row, guidance's copy counted."""
+    """Shape of what each layer reads of one calibration row; guidance makes two rows of it. A layer
+    that is not reached is left out."""
     shapes: dict[str, torch.Size] = {}
 
     def receive(name: str, x: Tensor) -> None:
@@ -109,8 +111,12 @@ def trajectories_at_once(config: Config, elements: Sequence[int]) -> int:
 
 
 def excerpt(x: Tensor, channel_axis: int, number: int) -> Tensor:
-    """At most POSITIONS positions of x: of an image a part in one piece, of a sequence as many
-    tokens at even distances. number: of the excerpt, which decides where it lies."""
+    """At most POSITIONS positions of x, as a view.
+
+    Of images [n, C, H, W] (channel_axis 1) a part in one piece, of sequences [n, tokens, C]
+    (channel_axis -1) tokens at even distances; all of anything else. number: of the excerpt, which
+    decides where it lies.
+    """
     if channel_axis == 1 and x.ndim == 4:
         height, width = x.shape[2:]
         share = min(1.0, math.sqrt(POSITIONS / (height * width)))

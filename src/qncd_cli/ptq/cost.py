@@ -49,10 +49,10 @@ class DenoiserCall:
 
     copies: rows per sample (2 with guidance); steps: calls per trajectory; full, simulated, graph:
     bytes of activations per row: in full precision, simulated, and with all that a backward pass
-    needs (0 where none is run; most of it is kept for the way back, which needs no headroom: LDM-4
-    took three quarters of it); weights: bytes of the simulated denoiser's in float32; largest:
-    elements of the largest weight; macs: multiply-accumulates per row; inputs: elements per row
-    that each layer reads; layer_macs: of each layer, per row.
+    needs (0 where none is run; most of it is kept for the way back, which needs no headroom);
+    weights: bytes of the simulated denoiser's in float32; largest: elements of the largest weight;
+    macs: multiply-accumulates per row; inputs: elements per row that each layer reads; layer_macs:
+    of each layer, per row.
     """
 
     copies: int
