@@ -50,14 +50,16 @@ void keep(std::string key,
           std::vector<int64_t> dilation,
           int64_t groups,
           bool writes_bfloat16) {
+  Layer layer{is_conv, upsampled, weights,  weight_scales, weight_zero_point,
+              stride,  padding,   dilation, groups,        writes_bfloat16};
   std::lock_guard<std::mutex> lock(guard());
-  layers()[key] = Layer{is_conv, upsampled, weights,  weight_scales, weight_zero_point,
-                        stride,  padding,   dilation, groups,        writes_bfloat16};
+  std::swap(layers()[key], layer);  // what was there ends after the lock, as below
 }
 
 void forget(std::string key) {
+  decltype(layers().extract(key)) gone;  // outlives the lock: a tensor's end may run the collector
   std::lock_guard<std::mutex> lock(guard());
-  layers().erase(key);
+  gone = layers().extract(key);
 }
 
 c10::OperatorHandle find(const char* name) {
