@@ -45,15 +45,18 @@ def test_who_asks_twice_does_not_wait():
 
 def test_a_piece_that_takes_too_long_is_stopped(monkeypatch):
     monkeypatch.setattr(stopping, "GRACE", 0.01)
-    with stopping.finishing():
+
+    def work():
         stopping.request(signal.SIGTERM)
-        with pytest.raises(Stopped):
-            time.sleep(10)
+        time.sleep(10)
+
+    with stopping.finishing(), pytest.raises(Stopped):
+        work()
 
 
-def test_what_is_written_after_the_piece_has_all_the_time_it_needs(monkeypatch):
-    monkeypatch.setattr(stopping, "GRACE", 0.01)
+def test_what_is_written_after_the_piece_has_all_the_time_it_needs():
     with stopping.finishing():
         stopping.request(signal.SIGTERM)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= stopping.GRACE
         assert stopping.wanted()
-        time.sleep(0.03)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
