@@ -258,18 +258,17 @@ def test_a_denoiser_comes_back_from_disk_in_the_dtype_asked_for(tiny_model, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)  # three compilations
+@pytest.mark.timeout(1200)  # compiles
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools")
 def test_every_row_in_a_process_of_its_own(tmp_path):
     save_tiny_dit_pipeline(tmp_path / "model", layers=1)  # few layers: each is compiled twice
-    names = (*FLOATS, "float32-compiled", "simulate-w4a8", *GRAPH)
+    names = (FLOATS[0], *(GRAPH or ("float32-compiled",)))
     report = benched(tmp_path / "model", names, rounds=2, alone=True)
     assert report["unavailable"] == {}
     rows = by_name(report)
     assert list(rows) == list(names)
     whole = rows["float32-eager"]
     assert whole["peak_bytes"] > whole["disk_bytes"]
-    for compiled, eager in [("float32-compiled", "float32-eager"), *[GRAPH[::-1]] * bool(GRAPH)]:
-        compiled, eager = rows[compiled], rows[eager]
-        assert compiled["prepare_seconds"] > eager["prepare_seconds"]
-        assert compiled["peak_bytes"] > eager["peak_bytes"]  # the compiler's own memory
+    compiled, eager = rows[names[-1]], rows[names[-2]]
+    assert compiled["prepare_seconds"] > eager["prepare_seconds"]
+    assert compiled["peak_bytes"] > eager["peak_bytes"]  # the compiler's own memory

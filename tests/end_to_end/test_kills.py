@@ -31,7 +31,7 @@ CONFIGS = {
         "quantization__weights": {"bits": 4, "rounding": "nearest", "budget": 4.5},
     },
 }
-WRITES = {CALIBRATE: (3, 6, 11, 15), ("quantize",): (4, 15, 40, 80)}
+WRITES = {CALIBRATE: (3, 11), ("quantize",): (4, 15, 60)}
 
 
 @pytest.fixture(
@@ -65,7 +65,7 @@ def test_stages_killed_again_and_again_write_what_an_undisturbed_run_writes(undi
                 break
             kills += 1
         assert code_of(tmp_path, *stage, **own) == 0, stderr_of(tmp_path)
-    assert kills >= 5
+    assert kills >= 4
     assert {path.name for path in temporary.iterdir()} <= {".ses"}  # onnxruntime's, once imported
     assert files_of(tmp_path) == files_of(undisturbed)
 

@@ -20,15 +20,14 @@ def distilled(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "quantization",
+    ("quantization", "intra"),
     [
-        {"preset": "best"},
-        {"weights": {"bits": 4, "rounding": "nearest", "budget": 4.0}},
-        {"bias_correction": True, "activations": {"bits": 8, "observer": "output"}},
+        ({"preset": "best"}, "auto"),
+        ({"weights": {"bits": 4, "rounding": "nearest", "budget": 4.0}}, "smoothquant"),
+        ({"bias_correction": True, "activations": {"bits": 8, "observer": "output"}}, "none"),
     ],
     ids=["best", "budget", "outputs"],
 )
-@pytest.mark.parametrize("intra", ["none", "smoothquant", "auto"])
 def test_a_layer_that_no_input_reaches_stays_in_float(tmp_path, distilled, quantization, intra):
     work = Qncd(tmp_path)
     few = {"trajectories": 2, "batch_size": 2, "noise_trajectories": 1}

@@ -55,7 +55,7 @@ def test_every_backend_and_low_memory_draw_the_same(ran, monkeypatch):
     """To float rounding, which nothing rounds to another code."""
     pytest.importorskip("triton")
     qncd, run = ran
-    how = ("sample", "--run-dir", run, "--num", "2", "--inter", "none")
+    how = ("sample", "--run-dir", run, "--num", "1", "--steps", "1", "--inter", "none")
     qncd(*how, "--backend", "simulate", "--name", "simulate")
     qncd(*how, "--backend", "simulate", "--low-memory", "--name", "low")
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -136,8 +136,10 @@ def test_an_error_is_that_of_the_prediction_with_the_value_of_that_age(made):
     assert errors[site][1, 1] == pytest.approx(float(own), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["dpmsolver++", "euler"])
-@pytest.mark.parametrize("mends", ["none", "site", "output", "both"])
+@pytest.mark.parametrize(
+    ("name", "mends"),
+    [("dpmsolver++", "both"), ("dpmsolver++", "none"), ("euler", "site"), ("euler", "output")],
+)
 def test_other_samplers_and_everything_that_can_be_mended(name, mends, tiny_model):
     model = load_model(str(tiny_model))
     tree = small(model.source, sampling={"scheduler": name}, reuse=mends)

@@ -105,7 +105,7 @@ def test_codes_are_written_at_once_and_modulated_norms_joined():
 @pytest.mark.slow
 def test_the_command_line_fuses_where_it_is_asked_to(sampled_shallow):
     folder = sampled_shallow
-    how = ("--num", "2", "--backend", layers.NAME, "--name", "fused", "--compile")
-    Qncd(folder)("sample", *how)
+    how = ("--num", "1", "--steps", "1", "--inter", "none", "--backend", layers.NAME)
+    Qncd(folder)("sample", *how, "--name", "fused", "--compile")
     manifest = json.loads((folder / "runs/tiny/samples/fused/manifest.json").read_text())
     assert (manifest["backend"], manifest["compiled"]) == (layers.NAME, True)

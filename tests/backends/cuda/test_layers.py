@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import Qncd
@@ -49,9 +51,13 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("original", "shape"), KERNELS, ids=[str(c[0]) for c in KERNELS])
-@pytest.mark.parametrize("weight_bits", [4, 8, *(pytest.param(b, marks=slow) for b in (2, 5, 15))])
 @pytest.mark.parametrize(
-    ("bits", "zero_point"), [(8, 0), (8, 201), (8, 255), (6, 40), (12, 2049), (16, 65535)]
+    ("weight_bits", "bits", "zero_point"),
+    [
+        *itertools.product((4, 8), (8,), (0, 201, 255)),
+        *((4, 6, 40), (8, 6, 40), (4, 12, 2049), (8, 16, 65535), (4, 16, 65535)),
+        *((2, 8, 0), (2, 6, 40), (5, 8, 255), (5, 12, 2049), (15, 8, 201), (15, 16, 65535)),
+    ],
 )
 def test_a_layer_has_the_bits_of_the_simulation(original, shape, weight_bits, bits, zero_point):
     layer = layer_of(original, weight_bits, bits, (zero_point,))
