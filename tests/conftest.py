@@ -67,6 +67,8 @@ SHALLOW: dict[str, Any] = {
 }
 """Options of a U-Net with one level: a third of the layers, where every layer costs compiling or
 thousands of calls and it is the command that is tested."""
+LEAST: dict[str, Any] = {**SHALLOW, "mid_block_type": None}
+"""The same without the middle, and so without attention."""
 
 
 def tiny_vqvae() -> nn.Module:

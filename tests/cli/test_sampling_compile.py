@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import Qncd
+from conftest import LEAST, Qncd, sampled_in, save_tiny_pipeline
 from safetensors.torch import load_file
 
 from qncd_cli.backends import int8
@@ -19,11 +19,19 @@ why = int8.why_unavailable(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(bool(why), reason=why)
 
 
+@pytest.fixture(scope="module")
+def least(tmp_path_factory):
+    """A run of a model that takes little compiling. Do not change."""
+    folder = tmp_path_factory.mktemp("least")
+    save_tiny_pipeline(folder / "model", **LEAST)
+    return sampled_in(folder / "work", folder / "model")
+
+
 @pytest.fixture
-def own(tmp_path, sampled_shallow):
+def own(tmp_path, least):
     """A run of our own, with six samples that no graph drew."""
     folder = tmp_path / "own"
-    shutil.copytree(sampled_shallow, folder)
+    shutil.copytree(least, folder)
     return Qncd(folder)
 
 
