@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import signal
 
 import pytest
 import torch
 from conftest import Qncd, tiny_config
 from diffusers import DiffusionPipeline
 from diffusers_pipelines import save
+from processes import At, code_of, stderr_of
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,6 +29,8 @@ PLAIN = {
     "correction__intra": "range",
     "correction__inter__method": "none",
 }
+CALLS = 13
+"""Of the denoiser, by a command that is not interrupted."""
 TOUCHED = {"one": ("attn1.to_q", "attn1.to_v"), "two": ("attn1.to_q", "ff.net.2")}
 
 
@@ -128,6 +132,36 @@ def test_the_same_lora_gives_the_same_bytes(quantized, requantized):
         first, again = (
             (quantized.folder / run / f"{kind}.safetensors").read_bytes()
             for run in (f"runs/{name}", f"runs/{name}-again")
+        )
+        assert first == again
+
+
+@pytest.mark.parametrize(
+    ("at", "code"),
+    [
+        (At(call=3, kill=signal.SIGTERM), 143),  # Hessians
+        (At(write=6), -signal.SIGKILL),
+        (At(write=12, before=False), -signal.SIGKILL),
+    ],
+    ids=["asked", "killed", "killed later"],
+)
+def test_an_interrupted_call_goes_on(quantized, requantized, at, code):
+    name, _ = requantized
+    into = f"runs/{name}-interrupted-{abs(code)}-{at.write}"
+    arguments = ("quantize", "--run-dir", "runs/tiny", "--lora", f"{name}.safetensors:0.5")
+    folder = quantized.folder
+    assert code_of(folder, *arguments, "--into", into, at=at) == code, stderr_of(folder)
+    if code > 0:
+        (line,) = (line for line in stderr_of(folder) if line.startswith("Interrupted"))
+        assert "what quantize has done is kept, the same command goes on from there" in line
+    assert [*(folder / into / "partial" / "quantize").glob("*.safetensors")]
+    fewer = At(call=CALLS, kill=signal.SIGUSR1)  # which ends a process that makes so many
+    assert code_of(folder, *arguments, "--into", into, at=fewer) == 0, stderr_of(folder)
+    assert code_of(folder, *arguments, "--into", f"{into}-whole", at=fewer) == -signal.SIGUSR1
+    assert not (folder / into / "partial").exists()
+    for kind in ("smoothing", "calibration", "quantized", "noise_stats"):
+        first, again = (
+            (folder / run / f"{kind}.safetensors").read_bytes() for run in (f"runs/{name}", into)
         )
         assert first == again
 

@@ -24,6 +24,8 @@ from .job import QuantizationJob
 from .layer_plan import LayerPlan
 from .output_ranges import LayerOutput
 
+LAYER = "layer "
+"""Beginning of the name of a rounded layer in partial results; that of the layer follows."""
 ROUNDING_PASSES = 32
 """Passes over a weight for one fraction of the search by squared error (quant.rounding)."""
 NEAREST_WEIGHTS = 6

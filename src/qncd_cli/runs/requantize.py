@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ..errors import ArtifactError, ConfigError
 from ..lineage import freshness
 from ..store.artifact_files import check_lineage
 from ..store.files import check_place, write_sealed_json
+from ..store.partial_folder import kept_phrase
 from ..store.run_dir import RunDir, find_run
 from .calibrate import keep_config
 from .model import open_model
@@ -51,7 +53,8 @@ def requantize(
     loras: FILE or FILE:WEIGHT each. run_dir: a quantized run, None for the current one; it stays as
     it is. into: the folder of the new run, by default that of the run with the first LoRA's name
     added. Layers whose weights the LoRAs leave alone keep their codes; the others are rounded again
-    with the bits, factors and ranges that they had. force: replace a run that is there.
+    with the bits, factors and ranges that they had. force: replace a run that is there. A call that
+    was interrupted goes on.
 
     Raises ArtifactError where the run is missing or does not hold, or where `into` is taken;
     ConfigError for roundings that are learnt by the block, and in a job of several processes;
@@ -73,6 +76,7 @@ def requantize(
         raise ArtifactError(f"{made.path}: holds a run already", "--force replaces it")
     check_place(made.path, [made.tensors(kind).name for kind in KINDS])
     from ..runtime.ranks import of_job
+    from ..stages import pipeline
     from ..stages import requantize as stage
     from ..store import artifacts
 
@@ -84,15 +88,21 @@ def requantize(
     before = stage.layer_digests(model.denoiser)
     del model
     model = open_model(wanted, ranks.device(device), made.path, watch)
-    with ranks.locked(made.path, watch.note), reported(made.path, "quantize", watch) as watch:
-        result = stage.run(wanted, model, found, before, watch.track)
-        for kind in ("smoothing", "calibration", "quantized"):
-            artifacts.write(made.tensors(kind), getattr(result, kind))
-        write_sealed_json(made.coverage, result.coverage)
-        artifacts.write(made.tensors("noise_stats"), result.noise_stats)
-        keep_config(made, wanted)
-        for name in ("calibrate", "quantize"):
-            freshness.note_settings(made, name, wanted)
+    origin = {kind: artifact.digest for kind, artifact in found.items()}
+    with ExitStack() as stack:
+        stack.enter_context(ranks.locked(made.path, watch.note))
+        watch = stack.enter_context(reported(made.path, "quantize", watch))
+        stack.enter_context(watch.keeping(lambda: kept_phrase(made.path, "quantize")))
+        of_stage = made, wanted, model, origin, watch.note, ranks
+        with pipeline.kept("quantize", *of_stage) as partial:
+            result = stage.run(wanted, model, found, before, watch.track, partial)
+            for kind in ("smoothing", "calibration", "quantized"):
+                artifacts.write(made.tensors(kind), getattr(result, kind))
+            write_sealed_json(made.coverage, result.coverage)
+            artifacts.write(made.tensors("noise_stats"), result.noise_stats)
+            keep_config(made, wanted)
+            for name in ("calibrate", "quantize"):
+                freshness.note_settings(made, name, wanted)
     return Requantized(
         made,
         result.layers,

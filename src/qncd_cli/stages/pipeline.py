@@ -63,7 +63,7 @@ def calibrate(
         freshness.note_settings(run, "calibrate", config)
         discard_stage(run.path, "calibrate")
         return calibration, smoothing, True
-    with _kept("calibrate", run, config, model, {}, tell, ranks) as partial:
+    with kept("calibrate", run, config, model, {}, tell, ranks) as partial:
         with explained(model):
             made = calibrate_stage.run(config, model, track, partial, ranks)
 
@@ -105,7 +105,7 @@ def quantize(
     if ranks.agreed(lambda: not force and freshness.weights_from(*of_stage).holds):
         ranks.agreed(lambda: _measure_noise(run, config, model, track, tell, also))
         return False
-    with _kept("quantize", run, config, model, parents, tell, ranks) as partial:
+    with kept("quantize", run, config, model, parents, tell, ranks) as partial:
         with explained(model):
             result = quantize_stage.run(
                 *(config, model, calibration, smoothing, track, partial), ranks=ranks, also=also
@@ -138,7 +138,7 @@ def _measure_noise(
     there = found.get("noise_stats")
     if there is not None and there.parents == parents:
         also = {*also, *there.body.get("measured", ())}
-    with _kept("quantize", run, config, model, parents, tell, ALONE) as partial, explained(model):
+    with kept("quantize", run, config, model, parents, tell, ALONE) as partial, explained(model):
         statistics = measure_noise(config, model, quantized, track, partial, also)
         artifacts.write(run.tensors("noise_stats"), statistics)
         freshness.note_settings(run, "quantize", config)
@@ -216,7 +216,7 @@ def text_encoders(
         if not force and freshness.text_encoders(run, config, model.digest).holds:
             discard_stage(run.path, stage)
             return True
-        with _kept(stage, run, config, model, {}, tell, ALONE) as partial:
+        with kept(stage, run, config, model, {}, tell, ALONE) as partial:
             with explained(model):
                 made = text_encoders_stage.run(config, model, track, partial)
             artifacts.write(run.tensors(stage), made)
@@ -227,7 +227,7 @@ def text_encoders(
 
 
 @contextmanager
-def _kept(
+def kept(
     stage: Stage,
     run: RunDir,
     config: Config,

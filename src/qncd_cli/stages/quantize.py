@@ -34,7 +34,7 @@ from ..ptq.coverage import coverage
 from ..ptq.extra_bits import refine
 from ..ptq.hessians import with_hessians
 from ..ptq.job import QuantizationJob
-from ..ptq.layer import quantized_layer
+from ..ptq.layer import LAYER, quantized_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
 from ..ptq.layer_threads import is_wide, side_by_side
 from ..ptq.output_ranges import LayerOutput, judged_by_output
@@ -58,8 +58,8 @@ ROUNDING = "rounding weights"
 """The part from which on the result is held."""
 DECIDED = ("weight_bits", "activation_bits", "observer")
 """What measurements decide about a layer's plan."""
-RANGES, LAYER = "range ", "layer "
-"""Beginnings of names in partial results; that of the layer follows."""
+RANGES = "range "
+"""Beginning of names in partial results; that of the layer follows."""
 
 
 @dataclass(frozen=True)

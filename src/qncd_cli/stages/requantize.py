@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +25,9 @@ from ..models.topology import weight_layers
 from ..progress import Track, no_progress
 from ..ptq import noise
 from ..ptq.coverage import coverage
-from ..ptq.hessians import collect_hessians, hessian_groups, wanted_rows
+from ..ptq.hessians import SUMS, collect_hessians, hessian_groups, wanted_rows
 from ..ptq.job import QuantizationJob
-from ..ptq.layer import quantize_layer
+from ..ptq.layer import LAYER, quantized_layer
 from ..ptq.layer_plan import LayerPlan, plan_layers
 from ..ptq.smoothing_choice import factors_of
 from ..quant.affine import QParams
@@ -36,6 +36,7 @@ from ..runtime.denoiser import denoiser_costs, full_denoiser, guided_predict, qu
 from ..spec import FLOAT_BITS
 from ..store.artifacts import Artifact, seal, tensors_by_module
 from ..store.layer_entry import LayerEntry, bodies, layer_entries
+from ..store.partial import NOTHING_KEPT, Partial, Piece
 
 ROUNDINGS = ("nearest", "gptq")
 """Those that round a layer by itself; learnt ones look at the block around it."""
@@ -91,12 +92,14 @@ def run(
     artifacts: Mapping[str, Artifact],
     before: Mapping[str, str],
     track: Track = no_progress,
+    partial: Partial = NOTHING_KEPT,
 ) -> Requantized:
     """The artifacts of the model as it is now.
 
     config: of the model as it is now, like that of the artifacts in all else. artifacts: smoothing,
     calibration, quantized and noise_stats of the model as it was; before: layer_digests of it.
-    Noise is measured anew where a correction is configured that uses it. Raises ConfigError.
+    partial: what an earlier process has done. Noise is measured anew where a correction is
+    configured that uses it. Raises ConfigError.
     """
     old = artifacts["quantized"]
     check(config, old)
@@ -116,16 +119,16 @@ def run(
         for plan in plan_layers(config, model.denoiser)
         if plan.name in changed
     ]
-    job = QuantizationJob(config, model, calibration, plans, factors_of(smoothing))
+    job = QuantizationJob(config, model, calibration, plans, factors_of(smoothing), partial)
     tensors, made = dict(old.tensors), dict(entries)
-    for plan, found, entry in _rounded(job, old, track):
-        for key in [key for key in tensors if key.rpartition(".")[0] == plan.name]:
+    for name, piece in _rounded(job, old, track):
+        for key in [key for key in tensors if key.rpartition(".")[0] == name]:
             del tensors[key]
-        tensors |= {f"{plan.name}.{key}": value for key, value in found.items()}
-        made[plan.name] = replace(
-            entry,
-            sensitivity=entries[plan.name].sensitivity,
-            estimated_error=entries[plan.name].estimated_error,
+        tensors |= {f"{name}.{key}": value for key, value in piece.tensors.items()}
+        made[name] = replace(
+            LayerEntry.from_body(piece.value),
+            sensitivity=entries[name].sensitivity,
+            estimated_error=entries[name].estimated_error,
         )
     body = {
         **old.body,
@@ -143,7 +146,7 @@ def run(
         carried = replace(stats, body=stats_body, config=digest, parents=parents)
         stats = seal(replace(carried, model=model.digest))
     else:
-        stats = seal(noise.measure_noise(config, model, quantized, track))
+        stats = seal(noise.measure_noise(config, model, quantized, track, partial))
     return Requantized(
         smoothing,
         calibration,
@@ -168,8 +171,9 @@ def _sealed_for(
     return seal(replace(artifact, body=body, config=digest, model=model.digest, parents=parents))
 
 
-def _rounded(job: QuantizationJob, old: Artifact, track: Track) -> Any:
-    """Plan, tensors and entry of every layer of the job, with the input ranges that it had."""
+def _rounded(job: QuantizationJob, old: Artifact, track: Track) -> Iterator[tuple[str, Piece]]:
+    """Name, and tensors and entry as in the artifact, of every layer of the job, with the input
+    ranges that it had."""
     stored = tensors_by_module(old.tensors)
     qparams: dict[str, QParams | None] = {}
     for plan in job.plans:
@@ -182,20 +186,32 @@ def _rounded(job: QuantizationJob, old: Artifact, track: Track) -> Any:
     rows = rows_a_call(job.config, job.model, wanted) if wanted else 0
     few = replace(job, config=_with_batch(job.config, rows))
     for group in hessian_groups(wanted):
-        found = collect_hessians(few.planned(group), qparams, track)
-        for plan in track(group, "rounding weights", len(group), "layers"):
-            yield _layer(job, plan, qparams[plan.name], found.pop(plan.name))
+        left = []
+        for plan in group:
+            piece = job.partial.take(f"{LAYER}{plan.name}")
+            if piece is None:
+                left.append(plan)
+            else:
+                yield plan.name, piece
+        if not left:
+            continue
+        found = collect_hessians(few.planned(left), qparams, track)
+        for plan in track(left, "rounding weights", len(left), "layers"):
+            piece = _layer(job, plan, qparams[plan.name], found.pop(plan.name))
+            job.partial.keep(f"{LAYER}{plan.name}", piece)
+            yield plan.name, piece
+        job.partial.forget(SUMS)
     for plan in job.plans:
         if plan not in wanted:
-            yield _layer(job, plan, qparams[plan.name], None)
+            yield plan.name, _layer(job, plan, qparams[plan.name], None)
 
 
 def _layer(
     job: QuantizationJob, plan: LayerPlan, qparams: QParams | None, curvature: Curvature | None
-) -> tuple[LayerPlan, dict[str, torch.Tensor], LayerEntry]:
-    tensors, entry = quantize_layer(plan, qparams, job.factor(plan.name), curvature)
+) -> Piece:
+    piece = quantized_layer(job, plan, qparams, curvature, {})
     give_back()
-    return plan, tensors, entry
+    return piece
 
 
 def rows_a_call(config: Config, model: DiffusionModel, plans: Sequence[LayerPlan]) -> int:
