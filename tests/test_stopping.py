@@ -58,9 +58,8 @@ except stopping.Stopped as stopped:
 
 
 def test_a_piece_that_takes_too_long_is_stopped():
-    """In a process of its own: this one's handlers have the small stack of Python's faulthandler,
-    which pytest switches on, and once other tests have loaded everything the kernel ends the
-    process where it is to be called on it."""
+    """In a process of its own: what other tests have loaded may have left this one's handlers a
+    stack that is gone (backends/onnx/signal_stack.py)."""
     done = subprocess.run([sys.executable, "-c", WORK], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("15", 0), done.stderr
 

@@ -19,6 +19,8 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from transformers.utils import ModelOutput
 
+from qncd_cli.backends.onnx.signal_stack import signal_stack_kept
+
 FILES = "model.onnx", "openvino_model.xml"
 
 
@@ -47,7 +49,8 @@ class Part:
             self.types = {i.get_any_name(): i.get_element_type().to_dtype() for i in model.inputs}
             self.ranks = {i.get_any_name(): len(i.get_partial_shape()) for i in model.inputs}
             exact = {"INFERENCE_PRECISION_HINT": "f32"}
-            compiled = openvino.Core().compile_model(model, "CPU", exact)
+            with signal_stack_kept():
+                compiled = openvino.Core().compile_model(model, "CPU", exact)
             self.compute = lambda given: {
                 o.get_any_name(): compiled(given)[o] for o in compiled.outputs
             }

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.onnx.signal_stack import signal_stack_kept
 from ..models.loading import DiffusionModel
 from ..quant.layers import StepState
 from ..runtime.denoiser import Denoiser
@@ -54,6 +55,7 @@ class NncfDenoiser(Denoiser):
         return torch.from_numpy(self._request.infer(arrays)[0].copy())
 
 
+@signal_stack_kept()
 def nncf_denoiser(model: DiffusionModel, calibration: Artifact) -> NncfDenoiser:
     """The model's denoiser, quantized by nncf on the rows of a calibration."""
     import nncf

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import BackendUnavailable
+from .signal_stack import signal_stack_kept
 
 Run = Callable[[Mapping[str, Tensor]], Tensor]
 """Inputs by name -> the first output."""
@@ -90,6 +91,7 @@ def onnx_session(path: Path) -> Session:
     return Session(run, sum(map(kinds.count, ONNX_INTEGER)), sum(map(kinds.count, ONNX_FLOAT)))
 
 
+@signal_stack_kept()
 def openvino_session(path: Path, dtype: torch.dtype = torch.float32) -> Session:
     """path: an OpenVINO .xml or an .onnx file; dtype: of what is not quantized."""
     import openvino
