@@ -26,7 +26,7 @@ def tokenizer_in(folder: Path) -> Any:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=9)
 
 
-def _text_config(width: int) -> Any:
+def text_config(width: int) -> Any:
     from transformers import CLIPTextConfig
 
     return CLIPTextConfig(
@@ -70,7 +70,7 @@ def _of_images(kind: str, folder: Path, channels: int = 4) -> None:
         first_stage.quant_conv.bias[4:] = -60.0  # the logarithm of their variance
     getattr(diffusers, kind)(
         vae=first_stage,
-        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder=CLIPTextModel(text_config(16)),
         tokenizer=tokenizer_in(folder / "tokens"),
         unet=_unet(channels, cross_attention_dim=16),
         scheduler=ddim_scheduler(),
@@ -100,7 +100,7 @@ def refiner(folder: Path) -> None:
         5,
         text_encoder=None,
         tokenizer=None,
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24)),
         requires_aesthetics_score=True,
     )
 
@@ -115,9 +115,9 @@ def inpainting_xl(folder: Path) -> None:
         16 + 24,
         6,
         9,
-        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder=CLIPTextModel(text_config(16)),
         tokenizer=tokenizer_in(folder / "tokens"),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24)),
     )
 
 
@@ -163,7 +163,7 @@ def control(folder: Path) -> None:
     unet = _unet(cross_attention_dim=16)
     StableDiffusionControlNetPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder=CLIPTextModel(text_config(16)),
         tokenizer=tokenizer_in(folder / "tokens"),
         unet=unet,
         controlnet=_controlnet(unet),
@@ -188,8 +188,8 @@ def control_xl(folder: Path) -> None:
     tokenizer = tokenizer_in(folder / "tokens")
     StableDiffusionXLControlNetPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(16)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        text_encoder=CLIPTextModel(text_config(16)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -219,7 +219,7 @@ def stable_diffusion(folder: Path, scheduler: Any = None, **schedule: Any) -> No
 
     StableDiffusionPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder=CLIPTextModel(text_config(16)),
         tokenizer=tokenizer_in(folder / "tokens"),
         unet=_unet(cross_attention_dim=16),
         scheduler=scheduler or ddim_scheduler(**schedule),
@@ -249,7 +249,7 @@ def latent_consistency(folder: Path) -> None:
 
     LatentConsistencyModelPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder=CLIPTextModel(text_config(16)),
         tokenizer=tokenizer_in(folder / "tokens"),
         unet=_unet(cross_attention_dim=16, time_cond_proj_dim=8),
         scheduler=few_steps("LCMScheduler"),
@@ -287,8 +287,8 @@ def stable_diffusion_xl(folder: Path, scheduler: Any = None, **options: Any) -> 
     tokenizer = tokenizer_in(folder / "tokens")
     StableDiffusionXLPipeline(
         vae=_vae(),
-        text_encoder=CLIPTextModel(_text_config(16)),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        text_encoder=CLIPTextModel(text_config(16)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24)),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=unet,
@@ -395,9 +395,9 @@ def stable_diffusion_3(folder: Path) -> None:
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=_vae(shift_factor=0.1),
-        text_encoder=CLIPTextModelWithProjection(_text_config(16)),
+        text_encoder=CLIPTextModelWithProjection(text_config(16)),
         tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(_text_config(24)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(24)),
         tokenizer_2=tokenizer,
         text_encoder_3=encoder,
         tokenizer_3=tokenizer_3,
@@ -423,7 +423,7 @@ def _flux(folder: Path, guidance_embeds: bool, **schedule: Any) -> None:
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(**schedule),
         vae=_vae(shift_factor=0.1),
-        text_encoder=CLIPTextModel(_text_config(16)),
+        text_encoder=CLIPTextModel(text_config(16)),
         tokenizer=tokenizer_in(folder / "tokens"),
         text_encoder_2=encoder,
         tokenizer_2=tokenizer_2,

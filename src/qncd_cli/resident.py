@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import resource
+import sys
 from pathlib import Path
 
 PROCESS = Path("/proc/self")
@@ -16,6 +18,12 @@ def resident() -> int | None:
 def peak_resident() -> int | None:
     """The most bytes in memory since this process began or `forget_peak`; None without /proc."""
     return _status("VmHWM")
+
+
+def peak_of_process() -> int:
+    """`peak_resident`; without /proc what the system counts, where a parent's peak may be in it."""
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return peak_resident() or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def forget_peak() -> bool:

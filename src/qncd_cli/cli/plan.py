@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from ..config.loading import load_config
 from ..config.schema import Config
 from ..errors import ModelError
+from ..resident import peak_of_process
 from ..runs.measuring import Wishes, check
 from ..runs.model import model_digest, silence_diffusers
 from ..runs.quantize import check_parents
@@ -127,8 +126,7 @@ def _report(
     from ..models.loading import DTYPES, find_device
 
     silence_diffusers()
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    imports = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imports = peak_of_process()
     model = config.model
     sampling = sampling_config(config, options)
     shapes = model_shapes(
