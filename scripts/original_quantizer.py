@@ -5,20 +5,28 @@
     python scripts/original_quantizer.py --code q-diffusion/qdiff/quant_layer.py --bits w4a6
     qncd ablate --config fashion_ldm --bits w4a6 --presets qdiffusion+nearest --num 200
 
+    python scripts/original_quantizer.py --code q-diffusion/qdiff/quant_layer.py --bits w4a6 \\
+        --adaround 150
+
 Its QuantModule takes the place of every convolution and linear layer, its UniformAffineQuantizer
 that of attention's operands, and ranges are found as its txt2img.py finds them: initialised on 16
 calibration inputs, then running means over batches of 16 inputs of mixed timesteps. The shortcuts
 of the way up are split as in its code. Weights are rounded to nearest, which is where its
-block-wise reconstruction starts. The first and the last layer have 8 bits, and the last layer's
+block-wise reconstruction starts, or with --adaround by its AdaRoundQuantizer, block by block as its
+block_reconstruction does it with the options of its txt2img.py; blocks are the residual blocks and
+the attention modules of diffusers. The first and the last layer have 8 bits, and the last layer's
 input stays float, as in QNCD's copy of this code.
 
 Prints SQNR of the latents and PSNR of the images against full precision, in dB. Nothing of the
-quantizer is ours but the processor that hands attention's operands to it.
+quantizer is ours but the processor that hands attention's operands to it, and the loop around
+AdaRound's loss: its own module imports the latent-diffusion repository and a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -27,6 +35,7 @@ from typing import Any
 import click
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from qncd_cli.cli.console import ErrorReportingCommand
@@ -42,8 +51,13 @@ from qncd_cli.sampling.noise import chunks
 from qncd_cli.spec import Widths
 from qncd_cli.stages import calibrate
 
-BATCH = 16
+BATCH, ROWS = 16, 32
+"""Rows of a call and of a step of the rounding."""
 OUTER_BITS = 8
+ROUNDING_WEIGHT, WARMUP, BETAS = 0.01, 0.2, (20.0, 2.0)
+"""Of AdaRound's regularizer, as the published txt2img.py sets them."""
+Call = Callable[[int, int], None]
+"""Runs the denoiser on the rows [start, stop) of the calibration inputs."""
 
 
 class OperandProcessor:
@@ -80,14 +94,15 @@ class OperandProcessor:
 @click.option("--config", "name", default="fashion_ldm", show_default=True)
 @click.option("--bits", default="w8a8", show_default=True, help="Weights and activations, w4a6.")
 @click.option("--num", default=200, show_default=True, help="Samples.")
-def main(code: Path, name: str, bits: str, num: int) -> None:
+@click.option("--adaround", default=0, metavar="ITERATIONS", help="0: rounds to nearest.")
+def main(code: Path, name: str, bits: str, num: int, adaround: int) -> None:
     """How Q-Diffusion's own quantizer does on a packaged U-Net."""
     config = load_config(name)
     model = open_model(config)
     seeds = list(range(config.sampling.seed, config.sampling.seed + num))
     reference = drawn(config, model, seeds)
     calibration, _ = calibrate.run(config, model)
-    quantize(config, model, calibration.tensors, imported(code), Widths.parse(bits))
+    quantize(config, model, calibration.tensors, code, Widths.parse(bits), adaround)
     latents = drawn(config, model, seeds)
     expected, images = decoded(model, reference), decoded(model, latents)
     middle = median(psnr_each_db(expected, images))
@@ -98,10 +113,13 @@ def main(code: Path, name: str, bits: str, num: int) -> None:
 
 
 def imported(path: Path) -> ModuleType:
-    """The published file as a module."""
-    spec = importlib.util.spec_from_file_location("quant_layer", path)
+    """The published file as a module of a package that holds nothing else: all of the published
+    one would import the latent-diffusion repository."""
+    sys.modules.setdefault("qdiff", ModuleType("qdiff"))
+    spec = importlib.util.spec_from_file_location(f"qdiff.{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -120,9 +138,15 @@ def decoded(model: DiffusionModel, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize(
-    config: Config, model: DiffusionModel, rows: dict[str, Tensor], code: ModuleType, widths: Widths
+    config: Config,
+    model: DiffusionModel,
+    rows: dict[str, Tensor],
+    path: Path,
+    widths: Widths,
+    adaround: int,
 ) -> None:
     """Quantize the model's denoiser in place by the published classes."""
+    code = imported(path)
     inputs, timesteps, condition = mixed_inputs(config, model, rows)
     weights = {"n_bits": widths.weights, "channel_wise": True, "scale_method": "mse"}
     if widths.weights >= 8:
@@ -146,6 +170,10 @@ def quantize(
     for layer in layers:
         layer.set_quant_state(True, False)
     call(0, BATCH // 2)
+    if adaround:
+        rounding = imported(path.with_name("adaptive_rounding.py"))
+        for unit in units(model.denoiser, layers, lambda: call(0, 1)):
+            reconstruct(unit, layers, rounding, call, len(inputs), adaround)
     for layer in layers:
         layer.set_quant_state(True, True)
     for processor in processors:
@@ -185,6 +213,99 @@ def mixed_inputs(
         x, timesteps = torch.cat([x, x]), torch.cat([timesteps, timesteps])
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     return x[order], timesteps[order], {key: value[order] for key, value in condition.items()}
+
+
+def units(denoiser: nn.Module, layers: list[Any], call: Callable[[], None]) -> list[nn.Module]:
+    """What is reconstructed at a time, in the order of execution: blocks, and layers of none."""
+    blocks = [m for m in denoiser.modules() if isinstance(m, ResnetBlock2D | Attention)]
+    held = {id(layer) for block in blocks for layer in block.modules()}
+    alone = [layer for layer in layers if id(layer) not in held]
+    order: list[nn.Module] = []
+    hooks = [m.register_forward_pre_hook(lambda m, _: order.append(m)) for m in (*blocks, *alone)]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return order
+
+
+def recorded(unit: nn.Module, call: Call, count: int) -> tuple[list[Any], dict[str, Any], Tensor]:
+    """Arguments and output of a unit over all calibration rows."""
+    arguments: list[tuple[Any, ...]] = []
+    options: list[dict[str, Any]] = []
+    outputs: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        arguments.append(args)
+        options.append(kwargs)
+        outputs.append(output)
+
+    hook = unit.register_forward_hook(see, with_kwargs=True)
+    for start in range(0, count - BATCH + 1, BATCH):
+        call(start, start + BATCH)
+    hook.remove()
+    joined = [_joined(parts) for parts in zip(*arguments, strict=True)]
+    named = {key: _joined(tuple(of[key] for of in options)) for key in options[0]}
+    return joined, named, torch.cat(outputs)
+
+
+def _joined(parts: tuple[Any, ...]) -> Any:
+    return torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0]
+
+
+def reconstruct(
+    unit: nn.Module,
+    layers: list[Any],
+    rounding: ModuleType,
+    call: Call,
+    count: int,
+    iterations: int,
+) -> None:
+    """Round the weights of a unit so that its output stays that of full precision, where weights
+    before it are rounded already; activations are float."""
+    own = [layer for layer in unit.modules() if any(layer is one for one in layers)]
+    for layer in layers:
+        layer.set_quant_state(False, False)
+    *_, goal = recorded(unit, call, count)
+    for layer in layers:
+        layer.set_quant_state(True, False)
+    arguments, options, _ = recorded(unit, call, count)
+    quantizers = [q for layer in own for q in learned(layer, rounding)]
+    optimizer = torch.optim.Adam([q.alpha for q in quantizers])
+    started, generator = WARMUP * iterations, torch.Generator().manual_seed(0)
+    for step in range(1, iterations + 1):
+        rows = torch.randperm(len(goal), generator=generator)[:ROWS]
+        chosen = [x[rows] if isinstance(x, Tensor) else x for x in arguments]
+        named = {k: x[rows] if isinstance(x, Tensor) else x for k, x in options.items()}
+        optimizer.zero_grad()
+        with torch.enable_grad():
+            loss = (unit(*chosen, **named) - goal[rows]).square().sum(1).mean()
+            if step >= started:
+                left = 1 - (step - started) / (iterations - started)
+                beta = BETAS[1] + (BETAS[0] - BETAS[1]) * left
+                for quantizer in quantizers:
+                    soft = quantizer.get_soft_targets()
+                    loss = loss + ROUNDING_WEIGHT * (1 - (2 * soft - 1).abs() ** beta).sum()
+            loss.backward()
+        optimizer.step()
+    for quantizer in quantizers:
+        quantizer.soft_targets = False
+
+
+def learned(layer: Any, rounding: ModuleType) -> list[Any]:
+    """The layer's weight quantizers, replaced by those that learn their rounding."""
+    columns = {"weight_quantizer": slice(None, layer.split or None)}
+    if layer.split:
+        columns["weight_quantizer_0"] = slice(layer.split, None)
+    found = []
+    for name, part in columns.items():
+        with torch.enable_grad():
+            quantizer = rounding.AdaRoundQuantizer(
+                getattr(layer, name), layer.org_weight[:, part], "learned_hard_sigmoid"
+            )
+        quantizer.soft_targets = True
+        setattr(layer, name, quantizer)
+        found.append(quantizer)
+    return found
 
 
 def attentions(model: DiffusionModel) -> list[Attention]:
