@@ -5,7 +5,8 @@
         --command "qncd ablate --config fashion_dit --bits w4a8 --num 2000"
     python scripts/results_page.py
 
-They replace those of the same model, variant and bits. Prints them as the table of a note.
+They replace those of the same model, variant and bits. A note's table is ablation.md, which stands
+beside the report.
 """
 
 from __future__ import annotations
@@ -17,18 +18,6 @@ from typing import Any
 import click
 from image_rows import MEASURED, text_of
 
-HEADINGS = (
-    "variant",
-    "to data ↓",
-    "to full ↓",
-    "as asked ↑",
-    "SQNR, dB: pooled; median ↑",
-    "gain, dB ↑",
-    "PSNR, dB: pooled; median ↑",
-    "changed ↓",
-    "bytes ↓",
-    "Gbit-op. ↓",
-)
 SAME = ("model", "variant", "bits")
 Row = dict[str, Any]
 
@@ -38,7 +27,8 @@ def bits_of(row: Row) -> str:
 
 
 def entry(model: str, row: Row) -> Row:
-    """A row of measured.json."""
+    """A row of measured.json: distance to full precision, SQNR of latents and PSNR of images in dB,
+    both pooled, bytes of the artifact, 10^9 bit operations of a call on one sample."""
     return {
         "model": model.removeprefix("zoo:"),
         "variant": row["preset"],
@@ -51,34 +41,12 @@ def entry(model: str, row: Row) -> Row:
     }
 
 
-def interval(value: Row | None, form: str) -> str:
-    if value is None:
-        return ""
-    return "{} [{}, {}]".format(*(format(value[key], form) for key in ("value", "low", "high")))
-
-
-def table_line(row: Row) -> str:
-    """A line of a note's table."""
-    cells = (
-        row["preset"],
-        interval(row["feature_distance_to_reference"], ".3g"),
-        interval(row["feature_distance_to_full"], ".3g"),
-        f"{100 * row['class_agreement']:.1f} %",
-        f"{row['sqnr_latents_db']:.1f}; {row['sqnr_median_db']:.1f}",
-        interval(row.get("sqnr_gain_db"), "+.2f"),
-        f"{row['psnr_db']:.1f}; {row['psnr_median_db']:.1f}",
-        str(row["changed"]),
-        f"{row['artifact_bytes']:,}",
-        f"{row['bit_operations'] / 1e9:.2f}",
-    )
-    return f"| {' | '.join(cells)} |"
-
-
 @click.command(help=__doc__.partition("\n")[0])
 @click.argument("report", type=click.Path(exists=True, path_type=Path))
 @click.option("--note", required=True, help="File of docs/notebook.")
 @click.option("--command", required=True, help="That made the report.")
 def main(report: Path, note: str, command: str) -> None:
+    """report: ablation.json of a finished table."""
     found = json.loads(report.read_text(encoding="utf-8"))
     groups = json.loads(MEASURED.read_text(encoding="utf-8"))
     rows = [entry(found["model"], row) for row in found["rows"]]
@@ -89,14 +57,6 @@ def main(report: Path, note: str, command: str) -> None:
     made = {"note": note, "command": command, "rows": rows}
     groups = [*(group for group in groups if group["rows"]), made]
     MEASURED.write_text(text_of(groups), encoding="utf-8")
-    for bits in dict.fromkeys(map(bits_of, found["rows"])):
-        some = [row for row in found["rows"] if bits_of(row) == bits]
-        lines = [
-            f"| {' | '.join(HEADINGS)} |",
-            f"|{'---|' * len(HEADINGS)}",
-            *map(table_line, some),
-        ]
-        click.echo(f"{bits}:\n\n" + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

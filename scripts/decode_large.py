@@ -14,7 +14,6 @@ Random weights by default: their time and memory are those of trained ones, thei
 from __future__ import annotations
 
 import json
-import resource
 import time
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from qncd_cli.models.digest import RANDOM_SEED
 from qncd_cli.models.first_stage import FirstStage
 from qncd_cli.models.random_models import kl_autoencoder
 from qncd_cli.ptq.first_stage import quantize_decoder
+from qncd_cli.resident import peak_of_process
 from qncd_cli.runtime.first_stage import with_integers
 
 
@@ -71,7 +71,7 @@ def main(
         first_stage = with_integers(first_stage, made, "decode_large", "int8")
     if tile:
         first_stage = first_stage.tiled(tile)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_of_process()
     started = time.perf_counter()
     with torch.no_grad():
         image = first_stage(latents)
@@ -80,8 +80,8 @@ def main(
         "tile": tile or None,
         "bits": int(bits or 32),
         "seconds": round(time.perf_counter() - started, 1),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "peak_before_mib": before // 1024,
+        "peak_mib": peak_of_process() >> 20,
+        "peak_before_mib": before >> 20,
         "machine": described()["capability"],
     }
     if save is not None:

@@ -5,16 +5,12 @@ python scripts/gptq_memory.py --inputs 4000
 
 from __future__ import annotations
 
-import resource
-import sys
-
 import click
 import torch
 
 from qncd_cli.quant.rounding import round_gptq
+from qncd_cli.resident import peak_of_process
 from qncd_cli.spec import weight_spec
-
-UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 @click.command()
@@ -27,12 +23,12 @@ def main(inputs: int) -> None:
     rows = torch.randn(2 * inputs, inputs)
     hessian = rows.T @ rows
     weight = torch.randn(16, inputs)
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # rows and Hessian
+    held = peak_of_process()  # rows and Hessian
     rows_bytes = rows.nbytes
     del rows
     round_gptq(weight, spec, hessian)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{(UNIT * (peak - held) + rows_bytes) / hessian.nbytes:.2f}")
+    peak = peak_of_process()
+    print(f"{(peak - held + rows_bytes) / hessian.nbytes:.2f}")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def make_random_run(run: RunDir) -> None:
 @click.command(cls=ErrorReportingCommand)
 @click.option("--run-dir", type=click.Path(path_type=Path), required=True)
 @click.option("--random", is_flag=True, help="Make the run, of a tiny random model.")
-@click.option("--num", default=20000, show_default=True)
+@click.option("--num", default=20000, type=click.IntRange(1000 + MISSING), show_default=True)
 @click.option("--draw/--no-draw", "draws", default=True, help="Draw the set.")
 @click.option("--eval/--no-eval", "evaluates", default=True, help="Measure the set.")
 @click.argument("options", nargs=-1)
@@ -165,7 +165,7 @@ def main(
 def draw(
     run: RunDir, num: int, options: tuple[str, ...], tell: Callable[[str, object], None]
 ) -> None:
-    """Draw the set in three processes, and say what was seen of them. num: 1,100 or more."""
+    """Draw the set in three processes, and say what was seen of them."""
     for name in ("many", "many_start"):
         shutil.rmtree(run.samples(name), ignore_errors=True)
         sheet_path(run.samples(name)).unlink(missing_ok=True)

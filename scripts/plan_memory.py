@@ -43,7 +43,8 @@ REDUCED = "reduced-sdxl"
 
 
 def write_reduced_sdxl(folder: Path) -> None:
-    """A diffusers folder."""
+    """A diffusers folder of StableDiffusionXLPipeline with random float32 weights, of images of
+    1024x1024 unless another size is asked for."""
     from diffusers import (
         AutoencoderKL,
         DDIMScheduler,
@@ -89,7 +90,7 @@ def write_reduced_sdxl(folder: Path) -> None:
 
 
 def said(*arguments: str) -> dict[str, Any]:
-    """What the command says with --json."""
+    """What a qncd command says with --json. Raises click.ClickException where it fails."""
     command = [sys.executable, "-m", "qncd_cli", *arguments, "--json"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -98,7 +99,8 @@ def said(*arguments: str) -> dict[str, Any]:
 
 
 def peak_bytes(*arguments: str) -> int:
-    """The most memory that the command had resident."""
+    """The most memory that a qncd command had resident, in bytes. Raises click.ClickException where
+    it fails."""
     command = [sys.executable, "-m", "qncd_cli", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)

@@ -11,7 +11,6 @@ Python's imports is told by itself.
 from __future__ import annotations
 
 import json
-import resource
 import tempfile
 import time
 from collections.abc import Generator, Iterable
@@ -29,6 +28,7 @@ from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.forecast.work import Clock
 from qncd_cli.machine import described
 from qncd_cli.models.loading import DTYPES
+from qncd_cli.resident import peak_of_process
 from qncd_cli.runs.calibrate import calibrate
 from qncd_cli.runs.quantize import quantize
 from qncd_cli.runs.watch import Watch
@@ -71,7 +71,7 @@ def compared(name: str, settings: tuple[str, ...], clock: Clock) -> dict[str, An
     """One configuration, in a folder of its own."""
     config = load_config(name, settings)
     shapes = model_shapes(config.model.source, DTYPES[config.model.dtype])
-    imports = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    imports = peak_of_process()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="qncd-plan-times-") as folder:
         request = plan.Request(

@@ -21,7 +21,8 @@ def peak_resident() -> int | None:
 
 
 def peak_of_process() -> int:
-    """`peak_resident`; without /proc what the system counts, where a parent's peak may be in it."""
+    """`peak_resident` in bytes, everywhere: without /proc the system's own count, which may hold
+    the peak of the process that began this one."""
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return peak_resident() or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
