@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from qncd_cli import machine
 from qncd_cli.backends import int8
 from qncd_cli.config.loading import parse_config
 from qncd_cli.errors import BackendUnavailable
-from qncd_cli.forecast import memory
+from qncd_cli.forecast import memory, plan
+from qncd_cli.forecast.plan import Request
 from qncd_cli.forecast.shapes import model_shapes
 from qncd_cli.models.loading import load_model
 from qncd_cli.models.topology import weight_layers
@@ -148,6 +150,38 @@ def test_in_place_the_models_weights_are_let_go(made, tiny_model):
     gc.collect()
     assert [weight() for weight in weights] == [None] * len(weights)
     assert torch.equal(quantized(*rows_of(model)), expected)
+
+
+def pages_of(file: Path) -> int:
+    """Bytes of a file that this process has mapped and read."""
+    found, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):  # the head of a mapping: its addresses, then its file
+            ours = line.endswith(str(file))
+        elif ours and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="no /proc")
+def test_the_pages_of_the_models_file_stay_and_are_in_the_plan(made, tiny_model, tmp_path):
+    config, result = made
+    file = tiny_model / "unet/diffusion_pytorch_model.safetensors"
+    model = load_model(str(tiny_model))
+    for parameter in model.denoiser.parameters():
+        assert parameter.abs().amax() < 1e3  # reads it
+    quantized_denoiser(model, result.quantized, "simulate", True, in_place=True)
+    gc.collect()
+    assert pages_of(file) > 0.9 * file.stat().st_size
+    shapes = model_shapes(str(tiny_model), torch.float32)
+    copied = {name: replace(part, mapped=False) for name, part in shapes.parts.items()}
+    asked = Request(("sample",), config, 1, 1, "simulate", tmp_path, 0)
+    phases = [
+        plan.run(config, one, asked)["stages"][2]["phases"]
+        for one in (shapes, replace(shapes, parts=copied))
+    ]
+    added = phases[0]["denoising"] - phases[1]["denoising"]
+    assert added == shapes.parts["unet"].stored == file.stat().st_size
 
 
 # ---- a device that is full ----------------------------------------------------------------------

@@ -104,7 +104,8 @@ def sample_phases(
     shapes: Shapes, rest: int, sizes: Foreseen, weights: float, costs: dict[str, Cost]
 ) -> dict[str, float]:
     """Bytes by phase, without imports. rest: the loaded model without its denoiser, whose weights
-    are freed; weights: of the quantized denoiser as they are kept; costs: of stages.sample."""
+    are freed, but not the pages of a file; weights: of the quantized denoiser as they are kept;
+    costs: of stages.sample."""
     held = rest + sizes.quantized + round(weights)
     phases = {LOADING: float(loading(shapes) + sizes.quantized)}
     return phases | {name: held + cost.bytes for name, cost in costs.items()}

@@ -209,7 +209,9 @@ def _stages(
     integers = backend == "int8"
     weights = call.weights / 4 if integers else call.weights
     held = memory.resident(shapes, DTYPES[config.model.dtype])
+    own = memory.mapped(shapes)
     rest = memory.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
+    rest += own - memory.mapped(shapes, DENOISERS)  # a file stays while one tensor of it is used
     others = [activations.at_size(call, one) for one in shapes.sized.values()]
     copies = activations.copies(request.sampling, shapes)
     drawing = replace(call, copies=copies, steps=drawn)
@@ -227,12 +229,10 @@ def _stages(
     rates = measured_rates(request.clock)
     kept = partial_bytes(config, shapes, steps, costs, disk)
     started = request.imports + round(memory.KERNELS)
-    mapped = dict.fromkeys(phases, memory.mapped(shapes))
-    mapped["sample"] = memory.mapped(shapes, DENOISERS)
     stages = []
     for name, found in phases.items():
         highest = max(found, key=lambda phase: found[phase])
-        needed = {p: size - (p != memory.LOADING) * mapped[name] for p, size in found.items()}
+        needed = {p: size - (p != memory.LOADING) * own for p, size in found.items()}
         neediest = max(needed, key=lambda phase: needed[phase])
         there = max((size for phase, size in found.items() if phase != memory.LOADING), default=0)
         stages.append(
@@ -240,7 +240,7 @@ def _stages(
                 "stage": name,
                 "peak_bytes": started + round(found[highest]),
                 "at": highest,
-                "mapped_bytes": mapped[name],
+                "mapped_bytes": own,
                 "needed_bytes": started + round(needed[neediest]),
                 "needed_at": neediest,
                 "device_bytes": round(there),
