@@ -31,7 +31,7 @@ from ..stages import calibrate, quantize, sample
 from ..store.artifacts import Artifact
 from ..store.layer_entry import layer_entries
 from ..vocabulary import megabytes
-from . import activations, artifacts, memory, text_encoders
+from . import activations, artifacts, first_stage, memory, text_encoders
 from .memory import Foreseen
 from .partial import partial_bytes
 from .shapes import DENOISERS, Shapes
@@ -87,9 +87,12 @@ def run(config: Config, shapes: Shapes, request: Request) -> dict[str, Any]:
     noise = artifacts.noise_stats(config, shapes, times)
     text = text_encoders.artifact(config, shapes)
     text_bytes = 0 if text is None else artifacts.file_bytes(text)
+    decoder = first_stage.artifact(config, shapes)
+    decoder_bytes = 0 if decoder is None else artifacts.file_bytes(decoder)
+    beside = artifacts.file_bytes(noise) + text_bytes + decoder_bytes
     disk = {
         "calibrate": sum(map(artifacts.file_bytes, (calibration, smoothing))),
-        "quantize": result["artifact_bytes"] + artifacts.file_bytes(noise) + text_bytes,
+        "quantize": result["artifact_bytes"] + beside,
         "sample": _samples_bytes(shapes, request),
     }
     before = text_encoders.cost(config, shapes, text)
