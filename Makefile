@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 # What is tested is tiny: two processes help, more threads only wait for each other. tests/conftest.py puts
-# files with slow tests first; by number of tests those that compile would come last and alone.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# files with slow tests first; by number of tests those that compile would come last and alone. A process that dies
+# is a failure, and the other one goes on: with a third in its place pytest-xdist has waited for ever.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+    --max-worker-restart 0
 CONFIG := fashion_ldm
 BITS := w8a8 w4a8 w4a6
 SHOWN = $(or $(filter w4a8,$(BITS)),$(lastword $(BITS)))
