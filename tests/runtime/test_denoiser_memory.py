@@ -176,12 +176,12 @@ def test_the_pages_of_the_models_file_stay_and_are_in_the_plan(made, tiny_model,
     shapes = model_shapes(str(tiny_model), torch.float32)
     copied = {name: replace(part, mapped=False) for name, part in shapes.parts.items()}
     asked = Request(("sample",), config, 1, 1, "simulate", tmp_path, 0)
-    phases = [
-        plan.run(config, one, asked)["stages"][2]["phases"]
-        for one in (shapes, replace(shapes, parts=copied))
-    ]
-    added = phases[0]["denoising"] - phases[1]["denoising"]
+    mapped, held = (
+        plan.run(config, one, asked)["stages"][2] for one in (shapes, replace(shapes, parts=copied))
+    )
+    added = mapped["phases"]["denoising"] - held["phases"]["denoising"]
     assert added == shapes.parts["unet"].stored == file.stat().st_size
+    assert mapped["device_bytes"] == held["device_bytes"]  # a GPU holds no page of it
 
 
 # ---- a device that is full ----------------------------------------------------------------------

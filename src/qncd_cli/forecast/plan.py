@@ -214,7 +214,8 @@ def _stages(
     held = memory.resident(shapes, DTYPES[config.model.dtype])
     own = memory.mapped(shapes)
     rest = memory.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
-    rest += own - memory.mapped(shapes, DENOISERS)  # a file stays while one tensor of it is used
+    pages = own - memory.mapped(shapes, DENOISERS)
+    rest += pages  # a file stays while one tensor of it is used
     others = [activations.at_size(call, one) for one in shapes.sized.values()]
     copies = activations.copies(request.sampling, shapes)
     drawing = replace(call, copies=copies, steps=drawn)
@@ -238,6 +239,7 @@ def _stages(
         needed = {p: size - (p != memory.LOADING) * own for p, size in found.items()}
         neediest = max(needed, key=lambda phase: needed[phase])
         there = max((size for phase, size in found.items() if phase != memory.LOADING), default=0)
+        there -= pages if name == "sample" else 0  # a file's pages lie in main memory alone
         stages.append(
             {
                 "stage": name,
