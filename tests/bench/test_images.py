@@ -34,6 +34,8 @@ def test_names_say_what_a_row_is():
     assert "no plan" in row.why_unavailable(["quantized", "first_stage"])
     assert "no decoder" in row.why_unavailable(["quantized", "reuse"])
     assert ImageRow("bfloat16-eager").dtype is torch.bfloat16
+    mixed = ImageRow("int8-bfloat16-reuse-compiled")
+    assert mixed.integers and mixed.compiled and mixed.dtype is torch.bfloat16
 
 
 def test_identical_images_are_called_so_and_the_reference_has_no_distance():

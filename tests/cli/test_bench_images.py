@@ -11,7 +11,10 @@ from qncd_cli.bench.images import PARTS
 from qncd_cli.store.files import read_json
 
 NO_INT8 = why_unavailable(torch.device("cpu"))
-ROWS = "float32-eager,bfloat16-eager,int8,int8-reuse,int8-reuse-decoder,int8-decoder,nncf"
+ROWS = (
+    "float32-eager,bfloat16-eager,int8,int8-reuse,int8-bfloat16-reuse,int8-reuse-decoder,"
+    "int8-decoder,nncf"
+)
 pytestmark = pytest.mark.skipif(bool(NO_INT8), reason=NO_INT8)
 
 
@@ -38,7 +41,7 @@ def benched(tmp_path_factory, tiny_model) -> Qncd:
 
 def test_every_row_has_its_parts_and_they_make_up_an_image(benched):
     rows = benched.data["rows"]
-    names = ["float32-eager", "bfloat16-eager", "int8", "int8-reuse"]
+    names = ["float32-eager", "bfloat16-eager", "int8", "int8-reuse", "int8-bfloat16-reuse"]
     assert [(r["name"], r["batch_size"]) for r in rows] == [(n, b) for b in (2, 1) for n in names]
     for row in rows:
         assert row["parts"].keys() == {*PARTS}
@@ -52,8 +55,8 @@ def test_every_row_has_its_parts_and_they_make_up_an_image(benched):
 def test_no_row_buys_speed_with_pictures(benched):
     rows = {row["name"]: row for row in benched.data["rows"]}
     assert rows["float32-eager"]["psnr_db"] is None and rows["float32-eager"]["speedup"] == 1
-    quality = [rows[name]["sqnr_latents_db"] for name in ("bfloat16-eager", "int8", "int8-reuse")]
-    assert all(20 < decibels < 100 for decibels in quality) and len({*quality}) == 3
+    quality = [row["sqnr_latents_db"] for name, row in rows.items() if name != "float32-eager"]
+    assert all(20 < decibels < 100 for decibels in quality) and len({*quality}) == 4
     assert rows["int8"]["psnr_db"] > 20
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -192,6 +193,14 @@ def test_a_graph_is_of_one_size(v_model):
     others = [replace(own, size=size).graph_digests for size in ((24, 16), (16, 24))]
     assert len({tuple(found.items()) for found in (own.graph_digests, *others)}) == 3
     assert replace(own, size=(24, 16)).digests == own.digests
+
+
+def test_a_graph_is_of_one_type_of_floats(v_model):
+    model, own = v_model
+    halved = replace(model, denoiser=copy.deepcopy(model.denoiser).bfloat16(), dtype=torch.bfloat16)
+    full = SampledModel.full_precision(halved)
+    for sampled in (full, replace(own, dtype=halved.dtype)):
+        assert sampled.graph_digests == {**sampled.digests, "dtype": "torch.bfloat16"}
 
 
 def test_the_run_time_correction_alone_needs_no_preparation(tiny_model, v_model):

@@ -100,8 +100,16 @@ class RunRows:
         quantized = self.found["quantized"], self.found["noise_stats"]
         reuse = self.found["reuse"] if "reuse" in row.words else None
         decoder = self.found["first_stage"] if "decoder" in row.words else None
-        sampled = prepare(config, self.model, quantized, how, reuse, decoder)
+        sampled = prepare(config, self._in(row.dtype), quantized, how, reuse, decoder)
         return Drawer(config, sampled, sampled.decode or self.model.decode)
+
+    def _in(self, dtype: torch.dtype) -> DiffusionModel:
+        """The model as `model.dtype` loads it. Its own denoiser stays as it is."""
+        if dtype == self.model.dtype:
+            return self.model
+        return replace(
+            self.model, denoiser=copy.deepcopy(self.model.denoiser).to(dtype), dtype=dtype
+        )
 
     def _encoder(self, dtype: torch.dtype) -> Callable[[Sequence[int]], object] | None:
         """Encodes the prompts of seeds by the pipeline's own text encoders, None without any."""

@@ -44,7 +44,8 @@ from .timing import spread
 BASELINE = "float32-eager"
 FLOATS = tuple(f"{d}-{how}" for d in ("float32", "bfloat16") for how in ("eager", "compiled"))
 INTEGERS = tuple(
-    f"int8{more}{how}"
+    f"int8{floats}{more}{how}"
+    for floats in ("", "-bfloat16")
     for more in ("", "-reuse", "-decoder", "-reuse-decoder")
     for how in ("", "-compiled")
 )
@@ -56,7 +57,7 @@ PARTS = ("text", "steps", "correction", "decoder", "png")
 
 @dataclass(frozen=True)
 class ImageRow:
-    """A row by what its name says: int8-reuse-decoder-compiled."""
+    """A row by what its name says: int8-bfloat16-reuse-decoder-compiled."""
 
     name: str
 
@@ -74,8 +75,9 @@ class ImageRow:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the denoiser in full precision, the decoder and text encoders compute in."""
-        return torch.bfloat16 if self.words[0] == "bfloat16" else torch.float32
+        """What floats compute in: all of full precision, what stays unquantized of a denoiser in
+        integers, and text encoders."""
+        return torch.bfloat16 if "bfloat16" in self.words else torch.float32
 
     def why_unavailable(self, kinds: Sequence[str]) -> str:
         """Why it cannot be drawn here, empty where it can. kinds: artifacts of the run."""

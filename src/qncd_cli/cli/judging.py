@@ -122,8 +122,8 @@ def ablate(**options):
     "--image",
     is_flag=True,
     help="Of a quantized run: seconds per image end to end, by part, and how far its images are "
-    "from full precision's. Rows: float32-eager, bfloat16-compiled and the like, int8 with -reuse, "
-    "-decoder and -compiled, nncf.",
+    "from full precision's. Rows: float32-eager, bfloat16-compiled and the like, int8 with "
+    "-bfloat16, -reuse, -decoder and -compiled, nncf.",
 )
 @click.option(
     "--batch-sizes",

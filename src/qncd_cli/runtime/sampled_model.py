@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..backends.base import Backend, get_backend
@@ -25,8 +26,8 @@ class SampledModel:
     noise_stats: needed by every correction that uses statistics; backend: computes the quantized
     layers. None for full precision. compiled: whether the denoiser is one compiled graph. reuse:
     the plan by which it leaves work out, with its terms. decode: makes images of latents, None for
-    the model's own. encoded_by: the name of what computes quantized text encoders. size: as the
-    model has it.
+    the model's own. encoded_by: the name of what computes quantized text encoders. size, dtype: as
+    the model has them.
     """
 
     kind: str  # "quantized" or "full"
@@ -39,11 +40,13 @@ class SampledModel:
     decode: Callable[[Tensor], Tensor] | None = None
     encoded_by: str | None = None
     size: Sides | None = None
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def full_precision(cls, model: DiffusionModel) -> SampledModel:
         attach(model.denoiser, model.branches)
-        return cls("full", full_denoiser(model), {"model": model.digest}, size=model.size)
+        digests = {"model": model.digest}
+        return cls("full", full_denoiser(model), digests, size=model.size, dtype=model.dtype)
 
     @classmethod
     def quantized(
@@ -75,15 +78,22 @@ class SampledModel:
         )
         attach(denoiser.module, model.branches)
         digests = {"model": model.digest, **parents}
-        return cls("quantized", denoiser, digests, noise_stats, found, size=model.size)
+        return cls(
+            "quantized", denoiser, digests, noise_stats, found, size=model.size, dtype=model.dtype
+        )
 
     @property
     def graph_digests(self) -> dict[str, str]:
-        """What a graph of the denoiser is made from, the plan of reuse aside: digests, and the size
-        of images, which is fixed in it, where that is not the model's own."""
+        """What a graph of the denoiser is made from, the plan of reuse aside: digests, and what is
+        fixed in it: the size of images where that is not the model's own, and the type of what
+        stays unquantized where that is not float32."""
         aside = ("reuse", "first_stage", "text_encoders")
         digests = {name: digest for name, digest in self.digests.items() if name not in aside}
-        return digests if self.size is None else {**digests, "size": said(self.size)}
+        if self.size is not None:
+            digests["size"] = said(self.size)
+        if self.dtype != torch.float32:
+            digests["dtype"] = str(self.dtype)
+        return digests
 
     def reusing(self, plan: Artifact) -> SampledModel:
         """The same, leaving out work by a plan that was made for it. Raises ArtifactError."""
