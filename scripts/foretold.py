@@ -10,6 +10,7 @@ Every row regresses what would have to be added to a prediction, step by step on
 trajectories that its own earlier steps have corrected (docs/method.md), and is made smaller by
 what held-out trajectories want; only the regressors differ. It then draws seeds that calibration
 has not seen: SQNR of the latents against full precision, pooled and median, and the median gain.
+Of models whose corrections see eps: paths of flow matching have another.
 
 Q-Drift (arXiv 2603.18095) multiplies the update of a step by a factor; StepbaQ (NeurIPS 2024)
 rescales the latent and goes on from another timestep. To first order in the change both add
@@ -47,19 +48,23 @@ from qncd_cli.store import artifacts
 from qncd_cli.store.run_dir import find_run
 
 BATCH = 50
+KNOTS, EDGE = 9, 1.25
+"""Of functions of a value: how many numbers, and where the outer ones are."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What a step has to go by: guided prediction, latent, and the prediction of every branch, each
-    [N, C, H, W]."""
+    """What a step has to go by: guided prediction, latent, the clean latent that they imply, and
+    the prediction of every branch, each [N, C, H, W]."""
 
     eps: Tensor
     x: Tensor
+    clean: Tensor
     branches: list[Tensor]
 
     def rows(self, chosen: Tensor) -> Seen:
-        return Seen(self.eps[chosen], self.x[chosen], [b[chosen] for b in self.branches])
+        branches = [b[chosen] for b in self.branches]
+        return Seen(self.eps[chosen], self.x[chosen], self.clean[chosen], branches)
 
 
 Regressors = Callable[[Seen], Tensor]
@@ -122,11 +127,25 @@ def everyone(*parts: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(parts[0][:, :1]), *parts], 1)[:, None]
 
 
+def by_value(z: Tensor) -> Tensor:
+    """Hat functions of a value, [N, C, KNOTS, H, W]: together they are any function of it that is
+    linear between knots, and constant beyond the outer ones."""
+    place = (z.clamp(-EDGE, EDGE) + EDGE) * ((KNOTS - 1) / (2 * EDGE))
+    knots = torch.arange(KNOTS).reshape(-1, 1, 1)
+    return (1 - (place[:, :, None] - knots).abs()).clamp(min=0)
+
+
+def valued(s: Seen) -> Tensor:
+    """Every channel its own values, and a function of the clean latent's."""
+    return torch.cat([own(s.eps, s.x), by_value(s.clean)], 2)
+
+
 CANDIDATES: dict[str, tuple[Regressors, bool]] = {
     "one factor of the prediction (Q-Drift)": (lambda s: own(s.eps), True),
     "one each of prediction and latent (StepbaQ)": (lambda s: own(s.eps, s.x), True),
     "by channel": (lambda s: own(torch.ones_like(s.x), s.eps, s.x), False),
     "by channel and branch": (lambda s: own(torch.ones_like(s.x), *s.branches, s.x), False),
+    "by channel and value": (valued, False),
     "across channels": (lambda s: everyone(s.eps, s.x), False),
     "3 x 3 neighbours, across channels": (lambda s: everyone(near(s.eps), near(s.x)), False),
 }
@@ -173,7 +192,8 @@ class Fitting(OfflineCorrection):
 
     def correct(self, step: StepOf, prediction: Tensor) -> Tensor:
         assert step.x is not None
-        seen = Seen(prediction, step.x, list(self.recorded.last.split(len(prediction))))
+        clean = (step.x - (1 - step.abar_t) ** 0.5 * prediction) / step.abar_t**0.5
+        seen = Seen(prediction, step.x, clean, list(self.recorded.last.split(len(prediction))))
         if self.goal is not None:
             wanted = self.goal.after[step.index] - self._reached
             self.fits.append(self.make(wanted / self.goal.responses[step.index], seen))

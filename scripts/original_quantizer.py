@@ -7,6 +7,7 @@
 
     python scripts/original_quantizer.py --code q-diffusion/qdiff/quant_layer.py --bits w4a6 \\
         --adaround 150
+    python scripts/original_quantizer.py --code q-diffusion/qdiff/quant_layer.py --symmetric-weights
 
 Its QuantModule takes the place of every convolution and linear layer, its UniformAffineQuantizer
 that of attention's operands, and ranges are found as its txt2img.py finds them: initialised on 16
@@ -94,15 +95,19 @@ class OperandProcessor:
 @click.option("--config", "name", default="fashion_ldm", show_default=True)
 @click.option("--bits", default="w8a8", show_default=True, help="Weights and activations, w4a6.")
 @click.option("--num", default=200, show_default=True, help="Samples.")
+@click.option("--symmetric-weights", is_flag=True, help="Ranges of weights around zero, as ours.")
 @click.option("--adaround", default=0, metavar="ITERATIONS", help="0: rounds to nearest.")
-def main(code: Path, name: str, bits: str, num: int, adaround: int) -> None:
+def main(
+    code: Path, name: str, bits: str, num: int, symmetric_weights: bool, adaround: int
+) -> None:
     """How Q-Diffusion's own quantizer does on a packaged U-Net."""
     config = load_config(name)
     model = open_model(config)
     seeds = list(range(config.sampling.seed, config.sampling.seed + num))
     reference = drawn(config, model, seeds)
     calibration, _ = calibrate.run(config, model)
-    quantize(config, model, calibration.tensors, code, Widths.parse(bits), adaround)
+    widths = Widths.parse(bits)
+    quantize(config, model, calibration.tensors, code, widths, symmetric_weights, adaround)
     latents = drawn(config, model, seeds)
     expected, images = decoded(model, reference), decoded(model, latents)
     middle = median(psnr_each_db(expected, images))
@@ -143,12 +148,18 @@ def quantize(
     rows: dict[str, Tensor],
     path: Path,
     widths: Widths,
+    symmetric_weights: bool,
     adaround: int,
 ) -> None:
     """Quantize the model's denoiser in place by the published classes."""
     code = imported(path)
     inputs, timesteps, condition = mixed_inputs(config, model, rows)
-    weights = {"n_bits": widths.weights, "channel_wise": True, "scale_method": "mse"}
+    weights = {
+        "n_bits": widths.weights,
+        "symmetric": symmetric_weights,
+        "channel_wise": True,
+        "scale_method": "mse",
+    }
     if widths.weights >= 8:
         weights["scale_method"] = "max"  # trying 80 ranges for each channel takes minutes
     activations = {
