@@ -3,12 +3,13 @@
 
     python scripts/effort_curves.py fashion_ldm_w4a8 --num 500
     python scripts/effort_curves.py fashion_ldm_w4a6 --num 2000 --efforts quick,standard,thorough
+    python scripts/effort_curves.py fifty_steps.yaml --base standard --only trajectories
 
-Every row quantizes the configuration's model anew, with one thing changed against `thorough` (or,
-with --efforts, as these stand), draws the same unseen seeds with integer kernels, and holds the
-images against full precision's: PSNR of each in the median and at the 5 % quantile, and pooled, dB;
-seconds of the processor that calibrate and quantize took, without the statistics of noise, which
-only corrections read.
+Every row quantizes the configuration's model anew, with one thing changed against `thorough` or
+what --base says (or, with --efforts, as these stand), draws the same unseen seeds with integer
+kernels, and holds the images against full precision's: PSNR of each in the median and at the 5 %
+quantile, and pooled, dB; seconds of the processor that calibrate and quantize took, without the
+statistics of noise, which only corrections read.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from qncd_cli.stages import calibrate, quantize
 
 BATCH = 50
 CHANGED: dict[str, tuple[float, ...]] = {
-    "trajectories": (4, 8, 16),
+    "trajectories": (4, 8, 12, 16),
     "hessian_rows": (2048, 4096, 8192),
     "hessian_rows_per_input": (0.5, 1),
     "hessian_calls": (5, 10),
@@ -53,7 +54,8 @@ CHANGED: dict[str, tuple[float, ...]] = {
 @click.option("--num", default=500, show_default=True, help="Samples a row.")
 @click.option("--efforts", help="Compare these, with commas between them.")
 @click.option("--only", help="The curves of these alone, with commas between them.")
-def main(name: str, num: int, efforts: str | None, only: str | None) -> None:
+@click.option("--base", type=click.Choice(sorted(EFFORTS)), default="thorough", show_default=True)
+def main(name: str, num: int, efforts: str | None, only: str | None, base: str) -> None:
     """Fidelity over how much calibrate and quantize look at."""
     config = load_config(name)
     model = open_model(config)
@@ -62,10 +64,11 @@ def main(name: str, num: int, efforts: str | None, only: str | None) -> None:
     if efforts is not None:
         rows = [(effort, EFFORTS[effort]) for effort in efforts.split(",")]
     else:
-        thorough = EFFORTS["thorough"]
-        rows.append(("thorough", thorough))
+        unchanged = EFFORTS[base]
+        rows.append((base, unchanged))
         for key in CHANGED if only is None else only.split(","):
-            tried = [(v, dataclasses.replace(thorough, **{key: v})) for v in CHANGED[key]]
+            free = dataclasses.replace(unchanged, rows=None)  # as many trajectories as are tried
+            tried = [(v, dataclasses.replace(free, **{key: v})) for v in CHANGED[key]]
             rows += [(f"{key} {value:g}", effort) for value, effort in tried]
     click.echo(f"{name}, {num} samples: median, 5 % quantile, pooled PSNR in dB; seconds")
     for label, effort in rows:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from .effort import EFFORTS, Effort, EffortName
+from .effort import DEFAULT_EFFORT, EFFORTS, Effort, EffortName
 from .section import Section, Side
 
 
@@ -14,14 +14,15 @@ class CalibrationConfig(Section):
     """What is observed in full precision before anything is quantized."""
 
     effort: EffortName = Field(
-        "standard",
+        DEFAULT_EFFORT,
         description="how much is looked at before anything is decided: quick takes a fraction of "
         "the time, thorough a multiple (docs/notebook/2026-11-27-effort.md)",
     )
     trajectories: int = Field(
-        EFFORTS["standard"].trajectories,
+        EFFORTS[DEFAULT_EFFORT].trajectories,
         ge=1,
-        description="full-precision sampling trajectories (default: by effort)",
+        description="full-precision sampling trajectories (default: by effort, fewer of samplers "
+        "with many steps)",
     )
     batch_size: int = Field(
         32, ge=1, description="trajectories drawn together; fewer need less memory"
@@ -30,7 +31,7 @@ class CalibrationConfig(Section):
         1_000_000, ge=0, description="seed of the first trajectory, away from the samples' seeds"
     )
     noise_trajectories: int = Field(
-        EFFORTS["standard"].noise_trajectories,
+        EFFORTS[DEFAULT_EFFORT].noise_trajectories,
         ge=1,
         description="how many of them also measure the quantization noise (default: by effort, at "
         "most all)",
@@ -54,7 +55,7 @@ class CalibrationConfig(Section):
     @classmethod
     def _as_many_as_the_effort_says(cls, data: Any) -> Any:
         effort = (
-            EFFORTS.get(str(data.get("effort", "standard"))) if isinstance(data, dict) else None
+            EFFORTS.get(str(data.get("effort", DEFAULT_EFFORT))) if isinstance(data, dict) else None
         )
         if effort is None:
             return data  # what it is instead is told below

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
 EffortName = Literal["quick", "standard", "thorough"]
+DEFAULT_EFFORT: EffortName = "standard"
+FEWEST = 12
+"""Trajectories that a longer sampler has at least: ranges of fewer clip the outliers of others."""
 
 
 @dataclass(frozen=True)
@@ -13,6 +17,8 @@ class Effort:
     """What a configuration's calibration.effort stands for.
 
     trajectories, noise_trajectories: what these keys of the calibration are unless they are set.
+    rows: calibration rows, one a trajectory and step, that are enough: samplers of more steps draw
+    fewer trajectories; None: always all of them.
     hessian_calls: batches of calibration rows, each at one timestep, that Hessians are added up
     from; hessian_rows: input vectors in one, at least, and hessian_rows_per_input for each of its
     inputs: with too few of them GPTQ fits their noise. probe_trajectories, probe_steps: where
@@ -22,6 +28,7 @@ class Effort:
     """
 
     trajectories: int
+    rows: int | None
     noise_trajectories: int
     hessian_calls: int
     hessian_rows: int
@@ -33,9 +40,17 @@ class Effort:
     sensitivity_rows: int
     sensitivity_projections: int
 
+    def trajectories_at(self, steps: int) -> int:
+        """Trajectories of a sampler of so many steps."""
+        if self.rows is None:
+            return self.trajectories
+        enough = max(FEWEST, math.ceil(self.rows / steps))
+        return min(self.trajectories, enough)
+
 
 _THOROUGH = Effort(
     trajectories=64,
+    rows=None,
     noise_trajectories=32,
     hessian_calls=20,
     hessian_rows=16384,
@@ -50,6 +65,7 @@ _THOROUGH = Effort(
 _STANDARD = replace(
     _THOROUGH,
     trajectories=16,
+    rows=320,
     noise_trajectories=8,
     probe_elements=1 << 19,
     sensitivity_steps=4,
@@ -57,6 +73,7 @@ _STANDARD = replace(
 _QUICK = replace(
     _STANDARD,
     trajectories=12,
+    rows=240,
     noise_trajectories=4,
     hessian_calls=5,
     hessian_rows=8192,

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from ..errors import ConfigError
 from ..store.regular import read_regular
 from . import model_card, presets
+from .effort import DEFAULT_EFFORT, EFFORTS
 from .own_settings import Download, ask_model, place_model, place_of, section_of
 from .quantization import LayerOverride
 from .sampling import SamplingConfig
@@ -108,10 +109,12 @@ def resolved(
         read_inputs(sampling, lambda name: place_of(name, beside))
         if sampling.get("images") is not None and sampling.get("strength") is None:
             _own_strength(tree)
+    steps = _steps(tree)
+    _by_effort(tree, steps)
     quantization = tree.setdefault("quantization", {})
     if isinstance(quantization, dict):
         quantization.setdefault("preset", DEFAULT_PRESET)
-    return parse_config(presets.filled(tree, _steps(tree)), where)
+    return parse_config(presets.filled(tree, steps), where)
 
 
 def _own_strength(tree: dict[str, Any]) -> None:
@@ -120,6 +123,19 @@ def _own_strength(tree: dict[str, Any]) -> None:
     card = model_card.card_of(source) if isinstance(source, str) else None
     if card is not None and card.kind in model_card.STRENGTHS:
         section_of(tree, "sampling")["strength"] = model_card.STRENGTHS[card.kind]
+
+
+def _by_effort(tree: dict[str, Any], steps: int) -> None:
+    """Set how many trajectories of so many steps the effort asks for, unless the tree says it.
+    Where they have to do for several sizes, or the tree measures noise on more, they stay more."""
+    section = tree.setdefault("calibration", {})
+    if not isinstance(section, dict) or "trajectories" in section or section.get("sizes"):
+        return
+    effort = EFFORTS.get(str(section.get("effort", DEFAULT_EFFORT)))
+    noise = section.get("noise_trajectories", 0)
+    if effort is not None and steps > 0 and isinstance(noise, int):
+        enough = max(noise, effort.trajectories_at(steps))
+        section["trajectories"] = min(enough, effort.trajectories)
 
 
 def _without_trajectories(tree: dict[str, Any]) -> None:
