@@ -22,9 +22,12 @@ PAGE = written.DOCS / "results.md"
 MEASURED = written.DOCS / "notebook" / "measured.json"
 PLOTS = written.DOCS / "plots"
 PRESETS = {"best": "best", "qdiffusion": "qdiffusion", "minmax": "minmax"}
-CORRECTIONS = {"qdiffusion": "none", "qncd-intra": "intra", "qncd-inter": "inter", "qncd": "both"}
+CORRECTIONS = {
+    **{"qdiffusion": "none", "qncd-intra": "intra", "qncd-inter": "inter", "qncd": "both"},
+    **{"ptqd": "ptqd", "qdiffusion+stepwise": "stepwise"},
+}
 """Presets that are compared, and what a column is called."""
-WIDTHS = ["W8A8", "W4A8", "W4A6", "W4A4"]
+WIDTHS = ["W8A8", "W4A8", "W4A6", "W4A4", "W3A8"]
 
 Measured = dict[str, Any]
 
