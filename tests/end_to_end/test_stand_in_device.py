@@ -49,16 +49,19 @@ def made(tiny_pixel_model):
 
 @pytest.mark.slow
 def test_artifacts_are_on_the_cpu_and_those_of_the_cpu(made):
-    """To float rounding, which other strides of the same numbers may bring."""
+    """To float rounding, which other strides of the same numbers may bring: where two ranges of a
+    channel are nearly as good, the search may end at its neighbour."""
     for here, there in zip(*made, strict=True):
         assert here.tensors.keys() == there.tensors.keys()
         assert not any(isinstance(tensor, OnDevice) for tensor in there.tensors.values())
     rows, others = made[0][0].tensors["inputs.x"], made[1][0].tensors["inputs.x"]
     assert torch.allclose(rows, others, atol=1e-4)
-    for name in ("input_scale", "weight_scale"):
-        for key, scale in made[0][2].tensors.items():
-            if key.endswith(name):
-                assert torch.allclose(scale, made[1][2].tensors[key], rtol=0.1), key
+    off = []
+    for key, scale in made[0][2].tensors.items():
+        if key.endswith(("input_scale", "weight_scale")):
+            off.append((scale / made[1][2].tensors[key] - 1).abs().flatten())
+            assert off[-1].max() < 0.2, key
+    assert torch.cat(off).quantile(0.9) < 0.01
 
 
 @pytest.mark.slow
