@@ -45,13 +45,13 @@ def install(denoiser, bits, p_bits) -> int:
     return len(sites)
 
 
-def test_samples_and_heads_a_few_at_a_time_give_the_same(monkeypatch):
+def test_samples_heads_and_queries_a_few_at_a_time_give_the_same(monkeypatch):
     made, _ = processor()
     q, k, v = (randn(2, 5, 6, 4, seed=seed) for seed in range(3))
     for mask in (None, randn(2, 5, 6, 6, seed=3), randn(2, 1, 1, 6, seed=4)):
         whole = made.products(q, k, v, mask)
-        for at_once in (1, 2, 4):
-            monkeypatch.setattr(attention, "SCORES_AT_ONCE", 36 * at_once)
+        for at_once in (1, 11, 12, 36, 72, 144):
+            monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
             torch.testing.assert_close(made.products(q, k, v, mask), whole, atol=1e-6, rtol=1e-6)
         monkeypatch.undo()
 
@@ -69,9 +69,9 @@ def test_scores_held_at_once_are_bounded_whatever_the_batch(monkeypatch, mask):
         return inner(scores, mask)
 
     monkeypatch.setattr(attention, "_softmax", seen)
-    for at_once in (1, 2, 3, 7):
+    for at_once in (1, 2, 3, 7, 0.25):
         sizes.clear()
-        monkeypatch.setattr(attention, "SCORES_AT_ONCE", 300 * 300 * at_once)
+        monkeypatch.setattr(attention, "SCORES_AT_ONCE", int(300 * 300 * at_once))
         assert torch.equal(made.products(q, k, v, mask), whole)
         assert sum(sizes) == 4 * 3 * 300 * 300
         assert max(sizes) <= 300 * 300 * at_once
@@ -312,6 +312,10 @@ def test_integer_products_are_what_the_simulation_says(monkeypatch, matmul, bits
         monkeypatch.setattr(attention, "WORTH_INTEGERS", {"macs": 0, "width": 0})
         made.matmul = matmul
         found = made.products(query, key, value, mask)
+        for at_once in (1, 30, 63, 200):  # a query, three, a head, all heads of a sample
+            with monkeypatch.context() as few:
+                few.setattr(attention, "SCORES_AT_ONCE", at_once)
+                assert torch.equal(made.products(query, key, value, mask), found)
         made.matmul = None
         assert found.shape == expected.shape
         # a probability between two codes may fall to the other one: at most one code of one value

@@ -26,11 +26,13 @@ from .layers import SteppedModule, StepState
 
 Matmul = Callable[[Tensor, Tensor], Tensor]
 """(a int8 [B, M, K], b int8 [B, K, N]) -> a b, int32 [B, M, N], exact"""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""(query, key, value, mask), quantized already -> output"""
 WORTH_INTEGERS = {"macs": 2**24, "width": 256}
 """Size of one head's product, and its width, from which on a CPU's kernels are the faster ones."""
 
 SCORES_AT_ONCE = 2**22
-"""Attention scores that floating point holds at once; more go by groups of samples, and of heads.
+"""Attention scores that are held at once; more go by groups of samples, of heads, of queries.
 Larger: memory of a few times 4 bytes each, which the system hands over anew at every call."""
 GRAPH_SCORES = 2**27
 """The same of one sample in a graph, which holds every group's operators."""
@@ -78,39 +80,49 @@ class AttentionProducts(SteppedModule):
         mask: broadcast to the scores. The operands of both products are the values
         (q - zero_point) * scale that integer kernels multiply.
         """
+        named = list(zip(ATTENTION_OPERANDS, (query, key, value), strict=True))
         if self._integers_pay(query, key):
-            return self._integer_products(query, key, value, mask)
-        most = SCORES_AT_ONCE if self.step.traced is None else GRAPH_SCORES
-        at_once = max(1, most // (query.shape[-2] * key.shape[-2]))  # matrices of scores
-        samples, heads = query.shape[:2]
-        if self.step.traced is None and samples > 1 and samples * heads > at_once:
-            return self._by_parts(0, max(1, at_once // heads), query, key, value, mask)
-        if heads > at_once:
-            return self._by_parts(1, at_once, query, key, value, mask)
-        return self._float_products(query, key, value, mask)
+            q, k, v = (_signed_codes(x, self.operand_qparams(name), self.bits) for name, x in named)
+            return self._by_parts(self._integer_products, q, k, v, mask)
+        q, k, v = (self.quantized(x, name) for name, x in named)
+        return self._by_parts(self._float_products, q, k, v, mask)
 
     def _by_parts(
-        self, axis: int, size: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self, attend: Attend, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """`products`, so many samples (axis 0) or heads (axis 1) at a time."""
-        masks: Sequence[Tensor | None] = [mask] * -(-query.shape[axis] // size)
+        """attend(query, key, value, mask) for so many samples, heads or queries at a time that
+        scores stay few."""
+        samples, heads, queries = query.shape[:3]
+        traced = self.step.traced is not None
+        at_once = max(1, (GRAPH_SCORES if traced else SCORES_AT_ONCE) // key.shape[-2])
+        if not traced and samples > 1 and samples * heads * queries > at_once:
+            axis, size = 0, at_once // (heads * queries)
+        elif heads > 1 and heads * queries > at_once:
+            axis, size = 1, at_once // queries
+        elif queries > at_once:
+            axis, size = 2, at_once
+        else:
+            return attend(query, key, value, mask)
+        size = max(1, size)
+        count = -(-query.shape[axis] // size)
         if mask is not None:
             mask = mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
-            if mask.shape[axis] > 1:
-                masks = mask.split(size, axis)
-        operands = (x.split(size, axis) for x in (query, key, value))
-        parts = [self.products(*part) for part in zip(*operands, masks, strict=True)]
-        return torch.cat(parts, axis)
+        keys, values = ([x] * count if axis == 2 else x.split(size, axis) for x in (key, value))
+        masks: Sequence[Tensor | None] = [mask] * count
+        if mask is not None and mask.shape[axis] > 1:
+            masks = mask.split(size, axis)
+        parts = zip(query.split(size, axis), keys, values, masks, strict=True)
+        return torch.cat([self._by_parts(attend, *part) for part in parts], axis)
 
     def _float_products(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        scores = self.quantized(query, "query") @ self.quantized(key, "key").transpose(-1, -2)
-        probabilities = _softmax(scores * self.scale, mask)
+        """Output of operands that `quantized` has made."""
+        probabilities = _softmax(query @ key.transpose(-1, -2) * self.scale, mask)
         if self.probabilities_bits != FLOAT_BITS:
             spec = activation_spec(self.probabilities_bits)
             probabilities = fake_quantize(probabilities, self.probabilities, spec)
-        return probabilities @ self.quantized(value, "value")
+        return probabilities @ value
 
     def _integers_pay(self, query: Tensor, key: Tensor) -> bool:
         fits = max(self.bits, self.probabilities_bits) <= 8
@@ -123,16 +135,13 @@ class AttentionProducts(SteppedModule):
     def _integer_products(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """`products` by the integer kernel, up to float rounding."""
+        """The same of codes less 128, int8, by the integer kernel: equal up to float rounding."""
         assert self.matmul is not None
         heads = query.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (query, key, value))
         q_scale, q_zero_point = self.operand_qparams("query")
         k_scale, _ = self.operand_qparams("key")
         v_scale, v_zero_point = self.operand_qparams("value")
-        q, k, v = (
-            self._signed(x, self.operand_qparams(operand), self.bits)
-            for x, operand in ((query, "query"), (key, "key"), (value, "value"))
-        )
         sums = self.matmul(q, k.transpose(1, 2))
         shift = (128 - q_zero_point) * _sum(k, -1)
         factor = q_scale * k_scale * self.scale
@@ -141,16 +150,13 @@ class AttentionProducts(SteppedModule):
         else:
             sums = (sums + shift.unsqueeze(1)).unflatten(0, heads)
             probabilities = _softmax(sums.float() * factor, mask)
-            p = self._signed(probabilities, self.probabilities, self.probabilities_bits)
+            p = _signed_codes(probabilities, self.probabilities, self.probabilities_bits)
+            p = p.flatten(0, 1)
             p_sums = _sum(p, -1)
         p_sums = p_sums + 128 * p.shape[-1]
         sums = self.matmul(p, v) + 128 * _sum(v, 1).unsqueeze(1)
         sums = sums + (128 - v_zero_point) * p_sums.unsqueeze(-1)
         return sums.unflatten(0, heads).float() * (self.probabilities.scale * v_scale)
-
-    def _signed(self, x: Tensor, qparams: QParams, bits: int) -> Tensor:
-        """Codes less 128, int8, all heads in one dimension: [N * heads, ...]."""
-        return _signed_codes(x, qparams, bits).flatten(0, 1)
 
     def operand_qparams(self, operand: str) -> QParams:
         """Range of the query, key or value at the current timestep group."""
