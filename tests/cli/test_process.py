@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import subprocess
 import sys
 
@@ -37,6 +38,34 @@ def test_handlers_are_called_and_nothing_is_taken_apart():
         "    sys.exit(0)"
     )
     assert result.stdout == "handler\n"
+
+
+TENSORS = """
+import ctypes, resource
+def command():
+    for _ in range(20):  # of 64 MB each
+        taken = ctypes.c_void_p(allocate(2**26))
+        ctypes.memset(taken, 1, 2**26)
+        ctypes.CDLL(None).free(taken)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    sys.exit(0)
+allocate = ctypes.CDLL(None).malloc
+allocate.restype, allocate.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.parametrize(
+    "told", ["", "MALLOC_MMAP_THRESHOLD_=131072", "GLIBC_TUNABLES=glibc.malloc.mmap_max=1000"]
+)
+def test_large_tensors_are_made_of_memory_that_the_process_has(monkeypatch, told):
+    """Unless the environment says what glibc does."""
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    if told:
+        monkeypatch.setenv(*told.split("=", 1))
+    faults, pages = int(ended(TENSORS).stdout), 2**26 // os.sysconf("SC_PAGE_SIZE")
+    assert faults > 20 * pages if told else faults < 3 * pages
 
 
 def test_an_error_that_nobody_expected_keeps_its_traceback():
