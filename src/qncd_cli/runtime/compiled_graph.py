@@ -17,7 +17,7 @@ from ..store import own_code
 from ..store.digests import digest_of
 from .denoiser import Denoiser
 
-VERSION = 9
+VERSION = 10
 """Version of what a graph contains and how it is called; another one compiles it anew."""
 GRAPHS_FOLDER = "compiled"
 """Below the run directory. What lies there is machine code, which is run like the package itself:

@@ -83,6 +83,34 @@ def test_images_without_a_norm_have_the_very_codes(operators, bits, smoothed):
     assert torch.equal(number_of(*found), number_of(*expected))
 
 
+@pytest.mark.parametrize(("bits", "scales"), [(2, 400), (8, 400), (16, 8)])
+def test_no_code_differs_where_two_meet(operators, bits, scales):
+    """Where the quotient is half of an odd number, and a few floats to either side of it."""
+    torch.manual_seed(0)
+    halves = torch.arange(-(2**bits), 2**bits).double() + 0.5
+    zero_point = torch.tensor([float(2 ** (bits - 1))])
+    for scale in torch.exp2(40 * torch.rand(scales) - 30).reshape(-1, 1):
+        x = (halves * scale.double()).float()
+        rows = [x]
+        for direction in (torch.inf, -torch.inf):
+            near = x
+            for _ in range(3):
+                near = torch.nextafter(near, torch.tensor(direction))
+                rows.append(near)
+        given = torch.stack(rows)[None, :, :, None]
+        others = (None, None, scale, zero_point, bits)
+        found = operators.image_codes([given], *fusion._NO_NORM, *others)
+        assert torch.equal(number_of(*found), number_of(*ops.codes(given, True, *others)))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 1e4])
+def test_what_no_code_can_hold_has_the_nearest(operators, scale):
+    x = torch.tensor([torch.inf, 3e38, 1e30 * scale, -1e30 * scale, -3e38, -torch.inf])
+    others = (None, None, torch.tensor([scale]), torch.tensor([100.0]), 8)
+    low, _ = operators.image_codes([x.reshape(1, 1, -1, 1)], *fusion._NO_NORM, *others)
+    assert low.flatten().tolist() == [255, 255, 255, 0, 0, 0]
+
+
 def test_a_mean_far_from_zero_costs_no_digits(operators):
     torch.manual_seed(0)
     x = image(2, 16, 12, 12) + 1000
@@ -104,6 +132,49 @@ def test_gated_rows_are_quantized(operators, dtype, bits):
     expected = ops.codes((first * F.gelu(second)).float(), False, *others)
     found = operators.gated_codes(x, *others)
     close(number_of(*found), number_of(*expected), 0.02 if bits == 16 else 1e-3)
+
+
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(5,), (3, 701)])
+def test_a_product_gated_in_parts_has_the_codes_of_the_whole(
+    operators, rows, dtype, activation_bits
+):
+    torch.manual_seed(0)
+    layer = quantized(nn.Linear(16, 1040), 4, activation_bits)
+    key = f"gated:{activation_bits}"
+    ops.register({key: layer})
+    zero = layer.input_zero_point.float()
+    of_input = (layer.input_scale, zero, activation_bits)
+    low, high = ops.codes(torch.randn(*rows, 16), False, None, None, *of_input)
+    product = low, high if high.numel() else None, *of_input[:2], layer.bias, key, dtype
+    for bits in (8, 16):
+        others = quantizer(bits, 520)
+        found = operators.gated_product_codes(*product, *others)
+        expected = operators.gated_codes(operators.multiply(*product), *others)
+        assert found[0].shape == (*rows, 520)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_gated_product_that_others_need_is_made_whole(operators):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.out = quantized(nn.Linear(16, 64), 4), quantized(nn.Linear(32, 16), 4)
+
+        def forward(self, x):
+            rows = self.gate(x)
+            first, second = rows.chunk(2, dim=-1)
+            return self.out(first * F.gelu(second)), rows
+
+    torch.manual_seed(0)
+    module, x = Two(), torch.randn(3, 5, 16)
+    _, program = program_of(module, (x,))
+    called = [str(node.target) for node in program.graph.nodes]
+    assert called.count("qncd.gated_codes.default") == 1
+    with torch.no_grad():
+        for found, expected in zip(program.module()(x), module(x), strict=True):
+            assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
 @pytest.mark.parametrize("keys", [16, 77, 1024])
@@ -245,8 +316,8 @@ def test_a_fused_graph_computes_what_the_layers_do(operators, scaled):
     _, program = program_of(module, inputs)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert called.count("qncd.image_codes.default") == 3
-    assert called.count("qncd.gated_codes.default") == 1
-    assert called.count("qncd.multiply.default") == 6
+    assert called.count("qncd.gated_product_codes.default") == 1
+    assert called.count("qncd.multiply.default") == 5  # but that of the gate
     assert not any(name in called for name in ("aten.upsample_nearest2d.vec", "aten.gelu.default"))
     with torch.no_grad():
         expected, found = module(*inputs), program.module()(*inputs)

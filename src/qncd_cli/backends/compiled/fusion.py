@@ -15,12 +15,23 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from .group_norm import group_norm
-from .ops import CODES, GATED_CODES, GROUP_NORM, IMAGE_CODES, MULTIPLY, codes, layer_of
+from .ops import (
+    CODES,
+    GATED_CODES,
+    GATED_PRODUCT_CODES,
+    GROUP_NORM,
+    IMAGE_CODES,
+    MULTIPLY,
+    codes,
+    layer_of,
+)
 from .upsampled_conv import doubles
 
 _aten = torch.ops.aten
 TYPES = (torch.float32, torch.bfloat16)
 """Types of inputs that the operators take."""
+PRODUCT = 7
+"""Operands of multiply but the last, which only images have."""
 _NO_NORM = (None, None, None, None, None, 1, 0.0, False)
 """Operands of image_codes from the embedding to silu."""
 
@@ -79,7 +90,7 @@ def _join(node: Node) -> None:
     if not image:
         halves = _gated(x)
         if halves is not None:
-            replace(node, GATED_CODES, (halves, *quantizer))
+            _join_gated(node, halves, quantizer)
         return
     found = _normed(x)
     if found is None and _concatenates(x):
@@ -88,6 +99,14 @@ def _join(node: Node) -> None:
         x, before = found
         parts = list(x.args[0]) if _concatenates(x) else [x]
         replace(node, IMAGE_CODES, (parts, *before, *quantizer))
+
+
+def _join_gated(node: Node, halves: Node, quantizer: list[Any]) -> None:
+    """The gate with the product before it, where nothing else needs that."""
+    if is_call(halves, MULTIPLY) and len(halves.users) == 1 and len(operands_of(halves)) == PRODUCT:
+        replace(node, GATED_PRODUCT_CODES, (*operands_of(halves), *quantizer))
+    else:
+        replace(node, GATED_CODES, (halves, *quantizer))
 
 
 def _gated(x: Any) -> Any:

@@ -88,6 +88,10 @@ def _traced(key: str):
 # ------------------------------------------------------------------ the operators
 
 _library = torch.library.Library("qncd", "DEF")
+_PRODUCT = (
+    "Tensor low, Tensor? high, Tensor low_scale, Tensor low_zero_point, Tensor? bias, str layer, "
+    "ScalarType dtype"
+)
 _QUANTIZER = "Tensor? smoothing, Tensor? shift, Tensor scale, Tensor zero_point, int bits"
 for schema in (
     f"codes(Tensor x, bool image, {_QUANTIZER}) -> (Tensor, Tensor)",
@@ -95,11 +99,11 @@ for schema in (
     "image_codes(Tensor[] parts, Tensor? embedding, Tensor? weight, Tensor? bias, "
     "Tensor? multiplier, Tensor? addend, int groups, float eps, bool silu, "
     f"{_QUANTIZER}) -> (Tensor, Tensor)",
-    "multiply(Tensor low, Tensor? high, Tensor scale, Tensor zero_point, Tensor? bias, str layer, "
-    "ScalarType dtype, bool upsampled=False) -> Tensor",
+    f"multiply({_PRODUCT}, bool upsampled=False) -> Tensor",
     "prepare(Tensor low, str layer, ScalarType dtype, bool upsampled) -> ()",
     "matmul(Tensor a, Tensor b) -> Tensor",
     f"gated_codes(Tensor x, {_QUANTIZER}) -> (Tensor, Tensor)",
+    f"gated_product_codes({_PRODUCT}, {_QUANTIZER}) -> (Tensor, Tensor)",
     "softmax_codes(Tensor sums, Tensor added, Tensor factor, int bits) -> (Tensor, Tensor)",
 ):
     _library.define(schema)
@@ -107,6 +111,7 @@ MULTIPLY = torch.ops.qncd.multiply.default
 CODES = torch.ops.qncd.codes.default
 GROUP_NORM = torch.ops.qncd.group_norm.default
 GATED_CODES = torch.ops.qncd.gated_codes.default
+GATED_PRODUCT_CODES = torch.ops.qncd.gated_product_codes.default
 IMAGE_CODES = torch.ops.qncd.image_codes.default
 
 
@@ -179,6 +184,11 @@ def _gated_codes_fake(x: Tensor, *quantizer) -> tuple[Tensor, Tensor]:
     return low, torch.empty_like(low) if quantizer[-1] > 8 else low.new_empty(0)
 
 
+def _gated_product_codes_fake(*operands) -> tuple[Tensor, Tensor]:
+    product, quantizer = operands[:-5], operands[-5:]
+    return _gated_codes_fake(_multiply_fake(*product), *quantizer)
+
+
 def _softmax_codes_fake(sums: Tensor, *others) -> tuple[Tensor, Tensor]:
     return torch.empty_like(sums, dtype=torch.int8), sums.new_empty(sums.shape[:-1])
 
@@ -202,6 +212,7 @@ _FAKES: dict[str, Any] = {
     "multiply": _multiply_fake,
     "matmul": _matmul_fake,
     "gated_codes": _gated_codes_fake,
+    "gated_product_codes": _gated_product_codes_fake,
     "softmax_codes": _softmax_codes_fake,
 }
 for name, fake in _FAKES.items():

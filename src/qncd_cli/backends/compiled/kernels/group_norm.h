@@ -260,7 +260,7 @@ std::tuple<Tensor, Tensor> image_codes(const std::vector<Tensor>& given,
   norm.embedding = e;
   norm.multiplier = m;
   norm.addend = a;
-  const Quantizer q{s, d, number(scale), number(zero_point), float(largest_code(bits)), bits > 8};
+  const Quantizer q(s, d, scale, zero_point, bits);
   const std::vector<int64_t> shape{norm.images, norm.channels, given[0].size(2), given[0].size(3)};
   auto [low, high] = empty_codes(shape, bits, at::MemoryFormat::ChannelsLast);
   normalize_and_quantize(norm, q, low.mutable_data_ptr<uint8_t>(), high.mutable_data_ptr<uint8_t>());

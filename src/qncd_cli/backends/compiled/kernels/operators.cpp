@@ -23,5 +23,6 @@ TORCH_LIBRARY_IMPL(qncd, CPU, library) {
   library.impl("matmul", matmul);
   library.impl("image_codes", image_codes);
   library.impl("gated_codes", gated_codes);
+  library.impl("gated_product_codes", gated_product_codes);
   library.impl("softmax_codes", softmax_codes);
 }

@@ -5,9 +5,31 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/_int_mm.h>
 
-#include "quantizer.h"
+#include "matmul.h"
 
 namespace {
+
+constexpr int64_t GATED_BYTES = int64_t(1) << 22;  // of a product that is gated at once
+
+// Codes [rows, C] of first gelu(second), the two halves of x [rows, 2 C], which is contiguous.
+void gate(const Tensor& x, const Quantizer& quantizer, uint8_t* low, uint8_t* high) {
+  const int64_t channels = x.size(-1) / 2, rows = x.numel() / (2 * channels);
+  const auto work = [&](const auto* from) {
+    at::parallel_for(0, rows, 8, [&, q = quantizer](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t c = 0; c < channels; c += WIDTH) {
+          const __mmask16 mask = mask_of(channels - c);
+          const auto* at = from + 2 * row * channels + c;
+          const __m512 y = _mm512_mul_ps(load(at, mask), gelu(load(at + channels, mask)));
+          q.write(y, c, mask, low + row * channels + c, high + row * channels + c);
+        }
+    });
+  };
+  if (x.scalar_type() == at::kFloat)
+    work(x.const_data_ptr<float>());
+  else
+    work(x.const_data_ptr<at::BFloat16>());
+}
 
 // x [..., 2 C] -> codes uint8 [..., C] of (first gelu(second) - shift) / smoothing, x's two halves
 // (GEGLU: Shazeer, arXiv 2002.05202); the rest as in image_codes.
@@ -19,26 +41,49 @@ std::tuple<Tensor, Tensor> gated_codes(const Tensor& given,
                                        int64_t bits) {
   const Tensor x = given.contiguous();
   std::vector<int64_t> shape = x.sizes().vec();
-  const int64_t channels = shape.back() /= 2, rows = x.numel() / (2 * channels);
+  shape.back() /= 2;
   const Floats s(smoothing), d(shift);
-  const Quantizer q{s, d, number(scale), number(zero_point), float(largest_code(bits)), bits > 8};
+  const Quantizer q(s, d, scale, zero_point, bits);
+  auto [low, high] = empty_codes(shape, bits, at::MemoryFormat::Contiguous);
+  gate(x, q, low.mutable_data_ptr<uint8_t>(), high.mutable_data_ptr<uint8_t>());
+  return {low, high};
+}
+
+// gated_codes of a linear layer's output, which is made a few rows at a time and stays in the
+// cache: `multiply` of the first seven operands.
+std::tuple<Tensor, Tensor> gated_product_codes(const Tensor& given,
+                                               const OptionalTensor& given_high,
+                                               const Tensor& given_scale,
+                                               const Tensor& given_zero_point,
+                                               const OptionalTensor& bias,
+                                               std::string key,
+                                               at::ScalarType dtype,
+                                               const OptionalTensor& smoothing,
+                                               const OptionalTensor& shift,
+                                               const Tensor& scale,
+                                               const Tensor& zero_point,
+                                               int64_t bits) {
+  const Tensor x = given.flatten(0, -2);
+  OptionalTensor x_high = given_high;
+  if (given_high) x_high = given_high->flatten(0, -2);
+  const int64_t rows = x.size(0);
+  const int64_t width = layer_of(key, given, dtype, false).weight_scales[0].numel();
+  std::vector<int64_t> shape = given.sizes().vec();
+  shape.back() = width / 2;
+  const Floats s(smoothing), d(shift);
+  const Quantizer q(s, d, scale, zero_point, bits);
   auto [low, high] = empty_codes(shape, bits, at::MemoryFormat::Contiguous);
   uint8_t *lows = low.mutable_data_ptr<uint8_t>(), *highs = high.mutable_data_ptr<uint8_t>();
-  const auto work = [&](const auto* from) {
-    at::parallel_for(0, rows, 8, [&, q](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row)
-        for (int64_t c = 0; c < channels; c += WIDTH) {
-          const __mmask16 mask = mask_of(channels - c);
-          const auto* at = from + 2 * row * channels + c;
-          const __m512 y = _mm512_mul_ps(load(at, mask), gelu(load(at + channels, mask)));
-          q.write(y, c, mask, lows + row * channels + c, highs + row * channels + c);
-        }
-    });
-  };
-  if (x.scalar_type() == at::kFloat)
-    work(x.const_data_ptr<float>());
-  else
-    work(x.const_data_ptr<at::BFloat16>());
+  const int64_t parts = (4 * rows * width + GATED_BYTES - 1) / GATED_BYTES;
+  const int64_t size = (rows + parts - 1) / parts;
+  for (int64_t from = 0; from < rows; from += size) {
+    const int64_t count = std::min(size, rows - from), place = from * width / 2;
+    OptionalTensor part_high;
+    if (x_high) part_high = x_high->narrow(0, from, count);
+    const Tensor product = multiply(x.narrow(0, from, count), part_high, given_scale,
+                                    given_zero_point, bias, key, dtype, false);
+    gate(product, q, lows + place, highs + place);
+  }
   return {low, high};
 }
 

@@ -55,16 +55,25 @@ __m512 exponential(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
+// 1 / x within about 2^-23 of itself, for x of 1 to 2^126: an approximation of 14 bits and a step of
+// Newton's method, in a fraction of a division's time.
+__m512 reciprocal(__m512 x) {
+  const __m512 r = _mm512_rcp14_ps(x);
+  return _mm512_fmadd_ps(_mm512_fnmadd_ps(x, r, _mm512_set1_ps(1.0f)), r, r);
+}
+
+// x / (1 + e^-x). Below -87 the power would be infinite; what is left of x there is 0 all the same.
 __m512 silu(__m512 x) {
-  const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), x));
-  return _mm512_div_ps(x, _mm512_add_ps(e, _mm512_set1_ps(1.0f)));
+  const __m512 negative = _mm512_sub_ps(_mm512_setzero_ps(), x);
+  const __m512 e = exponential(_mm512_min_ps(negative, _mm512_set1_ps(87.0f)));
+  return _mm512_mul_ps(x, reciprocal(_mm512_add_ps(e, _mm512_set1_ps(1.0f))));
 }
 
 // x Phi(x), with the error function of Abramowitz and Stegun, 7.1.26 (off by 1.5e-7 at most).
 __m512 gelu(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f), z = _mm512_mul_ps(x, _mm512_set1_ps(0.70710678f));
   const __m512 t =
-      _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), _mm512_abs_ps(z), one));
+      reciprocal(_mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), _mm512_abs_ps(z), one));
   __m512 p = _mm512_set1_ps(1.061405429f);
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(-1.453152027f));
   p = _mm512_fmadd_ps(p, t, _mm512_set1_ps(1.421413741f));
