@@ -28,6 +28,11 @@ Matmul = Callable[[Tensor, Tensor], Tensor]
 """(a int8 [B, M, K], b int8 [B, K, N]) -> a b, int32 [B, M, N], exact"""
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(query, key, value, mask), quantized already -> output"""
+Attention = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
+"""(query, key, value, scale, bits of the probabilities) -> output, without a mask"""
+WORTH_ATTENTION = 2**18
+"""Scores of one head from which on a graph calls such a kernel: they are memory of their own, which
+it never writes out."""
 WORTH_INTEGERS = {"macs": 2**24, "width": 256}
 """Size of one head's product, and its width, from which on a CPU's kernels are the faster ones."""
 
@@ -49,7 +54,7 @@ class AttentionProducts(SteppedModule):
     Buffers, absent where bits is 32: query_scale, query_zero_point, key_..., value_..., all [G].
     bits: of q, k and v; probabilities_bits: of p. scale: of the scores; matmul: an integer kernel
     for large products of 8 bits, None: the same in floating point. worth: which are large, where
-    it is not as WORTH_INTEGERS says.
+    it is not as WORTH_INTEGERS says. attention: both products in floating point by one kernel.
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class AttentionProducts(SteppedModule):
         self.matmul = matmul
         self.worth: Mapping[str, int] | None = None
         self.softmax_codes = softmax_codes
+        self.attention: Attention | None = None
         self.bits = bits
         self.probabilities_bits = probabilities_bits
         self.scale = scale
@@ -85,6 +91,9 @@ class AttentionProducts(SteppedModule):
             q, k, v = (_signed_codes(x, self.operand_qparams(name), self.bits) for name, x in named)
             return self._by_parts(self._integer_products, q, k, v, mask)
         q, k, v = (self.quantized(x, name) for name, x in named)
+        large = query.shape[-2] * key.shape[-2] >= WORTH_ATTENTION
+        if self.attention is not None and mask is None and large:
+            return self.attention(q, k, v, self.scale, self.probabilities_bits)
         return self._by_parts(self._float_products, q, k, v, mask)
 
     def _by_parts(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from qncd_cli.backends import int8
 from qncd_cli.backends.compiled import fusion, graph, ops, upsampled_conv
-from qncd_cli.quant.attention import softmax_codes
+from qncd_cli.quant.attention import AttentionProducts, softmax_codes
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
 
@@ -186,6 +186,45 @@ def test_attention_probabilities_are_those_of_the_layers(operators, keys):
     codes, totals = operators.softmax_codes(sums, shift, factor, 8)
     close(codes.long(), softmax_codes(sums, shift, factor, 8)[0].long(), 1e-3)
     assert torch.equal(totals, codes.sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("bits", [4, 8, 32])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (19, 77), (300, 1000), (40, 20_000)])
+def test_attention_is_that_of_the_layers(operators, queries, keys, bits):
+    """Also of more keys than a thread holds scores; but for probabilities between two codes."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 24) for n in (queries, keys, keys))
+    key = key.transpose(1, 2).contiguous().transpose(1, 2)
+    made = AttentionProducts({}, 32, bits, StepState(), 0.3)
+    found = operators.attention(query, key, value, 0.3, bits)
+    expected = made.products(query, key, value, None)
+    assert found.shape == expected.shape
+    assert float((found - expected).norm() / expected.norm()) < (1e-5 if bits == 32 else 5e-3)
+
+
+def test_attention_in_a_graph_is_by_the_operator_where_it_is_large(operators):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.step = StepState()
+            self.attention = AttentionProducts({}, 32, 8, self.step, 0.3, matmul=int8.matmul)
+
+        def forward(self, small, large):
+            products = self.attention.products
+            return products(small, small, small, None), products(large, large, large, None)
+
+    torch.manual_seed(0)
+    module, inputs = Both(), (torch.randn(1, 2, 16, 8), torch.randn(1, 2, 512, 8))
+    module.step.traced = {}
+    with ops.traceable(module, {}), torch.no_grad():
+        program = fusion.fused(torch.export.export(module, inputs, strict=False))
+    module.step.traced = None
+    assert module.attention.attention is None
+    called = [str(node.target) for node in program.graph.nodes]
+    assert called.count("qncd.attention.default") == 1
+    with torch.no_grad():
+        for found, expected in zip(program.module()(*inputs), module(*inputs), strict=True):
+            assert float((found - expected).norm() / expected.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("magnitude", [1e-6, 1.0, 30.0, 1e4])

@@ -51,6 +51,7 @@ def traceable(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterat
     try:
         for part in products:
             part.matmul, part.softmax_codes = torch.ops.qncd.matmul, torch.ops.qncd.softmax_codes
+            part.attention = torch.ops.qncd.attention
         for norm in norms:
             norm.forward = functools.partial(_group_norm, norm)  # type: ignore[method-assign]
         for key, layer in layers.items():
@@ -63,7 +64,7 @@ def traceable(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterat
         for norm in norms:
             del norm.forward
         for part, matmul, softmax_codes in kernels:
-            part.matmul, part.softmax_codes = matmul, softmax_codes
+            part.matmul, part.softmax_codes, part.attention = matmul, softmax_codes, None
         for key, layer in layers.items():
             layer.compute, layer.weight = before[key]
 
@@ -102,6 +103,7 @@ for schema in (
     f"multiply({_PRODUCT}, bool upsampled=False) -> Tensor",
     "prepare(Tensor low, str layer, ScalarType dtype, bool upsampled) -> ()",
     "matmul(Tensor a, Tensor b) -> Tensor",
+    "attention(Tensor query, Tensor key, Tensor value, float scale, int bits) -> Tensor",
     f"gated_codes(Tensor x, {_QUANTIZER}) -> (Tensor, Tensor)",
     f"gated_product_codes({_PRODUCT}, {_QUANTIZER}) -> (Tensor, Tensor)",
     "softmax_codes(Tensor sums, Tensor added, Tensor factor, int bits) -> (Tensor, Tensor)",
@@ -117,6 +119,10 @@ IMAGE_CODES = torch.ops.qncd.image_codes.default
 
 def _matmul_fake(a: Tensor, b: Tensor) -> Tensor:
     return a.new_empty([a.shape[0], a.shape[1], b.shape[2]], dtype=torch.int32)
+
+
+def _attention_fake(query: Tensor, key: Tensor, value: Tensor, *others) -> Tensor:
+    return query.new_empty([*query.shape[:3], value.shape[3]])
 
 
 def codes(
@@ -211,6 +217,7 @@ _FAKES: dict[str, Any] = {
     "image_codes": _image_codes_fake,
     "multiply": _multiply_fake,
     "matmul": _matmul_fake,
+    "attention": _attention_fake,
     "gated_codes": _gated_codes_fake,
     "gated_product_codes": _gated_product_codes_fake,
     "softmax_codes": _softmax_codes_fake,

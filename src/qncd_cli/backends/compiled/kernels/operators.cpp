@@ -21,6 +21,7 @@ TORCH_LIBRARY_FRAGMENT(qncd, library) {
 TORCH_LIBRARY_IMPL(qncd, CPU, library) {
   library.impl("multiply", multiply);
   library.impl("matmul", matmul);
+  library.impl("attention", attention);
   library.impl("image_codes", image_codes);
   library.impl("gated_codes", gated_codes);
   library.impl("gated_product_codes", gated_product_codes);

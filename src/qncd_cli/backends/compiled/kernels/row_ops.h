@@ -4,6 +4,11 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/_int_mm.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/InferenceMode.h>
+
+#include <algorithm>
+#include <cmath>
 
 #include "matmul.h"
 
@@ -146,6 +151,68 @@ std::tuple<Tensor, Tensor> softmax_codes(const Tensor& given,
     }
   });
   return {codes, totals};
+}
+
+// Probabilities of one row of scores, softmax(scale scores), in their place. largest: of their codes,
+// which they become if it is not 0.
+void probabilities_of(float* scores, int64_t keys, float scale, float largest) {
+  __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+  for (int64_t k = 0; k < keys; k += WIDTH) {
+    const __mmask16 mask = mask_of(keys - k);
+    most = _mm512_mask_max_ps(most, mask, most, load(scores + k, mask));
+  }
+  const __m512 above = _mm512_set1_ps(_mm512_reduce_max_ps(most)), times = _mm512_set1_ps(scale);
+  for (int64_t k = 0; k < keys; k += WIDTH) {
+    const __mmask16 mask = mask_of(keys - k);
+    const __m512 less = _mm512_sub_ps(load(scores + k, mask), above);
+    const __m512 power = exponential(_mm512_mul_ps(less, times));
+    store(scores + k, power, mask);
+    total = _mm512_mask_add_ps(total, mask, total, power);
+  }
+  const float sum = _mm512_reduce_add_ps(total);
+  const __m512 factor = _mm512_set1_ps((largest != 0 ? largest : 1) / sum);
+  for (int64_t k = 0; k < keys; k += WIDTH) {
+    const __mmask16 mask = mask_of(keys - k);
+    __m512 p = _mm512_mul_ps(load(scores + k, mask), factor);
+    if (largest != 0) p = _mm512_roundscale_ps(p, 0);
+    store(scores + k, p, mask);
+  }
+}
+
+constexpr int64_t SCORES = int64_t(1) << 18;  // that a thread holds at once
+
+// query [N, heads, L, d], key and value [N, heads, K, d], float32 -> p value [N, heads, L, d] with
+// p = softmax(scale query key^T), rounded to codes of `bits` up to 16. A few queries at a time, whose
+// scores stay in the cache (Rabe & Staats, arXiv 2112.05682, but with all keys at once).
+Tensor attention(const Tensor& query,
+                 const Tensor& key,
+                 const Tensor& value,
+                 double scale,
+                 int64_t bits) {
+  const int64_t queries = query.size(2), keys = key.size(2), heads = query.size(0) * query.size(1);
+  const Tensor q = query.contiguous().flatten(0, 1), v = value.contiguous().flatten(0, 1);
+  const Tensor k = key.contiguous().flatten(0, 1).transpose(1, 2);
+  Tensor output = at::empty({heads, queries, v.size(2)}, q.options());
+  const int64_t size = std::clamp<int64_t>(SCORES / keys, 16, queries);
+  const int64_t blocks = (queries + size - 1) / size;
+  const float largest = bits <= 16 ? float(largest_code(bits)) : 0;
+  at::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    c10::InferenceMode guard;
+    const Tensor kept = at::empty({size, keys}, q.options());
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / blocks, from = i % blocks * size;
+      const int64_t count = std::min(size, queries - from);
+      Tensor scores = kept.narrow(0, 0, count);
+      Tensor part = output.select(0, head).narrow(0, from, count);
+      at::mm_out(scores, q.select(0, head).narrow(0, from, count), k.select(0, head));
+      float* rows = scores.mutable_data_ptr<float>();
+      for (int64_t row = 0; row < count; ++row)
+        probabilities_of(rows + row * keys, keys, float(scale), largest);
+      at::mm_out(part, scores, v.select(0, head));
+      if (largest != 0) part.mul_(1 / largest);
+    }
+  });
+  return output.unflatten(0, {query.size(0), query.size(1)});
 }
 
 // a int8 [B, M, K], b int8 [B, K, N] -> a b, int32 [B, M, N].
