@@ -26,7 +26,7 @@ from ..errors import EXIT_SIGNAL
 
 RARELY = 1000
 """Collections of the middle generation before one of all objects; usually 10."""
-KEPT_MEMORY = 256 * 2**20
+KEPT_MEMORY = 128 * 2**20
 """Bytes: tensors of up to so many are made of memory that the process has, and so much of it stays
 when it is free. By itself glibc asks for new pages at every tensor of more than 32 MB, which the
 system first fills with zeros (docs/notebook/2026-11-28-memory-kept.md)."""
@@ -70,7 +70,7 @@ def run_alone(command: Callable[[], object]) -> None:
     global _alone
     _alone = True
     _quiet_libraries()
-    _keep_freed_memory()
+    keep_freed_memory()
     code: list[int] = []
     atexit.register(_leave, code)  # the first to be registered is the last to be called
     gc.set_threshold(*_usual[:2], RARELY)
@@ -91,7 +91,7 @@ def _quiet_libraries() -> None:
     logging.disable(logging.WARNING)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc hand freed memory to the next tensor, unless the environment says what it does."""
     told = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if told or any(name.startswith("MALLOC_") for name in os.environ):

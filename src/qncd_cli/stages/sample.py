@@ -28,6 +28,7 @@ from ..lineage.freshness import lacking
 from ..lineage.growing_set import GrowingSet, go_on, part_path
 from ..lineage.sample_sets import TRACED, Drawing, identity_of
 from ..lineage.shards import SHARD, Shard
+from ..machine import give_back
 from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
@@ -118,6 +119,7 @@ def run(
     calls = len(pending) * (len(visited(scheduler)) + 1)  # the decoder's counts as one
     what = f"sampling {sum(map(len, pending))} images ({what})"
     images, started = 0, time.monotonic()
+    give_back()  # what loading and preparing the model has freed
     for seeds, tick in counted(track, pending, what, calls, "calls"):
         part = part_path(request.folder, seeds)
         if not sample_set.is_sound(part):
