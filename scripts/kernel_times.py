@@ -3,13 +3,13 @@
 Stable Diffusion.
 
     python scripts/kernel_times.py
-    MALLOC_MMAP_THRESHOLD_=131072 python scripts/kernel_times.py
+    MALLOC_ARENA_MAX=8 python scripts/kernel_times.py
 
 In the first line of a feed-forward layer `product` is that of its first linear layer, `whole` the
 same and then the gate with the quantization behind it, `parts` both a few rows at a time. In an
 attention `products` is layer by layer, `operator` what a graph calls. All are timed in turn; what
-is told is the median, and the least. The second command has glibc ask the system for new pages at
-every large tensor, as it does in a process that is not ours.
+is told is the median, and the least. The second command leaves memory to glibc, which asks the
+system for new pages at every tensor of more than 32 MB.
 """
 
 from __future__ import annotations

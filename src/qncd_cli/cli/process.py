@@ -31,7 +31,7 @@ KEPT_MEMORY = 128 * 2**20
 when it is free. By itself glibc asks for new pages at every tensor of more than 32 MB, which the
 system first fills with zeros (docs/notebook/2026-11-28-memory-kept.md)."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Of glibc's malloc.h."""
+"""Numbers of mallopt's options in glibc's malloc.h."""
 _usual = gc.get_threshold()
 _imported = time.perf_counter()
 _alone = False
