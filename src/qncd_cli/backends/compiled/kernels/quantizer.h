@@ -41,10 +41,10 @@ struct Quantizer {
         largest(float(largest_code(bits))),
         two_bytes(bits > 8) {}
 
-  // y / scale between the codes' bounds, rounded as a division rounds (scale: above 2^-100). A
-  // division of 16 numbers takes as long as ten of these operations: a quotient by the reciprocal is
-  // brought right by what it leaves of y (Markstein 1990, IBM J. Res. Dev. 34, 111). It is clamped
-  // before, as infinity would leave no number.
+  // y / scale between the codes' bounds, rounded as a division rounds (scale: above 2^-100), without
+  // one, which takes many times as long: a quotient by the reciprocal is brought right by what it
+  // leaves of y (Markstein 1990, IBM J. Res. Dev. 34, 111). It is clamped before, as infinity would
+  // leave no number.
   __m512 quotient(__m512 y) const {
     const __m512 step = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(reciprocal);
     const __m512 first = clamped(_mm512_mul_ps(y, inverse));
