@@ -15,6 +15,7 @@ from ..models.topology import capture_inputs
 from ..progress import Track, no_progress
 from ..quant.affine import QParams, fake_quantize, quantize_uint8
 from ..quant.gptq import Curvature, HessianAccumulator, kept_bytes
+from ..quant.integer_products import fast_in_integers
 from ..runtime.denoiser import Denoiser, full_denoiser, guided_predict, timestep_group
 from ..spec import FLOAT_BITS, activation_spec
 from ..store.artifacts import Artifact, tensors_below
@@ -29,6 +30,8 @@ HESSIAN_MEMORY = 4 << 30
 CODES = 0.45
 """Time of the sums of products of codes over that of float32's, with VNNI; larger: longer
 forecasts. Fitted as `cost.OBSERVING`."""
+CODES_IN_FLOATS = 1.2
+"""The same without VNNI, where codes become floating-point numbers first (docs/notebook/2026-11-29-without-vnni.md)."""
 SUMS = "hessians"
 """Name in partial results of the Hessians of the layers that are being rounded, as far as they are
 added up."""
@@ -220,6 +223,7 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     groups = hessian_groups(plans)
     calls = weights.passes + 1 if twofold else (len(groups) + 1) / 2
     macs = float(calls * rows * call.macs)
+    codes = CODES if fast_in_integers() else CODES_IN_FLOATS
     held = last = 0.0
     matrices = 2 if twofold else 1
     for group in groups:
@@ -229,7 +233,7 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
             positions = call.layer_macs.get(plan.name, 0) / plan.layer.weight.numel()
             vectors = min(rows * positions, wanted_rows(plan, looks))
             exact = not twofold and plan.activation_bits <= 8
-            macs += (CODES if exact else matrices) * vectors * plan.in_features**2
+            macs += (codes if exact else matrices) * vectors * plan.in_features**2
     calling = held / 2 + matrices * call.full_bytes(batch * call.copies)
     sums = [sum(kept_bytes(plan.in_features, drift=twofold) for plan in group) for group in groups]
     return Cost(max(held, calling), macs, partial=max(sums, default=0))

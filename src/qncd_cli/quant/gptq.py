@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from ..spec import QSpec
 from .affine import QParams, round_between
+from .integer_products import fast_in_integers, integer_product
 
 DAMPENING = 0.01
 BLOCK = 128
@@ -95,19 +96,20 @@ class HessianAccumulator:
         max_rows: int | None = None,
         count: float = 1.0,
     ) -> None:
-        """The same from codes, uint8, of one scale and zero-point: sums in integers, exact and
-        several times as fast. count: how much each of these input vectors counts."""
+        """The same from codes, uint8, of one scale and zero-point: sums in integers, exact and with
+        VNNI several times as fast. count: how much each of these input vectors counts."""
         zero_point = int(qparams.zero_point) - CODE_OFFSET
         signed = (codes.to(torch.int16) - CODE_OFFSET).to(torch.int8)
         rows = input_vectors(signed, layer, max_rows, padding=zero_point)
         factor = count * float(qparams.scale) ** 2
+        in_integers = fast_in_integers()
         for chunk in rows.split(CODE_ROWS):
             sums = chunk.sum(0, dtype=torch.int32)
             shift = zero_point * (len(chunk) * zero_point - sums)
             for number, part in enumerate(self._filled()):
                 start = number * GRAM_BLOCK
                 columns = chunk[:, start : start + GRAM_BLOCK]
-                products = torch._int_mm(columns.T, chunk[:, start:])
+                products = integer_product(columns.T, chunk[:, start:], in_integers=in_integers)
                 products += shift[start:] - zero_point * sums[start : start + GRAM_BLOCK, None]
                 part.add_(products.to(part), alpha=factor)
         self.count += len(rows)
