@@ -25,18 +25,18 @@ void sums_of_block(const T* x,
                    int64_t to,
                    float* sum,
                    float* square) {
-  __m512 first[BLOCK], a[BLOCK], b[BLOCK];
-  __mmask16 mask[BLOCK];
+  Vector first[BLOCK], a[BLOCK], b[BLOCK];
+  Mask mask[BLOCK];
   for (int64_t i = 0; i < BLOCK; ++i) {
     mask[i] = mask_of(left - i * WIDTH);
     first[i] = load(x + i * WIDTH, mask[i]);
-    a[i] = b[i] = _mm512_setzero_ps();
+    a[i] = b[i] = filled(0.0f);
   }
   for (int64_t p = from; p < to; ++p) {
     for (int64_t i = 0; i < BLOCK; ++i) {
-      const __m512 d = _mm512_sub_ps(load(x + p * channels + i * WIDTH, mask[i]), first[i]);
-      a[i] = _mm512_add_ps(a[i], d);
-      b[i] = _mm512_fmadd_ps(d, d, b[i]);
+      const Vector d = load(x + p * channels + i * WIDTH, mask[i]) - first[i];
+      a[i] = a[i] + d;
+      b[i] = product_and(d, d, b[i]);
     }
   }
   for (int64_t i = 0; i < BLOCK; ++i) {
@@ -73,10 +73,9 @@ void codes_of(const T* x,
               uint8_t* high) {
   for (int64_t p = from; p < to; ++p) {
     for (int64_t c = 0; c < channels; c += WIDTH) {
-      const __mmask16 mask = mask_of(channels - c);
-      const __m512 value = load(x + p * channels + c, mask);
-      const __m512 f = _mm512_maskz_loadu_ps(mask, factor + c);
-      __m512 y = _mm512_fmadd_ps(value, f, _mm512_maskz_loadu_ps(mask, offset + c));
+      const Mask mask = mask_of(channels - c);
+      const Vector value = load(x + p * channels + c, mask);
+      Vector y = product_and(value, load(factor + c, mask), load(offset + c, mask));
       if (SILU) y = silu(y);
       q.write(y, c, mask, low + p * all + c, high + p * all + c);
     }

@@ -45,28 +45,24 @@ struct Quantizer {
   // one, which takes many times as long: a quotient by the reciprocal is brought right by what it
   // leaves of y (Markstein 1990, IBM J. Res. Dev. 34, 111). It is clamped before, as infinity would
   // leave no number.
-  __m512 quotient(__m512 y) const {
-    const __m512 step = _mm512_set1_ps(scale), inverse = _mm512_set1_ps(reciprocal);
-    const __m512 first = clamped(_mm512_mul_ps(y, inverse));
-    return clamped(_mm512_fmadd_ps(_mm512_fnmadd_ps(first, step, y), inverse, first));
+  Vector quotient(Vector y) const {
+    const Vector step = filled(scale), inverse = filled(reciprocal);
+    const Vector first = clamped(y * inverse);
+    return clamped(product_and(less_product(first, step, y), inverse, first));
   }
 
-  __m512 clamped(__m512 y) const {
-    y = _mm512_max_ps(y, _mm512_set1_ps(-zero_point));
-    return _mm512_min_ps(y, _mm512_set1_ps(largest - zero_point));
+  Vector clamped(Vector y) const {
+    return smaller(larger(y, filled(-zero_point)), filled(largest - zero_point));
   }
 
-  // Codes of channels [c, c + 16) from y, which is smoothed first. Clamped before it is rounded:
+  // Codes of channels [c, c + WIDTH) from y, which is smoothed first. Clamped before it is rounded:
   // the bounds are whole numbers.
-  void write(__m512 y, int64_t c, __mmask16 mask, uint8_t* low, uint8_t* high) const {
-    if (shift) y = _mm512_sub_ps(y, _mm512_maskz_loadu_ps(mask, shift + c));
-    if (smoothing)
-      y = _mm512_div_ps(y, _mm512_mask_loadu_ps(_mm512_set1_ps(1), mask, smoothing + c));
-    y = quotient(y);
-    const __m512i zero = _mm512_set1_epi32(static_cast<int32_t>(zero_point));
-    const __m512i code = _mm512_add_epi32(_mm512_cvtps_epi32(y), zero);
-    store(low, _mm512_cvtepi32_epi8(code), mask);
-    if (two_bytes) store(high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(code, 8)), mask);
+  void write(Vector y, int64_t c, Mask mask, uint8_t* low, uint8_t* high) const {
+    if (shift) y = y - load(shift + c, mask);
+    if (smoothing) y = y / load(smoothing + c, mask, filled(1.0f));
+    const Integers code = sum(to_integers(quotient(y)), filled(static_cast<int32_t>(zero_point)));
+    store_bytes(low, code, mask);
+    if (two_bytes) store_bytes(high, second_bytes(code), mask);
   }
 };
 

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/cpu/Utils.h>
 #include <ATen/ops/_int_mm.h>
+#include <ATen/ops/bmm.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/InferenceMode.h>
 
@@ -23,9 +25,9 @@ void gate(const Tensor& x, const Quantizer& quantizer, uint8_t* low, uint8_t* hi
     at::parallel_for(0, rows, 8, [&, q = quantizer](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row)
         for (int64_t c = 0; c < channels; c += WIDTH) {
-          const __mmask16 mask = mask_of(channels - c);
+          const Mask mask = mask_of(channels - c);
           const auto* at = from + 2 * row * channels + c;
-          const __m512 y = _mm512_mul_ps(load(at, mask), gelu(load(at + channels, mask)));
+          const Vector y = load(at, mask) * gelu(load(at + channels, mask));
           q.write(y, c, mask, low + row * channels + c, high + row * channels + c);
         }
     });
@@ -96,25 +98,21 @@ std::tuple<Tensor, Tensor> gated_product_codes(const Tensor& given,
 // sum.
 float exponentials_of(
     const int32_t* sums, const int32_t* added, int64_t keys, float factor, float* powers) {
-  __m512i most = _mm512_set1_epi32(INT32_MIN);
+  Integers most = filled(INT32_MIN);
   for (int64_t k = 0; k < keys; k += WIDTH) {
-    const __mmask16 mask = mask_of(keys - k);
-    const __m512i score = _mm512_add_epi32(_mm512_maskz_loadu_epi32(mask, sums + k),
-                                           _mm512_maskz_loadu_epi32(mask, added + k));
-    most = _mm512_mask_max_epi32(most, mask, most, score);
+    const Mask mask = mask_of(keys - k);
+    most = larger_where(mask, most, sum(load(sums + k, mask), load(added + k, mask)));
   }
-  const __m512i largest = _mm512_set1_epi32(_mm512_reduce_max_epi32(most));
-  __m512 total = _mm512_setzero_ps();
+  const Integers largest = filled(largest_of(most));
+  Vector total = filled(0.0f);
   for (int64_t k = 0; k < keys; k += WIDTH) {
-    const __mmask16 mask = mask_of(keys - k);
-    const __m512i score = _mm512_add_epi32(_mm512_maskz_loadu_epi32(mask, sums + k),
-                                           _mm512_maskz_loadu_epi32(mask, added + k));
-    const __m512 less = _mm512_cvtepi32_ps(_mm512_sub_epi32(score, largest));
-    const __m512 power = exponential(_mm512_mul_ps(less, _mm512_set1_ps(factor)));
+    const Mask mask = mask_of(keys - k);
+    const Integers score = sum(load(sums + k, mask), load(added + k, mask));
+    const Vector power = exponential(to_floats(difference(score, largest)) * filled(factor));
     store(powers + k, power, mask);
-    total = _mm512_mask_add_ps(total, mask, total, power);
+    total = sum_where(mask, total, power);
   }
-  return _mm512_reduce_add_ps(total);
+  return sum_of(total);
 }
 
 // sums int32 [B, L, K], added int32 [B, K], factor float32: one number -> signed codes of
@@ -138,16 +136,16 @@ std::tuple<Tensor, Tensor> softmax_codes(const Tensor& given,
     for (int64_t row = begin; row < end; ++row) {
       const int32_t* more_here = more + row / queries * keys;
       const float all = exponentials_of(from + row * keys, more_here, keys, times, powers.data());
-      const __m512 scale = _mm512_set1_ps(largest / all);
-      __m512i total = _mm512_setzero_si512();
+      const Vector scale = filled(largest / all);
+      Integers total = filled(int32_t(0));
       for (int64_t k = 0; k < keys; k += WIDTH) {
-        const __mmask16 mask = mask_of(keys - k);
-        const __m512 p = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, powers.data() + k), scale);
-        const __m512i code = _mm512_sub_epi32(_mm512_cvtps_epi32(p), _mm512_set1_epi32(128));
-        store(to + row * keys + k, _mm512_cvtepi32_epi8(code), mask);
-        total = _mm512_mask_add_epi32(total, mask, total, code);
+        const Mask mask = mask_of(keys - k);
+        const Vector p = load(powers.data() + k, mask) * scale;
+        const Integers code = difference(to_integers(p), filled(int32_t(128)));
+        store_bytes(to + row * keys + k, code, mask);
+        total = sum_where(mask, total, code);
       }
-      of_rows[row] = _mm512_reduce_add_epi32(total);
+      of_rows[row] = sum_of(total);
     }
   });
   return {codes, totals};
@@ -156,25 +154,23 @@ std::tuple<Tensor, Tensor> softmax_codes(const Tensor& given,
 // Probabilities of one row of scores, softmax(scale scores), in their place. largest: of their codes,
 // which they become if it is not 0.
 void probabilities_of(float* scores, int64_t keys, float scale, float largest) {
-  __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+  Vector most = filled(-INFINITY), total = filled(0.0f);
   for (int64_t k = 0; k < keys; k += WIDTH) {
-    const __mmask16 mask = mask_of(keys - k);
-    most = _mm512_mask_max_ps(most, mask, most, load(scores + k, mask));
+    const Mask mask = mask_of(keys - k);
+    most = larger_where(mask, most, load(scores + k, mask));
   }
-  const __m512 above = _mm512_set1_ps(_mm512_reduce_max_ps(most)), times = _mm512_set1_ps(scale);
+  const Vector above = filled(largest_of(most)), times = filled(scale);
   for (int64_t k = 0; k < keys; k += WIDTH) {
-    const __mmask16 mask = mask_of(keys - k);
-    const __m512 less = _mm512_sub_ps(load(scores + k, mask), above);
-    const __m512 power = exponential(_mm512_mul_ps(less, times));
+    const Mask mask = mask_of(keys - k);
+    const Vector power = exponential((load(scores + k, mask) - above) * times);
     store(scores + k, power, mask);
-    total = _mm512_mask_add_ps(total, mask, total, power);
+    total = sum_where(mask, total, power);
   }
-  const float sum = _mm512_reduce_add_ps(total);
-  const __m512 factor = _mm512_set1_ps((largest != 0 ? largest : 1) / sum);
+  const Vector factor = filled((largest != 0 ? largest : 1) / sum_of(total));
   for (int64_t k = 0; k < keys; k += WIDTH) {
-    const __mmask16 mask = mask_of(keys - k);
-    __m512 p = _mm512_mul_ps(load(scores + k, mask), factor);
-    if (largest != 0) p = _mm512_roundscale_ps(p, 0);
+    const Mask mask = mask_of(keys - k);
+    Vector p = load(scores + k, mask) * factor;
+    if (largest != 0) p = rounded(p);
     store(scores + k, p, mask);
   }
 }
@@ -215,8 +211,23 @@ Tensor attention(const Tensor& query,
   return output.unflatten(0, {query.size(0), query.size(1)});
 }
 
+constexpr int64_t SUMMED_IN_FLOATS = 1 << 10;  // as in quant/integer_products.py
+
+// a int8 [B, M, K], b int8 [B, K, N] -> a b, int32 [B, M, N], of floating-point numbers.
+Tensor matmul_in_floats(const Tensor& a, const Tensor& b) {
+  Tensor output;
+  for (int64_t from = 0; from < a.size(2); from += SUMMED_IN_FLOATS) {
+    const int64_t count = std::min(SUMMED_IN_FLOATS, a.size(2) - from);
+    const Tensor columns = a.narrow(2, from, count), rows = b.narrow(1, from, count);
+    const Tensor product = at::bmm(columns.to(at::kFloat), rows.to(at::kFloat)).to(at::kInt);
+    output = from ? output.add_(product) : product;
+  }
+  return output;
+}
+
 // a int8 [B, M, K], b int8 [B, K, N] -> a b, int32 [B, M, N].
 Tensor matmul(const Tensor& a, const Tensor& b) {
+  if (!at::cpu::is_avx512_vnni_supported()) return matmul_in_floats(a, b);
   Tensor output = at::empty({a.size(0), a.size(1), b.size(2)}, a.options().dtype(at::kInt));
   for (int64_t i = 0; i < a.size(0); ++i) {
     Tensor product = output.select(0, i);
