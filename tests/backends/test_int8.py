@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from qncd_cli.backends import base, int8
+from qncd_cli.backends import base, int8, onednn
 from qncd_cli.backends.compiled import graph, ops
 from qncd_cli.backends.reference import simulate
 from qncd_cli.errors import BackendUnavailable
@@ -277,10 +274,11 @@ def test_half_precision_is_the_float32_result_rounded_once(original, shape, dtyp
 
 
 @needs_int8
+@pytest.mark.skipif(not onednn.writes_bfloat16(), reason="oneDNN writes no bfloat16 here")
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_kernel_that_is_slow_to_round_is_rounded_for(monkeypatch, slow):
     """Tried once per layer, on the clock; the bits are the same."""
-    layer = layer_of(nn.Conv2d(64, 96, 3, padding=1))
+    layer = layer_of(nn.Conv2d(64, 96, 3, padding=1), 4)
     x, now, asked = random(2, 64, 8, 8).bfloat16(), [0.0], []
     monkeypatch.setattr(int8, "WORTH_A_TRIAL", 1)
     monkeypatch.setattr(int8.time, "perf_counter", lambda: now[0])
@@ -376,14 +374,6 @@ def test_auto_takes_int8_on_the_cpu_only():
     assert base.get_backend("auto", "cuda").name == "simulate"
     with pytest.raises(BackendUnavailable, match="the model is on cuda"):
         base.get_backend("int8", "cuda")
-
-
-def test_kernels_that_saturate_are_refused():
-    """oneDNN held back to AVX2 adds pairs of products in int16, whatever the CPU's flags say."""
-    code = "import torch; from qncd_cli.backends import int8; print(int8._why_not_here())"
-    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    assert "saturate" in printed
 
 
 def test_an_unknown_backend_lists_the_known_ones():

@@ -5,12 +5,12 @@ products (q - zero_point) * w in int32 and scales the sums to float32. These are
 the simulate backend fakes, scaled by the same operations: the two give the same bits, but for
 kernels that oneDNN has for small matrices and grouped convolutions.
 Inputs of more than 8 bits are two bytes, q = 256 high + low, in two passes over the same weight;
-weights of 15 bits are two as well, w = 128 high + low.
+weights of 15 bits are two as well, w = 128 high + low. On CPUs without VNNI, weights of 8 bits and
+more are parts of 6 bits (`onednn.weight_parts`).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import time
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from ..quant.affine import quantize_two_bytes, quantize_uint8
+from ..quant.integer_products import fast_in_integers, integer_product
 from ..quant.layers import QuantizedLayer
-from ..quant.packing import weight_bytes
 from ..spec import FLOAT_BITS
-from .onednn import missing_operator, output_as
+from .onednn import output_as, weight_parts, why_unusable, writes_bfloat16
 from .reference import simulate
 
 SWITCH = "QNCD_DISABLE_INT8"
@@ -47,7 +47,7 @@ MUCH_SLOWER = 1.5
 class Kernel:
     """What a layer's products need at every call, made once.
 
-    weights: int8 in oneDNN's own order and its scale [O], one pair or, for two bytes, two;
+    weights: int8 in oneDNN's own order and its scale [O], one pair for each part of `weight_parts`;
     weight_zero_point: zeros [O]; geometry: of a convolution; input_scale, input_zero_point: one
     number per timestep group (graphs bring theirs); rounds: whether the operator itself writes
     bfloat16 in good time, found out when that is first asked for; upsampled: the input is an image
@@ -89,7 +89,7 @@ def in_bytes(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 def prepare(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> Kernel:
     """What a graph needs of a layer with codes like `low` and an output of that type."""
     kernel = _kernel(layer, low)
-    if dtype == torch.bfloat16 and products(layer) == 1:
+    if dtype == torch.bfloat16 and layer.activation_bits <= 8 and len(kernel.weights) == 1:
         _multiply(layer, kernel, low, None, None, dtype)
     return kernel
 
@@ -149,6 +149,8 @@ def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> 
     packed, and then puts it in order at every call: for large weights and small images that takes
     as long as the product. The result has the same bits either way.
     """
+    if not writes_bfloat16():
+        return False
     if not layer.is_conv or layer.low_memory or math.prod(layer.weight_shape) < WORTH_A_TRIAL:
         return True
     seconds = {}
@@ -162,9 +164,10 @@ def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a int8 [B, M, K], b int8 [B, K, N] -> a b [B, M, N] int32."""
+    in_integers = fast_in_integers()
     output = a.new_empty([a.shape[0], a.shape[1], b.shape[2]], dtype=torch.int32)
     for left, right, product in zip(a, b, output, strict=True):
-        torch._int_mm(left, right, out=product)
+        integer_product(left, right, in_integers=in_integers, out=product)
     return output
 
 
@@ -219,7 +222,7 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> Kernel:
     dear."""
     kernel: Kernel | None = layer.prepared.get(KERNEL)
     if kernel is None:
-        parts = weight_bytes(layer.integer_weight(), layer.weight_scale)
+        parts = weight_parts(layer.integer_weight(), layer.weight_scale)
         inputs = layer.input_scale.tolist(), layer.input_zero_point.tolist()
         weights = [(prepacked(layer, x, part, scale), scale) for part, scale in parts]
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)
@@ -244,34 +247,4 @@ def why_unavailable(device: torch.device) -> str:
         return f"switched off by {SWITCH}=1"
     if device.type != "cpu":
         return f"its kernels are for the CPU, the model is on {device.type}"
-    return _why_not_here()
-
-
-@functools.cache
-def _why_not_here() -> str:
-    """Older CPUs add two products in int16, which saturates: 2 * 255 * 127 > 2^15 - 1."""
-    if name := missing_operator():
-        return f"this torch has no operator onednn.{name}"
-    if not torch.cpu._is_vnni_supported():
-        return "this CPU has no AVX512-VNNI, without which 8-bit products saturate"
-    if not _largest_products_are_exact():
-        return "oneDNN's 8-bit products saturate here (is ONEDNN_MAX_CPU_ISA set?)"
-    return ""
-
-
-def _largest_products_are_exact() -> bool:
-    """Both operators on the largest codes: every sum of 64 products has to be 64 * 255 * 127."""
-    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
-    x = torch.full((4, 64), 255, dtype=torch.uint8)
-    weight = torch.full((16, 64), 127, dtype=torch.int8)
-    packed = torch.ops.onednn.qlinear_prepack(weight, [4, 64])
-    output = output_as(torch.float32)
-    linear = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, ones, zeros, None, *output)
-    image = x.reshape(4, 64, 1, 1).contiguous(memory_format=torch.channels_last)
-    kernel, geometry = weight.reshape(16, 64, 1, 1), ([1, 1], [0, 0], [1, 1], 1)
-    packed = torch.ops.onednn.qconv_prepack(kernel, ones, 1.0, 0, *geometry, [4, 64, 1, 1])
-    conv = torch.ops.onednn.qconv_pointwise(
-        image, 1.0, 0, packed, ones, zeros, None, *geometry, *output
-    )
-    exact = 64 * 255 * 127
-    return bool((linear == exact).all() and (conv == exact).all())
+    return why_unusable()

@@ -1,7 +1,11 @@
-"""oneDNN's operators as torch has them, and in which order they scale integer sums on this machine.
+"""oneDNN's operators as torch has them, and what they do on this machine.
 
-sum * (input_scale * weight_scale) and (sum * input_scale) * weight_scale differ by one rounding
-to float32. Kernels for AMX compute the first, those for AVX512-VNNI without it the second.
+Order of scales: sum * (input_scale * weight_scale) and (sum * input_scale) * weight_scale differ by
+one rounding to float32. Kernels for AMX and for AVX2 compute the first, those for AVX512-VNNI
+without AMX the second.
+
+Saturation: CPUs without VNNI add two products of a code and a weight in int16 before anything else.
+With codes up to 255 these sums are exact for weights up to 64, as 2 * 255 * 64 < 2^15.
 """
 
 from __future__ import annotations
@@ -12,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..quant.packing import weight_bytes
+
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
+WIDE, NARROW = 127, 64
+"""Largest weights whose products are exact everywhere but without VNNI, and there."""
+PART_BITS = 6
+"""Bits of a weight's parts where larger ones saturate; the last one has a sign."""
 VECTORS, INPUTS, OUTPUTS = 64, 320, 128
 """Size of the product that is tried: cheap, yet large enough for the usual kernel."""
 
@@ -25,6 +35,65 @@ def output_as(dtype: torch.dtype) -> tuple[Any, ...]:
 def missing_operator() -> str:
     """An operator that this torch does not have; empty where it has all."""
     return next((name for name in OPERATORS if not hasattr(torch.ops.onednn, name)), "")
+
+
+@functools.cache
+def why_unusable() -> str:
+    """Why no layer can be computed by these operators on this CPU; empty where they can."""
+    if name := missing_operator():
+        return f"this torch has no operator onednn.{name}"
+    try:
+        exact = _products_are_exact(NARROW)
+    except RuntimeError:
+        return "oneDNN has no 8-bit products for this CPU"
+    return "" if exact else "oneDNN's 8-bit products are not exact on this CPU"
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether sums of products go wrong here with weights of 8 bits, though not with fewer."""
+    return why_unusable() == "" and not _products_are_exact(WIDE)
+
+
+def largest_weight() -> int:
+    """The largest absolute value of an int8 weight that these operators take exactly here."""
+    return NARROW if saturates() else WIDE
+
+
+def writes_bfloat16() -> bool:
+    """Whether these operators write bfloat16 by kernels of their own; without AVX-512 they have
+    only reference code for that, which is slow and rounds otherwise."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def weight_parts(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """An integer weight [O, ...] with its scale [O] in what these operators take exactly: int8
+    weights, each with a scale [O], whose sum is the weight."""
+    if weight.device.type != "cpu" or not saturates():
+        return weight_bytes(weight, scale)
+    parts, rest = [], weight.to(torch.int16)  # as int8, -128 has no absolute value
+    while int(rest.abs().max()) > largest_weight():
+        parts.append(((rest & (2**PART_BITS - 1)).to(torch.int8), scale))
+        rest, scale = rest >> PART_BITS, 2**PART_BITS * scale
+    return [*parts, (rest.to(torch.int8), scale)]
+
+
+def _products_are_exact(largest: int) -> bool:
+    """Both operators on codes of 255 and weights that large: every sum of 64 products."""
+    ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int64)
+    x = torch.full((4, 64), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64), largest, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight, [4, 64])
+    output = output_as(torch.float32)
+    linear = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, packed, ones, zeros, None, *output)
+    image = x.reshape(4, 64, 1, 1).contiguous(memory_format=torch.channels_last)
+    kernel, geometry = weight.reshape(16, 64, 1, 1), ([1, 1], [0, 0], [1, 1], 1)
+    packed = torch.ops.onednn.qconv_prepack(kernel, ones, 1.0, 0, *geometry, [4, 64, 1, 1])
+    conv = torch.ops.onednn.qconv_pointwise(
+        image, 1.0, 0, packed, ones, zeros, None, *geometry, *output
+    )
+    exact = 64 * 255 * largest
+    return bool((linear == exact).all() and (conv == exact).all())
 
 
 def scale_sums(sums: Tensor, input_scale: Tensor, weight_scale: Tensor) -> Tensor:

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 
 from ..quant.affine import QParams, fake_quantize, round_to_codes
 from ..quant.layers import QuantizedLayer
-from ..quant.packing import weight_bytes
 from ..spec import FLOAT_BITS
-from .onednn import scale_sums
+from .onednn import scale_sums, weight_parts
 
 EXACT = 2.0**24
 """Below it float32 has every integer."""
@@ -118,11 +117,11 @@ def _nibbles(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weight_parts(layer: QuantizedLayer) -> list[_Part]:
-    """One, or two for a weight of two bytes; made once per layer and kept beside its codes, unless
-    memory is dear."""
+    """Those of `weight_parts`; made once per layer and kept beside its codes, unless memory is
+    dear."""
     parts: list[_Part] | None = layer.prepared.get(PARTS)
     if parts is None or parts[0].weight.device != layer.weight.device:
-        parts = [_part(*part) for part in weight_bytes(layer.integer_weight(), layer.weight_scale)]
+        parts = [_part(*part) for part in weight_parts(layer.integer_weight(), layer.weight_scale)]
         if not layer.low_memory:
             layer.prepared[PARTS] = parts
     return parts

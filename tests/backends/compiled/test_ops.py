@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qncd_cli.backends import int8
+from qncd_cli.backends import int8, onednn
 from qncd_cli.backends.compiled import fusion, graph, ops, upsampled_conv
 from qncd_cli.quant.attention import AttentionProducts, softmax_codes
 from qncd_cli.quant.layers import QuantizedLayer, StepState
@@ -282,7 +282,9 @@ def test_pixels_doubled_later_give_the_same_bits(operators, bits, zero_point, ac
     scale, zero = layer.input_scale, layer.input_zero_point.float()
     low, high = ops.codes(x, True, None, None, scale, zero, activation_bits)
     high = high if high.numel() else None
-    assert upsampled_conv.doubles(layer)
+    assert upsampled_conv.doubles(layer) != (bits == 5 and onednn.saturates())
+    if not upsampled_conv.doubles(layer):
+        return
     found = operators.multiply(low, high, scale, zero, layer.bias, key, torch.float32, True)
     doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
     assert torch.equal(found, layer(doubled))

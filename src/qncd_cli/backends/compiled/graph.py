@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...quant.layers import QuantizedLayer, SteppedModule, StepState
+from . import native
 from .compiler import environment
 from .ops import traceable
 
@@ -36,6 +37,8 @@ cache. diffusers' upsampling treats those from 64 on otherwise, which would be a
 
 def why_unavailable() -> str:
     """Why nothing can be compiled on this machine; empty where it can."""
+    if why := native.why_unavailable():
+        return why
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     return "" if shutil.which(compiler) else f"no C++ compiler {compiler} (CXX names another)"
 

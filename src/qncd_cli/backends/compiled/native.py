@@ -21,7 +21,18 @@ from .compiler import compiling
 SOURCES = Path(__file__).with_name("kernels")
 _libraries: list[ctypes.CDLL] = []
 """The one that this process has loaded."""
-FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-w")
+FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-w"),
+    "AVX2": ("-mavx2", "-mfma", "-mno-avx512f", "-w"),
+}
+"""Flags of the compiler, by what torch calls the CPU's vector instructions; kernels/ has vectors for
+these."""
+
+
+def why_unavailable() -> str:
+    """Why the operators cannot be compiled for this CPU; empty where they can."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return "" if capability in FLAGS else f"this CPU has neither AVX2 nor AVX-512 ({capability})"
 
 
 def load(folder: Path) -> None:
@@ -64,16 +75,20 @@ def _loaded() -> bool:
     return hasattr(torch.ops.qncd, "keep")
 
 
+def _flags() -> tuple[str, ...]:
+    return FLAGS.get(torch.backends.cpu.get_cpu_capability(), ())
+
+
 def _path(folder: Path) -> Path:
     sources = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
-    key = digest_of({"sources": sources, "flags": list(FLAGS), **machine()})
+    key = digest_of({"sources": sources, "flags": _flags(), **machine()})
     return folder / f"operators_{key}.library"
 
 
 def _compile() -> bytes:
     from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions  # takes a second
 
-    options = CppTorchOptions(include_pytorch=True, extra_flags=FLAGS)
+    options = CppTorchOptions(include_pytorch=True, extra_flags=_flags())
     with tempfile.TemporaryDirectory() as folder:
         builder = CppBuilder("operators", str(SOURCES / "operators.cpp"), options, folder)
         builder.build()

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from ...quant.layers import QuantizedLayer
 from .. import int8
-
-UPSAMPLED_BITS = 5
-"""Most bits of a weight such that four, zero-points taken off, fit a signed byte: 4 * 31 < 2^7."""
+from ..onednn import largest_weight, writes_bfloat16
 
 
 def doubles(layer: QuantizedLayer) -> bool:
-    """Whether `prepare` can do so for the layer: sums of four weights have to fit into a byte."""
+    """Whether `prepare` can do so for the layer: sums of four weights, which may be as large as the
+    largest code, have to be weights themselves."""
     plain = layer.is_conv and layer.weight_shape[2:] == (3, 3) and int8.why_not(layer) == ""
-    if not plain or layer.weight_bits > UPSAMPLED_BITS:
+    if not plain or 4 * (2**layer.weight_bits - 1) > largest_weight():
         return False
     return int8.geometry(layer) == ([1, 1], [1, 1], [1, 1], 1)
 
@@ -41,7 +40,7 @@ def prepare(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> int8.Kern
         [(packed, scale)],
         zeros,
         int8.geometry(layer),
-        rounds=dtype == torch.bfloat16,
+        rounds=dtype == torch.bfloat16 and writes_bfloat16(),
         upsampled=True,
     )
 
