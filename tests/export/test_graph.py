@@ -12,6 +12,8 @@ import openvino
 import pytest
 from conftest import Qncd, save_tiny_dit_pipeline, tiny_config
 
+from qncd_cli.backends import onednn
+
 
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory) -> Qncd:
@@ -48,7 +50,9 @@ def test_a_graph_agrees_and_runs_by_itself(quantized, target):
     assert said["products"] == index["products"]
     assert said["agreement"]["relative_difference"] < 0.05
     layers = {row["name"]: row for row in index["layers"]}
-    assert layers["transformer_blocks.0.attn1.to_q"]["integer_products"] == 1
+    assert index["cpus"] == "any"
+    assert layers["transformer_blocks.0.attn1.to_q"]["integer_products"] == 2  # of 8-bit weights
+    assert "VNNI" not in (folder / "README.md").read_text()
     assert all(
         bool(row["integer_products"]) != bool(row["why_not_integer"]) for row in layers.values()
     )
@@ -60,6 +64,22 @@ def test_a_graph_agrees_and_runs_by_itself(quantized, target):
     command = [sys.executable, "-c", lines]
     ran = subprocess.run(command, cwd=quantized.folder, capture_output=True, text=True, check=False)
     assert ran.stdout == "(1, 3, 8, 8)\n", ran.stderr
+
+
+def test_a_graph_for_vnni_alone_has_one_product_of_8_bit_weights(quantized):
+    asked = ("export", "--to", "onnx", "fast", "--samples", "1", "--cpus", "vnni")
+    if onednn.saturates():
+        refused = quantized(*asked, ok=False)
+        assert refused.exit_code == 6
+        assert "this CPU has no VNNI" in refused.stderr
+        assert not (quantized.folder / "fast").exists()
+        return
+    quantized(*asked)
+    index = json.loads((quantized.folder / "fast" / "graph.json").read_text())
+    layers = {row["name"]: row for row in index["layers"]}
+    assert index["cpus"] == "vnni"
+    assert layers["transformer_blocks.0.attn1.to_q"]["integer_products"] == 1
+    assert "Only CPUs with VNNI" in (quantized.folder / "fast" / "README.md").read_text()
 
 
 def test_beyond_the_bound_nothing_is_written(quantized):
@@ -78,6 +98,9 @@ def test_what_is_wrong_is_said_at_once(quantized, monkeypatch):
     assert "is not replaced" in full.stderr
     option = quantized("export", "--to", "diffusers", "new", "--bound", "1", ok=False)
     assert option.exit_code == 2
+    cpus = quantized("export", "--to", "comfyui", "new", "--cpus", "any", ok=False)
+    assert cpus.exit_code == 2
+    assert "--cpus is for graphs" in cpus.stderr
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     missing = quantized("export", "--to", "onnx", "new", ok=False)
     assert missing.exit_code == 6

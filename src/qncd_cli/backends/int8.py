@@ -184,11 +184,6 @@ def why_not(layer: QuantizedLayer) -> str:
     return ""
 
 
-def products(layer: QuantizedLayer) -> int:
-    """Number of byte-wide products that one call of the layer takes: 1, 2 or 4."""
-    return (1 + (layer.weight_bits > 8)) * (1 + (layer.activation_bits > 8))
-
-
 def geometry(layer: QuantizedLayer) -> Geometry:
     """stride, padding, dilation, groups."""
     assert not isinstance(layer.padding, str)  # why_not has refused it

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.packing import weight_bytes
+from ..quant.packing import NARROW, narrow_bytes, weight_bytes
 
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
-WIDE, NARROW = 127, 64
-"""Largest weights whose products are exact everywhere but without VNNI, and there."""
-PART_BITS = 6
-"""Bits of a weight's parts where larger ones saturate; the last one has a sign."""
+WIDE = 127
+"""Largest weight of a byte."""
 VECTORS, INPUTS, OUTPUTS = 64, 320, 128
 """Size of the product that is tried: cheap, yet large enough for the usual kernel."""
 
@@ -69,13 +67,8 @@ def writes_bfloat16() -> bool:
 def weight_parts(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
     """An integer weight [O, ...] with its scale [O] in what these operators take exactly: int8
     weights, each with a scale [O], whose sum is the weight."""
-    if weight.device.type != "cpu" or not saturates():
-        return weight_bytes(weight, scale)
-    parts, rest = [], weight.to(torch.int16)  # as int8, -128 has no absolute value
-    while int(rest.abs().max()) > largest_weight():
-        parts.append(((rest & (2**PART_BITS - 1)).to(torch.int8), scale))
-        rest, scale = rest >> PART_BITS, 2**PART_BITS * scale
-    return [*parts, (rest.to(torch.int8), scale)]
+    narrow = weight.device.type == "cpu" and saturates()
+    return narrow_bytes(weight, scale) if narrow else weight_bytes(weight, scale)
 
 
 def _products_are_exact(largest: int) -> bool:

@@ -25,6 +25,7 @@ def export_graph(
     run_dir: str | None,
     samples: int,
     bound: float,
+    cpus: str,
     *,
     force: bool,
 ) -> None:
@@ -32,12 +33,13 @@ def export_graph(
     from ..export import graph as stage
 
     stage.require(target)
+    stage.check_cpus(cpus)
     folder = Path(out)
     check_folder(folder, stage.INDEX, "folder with an exported graph", force=force)
     config, model, quantized = opened(find_run(run_dir))
     check = stage.Check(samples, bound)
     with replacing_folder(folder) as made:
-        index = stage.run(config, model, quantized, target, made, check, console.track)
+        index = stage.run(config, model, quantized, target, made, cpus, check, console.track)
         lines = usage.graph_lines(index, folder)
         readme = usage.graph_readme(config, index, lines)
         (made / usage.README).write_text(readme, encoding="utf-8")

@@ -23,6 +23,7 @@ def export_optimum(
     hub: str | None,
     samples: int,
     bound: float,
+    cpus: str,
     *,
     force: bool,
 ) -> None:
@@ -32,6 +33,7 @@ def export_optimum(
     from ..export.hub import check_id, push
 
     stage.require(to)
+    graph.check_cpus(cpus)
     silence_diffusers()
     if hub is not None:
         check_id(hub)
@@ -53,11 +55,11 @@ def export_optimum(
         config, model, quantized = opened(run)
         check = graph.Check(samples, bound)
         index = stage.write_denoiser(
-            config, model, quantized, interface, to, made, check, console.track
+            config, model, quantized, interface, to, made, cpus, check, console.track
         )
         index = stage.finish(made, index, parts)
         size = bytes_in(made / interface.folder)
-        described = usage.optimum_format(form.target, form.package, size)
+        described = usage.optimum_format(form.target, form.package, size, cpus)
         card = run, quantized.digest, kind.__name__, named, source, described
         (made / usage.README).write_text(model_card.card_text(config, *card), encoding="utf-8")
         for path in source.files:

@@ -125,6 +125,7 @@ def convert(
     "  qncd export --to diffusers exported/ldm --run-dir runs/fashion_ldm_w4a6\n"
     "  qncd export --to onnx exported/onnx\n"
     "  qncd export --to openvino exported/openvino --samples 8 --bound 0.05\n"
+    "  qncd export --to openvino exported/fast --cpus vnni\n"
     "  qncd export --to optimum-onnx exported/my-model-onnx\n"
     "  qncd export --to optimum-openvino exported/my-model-openvino --run-dir runs/my-model_w8a8\n"
     "  qncd export --to comfyui exported/sdxl-w8a8.safetensors\n"
@@ -153,6 +154,12 @@ def convert(
     "prediction; beyond it nothing is written (default: 0.1 of a graph, none of a ComfyUI file).",
 )
 @click.option(
+    "--cpus",
+    type=click.Choice(("any", "vnni")),
+    help="Of a graph: the CPUs that compute it right. For those with VNNI alone, a product of "
+    "8-bit weights is one instead of two (default: any).",
+)
+@click.option(
     "--push-to-hub",
     "hub",
     metavar="OWNER/NAME",
@@ -161,7 +168,7 @@ def convert(
 @options.run_dir
 @options.force("Replace the exported folder or file that is there.")
 @options.json_output
-def export(out, to, samples, bound, hub, run_dir, force, as_json, debug):
+def export(out, to, samples, bound, cpus, hub, run_dir, force, as_json, debug):
     """Write the quantized model for other tools, as a folder or a file at PLACE.
 
     diffusers: in the code that loads it, import qncd_cli.exported once, then
@@ -189,6 +196,9 @@ def export(out, to, samples, bound, hub, run_dir, force, as_json, debug):
     from . import export as command
 
     console = Console(as_json)
+    if cpus is not None and to in ("diffusers", "comfyui"):
+        raise click.UsageError("--cpus is for graphs of ONNX and OpenVINO")
+    cpus = cpus or "any"
     if to == "diffusers":
         if samples is not None or bound is not None:
             raise click.UsageError("--samples and --bound are for graphs, not for diffusers")
@@ -199,7 +209,7 @@ def export(out, to, samples, bound, hub, run_dir, force, as_json, debug):
         from .export_optimum import export_optimum
 
         share = 0.1 if bound is None else bound
-        export_optimum(console, to, out, run_dir, hub, samples, share, force=force)
+        export_optimum(console, to, out, run_dir, hub, samples, share, cpus, force=force)
         return
     if hub is not None:
         raise click.UsageError("--push-to-hub is for pipeline folders")
@@ -207,7 +217,7 @@ def export(out, to, samples, bound, hub, run_dir, force, as_json, debug):
         command.export_comfyui(console, out, run_dir, samples, bound, force=force)
         return
     bound = 0.1 if bound is None else bound
-    command.export_graph(console, to, out, run_dir, samples, bound, force=force)
+    command.export_graph(console, to, out, run_dir, samples, bound, cpus, force=force)
 
 
 @click.command(

@@ -73,6 +73,13 @@ def _arguments(config: Config, kind: type) -> list[str]:
     return [f"{k}={v!r}" for k, v in wanted.items() if k in takes and v is not None]
 
 
+WITH_VNNI = (
+    "**Only CPUs with VNNI compute it right**: on others sums of 8-bit products saturate, and "
+    "images are wrong."
+)
+"""Said of a graph that was exported with --cpus vnni."""
+
+
 def graph_lines(index: Mapping[str, Any], folder: Path) -> list[str]:
     """Python that calls a graph once, on zeros. index: what graph.json says."""
     imports, opened, called = OPENED[index["format"]]
@@ -102,11 +109,13 @@ def graph_said(payload: Mapping[str, Any]) -> str:
     )
 
 
-def optimum_format(target: str, package: str, size: int) -> Format:
-    """What a model card says of a folder for Optimum. size: of the denoiser in bytes."""
+def optimum_format(target: str, package: str, size: int, cpus: str) -> Format:
+    """What a model card says of a folder for Optimum. size: of the denoiser in bytes; cpus: on
+    which it is exact."""
     return Format(
         "as graphs that Optimum's pipelines load. The denoiser is quantized, the other parts are "
-        "float32; `graph.json` says what is computed in integers, and how well the graph agrees.",
+        "float32; `graph.json` says what is computed in integers, and how well the graph agrees."
+        + (f" {WITH_VNNI}" if cpus == "vnni" else ""),
         "Loading needs an environment with Optimum and a diffusers that fits it "
         f"(`pip install '{package}' diffusers`), without qncd-cli:",
         library="diffusers",
@@ -124,7 +133,7 @@ def graph_readme(config: Config, index: Mapping[str, Any], lines: Sequence[str])
         "are not part of it, nor are corrections of the sampling loop.",
         "Calling it, here on zeros (`graph.json` names inputs, layers and what is in integers):",
         lines,
-        "",
+        _paragraph(WITH_VNNI) if index["cpus"] == "vnni" else "",
     )
 
 

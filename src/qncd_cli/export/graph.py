@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from ..backends import int8
+from ..backends.onednn import saturates
 from ..backends.onnx import runtimes
 from ..backends.onnx.runtimes import Session
 from ..backends.onnx.signature import own_signature
 from ..config.schema import Config
-from ..errors import ArtifactError
+from ..errors import ArtifactError, BackendUnavailable
 from ..metrics.tensor import psnr_db
 from ..models.loading import DiffusionModel
 from ..models.topology import weight_layers
@@ -33,6 +34,9 @@ from ..store.files import write_json
 from . import agreement
 
 INDEX = "graph.json"
+ANY, VNNI = CPUS = ("any", "vnni")
+"""CPUs on which a graph's integer products are exact. With VNNI alone they are fewer: elsewhere
+weights beyond 64 saturate."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,15 @@ class Check:
 
     samples: int
     bound: float
+
+
+def check_cpus(cpus: str) -> None:
+    """Raises BackendUnavailable for a graph that could not be run here beside the simulation."""
+    if cpus == VNNI and saturates():
+        raise BackendUnavailable(
+            "--cpus vnni: this CPU has no VNNI, so the graph cannot be checked here",
+            "leave --cpus out: the graph is right on any CPU then",
+        )
 
 
 def require(target: str) -> None:
@@ -56,19 +69,20 @@ def run(
     quantized: Artifact,
     target: str,
     folder: Path,
+    cpus: str,
     check: Check,
     track: Track,
 ) -> dict[str, Any]:
     """Write graph and INDEX into an empty folder and return what INDEX says.
 
-    model: on the CPU in float32. Raises ArtifactError where the graph differs from the simulation
-    by more than the bound, BackendUnavailable where the model cannot be traced.
+    model: on the CPU in float32; cpus: one of CPUS. Raises ArtifactError where the graph differs
+    from the simulation by more than the bound, BackendUnavailable where the model cannot be traced.
     """
     require(target)
     cache = quantized.body["cache_time_embeddings"]
     simulated = quantized_denoiser(model, quantized, "simulate", cache)
     path = folder / TARGETS[target].file
-    layers = _write(model, quantized, target, path, cache)
+    layers = _write(model, quantized, target, path, cache, cpus)
     session = TARGETS[target].open(path)
     exported = SessionDenoiser(simulated, session)
     compared = compare(config, model, simulated, exported, check.samples, track)
@@ -80,6 +94,7 @@ def run(
         "digests": {"model": model.digest, "quantized": quantized.digest},
         "inputs": _inputs(config, model),
         "timestep_group_bounds": quantized.body["group_bounds"],
+        "cpus": cpus,
         "layers": layers,
         "products": products(layers, session),
         "agreement": compared,
@@ -123,29 +138,37 @@ def _inputs(config: Config, model: DiffusionModel) -> dict[str, dict[str, Any]]:
 
 
 def _write(
-    model: DiffusionModel, quantized: Artifact, target: str, path: Path, cache: bool
+    model: DiffusionModel, quantized: Artifact, target: str, path: Path, cache: bool, cpus: str
 ) -> list[dict[str, Any]]:
     """The graph at path; every layer's row of INDEX."""
     denoiser = quantized_denoiser(model, quantized, "simulate", cache)
     parts = dict(denoiser.module.named_modules())
-    write_graph(denoiser, own_signature(*example_of(model)), target, path, f"--to {target}")
-    return rows(model, quantized, parts, target)
+    signature = own_signature(*example_of(model))
+    write_graph(denoiser, signature, target, path, f"--to {target}", any_cpu=cpus == ANY)
+    return rows(model, quantized, parts, target, cpus)
 
 
 def rows(
-    model: DiffusionModel, quantized: Artifact, parts: Mapping[str, Any], target: str
+    model: DiffusionModel, quantized: Artifact, parts: Mapping[str, Any], target: str, cpus: str
 ) -> list[dict[str, Any]]:
     """What INDEX says of every layer. parts: modules of the denoiser in simulation by name."""
     found = []
     for name, part in parts.items():
         if isinstance(part, QuantizedLayer):
             why = int8.why_not(part)
-            found.append(_row(name, 0 if why else int8.products(part), why))
+            found.append(_row(name, 0 if why else _products(part, cpus), why))
         elif isinstance(part, AttentionProducts):
             count, why = _attention(part, target)
             found.append(_row(name.removesuffix(".processor"), count, why))
     left = [name for name in weight_layers(model.denoiser) if name not in quantized.body["layers"]]
     return found + [_row(name, 0, "not quantized: see coverage.json") for name in left]
+
+
+def _products(layer: QuantizedLayer, cpus: str) -> int:
+    """Number of products of bytes that one call of a layer takes."""
+    from ..backends.onnx.layers import weights_of
+
+    return len(weights_of(layer, cpus == ANY)) * (1 + (layer.activation_bits > 8))
 
 
 def _row(name: str, products: int, why: str) -> dict[str, Any]:

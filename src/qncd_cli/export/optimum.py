@@ -208,12 +208,13 @@ def write_denoiser(
     interface: Interface,
     to: str,
     folder: Path,
+    cpus: str,
     check: graph.Check,
     track: Track,
 ) -> dict[str, Any]:
     """The quantized denoiser's graph, run beside the simulation; what graph.json says of it.
 
-    model: on the CPU in float32. Raises as `graph.run` does.
+    model: on the CPU in float32; cpus: one of graph.CPUS. Raises as `graph.run` does.
     """
     target, path = FORMATS[to].target, folder / interface.folder / FORMATS[to].file
     cache = quantized.body["cache_time_embeddings"]
@@ -224,8 +225,9 @@ def write_denoiser(
         condition = in_float32(model.condition(model.labels([0], config.sampling.classes)))
     signature = optimum_calls.denoiser_signature(interface, model.denoiser.config, condition)
     traced = Denoiser(module, traced.step, traced.group_bounds)
-    write_graph(traced, signature, target, path, f"--to {to}")
-    layers = graph.rows(model, quantized, parts, target)
+    any_cpu = cpus == graph.ANY
+    write_graph(traced, signature, target, path, f"--to {to}", any_cpu=any_cpu)
+    layers = graph.rows(model, quantized, parts, target, cpus)
     del traced, module
     session = TARGETS[target].open(path)
     called = optimum_calls.called_by_name(model.denoiser, interface, session.run)
@@ -240,6 +242,7 @@ def write_denoiser(
         "digests": {"model": model.digest, "quantized": quantized.digest},
         "inputs": _described(signature.inputs, signature.sizes),
         "timestep_group_bounds": quantized.body["group_bounds"],
+        "cpus": cpus,
         "layers": layers,
         "products": graph.products(layers, session),
         "agreement": compared,

@@ -31,7 +31,8 @@ CODES = 0.45
 """Time of the sums of products of codes over that of float32's, with VNNI; larger: longer
 forecasts. Fitted as `cost.OBSERVING`."""
 CODES_IN_FLOATS = 1.2
-"""The same without VNNI, where codes become floating-point numbers first (docs/notebook/2026-11-29-without-vnni.md)."""
+"""The same without VNNI, where codes become floating-point numbers first
+(docs/notebook/2026-11-29-without-vnni.md)."""
 SUMS = "hessians"
 """Name in partial results of the Hessians of the layers that are being rounded, as far as they are
 added up."""

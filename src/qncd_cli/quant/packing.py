@@ -16,6 +16,11 @@ from torch.nn import functional as F
 
 from ..spec import WIDE_WEIGHT_BITS
 
+NARROW = 64
+"""Largest weight that two products with codes up to 255 can be added in int16 with:
+2 * 255 * 64 < 2^15."""
+PART_BITS = 6
+"""Bits of a weight's parts where larger ones are not taken; the last part has a sign."""
 SIGNED = {8: torch.int8, WIDE_WEIGHT_BITS: torch.int16}
 
 
@@ -84,3 +89,12 @@ def weight_bytes(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
     if weight.dtype == torch.int8:
         return [(weight, scale)]
     return [((weight & 127).to(torch.int8), scale), ((weight >> 7).to(torch.int8), 128 * scale)]
+
+
+def narrow_bytes(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The same where no byte may be beyond NARROW: parts of PART_BITS bits, as many as it takes."""
+    parts, rest = [], weight.to(torch.int16)  # as int8, -128 has no absolute value
+    while int(rest.abs().max()) > NARROW:
+        parts.append(((rest & (2**PART_BITS - 1)).to(torch.int8), scale))
+        rest, scale = rest >> PART_BITS, 2**PART_BITS * scale
+    return [*parts, (rest.to(torch.int8), scale)]

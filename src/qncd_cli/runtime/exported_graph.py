@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.onednn import saturates
 from ..backends.onnx import runtimes
 from ..backends.onnx.runtimes import Session
 from ..backends.onnx.signature import DenoiserSignature, Signature, own_signature
@@ -80,12 +81,19 @@ def in_float32(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_graph(
-    denoiser: Denoiser, signature: DenoiserSignature, target: str, path: Path, asked: str
+    denoiser: Denoiser,
+    signature: DenoiserSignature,
+    target: str,
+    path: Path,
+    asked: str,
+    *,
+    any_cpu: bool,
 ) -> None:
     """The graph of a simulated denoiser, in float32, which cannot compute any more afterwards.
 
-    asked: the option that wants it, for messages. Raises BackendUnavailable where the model cannot
-    be traced.
+    asked: the option that wants it, for messages; any_cpu: whether the graph is exact on CPUs
+    without VNNI as well, with more products where weights are large. Raises BackendUnavailable
+    where the model cannot be traced.
     """
     from ..backends.onnx import graph as onnx_graph
     from ..backends.onnx.layers import Form
@@ -94,7 +102,8 @@ def write_graph(
     parts = dict(module.named_modules())
     with _tracing(f"{asked}: the denoiser"):
         traced = onnx_graph.trace(module, denoiser.step, denoiser.group_bounds, signature)
-    _save(onnx_graph.spell_out(traced, parts, Form(TARGETS[target].form)), target, path)
+    form = Form(TARGETS[target].form)
+    _save(onnx_graph.spell_out(traced, parts, form, any_cpu=any_cpu), target, path)
 
 
 def write_float_graph(
@@ -155,7 +164,14 @@ def in_openvino(
         tell("exporting the denoiser to OpenVINO, once for this artifact")
         with replacing_folder(place) as made:
             signature = own_signature(*example)
-            write_graph(simulated, signature, "openvino", made / path.name, "--backend openvino")
+            write_graph(
+                simulated,
+                signature,
+                "openvino",
+                made / path.name,
+                "--backend openvino",
+                any_cpu=saturates(),
+            )
         own_code.seal_folder(place)
     try:
         session = runtimes.openvino_session(path, dtype)
@@ -174,5 +190,6 @@ def has_openvino(folder: Path, digests: Mapping[str, str]) -> bool:
 
 def openvino_graph(folder: Path, digests: Mapping[str, str]) -> Path:
     """Where the graph is kept, in a folder of its own."""
-    key = digest_of({"version": VERSION, **digests, "torch": torch.__version__})
+    cpu = {"any_cpu": True} if saturates() else {}
+    key = digest_of({"version": VERSION, **digests, **cpu, "torch": torch.__version__})
     return folder / f"{key}_openvino" / TARGETS["openvino"].file

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qncd_cli.backends import int8
+from qncd_cli.backends import onednn
 from qncd_cli.backends.onnx import graph as onnx_graph
 from qncd_cli.backends.onnx import runtimes
-from qncd_cli.backends.onnx.layers import Form
+from qncd_cli.backends.onnx.layers import Form, weights_of
 from qncd_cli.backends.onnx.signature import own_signature
 from qncd_cli.backends.reference import simulate
 from qncd_cli.quant.affine import choose_qparams
@@ -52,7 +52,16 @@ LAYERS = {
 }
 for constant in ("one_group", "wide_conv", "wide_input"):
     LAYERS[constant].input_scale[:] = LAYERS[constant].input_scale[0]
-PRODUCTS = sum(int8.products(layer) for name, layer in LAYERS.items() if name != "by_name")
+CPUS = [True] if onednn.saturates() else [True, False]
+"""Whether a graph is for any CPU; those for VNNI alone cannot be tried without."""
+
+
+def products(any_cpu: bool) -> int:
+    """Of bytes, in all layers but the one that cannot be computed in integers."""
+    layers = [layer for name, layer in LAYERS.items() if name != "by_name"]
+    return sum(
+        len(weights_of(layer, any_cpu)) * (1 + (layer.activation_bits > 8)) for layer in layers
+    )
 
 
 class Side(nn.Module):
@@ -103,26 +112,28 @@ def check(session, inputs, said) -> None:
             assert relative(found[:, -products:], expected[:, -products:]) < 1e-5
 
 
-def test_onnx_runtime_computes_every_product_in_integers(tmp_path, traced):
+@pytest.mark.parametrize("any_cpu", CPUS)
+def test_onnx_runtime_computes_every_product_in_integers(tmp_path, traced, any_cpu):
     graph, parts, inputs, said = traced
     path = tmp_path / "denoiser.onnx"
-    onnx_graph.save(onnx_graph.spell_out(graph, parts, Form.INTEGER), path)
+    onnx_graph.save(onnx_graph.spell_out(graph, parts, Form.INTEGER, any_cpu=any_cpu), path)
     onnx.checker.check_model(onnx.load(path), full_check=True)
     session = runtimes.onnx_session(path)
     check(session, inputs, said)
-    assert session.integer == PRODUCTS + 2  # two of attention
+    assert session.integer == products(any_cpu) + 2  # two of attention
     assert session.floating == 1  # the convolution padded by name
 
 
-def test_openvino_computes_every_layer_in_integers(tmp_path, traced):
+@pytest.mark.parametrize("any_cpu", CPUS)
+def test_openvino_computes_every_layer_in_integers(tmp_path, traced, any_cpu):
     graph, parts, inputs, said = traced
     source, path = tmp_path / "denoiser.onnx", tmp_path / "denoiser.xml"
-    onnx_graph.save(onnx_graph.spell_out(graph, parts, Form.FAKE), source)
+    onnx_graph.save(onnx_graph.spell_out(graph, parts, Form.FAKE, any_cpu=any_cpu), source)
     onnx.checker.check_model(onnx.load(source), full_check=True)
     runtimes.onnx_to_openvino(source, path)
     session = runtimes.openvino_session(path)
     check(session, inputs, said)
-    assert session.integer == PRODUCTS
+    assert session.integer == products(any_cpu)
     assert session.floating >= 1  # that convolution; attention may be one operator of its own
 
 
@@ -130,6 +141,6 @@ def test_large_weights_go_to_a_file_of_their_own(tmp_path, traced, monkeypatch):
     graph, parts, inputs, said = traced
     monkeypatch.setattr(onnx_graph, "LARGEST", 100)
     path = tmp_path / "denoiser.onnx"
-    onnx_graph.save(onnx_graph.spell_out(graph, parts, Form.INTEGER), path)
+    onnx_graph.save(onnx_graph.spell_out(graph, parts, Form.INTEGER, any_cpu=True), path)
     assert (tmp_path / "denoiser.onnx.data").is_file()
     check(runtimes.onnx_session(path), inputs, said)

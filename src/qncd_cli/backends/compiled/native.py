@@ -25,8 +25,8 @@ FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-w"),
     "AVX2": ("-mavx2", "-mfma", "-mno-avx512f", "-w"),
 }
-"""Flags of the compiler, by what torch calls the CPU's vector instructions; kernels/ has vectors for
-these."""
+"""Flags of the compiler, by what torch calls the CPU's vector instructions; kernels/ has vectors
+for these."""
 
 
 def why_unavailable() -> str:

@@ -117,15 +117,18 @@ def _traced(whole: _Whole, signature: Signature) -> ir.Model:
     return program.model
 
 
-def spell_out(model: ir.Model, parts: Mapping[str, nn.Module], form: Form) -> ir.Model:
-    """A copy of a traced model with standard operators only. parts: its modules by name."""
+def spell_out(
+    model: ir.Model, parts: Mapping[str, nn.Module], form: Form, *, any_cpu: bool
+) -> ir.Model:
+    """A copy of a traced model with standard operators only. parts: its modules by name; any_cpu:
+    whether products are exact on CPUs without VNNI as well."""
     model = model.clone()
     for node in list(model.graph):
         if node.domain != DOMAIN:
             continue
         name = node.attributes["name"].as_string()
         group, *operands = (value for value in node.inputs if value is not None)
-        part, writer = parts[name], Writer(form, name, group)
+        part, writer = parts[name], Writer(form, name, group, any_cpu)
         if isinstance(part, QuantizedLayer):
             output = writer.layer(part, operands[0])
         else:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ...quant.affine import QParams
 from ...quant.attention import AttentionProducts
 from ...quant.layers import QuantizedLayer
-from ...quant.packing import weight_bytes
+from ...quant.packing import narrow_bytes, weight_bytes
 from ...spec import FLOAT_BITS
 from .. import int8
 
@@ -42,10 +42,11 @@ class Form(enum.Enum):
 
 
 class Writer:
-    """Operators of one layer or attention module; group: the index of its timestep group."""
+    """Operators of one layer or attention module; group: the index of its timestep group;
+    any_cpu: whether they are exact without VNNI as well."""
 
-    def __init__(self, form: Form, name: str, group: ir.Value):
-        self.form, self.name, self.group = form, name, group
+    def __init__(self, form: Form, name: str, group: ir.Value, any_cpu: bool):
+        self.form, self.name, self.group, self.any_cpu = form, name, group, any_cpu
         self.tape = ir.tape.Tape()
 
     # ------------------------------------------------------------------ both forms
@@ -53,7 +54,7 @@ class Writer:
     def layer(self, layer: QuantizedLayer, x: ir.Value) -> ir.Value:
         """Output of a layer for which int8.why_not has no reason."""
         y = self._smoothed(layer, x)
-        weights = weight_bytes(layer.integer_weight(), layer.weight_scale)
+        weights = weights_of(layer, self.any_cpu)
         write = self._integer if self.form is Form.INTEGER else self._fake
         outputs, bias = write(layer, y, weights)
         y = outputs[0]
@@ -276,6 +277,16 @@ class Writer:
         if _same(table):
             return self._constant(name, table[0])
         return self._op("Gather", self._constant(name, table), self.group, axis=0)
+
+
+def weights_of(layer: QuantizedLayer, any_cpu: bool) -> list[tuple[Tensor, Tensor]]:
+    """The int8 weights, with scales [O], that a layer's input is multiplied with.
+
+    any_cpu: none is larger than 64. Without VNNI, ONNX Runtime and OpenVINO add two products in 16
+    bits, which saturates with larger ones.
+    """
+    take = narrow_bytes if any_cpu else weight_bytes
+    return take(layer.integer_weight(), layer.weight_scale)
 
 
 def integer_product(a_bits: int, b_bits: int) -> bool:
