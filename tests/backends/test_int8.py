@@ -376,6 +376,11 @@ def test_auto_takes_int8_on_the_cpu_only():
         base.get_backend("int8", "cuda")
 
 
+def test_without_avx2_there_is_only_slow_reference_code(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: False)
+    assert "without AVX2" in onednn.why_unusable.__wrapped__()
+
+
 def test_an_unknown_backend_lists_the_known_ones():
     with pytest.raises(BackendUnavailable, match="auto, int8, simulate"):
         base.get_backend("int4")

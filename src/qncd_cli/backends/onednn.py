@@ -40,6 +40,8 @@ def why_unusable() -> str:
     """Why no layer can be computed by these operators on this CPU; empty where they can."""
     if name := missing_operator():
         return f"this torch has no operator onednn.{name}"
+    if not torch.cpu._is_avx2_supported():  # reference code that takes minutes for a step
+        return "oneDNN has no fast 8-bit products for a CPU without AVX2"
     try:
         exact = _products_are_exact(NARROW)
     except RuntimeError:
