@@ -301,17 +301,17 @@ def test_a_kernel_that_is_slow_to_round_is_rounded_for(monkeypatch, slow):
 @pytest.mark.parametrize(("weight_bits", "top"), [(4, 15), (8, 127), (15, 16383)])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("x", [-1e6, 1e6])
-@pytest.mark.parametrize("zero_point", [0, 128, 255])
-def test_the_largest_products_do_not_saturate(weight_bits, top, sign, x, zero_point):
-    """All codes 0 or 255, all weights at one end: sums are exact up to the final scaling."""
+@pytest.mark.parametrize(("bits", "zero_point"), [(8, 0), (8, 128), (8, 255), (7, 0), (7, 127)])
+def test_the_largest_products_do_not_saturate(weight_bits, top, sign, x, bits, zero_point):
+    """All codes at one end, all weights at one end: sums are exact up to the final scaling."""
     for original, shape in [
         (nn.Conv2d(128, 16, 3, padding=1), (1, 128, 4, 4)),
         (nn.Linear(512, 16), (3, 512)),
     ]:
         weight = torch.full(original.weight.shape, sign * top)
-        layer = layer_of(original, weight_bits, 8, (zero_point,), weight=weight)
+        layer = layer_of(original, weight_bits, bits, (zero_point,), weight=weight)
         assert int(layer.integer_weight().unique()) == sign * top
-        codes = (255 if x > 0 else 0) - zero_point
+        codes = (2**bits - 1 if x > 0 else 0) - zero_point
         inner = layer(torch.full(shape, x))
         inner = inner[:, :, 1, 1] if layer.is_conv else inner
         exact = weight[0].numel() * codes * sign * top

@@ -136,6 +136,6 @@ def test_memory_follows_what_the_phases_hold(tmp_path):
     assert grown["GPTQ of the widest layers"] == 0
     widest = max(p.in_features for p in plan_layers(config, denoiser))
     assert small["GPTQ of the widest layers"] - held > (1 + GPTQ_MATRICES) * 4 * widest**2
-    drawing = sample.costs(call, Cost(), 50, 50, integers=False)
+    drawing = sample.costs(call, Cost(), 50, 50, slower=1.5)
     drawn = memory.sample_phases(shapes, held, sizes, call.weights, drawing)
     assert drawn["denoising"] > held + sizes.quantized + call.weights + 100 * call.simulated

@@ -6,7 +6,7 @@ the simulate backend fakes, scaled by the same operations: the two give the same
 kernels that oneDNN has for small matrices and grouped convolutions.
 Inputs of more than 8 bits are two bytes, q = 256 high + low, in two passes over the same weight;
 weights of 15 bits are two as well, w = 128 high + low. On CPUs without VNNI, weights of 8 bits and
-more are parts of 6 bits (`onednn.weight_parts`).
+more are parts of 6 bits if inputs have more than 7 (`onednn.weight_parts`).
 """
 
 from __future__ import annotations
@@ -217,7 +217,8 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> Kernel:
     dear."""
     kernel: Kernel | None = layer.prepared.get(KERNEL)
     if kernel is None:
-        parts = weight_parts(layer.integer_weight(), layer.weight_scale)
+        integers = layer.integer_weight(), layer.weight_scale
+        parts = weight_parts(*integers, layer.activation_bits)
         inputs = layer.input_scale.tolist(), layer.input_zero_point.tolist()
         weights = [(prepacked(layer, x, part, scale), scale) for part, scale in parts]
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)

@@ -5,7 +5,7 @@ one rounding to float32. Kernels for AMX and for AVX2 compute the first, those f
 without AMX the second.
 
 Saturation: CPUs without VNNI add two products of a code and a weight in int16 before anything else.
-With codes up to 255 these sums are exact for weights up to 64, as 2 * 255 * 64 < 2^15.
+These sums are exact for weights up to 64, as 2 * 255 * 64 < 2^15, or codes of 7 bits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant.packing import NARROW, narrow_bytes, weight_bytes
+from ..quant.packing import NARROW, NARROW_INPUT_BITS, narrow_bytes, weight_bytes
 
 OPERATORS = ("qconv_prepack", "qconv_pointwise", "qlinear_prepack", "qlinear_pointwise")
 WIDE = 127
@@ -55,9 +55,10 @@ def saturates() -> bool:
     return why_unusable() == "" and not _products_are_exact(WIDE)
 
 
-def largest_weight() -> int:
-    """The largest absolute value of an int8 weight that these operators take exactly here."""
-    return NARROW if saturates() else WIDE
+def largest_weight(input_bits: int) -> int:
+    """The largest absolute value of an int8 weight that these operators take exactly here, with an
+    input of that many bits."""
+    return NARROW if saturates() and input_bits > NARROW_INPUT_BITS else WIDE
 
 
 def writes_bfloat16() -> bool:
@@ -66,10 +67,10 @@ def writes_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def weight_parts(weight: Tensor, scale: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """An integer weight [O, ...] with its scale [O] in what these operators take exactly: int8
-    weights, each with a scale [O], whose sum is the weight."""
-    narrow = weight.device.type == "cpu" and saturates()
+def weight_parts(weight: Tensor, scale: Tensor, input_bits: int) -> list[tuple[Tensor, Tensor]]:
+    """An integer weight [O, ...] with its scale [O] in what these operators take exactly with an
+    input of that many bits: int8 weights, each with a scale [O], whose sum is the weight."""
+    narrow = weight.device.type == "cpu" and largest_weight(input_bits) < WIDE
     return narrow_bytes(weight, scale) if narrow else weight_bytes(weight, scale)
 
 

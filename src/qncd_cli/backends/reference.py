@@ -121,7 +121,8 @@ def _weight_parts(layer: QuantizedLayer) -> list[_Part]:
     dear."""
     parts: list[_Part] | None = layer.prepared.get(PARTS)
     if parts is None or parts[0].weight.device != layer.weight.device:
-        parts = [_part(*part) for part in weight_parts(layer.integer_weight(), layer.weight_scale)]
+        integers = layer.integer_weight(), layer.weight_scale
+        parts = [_part(*part) for part in weight_parts(*integers, layer.activation_bits)]
         if not layer.low_memory:
             layer.prepared[PARTS] = parts
     return parts

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..backends import onednn
 from ..backends.base import get_backend
 from ..config.schema import Config
 from ..errors import BackendUnavailable
@@ -20,7 +21,7 @@ from ..lineage.sample_sets import TRACED, default_batch
 from ..machine import available_disk, available_memory, device_memory
 from ..models.loading import DTYPES, known_classes
 from ..models.topology import LayerCost, count_macs
-from ..ptq.cost import Cost
+from ..ptq.cost import INTEGERS, NARROW_INTEGERS, SIMULATION, Cost
 from ..ptq.coverage import coverage_of
 from ..ptq.layer_plan import plan_layers
 from ..sampling.levels import visited, with_timesteps
@@ -209,8 +210,11 @@ def _stages(
     """before: what quantize does first; disk: bytes that each stage leaves there."""
     steps, drawn = (len(_timesteps(c, shapes)) for c in (config, request.sampling))
     call = activations.meter(config, shapes, quantized, macs, steps)
-    integers = backend == "int8"
-    weights = call.weights / 4 if integers else call.weights
+    weights, slower = call.weights, SIMULATION
+    if backend == "int8":
+        parts = 2 if onednn.saturates() and config.quantization.weights.bits > 7 else 1
+        weights = parts * call.weights / 4
+        slower = parts * NARROW_INTEGERS if onednn.saturates() else INTEGERS
     held = memory.resident(shapes, DTYPES[config.model.dtype])
     own = memory.mapped(shapes)
     rest = memory.resident(shapes, DTYPES[request.sampling.model.dtype], DENOISERS)
@@ -223,7 +227,7 @@ def _stages(
     costs = {
         "calibrate": calibrate.costs(config, shapes.denoiser, shapes.classes, call, others),
         "quantize": before | quantize.costs(config, shapes.denoiser, call),
-        "sample": sample.costs(drawing, decoder, request.count, batch, integers=integers),
+        "sample": sample.costs(drawing, decoder, request.count, batch, slower=slower),
     }
     phases = {
         "calibrate": memory.calibrate_phases(shapes, held, sizes, costs["calibrate"]),

@@ -18,6 +18,9 @@ SIMULATION = 1.5
 INTEGERS = 0.5
 """Time of the int8 backend, uncompiled, over full precision's: LDM-4 0.30 and 0.37, fashion-ldm
 0.83 (speed in docs/notebook)."""
+NARROW_INTEGERS = 0.7
+"""The same where only weights of 7 bits are exact, for each part of a weight
+(docs/notebook/2026-11-29-without-vnni.md)."""
 
 
 OBSERVING = 60

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from ..spec import WIDE_WEIGHT_BITS
 
 NARROW = 64
-"""Largest weight that two products with codes up to 255 can be added in int16 with:
-2 * 255 * 64 < 2^15."""
+"""Largest weight with which two products of codes of 8 bits fit int16: 2 * 255 * 64 < 2^15."""
+NARROW_INPUT_BITS = 7
+"""Bits of codes whose products with any weight of a byte do: 2 * 127 * 128 < 2^15."""
 PART_BITS = 6
 """Bits of a weight's parts where larger ones are not taken; the last part has a sign."""
 SIGNED = {8: torch.int8, WIDE_WEIGHT_BITS: torch.int16}

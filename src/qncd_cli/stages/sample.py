@@ -33,7 +33,7 @@ from ..models.evidence import explained
 from ..models.loading import DiffusionModel
 from ..progress import Tick, Track, counted, no_progress
 from ..ptq.corrections import check_correction, check_size
-from ..ptq.cost import HEADROOM, INTEGERS, SIMULATION, Cost, DenoiserCall
+from ..ptq.cost import HEADROOM, Cost, DenoiserCall
 from ..runtime import trajectory
 from ..runtime.ranks import ALONE, Message, Ranks
 from ..runtime.sampled_model import SampledModel
@@ -131,14 +131,13 @@ def run(
 
 
 def costs(
-    call: DenoiserCall, first_stage: Cost, count: int, batch: int, *, integers: bool
+    call: DenoiserCall, first_stage: Cost, count: int, batch: int, *, slower: float
 ) -> dict[str, Cost]:
     """The parts of drawing count samples, each with what it takes beside the denoiser's weights.
 
-    first_stage: bytes of one call, MACs of one image; batch: samples drawn together; integers:
-    whether the int8 backend draws.
+    first_stage: bytes of one call, MACs of one image; batch: samples drawn together; slower: time
+    of the backend over full precision's.
     """
-    slower = INTEGERS if integers else SIMULATION
     macs = count * call.copies * call.steps * call.macs * slower
     return {
         "denoising": Cost(call.first_bytes(call.copies * batch), macs),

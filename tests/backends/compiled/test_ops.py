@@ -282,7 +282,8 @@ def test_pixels_doubled_later_give_the_same_bits(operators, bits, zero_point, ac
     scale, zero = layer.input_scale, layer.input_zero_point.float()
     low, high = ops.codes(x, True, None, None, scale, zero, activation_bits)
     high = high if high.numel() else None
-    assert upsampled_conv.doubles(layer) != (bits == 5 and onednn.saturates())
+    beyond = bits == 5 and activation_bits >= 8  # of what is exact without VNNI
+    assert upsampled_conv.doubles(layer) != (beyond and onednn.saturates())
     if not upsampled_conv.doubles(layer):
         return
     found = operators.multiply(low, high, scale, zero, layer.bias, key, torch.float32, True)

@@ -18,7 +18,7 @@ def doubles(layer: QuantizedLayer) -> bool:
     """Whether `prepare` can do so for the layer: sums of four weights, which may be as large as the
     largest code, have to be weights themselves."""
     plain = layer.is_conv and layer.weight_shape[2:] == (3, 3) and int8.why_not(layer) == ""
-    if not plain or 4 * (2**layer.weight_bits - 1) > largest_weight():
+    if not plain or 4 * (2**layer.weight_bits - 1) > largest_weight(layer.activation_bits):
         return False
     return int8.geometry(layer) == ([1, 1], [1, 1], [1, 1], 1)
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ...quant.affine import QParams
 from ...quant.attention import AttentionProducts
 from ...quant.layers import QuantizedLayer
-from ...quant.packing import narrow_bytes, weight_bytes
+from ...quant.packing import NARROW_INPUT_BITS, narrow_bytes, weight_bytes
 from ...spec import FLOAT_BITS
 from .. import int8
 
@@ -282,10 +282,11 @@ class Writer:
 def weights_of(layer: QuantizedLayer, any_cpu: bool) -> list[tuple[Tensor, Tensor]]:
     """The int8 weights, with scales [O], that a layer's input is multiplied with.
 
-    any_cpu: none is larger than 64. Without VNNI, ONNX Runtime and OpenVINO add two products in 16
-    bits, which saturates with larger ones.
+    any_cpu: none is larger than 64, if inputs have more than 7 bits. Without VNNI, ONNX Runtime and
+    OpenVINO add two products in 16 bits, which saturates with larger ones.
     """
-    take = narrow_bytes if any_cpu else weight_bytes
+    narrow = any_cpu and layer.activation_bits > NARROW_INPUT_BITS
+    take = narrow_bytes if narrow else weight_bytes
     return take(layer.integer_weight(), layer.weight_scale)
 
 
