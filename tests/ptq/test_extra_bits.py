@@ -188,7 +188,7 @@ def test_large_models_take_rows_one_by_one_and_hold_no_errors(calibrated, estima
     for name, value in estimated.weights.items():
         assert found.weights[name] == pytest.approx(value, rel=1e-4, abs=1e-15), name
     for name, value in estimated.inputs.items():  # of 16 bits, codes follow the last bits of sums
-        assert found.inputs[name] == pytest.approx(value, rel=0.05, abs=1e-15), name
+        assert found.inputs[name] == pytest.approx(value, rel=0.1, abs=1e-15), name
 
 
 def test_an_error_leaves_no_trace_either(calibrated):

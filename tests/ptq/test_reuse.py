@@ -91,7 +91,7 @@ def test_a_plan_keeps_to_its_budget_and_its_terms_bring_images_nearer(made):
     mended = reusing_denoiser(quantized_model(), plan)
     bare = ReusingDenoiser(quantized_model(), mended.pattern)
     left = [(ends(config, model, d) - wanted).square().mean() for d in (mended, bare)]
-    assert 0 < left[0] < 0.7 * left[1]
+    assert 0 < left[0] < 0.8 * left[1]
 
 
 def test_the_same_plan_comes_from_the_same_model(made):
