@@ -23,8 +23,9 @@ pytestmark = pytest.mark.skipif(bool(why), reason=why)
 
 def run(*arguments: str) -> str:
     """What pytest prints in a process of an older CPU; it has to succeed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", *arguments]
-    done = subprocess.run(command, env=os.environ | OLDER, capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", "-n", "0", *arguments]
+    here = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(command, env=here | OLDER, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
 

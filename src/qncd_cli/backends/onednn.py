@@ -62,9 +62,9 @@ def largest_weight(input_bits: int) -> int:
 
 
 def writes_bfloat16() -> bool:
-    """Whether these operators write bfloat16 by kernels of their own; without AVX-512 they have
-    only reference code for that, which is slow and rounds otherwise."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether these operators write bfloat16 by kernels of their own. Without AVX-512, or held back
+    to less, they have only reference code for that, which is slow and rounds otherwise."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and not saturates()
 
 
 def weight_parts(weight: Tensor, scale: Tensor, input_bits: int) -> list[tuple[Tensor, Tensor]]:
