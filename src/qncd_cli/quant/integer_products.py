@@ -13,7 +13,7 @@ SUMMED_IN_FLOATS = 1 << 10
 def fast_in_integers() -> bool:
     """Whether torch multiplies bytes faster than floating-point numbers on this CPU.
 
-    Without AVX512-VNNI it takes them one by one, a hundred times as slow as float32.
+    Without AVX512-VNNI it takes them one by one, up to eighty times as slow as float32.
     """
     return torch.cpu._is_vnni_supported()
 
