@@ -284,11 +284,12 @@ def test_pixels_doubled_later_give_the_same_bits(operators, bits, zero_point, ac
     high = high if high.numel() else None
     beyond = bits == 5 and activation_bits >= 8  # of what is exact without VNNI
     assert upsampled_conv.doubles(layer) != (beyond and onednn.saturates())
-    if not upsampled_conv.doubles(layer):
-        return
     found = operators.multiply(low, high, scale, zero, layer.bias, key, torch.float32, True)
     doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    assert torch.equal(found, layer(doubled))
+    if upsampled_conv.doubles(layer):
+        assert torch.equal(found, layer(doubled))
+    else:  # in a graph of another CPU: sums of parts are as exact, rounded once more
+        torch.testing.assert_close(found, layer(doubled), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...quant.layers import QuantizedLayer
 from .. import int8
-from ..onednn import largest_weight, writes_bfloat16
+from ..onednn import largest_weight, weight_parts, writes_bfloat16
 
 
 def doubles(layer: QuantizedLayer) -> bool:
@@ -34,10 +34,10 @@ def prepare(layer: QuantizedLayer, low: Tensor, dtype: torch.dtype) -> int8.Kern
     rows = torch.stack([_paired(weight, 2, place) for place in (0, 1)])
     places = [_paired(part, 3, place) for part in rows for place in (0, 1)]
     doubled, scale = torch.cat(places).to(torch.int8), layer.weight_scale.repeat(4)
-    packed = int8.prepacked(layer, low, doubled, scale)
+    parts = weight_parts(doubled, scale, layer.activation_bits)  # a graph may be of another CPU
     zeros = torch.zeros(len(scale), dtype=torch.int64)
     return int8.Kernel(
-        [(packed, scale)],
+        [(int8.prepacked(layer, low, part, of_part), of_part) for part, of_part in parts],
         zeros,
         int8.geometry(layer),
         rounds=dtype == torch.bfloat16 and writes_bfloat16(),
