@@ -22,6 +22,7 @@ import click
 import torch
 from torch import Tensor
 
+from qncd_cli.cli import process
 from qncd_cli.cli.console import ErrorReportingCommand
 from qncd_cli.machine import described
 from qncd_cli.metrics.tensor import psnr_db
@@ -60,6 +61,7 @@ def integers(folder: Path, latents: Tensor) -> dict[str, Callable[[Tensor], Tens
 @click.option("--rounds", default=3, show_default=True)
 def main(side: int, rounds: int) -> None:
     """Print a row of JSON for every way to decode."""
+    process.keep_freed_memory()
     latents = torch.randn(1, 4, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         rows = {

@@ -1,19 +1,21 @@
 #!/usr/bin/env python
-"""Milliseconds of a graph's operators that large tensors pass through, at shapes of LDM-4 and
-Stable Diffusion.
+"""Milliseconds of a graph's operators that large tensors pass through, at shapes of LDM-4,
+Stable Diffusion and its decoder.
 
     python scripts/kernel_times.py
     MALLOC_ARENA_MAX=8 python scripts/kernel_times.py
 
-In the first line of a feed-forward layer `product` is that of its first linear layer, `whole` the
-same and then the gate with the quantization behind it, `parts` both a few rows at a time. In an
-attention `products` is layer by layer, `operator` what a graph calls. All are timed in turn; what
-is told is the median, and the least. The second command leaves memory to glibc, which asks the
-system for new pages at every tensor of more than 32 MB.
+Of a convolution in a decoder `padded` is oneDNN's own padding, `rows` the same with rows of padding
+added to the codes beforehand. In the first line of a feed-forward layer `product` is that of its
+first linear layer, `whole` the same and then the gate with the quantization behind it, `parts` both
+a few rows at a time. In an attention `products` is layer by layer, `operator` what a graph calls.
+All are timed in turn; what is told is the median, and the least. The second command leaves memory
+to glibc, which asks the system for new pages at every tensor of more than 32 MB.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import time
@@ -40,8 +42,16 @@ GATES = {
 ATTENTIONS = {
     "SD, 64 x 64, two rows": (2, 8, 4096, 40),
     "SD, 32 x 32, two rows": (2, 8, 1024, 80),
+    "decoder, 64 x 64, one row": (1, 1, 4096, 512),
 }
 """Rows, heads, tokens, channels of a head."""
+CONVOLUTIONS = {
+    "128 x 128": (512, 512, 128),
+    "256 x 256": (512, 512, 256),
+    "256 x 256, fewer channels": (512, 256, 256),
+    "512 x 512": (256, 256, 512),
+}
+"""Channels of the input and of the output, sides of the image."""
 
 
 def layer_of(channels: int, width: int) -> QuantizedLayer:
@@ -99,6 +109,22 @@ def attention(name: str, rows: int, heads: int, tokens: int, width: int, rounds:
     timed(f"attention, {name}", calls, rounds)
 
 
+def convolution(name: str, channels: int, outputs: int, side: int, rounds: int) -> None:
+    codes = torch.randint(0, 256, (1, channels, side, side), dtype=torch.uint8)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-127, 128, (outputs, channels, 3, 3), dtype=torch.int8)
+    scale, zeros = torch.full((outputs,), 2.0**-7), torch.zeros(outputs, dtype=torch.int64)
+    padding = [1, 1], [1, 1], [1, 1], 1
+    packed = torch.ops.onednn.qconv_prepack(weight, scale, 0.03, 64, *padding, list(codes.shape))
+    kernels = {
+        "padded": int8.Kernel([], zeros, padding),
+        "rows": int8.Kernel([], zeros, ([1, 1], [0, 1], [1, 1], 1), rows=1),
+    }
+    operands = (codes, 0.03, 64, packed, scale, None, torch.float32)
+    calls = {n: functools.partial(int8._pass, kernel, *operands) for n, kernel in kernels.items()}
+    timed(f"convolution, {name}", calls, rounds)
+
+
 @click.command()
 @click.option("--rounds", type=click.IntRange(1), default=25, show_default=True)
 def main(rounds: int) -> None:
@@ -111,6 +137,8 @@ def main(rounds: int) -> None:
             gate(name, *shape, rounds)
         for name, shape in ATTENTIONS.items():
             attention(name, *shape, rounds)
+        for name, layer in CONVOLUTIONS.items():
+            convolution(name, *layer, rounds)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ holds on the way: these agree to float rounding (test_int8.py).
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,61 @@ def test_a_layer(original, shape, weight_bits, bits):
         output, expected = layer(x), simulate(layer, x)
     assert torch.equal(output, expected)
     assert output.stride() == expected.stride()
+
+
+PADDED = [
+    (nn.Conv2d(64, 96, 3, padding=1), (2, 64, 7, 9)),
+    (nn.Conv2d(40, 48, (3, 5), padding=(2, 1), stride=2, bias=False), (2, 40, 9, 12)),
+    (nn.Conv2d(40, 48, 3, padding=2, dilation=2), (1, 40, 9, 9)),
+]
+
+
+@pytest.mark.parametrize(("original", "shape"), PADDED, ids=[str(case[0]) for case in PADDED])
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_rows_of_padding_that_are_added_before_change_no_bit(
+    operators, monkeypatch, original, shape, weight_bits, bits
+):
+    """Eager and in a graph, where oneDNN is slow to pad: here by a clock that says so."""
+    times = itertools.cycle([0.0, 9.0, 9.0, 18.0, 0.0, 7.0, 7.0, 14.0])
+    monkeypatch.setattr(int8, "LARGE_ROW", 1)
+    monkeypatch.setattr(int8.time, "perf_counter", lambda: next(times))
+    layer = layer_of(original, weight_bits, bits)
+    x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = simulate(layer, x)
+        assert torch.equal(layer(x), expected)
+        kernel = layer.prepared[int8.KERNEL]
+        assert kernel.rows == original.padding[0] and kernel.geometry[1] == [0, original.padding[1]]
+        key, tables = f"padded:{id(layer)}", graph.Tables(layer)
+        ops.register({key: layer})
+        layer.step.traced = tables.cut(tables.values[0])
+        assert torch.equal(ops._traced(key)(layer, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("original", "low_memory", "tried"),
+    [
+        (nn.Conv2d(16, 384, 3, padding=1), False, True),
+        (nn.Conv2d(16, 384, 3, padding=1), True, False),  # its kernel is made at every call
+        (nn.Conv2d(16, 376, 3, padding=1), False, False),
+        (nn.Conv2d(16, 384, 1), False, False),
+        (nn.Conv2d(16, 384, (1, 3), padding=(0, 1)), False, False),
+    ],
+)
+@pytest.mark.parametrize("slow", [False, True])
+def test_padding_is_timed_where_rows_are_large(monkeypatch, original, low_memory, tried, slow):
+    longer = 1.3 if slow else 1.2
+    times = itertools.cycle([0.0, 9.0, 10.0, 10.0 + longer, 0.0, 1.0, 5.0, 8.0])
+    asked: list[float] = []
+    monkeypatch.setattr(int8.time, "perf_counter", lambda: asked.append(next(times)) or asked[-1])
+    layer = layer_of(original, 8, 8)
+    layer.low_memory = low_memory
+    with torch.no_grad():
+        layer(torch.randn(1, 16, 2, 128))
+    assert len(asked) == 8 * tried
+    if tried:
+        assert layer.prepared[int8.KERNEL].rows == slow
 
 
 @pytest.mark.parametrize("inputs", [200, 700, 9000])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..quant.affine import quantize_two_bytes, quantize_uint8
 from ..quant.integer_products import fast_in_integers, integer_product
@@ -38,6 +38,12 @@ Geometry = tuple[list[int], list[int], list[int], int]
 """stride, padding, dilation, groups"""
 MUCH_SLOWER = 1.5
 """Times as long as with float32; putting the weight in order takes more than this."""
+LARGE_ROW = 48 * 1024
+"""Values in a row of an image from which a convolution is timed with rows of padding of ours."""
+TRIAL_ROWS = 8
+"""Rows of an image that such a trial computes."""
+PADDING_COSTS = 1.25
+"""Times as long as without rows of padding; copying the codes for them takes less than this."""
 
 
 # ------------------------------------------------------------------ one layer
@@ -51,7 +57,8 @@ class Kernel:
     weight_zero_point: zeros [O]; geometry: of a convolution; input_scale, input_zero_point: one
     number per timestep group (graphs bring theirs); rounds: whether the operator itself writes
     bfloat16 in good time, found out when that is first asked for; upsampled: the input is an image
-    whose pixels are to be doubled.
+    whose pixels are to be doubled; rows: of padding that the codes get above and below before the
+    operator has them, which is padding that geometry has no more.
     """
 
     weights: list[tuple[Tensor, Tensor]]
@@ -61,6 +68,7 @@ class Kernel:
     input_zero_point: list[int] = field(default_factory=list)
     rounds: bool | None = None
     upsampled: bool = False
+    rows: int = 0
 
 
 def compute(layer: QuantizedLayer, x: Tensor) -> Tensor:
@@ -139,6 +147,8 @@ def _pass(
     if kernel.geometry is None:
         return torch.ops.onednn.qlinear_pointwise(codes.contiguous(), *operands, *output_as(dtype))
     codes = codes.contiguous(memory_format=torch.channels_last)
+    if kernel.rows:
+        codes = nn.functional.pad(codes, (0, 0, kernel.rows, kernel.rows), value=zero_point)
     return torch.ops.onednn.qconv_pointwise(codes, *operands, *kernel.geometry, *output_as(dtype))
 
 
@@ -160,6 +170,34 @@ def _rounds(layer: QuantizedLayer, product: Callable[[torch.dtype], Tensor]) -> 
         product(dtype)
         seconds[dtype] = time.perf_counter() - start
     return seconds[torch.bfloat16] < MUCH_SLOWER * seconds[torch.float32]
+
+
+def _pads_slowly(layer: QuantizedLayer, width: int, weight: Tensor, scale: Tensor) -> bool:
+    """Whether oneDNN computes a padded image of that width much more slowly than one whose rows of
+    padding are there already.
+
+    So it does where rows are wide, channels many and the zero-point is not 0: in decoders of large
+    images (docs/notebook/2026-11-29-decoder-again.md). weight: in oneDNN's order, of scale [O].
+    """
+    shape, (_, (high, wide), *_) = layer.weight_shape, geometry(layer)
+    if not (high and wide) or layer.low_memory or width * shape[0] < LARGE_ROW:
+        return False
+    seconds = []
+    for rows in (0, high):
+        codes = torch.zeros(1, shape[1] * layer.groups, TRIAL_ROWS + 2 * rows, width)
+        kernel = Kernel([], torch.zeros(shape[0], dtype=torch.int64), geometry(layer))
+        if rows:
+            kernel.geometry = _without_rows(geometry(layer))
+        codes = codes.to(torch.uint8).contiguous(memory_format=torch.channels_last)
+        operands = (kernel, codes, 1.0, 1, weight, scale, None, torch.float32)
+        _pass(*operands)  # makes the kernel
+        spent = []
+        for _ in range(2):
+            start = time.perf_counter()
+            _pass(*operands)
+            spent.append(time.perf_counter() - start)
+        seconds.append(min(spent))
+    return seconds[0] > PADDING_COSTS * seconds[1]
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -188,6 +226,12 @@ def geometry(layer: QuantizedLayer) -> Geometry:
     """stride, padding, dilation, groups."""
     assert not isinstance(layer.padding, str)  # why_not has refused it
     return list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups
+
+
+def _without_rows(geometry: Geometry) -> Geometry:
+    """The same without padding above and below."""
+    stride, (_, wide), dilation, groups = geometry
+    return stride, [0, wide], dilation, groups
 
 
 def conv_output_shape(layer: QuantizedLayer, shape: Sequence[int]) -> list[int]:
@@ -224,6 +268,8 @@ def _kernel(layer: QuantizedLayer, x: Tensor) -> Kernel:
         zeros = torch.zeros(len(layer.weight_scale), dtype=torch.int64)
         shape = geometry(layer) if layer.is_conv else None
         kernel = Kernel(weights, zeros, shape, *inputs)
+        if shape is not None and _pads_slowly(layer, x.shape[-1], *weights[0]):
+            kernel.rows, kernel.geometry = shape[1][0], _without_rows(shape)
         if not layer.low_memory:
             layer.prepared[KERNEL] = kernel
     return kernel

@@ -26,10 +26,11 @@ from ..errors import EXIT_SIGNAL
 
 RARELY = 1000
 """Collections of the middle generation before one of all objects; usually 10."""
-KEPT_MEMORY = 128 * 2**20
+KEPT_MEMORY = 160 * 2**20
 """Bytes: tensors of up to so many are made of memory that the process has, and so much of it stays
 when it is free. By itself glibc asks for new pages at every tensor of more than 32 MB, which the
-system first fills with zeros (docs/notebook/2026-11-28-memory-kept.md)."""
+system first fills with zeros (docs/notebook/2026-11-28-memory-kept.md). 128 channels of a decoder's
+512 x 512 have just 128 MiB (docs/notebook/2026-11-29-decoder-again.md)."""
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """Numbers of mallopt's options in glibc's malloc.h."""
 _usual = gc.get_threshold()

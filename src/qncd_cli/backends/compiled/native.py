@@ -106,6 +106,7 @@ def keep(key: str, kernel: int8.Kernel) -> None:
         scales,
         kernel.weight_zero_point,
         *(kernel.geometry or ([], [], [], 1)),
+        kernel.rows,
         bool(kernel.rounds),
     )
 

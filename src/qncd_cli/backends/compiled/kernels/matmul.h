@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/repeat.h>
 
 #include <cstring>
@@ -20,12 +21,13 @@ using torch::jit::Stack;
 // What the products of one layer need: weights in oneDNN's order and their scales, one pair or, for
 // weights of two bytes, two. writes_bfloat16: whether the operator does so in good time. upsampled:
 // the weights are those of a 3x3 convolution of an image of twice the size, see `interleaved`.
+// rows: of padding that an image's codes get above and below here, which is not in `padding`.
 struct Layer {
   bool is_conv, upsampled;
   std::vector<Tensor> weights, weight_scales;
   Tensor weight_zero_point;
   std::vector<int64_t> stride, padding, dilation;
-  int64_t groups;
+  int64_t groups, rows;
   bool writes_bfloat16;
 };
 
@@ -49,9 +51,10 @@ void keep(std::string key,
           std::vector<int64_t> padding,
           std::vector<int64_t> dilation,
           int64_t groups,
+          int64_t rows,
           bool writes_bfloat16) {
-  Layer layer{is_conv, upsampled, weights,  weight_scales, weight_zero_point,
-              stride,  padding,   dilation, groups,        writes_bfloat16};
+  Layer layer{is_conv, upsampled, weights, weight_scales, weight_zero_point, stride,
+              padding, dilation,  groups,  rows,          writes_bfloat16};
   std::lock_guard<std::mutex> lock(guard());
   std::swap(layers()[key], layer);  // what was there ends after the lock, as below
 }
@@ -95,7 +98,9 @@ Tensor pass(const Layer& layer,
   static const auto conv = find("onednn::qconv_pointwise");
   static const auto linear = find("onednn::qlinear_pointwise");
   const c10::List<std::optional<at::Scalar>> none;
-  Stack stack{x.codes, x.scale, x.zero_point, x.weight, x.weight_scale, layer.weight_zero_point};
+  Tensor codes = x.codes;
+  if (layer.rows) codes = at::constant_pad_nd(codes, {0, 0, layer.rows, layer.rows}, x.zero_point);
+  Stack stack{codes, x.scale, x.zero_point, x.weight, x.weight_scale, layer.weight_zero_point};
   stack.emplace_back(bias);
   if (layer.is_conv) {
     for (const auto* numbers : {&layer.stride, &layer.padding, &layer.dilation})

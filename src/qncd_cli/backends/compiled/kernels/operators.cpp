@@ -14,7 +14,7 @@ TORCH_LIBRARY_FRAGMENT(qncd, library) {
   library.def(
       "keep(str key, bool is_conv, bool upsampled, Tensor[] weights, Tensor[] weight_scales, "
       "Tensor weight_zero_point, int[] stride, int[] padding, int[] dilation, int groups, "
-      "bool writes_bfloat16) -> ()",
+      "int rows, bool writes_bfloat16) -> ()",
       keep);
 }
 

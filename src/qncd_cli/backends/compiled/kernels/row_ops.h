@@ -176,6 +176,29 @@ void probabilities_of(float* scores, int64_t keys, float scale, float largest) {
 }
 
 constexpr int64_t SCORES = int64_t(1) << 18;  // that a thread holds at once
+constexpr int64_t WIDE_SCORES = int64_t(1) << 20;  // the same where keys come in parts
+constexpr int64_t KEYS = int64_t(1) << 18;  // values of a part of the keys, which stays in the cache
+
+// scores [rows, K] = q k^T, of q [rows, d] and k [d, K], a part of the keys at a time.
+void scores_of(Tensor& scores, const Tensor& q, const Tensor& k, int64_t part) {
+  for (int64_t from = 0; from < k.size(1); from += part) {
+    const int64_t count = std::min(part, k.size(1) - from);
+    Tensor columns = scores.narrow(1, from, count);
+    at::mm_out(columns, q, k.narrow(1, from, count));
+  }
+}
+
+// output [rows, d] = p v, of p [rows, K] and v [K, d], a part of the keys at a time.
+void values_of(Tensor& output, const Tensor& p, const Tensor& v, int64_t part) {
+  for (int64_t from = 0; from < v.size(0); from += part) {
+    const int64_t count = std::min(part, v.size(0) - from);
+    const Tensor columns = p.narrow(1, from, count), rows = v.narrow(0, from, count);
+    if (from)
+      output.addmm_(columns, rows);
+    else
+      at::mm_out(output, columns, rows);
+  }
+}
 
 // query [N, heads, L, d], key and value [N, heads, K, d], float32 -> p value [N, heads, L, d] with
 // p = softmax(scale query key^T), rounded to codes of `bits` up to 16. A few queries at a time, whose
@@ -189,7 +212,10 @@ Tensor attention(const Tensor& query,
   const Tensor q = query.contiguous().flatten(0, 1), v = value.contiguous().flatten(0, 1);
   const Tensor k = key.contiguous().flatten(0, 1).transpose(1, 2);
   Tensor output = at::empty({heads, queries, v.size(2)}, q.options());
-  const int64_t size = std::clamp<int64_t>(SCORES / keys, 16, queries);
+  const int64_t width = std::max({int64_t(1), q.size(2), v.size(2)});
+  const int64_t part = std::max<int64_t>(KEYS / width, 16);
+  const int64_t at_once = part < keys ? WIDE_SCORES : SCORES;
+  const int64_t size = std::clamp<int64_t>(at_once / keys, std::min<int64_t>(16, queries), queries);
   const int64_t blocks = (queries + size - 1) / size;
   const float largest = bits <= 16 ? float(largest_code(bits)) : 0;
   at::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -199,13 +225,13 @@ Tensor attention(const Tensor& query,
       const int64_t head = i / blocks, from = i % blocks * size;
       const int64_t count = std::min(size, queries - from);
       Tensor scores = kept.narrow(0, 0, count);
-      Tensor part = output.select(0, head).narrow(0, from, count);
-      at::mm_out(scores, q.select(0, head).narrow(0, from, count), k.select(0, head));
-      float* rows = scores.mutable_data_ptr<float>();
+      Tensor result = output.select(0, head).narrow(0, from, count);
+      scores_of(scores, q.select(0, head).narrow(0, from, count), k.select(0, head), part);
+      float* first = scores.mutable_data_ptr<float>();
       for (int64_t row = 0; row < count; ++row)
-        probabilities_of(rows + row * keys, keys, float(scale), largest);
-      at::mm_out(part, scores, v.select(0, head));
-      if (largest != 0) part.mul_(1 / largest);
+        probabilities_of(first + row * keys, keys, float(scale), largest);
+      values_of(result, scores, v.select(0, head), part);
+      if (largest != 0) result.mul_(1 / largest);
     }
   });
   return output.unflatten(0, {query.size(0), query.size(1)});
