@@ -128,6 +128,7 @@ def test_rows_of_padding_that_are_added_before_change_no_bit(
     ("original", "low_memory", "tried"),
     [
         (nn.Conv2d(16, 384, 3, padding=1), False, True),
+        (nn.Conv2d(16, 384, (11, 3), padding=1), False, True),  # taller than what is tried
         (nn.Conv2d(16, 384, 3, padding=1), True, False),  # its kernel is made at every call
         (nn.Conv2d(16, 376, 3, padding=1), False, False),
         (nn.Conv2d(16, 384, 1), False, False),
@@ -143,7 +144,7 @@ def test_padding_is_timed_where_rows_are_large(monkeypatch, original, low_memory
     layer = layer_of(original, 8, 8)
     layer.low_memory = low_memory
     with torch.no_grad():
-        layer(torch.randn(1, 16, 2, 128))
+        layer(torch.randn(1, 16, 12, 128))
     assert len(asked) == 8 * tried
     if tried:
         assert layer.prepared[int8.KERNEL].rows == slow

@@ -179,12 +179,13 @@ def _pads_slowly(layer: QuantizedLayer, width: int, weight: Tensor, scale: Tenso
     So it does where rows are wide, channels many and the zero-point is not 0: in decoders of large
     images (docs/notebook/2026-11-29-decoder-again.md). weight: in oneDNN's order, of scale [O].
     """
-    shape, (_, (high, wide), *_) = layer.weight_shape, geometry(layer)
+    shape, (_, (high, wide), dilation, _) = layer.weight_shape, geometry(layer)
     if not (high and wide) or layer.low_memory or width * shape[0] < LARGE_ROW:
         return False
+    height = max(TRIAL_ROWS, dilation[0] * (shape[2] - 1) + 1)  # none below the kernel's own
     seconds = []
     for rows in (0, high):
-        codes = torch.zeros(1, shape[1] * layer.groups, TRIAL_ROWS + 2 * rows, width)
+        codes = torch.zeros(1, shape[1] * layer.groups, height + 2 * rows, width)
         kernel = Kernel([], torch.zeros(shape[0], dtype=torch.int64), geometry(layer))
         if rows:
             kernel.geometry = _without_rows(geometry(layer))
