@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 
 from qncd_cli.errors import ConfigError
-from qncd_cli.models.first_stage import FirstStage
+from qncd_cli.models.first_stage import FirstStage, to_uint8
 
 
 def kl(**options) -> AutoencoderKL:
@@ -77,3 +77,15 @@ def test_a_tile_of_broken_latents_is_refused(first_stage, side):
 def test_a_first_stage_without_tiles_says_so():
     with pytest.raises(ConfigError, match="VQModel decodes no tiles"):
         FirstStage(VQModel(block_out_channels=(32,))).tiled(64)
+
+
+def test_a_codebook_is_looked_up_by_rows_of_one_image(monkeypatch):
+    monkeypatch.setattr("qncd_cli.models.first_stage.DISTANCES", 4 * 16 * 64)
+    torch.manual_seed(0)
+    model = VQModel(block_out_channels=(32,), num_vq_embeddings=64).eval().requires_grad_(False)
+    first_stage, x = FirstStage(model), torch.randn(2, 3, 10, 16) / 64
+    expected = to_uint8(model.decode(x / model.config.scaling_factor).sample)
+    calls, lookup = [], model.quantize.forward
+    model.quantize.forward = lambda part: (calls.append(part.shape), lookup(part))[1]
+    assert torch.equal(first_stage(x), expected)
+    assert calls == 2 * [(1, 3, 4, 16), (1, 3, 4, 16), (1, 3, 2, 16)]
