@@ -30,6 +30,9 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(query, key, value, mask), quantized already -> output"""
 Attention = Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
 """(query, key, value, scale, bits of the probabilities) -> output, without a mask"""
+ByteAttention = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""(query, key, value, shift, factor, bits of p): codes less 128 and what `softmax_codes` takes ->
+sums of p value, int32 [B, L, d], and of p, int32 [B, L]"""
 WORTH_ATTENTION = 2**18
 """Scores of one head from which on a graph calls such a kernel: they are memory of their own, which
 it never writes out."""
@@ -54,7 +57,8 @@ class AttentionProducts(SteppedModule):
     Buffers, absent where bits is 32: query_scale, query_zero_point, key_..., value_..., all [G].
     bits: of q, k and v; probabilities_bits: of p. scale: of the scores; matmul: an integer kernel
     for large products of 8 bits, None: the same in floating point. worth: which are large, where
-    it is not as WORTH_INTEGERS says. attention: both products in floating point by one kernel.
+    it is not as WORTH_INTEGERS says. attention, byte_attention: both products by one kernel, in
+    floating point and in integers.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class AttentionProducts(SteppedModule):
         self.worth: Mapping[str, int] | None = None
         self.softmax_codes = softmax_codes
         self.attention: Attention | None = None
+        self.byte_attention: ByteAttention | None = None
         self.bits = bits
         self.probabilities_bits = probabilities_bits
         self.scale = scale
@@ -151,21 +156,37 @@ class AttentionProducts(SteppedModule):
         q_scale, q_zero_point = self.operand_qparams("query")
         k_scale, _ = self.operand_qparams("key")
         v_scale, v_zero_point = self.operand_qparams("value")
-        sums = self.matmul(q, k.transpose(1, 2))
         shift = (128 - q_zero_point) * _sum(k, -1)
         factor = q_scale * k_scale * self.scale
-        if mask is None:
-            p, p_sums = self.softmax_codes(sums, shift, factor, self.probabilities_bits)
+        if mask is None and self.byte_attention is not None:
+            operands = shift, factor, self.probabilities_bits
+            sums, p_sums = self.byte_attention(q, k, v, *operands)
         else:
-            sums = (sums + shift.unsqueeze(1)).unflatten(0, heads)
-            probabilities = _softmax(sums.float() * factor, mask)
-            p = _signed_codes(probabilities, self.probabilities, self.probabilities_bits)
-            p = p.flatten(0, 1)
-            p_sums = _sum(p, -1)
-        p_sums = p_sums + 128 * p.shape[-1]
-        sums = self.matmul(p, v) + 128 * _sum(v, 1).unsqueeze(1)
+            sums = self.matmul(q, k.transpose(1, 2))
+            p, p_sums = self._probability_codes(sums, shift, factor, mask, heads)
+            sums = self.matmul(p, v)
+        p_sums = p_sums + 128 * key.shape[-2]
+        sums = sums + 128 * _sum(v, 1).unsqueeze(1)
         sums = sums + (128 - v_zero_point) * p_sums.unsqueeze(-1)
         return sums.unflatten(0, heads).float() * (self.probabilities.scale * v_scale)
+
+    def _probability_codes(
+        self,
+        sums: Tensor,
+        shift: Tensor,
+        factor: Tensor,
+        mask: Tensor | None,
+        heads: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """As `softmax_codes`, of scores with a mask too. heads: [N, heads] that sums' first axis
+        is of."""
+        if mask is None:
+            return self.softmax_codes(sums, shift, factor, self.probabilities_bits)
+        sums = (sums + shift.unsqueeze(1)).unflatten(0, heads)
+        probabilities = _softmax(sums.float() * factor, mask)
+        p = _signed_codes(probabilities, self.probabilities, self.probabilities_bits)
+        p = p.flatten(0, 1)
+        return p, _sum(p, -1)
 
     def operand_qparams(self, operand: str) -> QParams:
         """Range of the query, key or value at the current timestep group."""

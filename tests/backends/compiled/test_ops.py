@@ -177,15 +177,23 @@ def test_a_gated_product_that_others_need_is_made_whole(operators):
             assert float((found - expected).norm() / expected.norm()) < 0.02
 
 
-@pytest.mark.parametrize("keys", [16, 77, 1024])
-def test_attention_probabilities_are_those_of_the_layers(operators, keys):
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 77), (700, 1024), (40, 20_000)])
+def test_attention_of_bytes_is_that_of_the_layers(operators, queries, keys, bits):
+    """But for probabilities between two codes; also of more keys than a thread holds scores."""
     torch.manual_seed(0)
-    sums = torch.randint(-20_000, 20_000, (3, 5, keys), dtype=torch.int32)
+    query, key, value = (
+        torch.randint(-128, 128, (3, n, 24), dtype=torch.int8) for n in (queries, keys, keys)
+    )
     shift = torch.randint(-20_000, 20_000, (3, keys), dtype=torch.int32)
     factor = torch.tensor([3e-4])
-    codes, totals = operators.softmax_codes(sums, shift, factor, 8)
-    close(codes.long(), softmax_codes(sums, shift, factor, 8)[0].long(), 1e-3)
-    assert torch.equal(totals, codes.sum(-1, dtype=torch.int32))
+    found, totals = operators.byte_attention(query, key, value, shift, factor, bits)
+    p, expected_totals = softmax_codes(int8.matmul(query, key.transpose(1, 2)), shift, factor, bits)
+    expected = int8.matmul(p, value)
+    assert found.shape == expected.shape and totals.shape == expected_totals.shape
+    moved = 128 * (keys // 500 + 1)  # one code in some hundreds may be the next one
+    assert int((found - expected).abs().max()) <= moved
+    assert int((totals - expected_totals).abs().max()) <= keys // 500 + 1
 
 
 @pytest.mark.parametrize("bits", [4, 8, 32])

@@ -47,10 +47,10 @@ def traceable(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterat
     before = {key: (layer.compute, layer.weight) for key, layer in layers.items()}
     norms = [norm for norm in module.modules() if isinstance(norm, nn.GroupNorm) and norm.affine]
     products = [m for m in module.modules() if isinstance(m, AttentionProducts) and m.matmul]
-    kernels = [(part, part.matmul, part.softmax_codes) for part in products]
+    kernels = [(part, part.matmul) for part in products]
     try:
         for part in products:
-            part.matmul, part.softmax_codes = torch.ops.qncd.matmul, torch.ops.qncd.softmax_codes
+            part.matmul, part.byte_attention = torch.ops.qncd.matmul, torch.ops.qncd.byte_attention
             part.attention = torch.ops.qncd.attention
         for norm in norms:
             norm.forward = functools.partial(_group_norm, norm)  # type: ignore[method-assign]
@@ -63,8 +63,8 @@ def traceable(module: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterat
     finally:
         for norm in norms:
             del norm.forward
-        for part, matmul, softmax_codes in kernels:
-            part.matmul, part.softmax_codes, part.attention = matmul, softmax_codes, None
+        for part, matmul in kernels:
+            part.matmul, part.byte_attention, part.attention = matmul, None, None
         for key, layer in layers.items():
             layer.compute, layer.weight = before[key]
 
@@ -106,7 +106,8 @@ for schema in (
     "attention(Tensor query, Tensor key, Tensor value, float scale, int bits) -> Tensor",
     f"gated_codes(Tensor x, {_QUANTIZER}) -> (Tensor, Tensor)",
     f"gated_product_codes({_PRODUCT}, {_QUANTIZER}) -> (Tensor, Tensor)",
-    "softmax_codes(Tensor sums, Tensor added, Tensor factor, int bits) -> (Tensor, Tensor)",
+    "byte_attention(Tensor query, Tensor key, Tensor value, Tensor added, Tensor factor, int bits) "
+    "-> (Tensor, Tensor)",
 ):
     _library.define(schema)
 MULTIPLY = torch.ops.qncd.multiply.default
@@ -195,8 +196,9 @@ def _gated_product_codes_fake(*operands) -> tuple[Tensor, Tensor]:
     return _gated_codes_fake(_multiply_fake(*product), *quantizer)
 
 
-def _softmax_codes_fake(sums: Tensor, *others) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(sums, dtype=torch.int8), sums.new_empty(sums.shape[:-1])
+def _byte_attention_fake(query: Tensor, key: Tensor, value: Tensor, *others):
+    sums = query.new_empty([*query.shape[:2], value.shape[2]], dtype=torch.int32)
+    return sums, sums.new_empty(sums.shape[:2])
 
 
 def _image(like: Tensor, shape, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -220,7 +222,7 @@ _FAKES: dict[str, Any] = {
     "attention": _attention_fake,
     "gated_codes": _gated_codes_fake,
     "gated_product_codes": _gated_product_codes_fake,
-    "softmax_codes": _softmax_codes_fake,
+    "byte_attention": _byte_attention_fake,
 }
 for name, fake in _FAKES.items():
     torch.library.register_fake(f"qncd::{name}", fake, lib=_library)

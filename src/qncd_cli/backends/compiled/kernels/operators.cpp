@@ -22,8 +22,8 @@ TORCH_LIBRARY_IMPL(qncd, CPU, library) {
   library.impl("multiply", multiply);
   library.impl("matmul", matmul);
   library.impl("attention", attention);
+  library.impl("byte_attention", byte_attention);
   library.impl("image_codes", image_codes);
   library.impl("gated_codes", gated_codes);
   library.impl("gated_product_codes", gated_product_codes);
-  library.impl("softmax_codes", softmax_codes);
 }

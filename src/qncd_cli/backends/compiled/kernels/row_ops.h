@@ -5,7 +5,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/cpu/Utils.h>
 #include <ATen/ops/_int_mm.h>
-#include <ATen/ops/bmm.h>
 #include <ATen/ops/mm.h>
 #include <c10/core/InferenceMode.h>
 
@@ -115,40 +114,25 @@ float exponentials_of(
   return sum_of(total);
 }
 
-// sums int32 [B, L, K], added int32 [B, K], factor float32: one number -> signed codes of
-// softmax(factor (sums + added)) less 128, int8 [B, L, K], and the sum of each row of them, int32
-// [B, L]. A probability of 1 has the largest code of `bits`.
-std::tuple<Tensor, Tensor> softmax_codes(const Tensor& given,
-                                         const Tensor& given_added,
-                                         const Tensor& factor,
-                                         int64_t bits) {
-  const Tensor sums = given.contiguous(), added = given_added.contiguous();
-  const int64_t queries = sums.size(1), keys = sums.size(2), rows = sums.size(0) * queries;
-  Tensor codes = at::empty(sums.sizes(), sums.options().dtype(at::kChar));
-  Tensor totals = at::empty({sums.size(0), queries}, sums.options());
-  const auto* from = sums.const_data_ptr<int32_t>();
-  const auto* more = added.const_data_ptr<int32_t>();
-  auto* to = codes.mutable_data_ptr<int8_t>();
-  auto* of_rows = totals.mutable_data_ptr<int32_t>();
-  const float times = number(factor), largest = float(largest_code(bits));
-  at::parallel_for(0, rows, 8, [&](int64_t begin, int64_t end) {
-    std::vector<float> powers(keys);
-    for (int64_t row = begin; row < end; ++row) {
-      const int32_t* more_here = more + row / queries * keys;
-      const float all = exponentials_of(from + row * keys, more_here, keys, times, powers.data());
-      const Vector scale = filled(largest / all);
-      Integers total = filled(int32_t(0));
-      for (int64_t k = 0; k < keys; k += WIDTH) {
-        const Mask mask = mask_of(keys - k);
-        const Vector p = load(powers.data() + k, mask) * scale;
-        const Integers code = difference(to_integers(p), filled(int32_t(128)));
-        store_bytes(to + row * keys + k, code, mask);
-        total = sum_where(mask, total, code);
-      }
-      of_rows[row] = sum_of(total);
-    }
-  });
-  return {codes, totals};
+// Of one row of scores the signed codes of softmax(factor (sums + added)) less 128, into `codes`, and
+// their sum. A probability of 1 has the code `largest`. powers: room for as many numbers.
+int32_t softmax_codes(const int32_t* sums,
+                      const int32_t* added,
+                      int64_t keys,
+                      float factor,
+                      float largest,
+                      float* powers,
+                      int8_t* codes) {
+  const Vector scale = filled(largest / exponentials_of(sums, added, keys, factor, powers));
+  Integers total = filled(int32_t(0));
+  for (int64_t k = 0; k < keys; k += WIDTH) {
+    const Mask mask = mask_of(keys - k);
+    const Vector p = load(powers + k, mask) * scale;
+    const Integers code = difference(to_integers(p), filled(int32_t(128)));
+    store_bytes(codes + k, code, mask);
+    total = sum_where(mask, total, code);
+  }
+  return sum_of(total);
 }
 
 // Probabilities of one row of scores, softmax(scale scores), in their place. largest: of their codes,
@@ -239,27 +223,73 @@ Tensor attention(const Tensor& query,
 
 constexpr int64_t SUMMED_IN_FLOATS = 1 << 10;  // as in quant/integer_products.py
 
-// a int8 [B, M, K], b int8 [B, K, N] -> a b, int32 [B, M, N], of floating-point numbers.
-Tensor matmul_in_floats(const Tensor& a, const Tensor& b) {
-  Tensor output;
-  for (int64_t from = 0; from < a.size(2); from += SUMMED_IN_FLOATS) {
-    const int64_t count = std::min(SUMMED_IN_FLOATS, a.size(2) - from);
-    const Tensor columns = a.narrow(2, from, count), rows = b.narrow(1, from, count);
-    const Tensor product = at::bmm(columns.to(at::kFloat), rows.to(at::kFloat)).to(at::kInt);
-    output = from ? output.add_(product) : product;
+// output int32 [M, N] = a b, of a int8 [M, K] and b int8 [K, N].
+void product(Tensor& output, const Tensor& a, const Tensor& b) {
+  if (at::cpu::is_avx512_vnni_supported()) {
+    at::_int_mm_out(output, a, b);
+    return;
   }
-  return output;
+  for (int64_t from = 0; from < a.size(1); from += SUMMED_IN_FLOATS) {
+    const int64_t count = std::min(SUMMED_IN_FLOATS, a.size(1) - from);
+    const Tensor columns = a.narrow(1, from, count), rows = b.narrow(0, from, count);
+    const Tensor sums = at::mm(columns.to(at::kFloat), rows.to(at::kFloat)).to(at::kInt);
+    if (from)
+      output.add_(sums);
+    else
+      output.copy_(sums);
+  }
 }
 
 // a int8 [B, M, K], b int8 [B, K, N] -> a b, int32 [B, M, N].
 Tensor matmul(const Tensor& a, const Tensor& b) {
-  if (!at::cpu::is_avx512_vnni_supported()) return matmul_in_floats(a, b);
   Tensor output = at::empty({a.size(0), a.size(1), b.size(2)}, a.options().dtype(at::kInt));
   for (int64_t i = 0; i < a.size(0); ++i) {
-    Tensor product = output.select(0, i);
-    at::_int_mm_out(product, a.select(0, i), b.select(0, i));
+    Tensor here = output.select(0, i);
+    product(here, a.select(0, i), b.select(0, i));
   }
   return output;
+}
+
+// query int8 [B, L, d], key and value int8 [B, K, d], added int32 [B, K], factor float32: one number
+// -> p value, int32 [B, L, d], with p the signed codes of softmax(factor (query key^T + added)) less
+// 128, and the sum of each row of p, int32 [B, L]. A few queries at a time, as in `attention`.
+std::tuple<Tensor, Tensor> byte_attention(const Tensor& query,
+                                          const Tensor& key,
+                                          const Tensor& value,
+                                          const Tensor& given_added,
+                                          const Tensor& factor,
+                                          int64_t bits) {
+  const int64_t heads = query.size(0), queries = query.size(1), keys = key.size(1);
+  const Tensor q = query.contiguous(), k = key.contiguous().transpose(1, 2);
+  const Tensor v = value.contiguous(), added = given_added.contiguous();
+  Tensor output = at::empty({heads, queries, v.size(2)}, q.options().dtype(at::kInt));
+  Tensor totals = at::empty({heads, queries}, output.options());
+  const auto* more = added.const_data_ptr<int32_t>();
+  auto* of_rows = totals.mutable_data_ptr<int32_t>();
+  const float times = number(factor), largest = float(largest_code(bits));
+  const int64_t size = std::clamp<int64_t>(SCORES / keys, std::min<int64_t>(16, queries), queries);
+  const int64_t blocks = (queries + size - 1) / size;
+  at::parallel_for(0, heads * blocks, 1, [&](int64_t begin, int64_t end) {
+    c10::InferenceMode guard;
+    const Tensor all_sums = at::empty({size, keys}, output.options());
+    const Tensor all_codes = at::empty({size, keys}, q.options());
+    std::vector<float> powers(keys);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t head = i / blocks, from = i % blocks * size;
+      const int64_t count = std::min(size, queries - from);
+      Tensor sums = all_sums.narrow(0, 0, count), codes = all_codes.narrow(0, 0, count);
+      Tensor result = output.select(0, head).narrow(0, from, count);
+      product(sums, q.select(0, head).narrow(0, from, count), k.select(0, head));
+      const auto* scores = sums.const_data_ptr<int32_t>();
+      auto* p = codes.mutable_data_ptr<int8_t>();
+      for (int64_t row = 0; row < count; ++row)
+        of_rows[head * queries + from + row] =
+            softmax_codes(scores + row * keys, more + head * keys, keys, times, largest,
+                          powers.data(), p + row * keys);
+      product(result, codes, v.select(0, head));
+    }
+  });
+  return {output, totals};
 }
 
 }  // namespace
