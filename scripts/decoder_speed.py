@@ -44,16 +44,19 @@ def floating(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 
 def integers(folder: Path, latents: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
-    """In integers, layer by layer and as one graph; ranges are of a corner of the image."""
+    """In integers, layer by layer and as one graph, and this with the rest of it in bfloat16;
+    ranges are of a corner of the image."""
     torch.manual_seed(RANDOM_SEED)
     first_stage = FirstStage(kl_autoencoder(512).eval().requires_grad_(False), lambda _, z: z)
     corner = latents[..., : latents.shape[2] // 4, : latents.shape[3] // 4]
     made = quantize_decoder(first_stage, [corner], 8)
-    eager = with_integers(first_stage, made, "decoder_speed", "int8")
-    graph = with_integers(first_stage, made, "decoder_speed", "int8")
-    shape = tuple(latents.shape[1:])
-    graph = compiled(graph, {"decoder": "decoder_speed"}, shape, folder, click.echo)
-    return {"int8-eager": eager, "int8-compiled": graph}
+    rows: dict[str, Callable[[Tensor], Tensor]] = {}
+    rows["int8-eager"] = with_integers(first_stage, made, "decoder_speed", "int8")
+    digests, shape = {"decoder": "decoder_speed"}, tuple(latents.shape[1:])
+    for name, dtype in (("int8", torch.float32), ("int8-bfloat16", torch.bfloat16)):
+        graph = with_integers(first_stage, made, "decoder_speed", "int8", dtype)
+        rows[f"{name}-compiled"] = compiled(graph, digests, shape, folder, click.echo)
+    return rows
 
 
 @click.command(cls=ErrorReportingCommand)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.schema import Config
-from ..models.first_stage import FirstStage
+from ..models.first_stage import FirstStage, InDtype
 from ..models.loading import DiffusionModel, open_pipeline
 from ..models.prompt_length import untold
 from ..models.text import Prompts, encode
@@ -28,18 +28,6 @@ from .nncf import nncf_denoiser
 KINDS = ("quantized", "noise_stats", "calibration")
 OPTIONAL = ("reuse", "first_stage")
 """Artifacts of a run that rows are made of."""
-
-
-class InDtype(nn.Module):
-    """A decoder that computes in a type of its own, between float32 ends."""
-
-    def __init__(self, decoder: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.decoder, self.dtype = decoder, dtype
-
-    def forward(self, x: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
-        result: Tensor = self.decoder(x.to(self.dtype)).float()
-        return result
 
 
 @dataclass(frozen=True)

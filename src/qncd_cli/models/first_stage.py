@@ -21,6 +21,18 @@ Unscaled = Callable[[Any, Tensor], Tensor]
 """(first stage's configuration, latents) -> latents as the first stage takes them."""
 
 
+class InDtype(nn.Module):
+    """A decoder that computes in a type of its own, between float32 ends."""
+
+    def __init__(self, decoder: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.decoder, self.dtype = decoder, dtype
+
+    def forward(self, x: Tensor, latent_embeds: Tensor | None = None) -> Tensor:
+        result: Tensor = self.decoder(x.to(self.dtype)).float()
+        return result
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] float -> [0, 255] uint8, on the CPU. Raises NotFinite for what is not."""
     finite = torch.isfinite(images).flatten(1).all(1)
@@ -72,11 +84,10 @@ class FirstStage:
     def decoded_shape(self, sides: Sequence[int]) -> tuple[int, int, int]:
         """Shape [c, h, w] of what the decoder is given of latents of these sides: the most of it is
         whole tiles, where images are decoded in tiles."""
-        channels: Any = self.decoder.get_submodule("conv_in").in_channels
         if getattr(self.model, "use_tiling", False):
             sides = [min(side, self.model.tile_latent_min_size) for side in sides]
         height, width = sides
-        return int(channels), height, width
+        return int(self.model.config.latent_channels), height, width
 
     def with_decoder(self, decoder: nn.Module) -> FirstStage:
         """The same with another decoder; this one stays as it is."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..backends.base import BACKENDS, Backend, get_backend
 from ..backends.compiled import graph
 from ..errors import BackendUnavailable
-from ..models.first_stage import FirstStage
+from ..models.first_stage import FirstStage, InDtype
 from ..models.topology import weight_layers
 from ..quant.layers import QuantizedLayer
 from ..store.artifacts import Artifact
@@ -73,18 +73,29 @@ class GraphDecoder(nn.Module):
 
 
 def with_integers(
-    first_stage: FirstStage, artifact: Artifact, source: str, backend: str
+    first_stage: FirstStage,
+    artifact: Artifact,
+    source: str,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
 ) -> FirstStage:
     """The first stage with the artifact's decoder; the given one stays as it is.
 
     backend: a name; one that runs whole graphs of denoisers leaves the decoder to int8, or to
-    simulate where there is none. Raises ArtifactError, BackendUnavailable.
+    simulate where there is none; dtype: of what stays unquantized. Raises ArtifactError,
+    BackendUnavailable.
     """
     decoder = first_stage.decoder
     layers = weight_layers(decoder)
     replaced = [layers[name] for name in artifact.body["layers"] if name in layers]
     module = copy.deepcopy(decoder, {id(layer): layer for layer in replaced})
+    for part in module.modules():
+        if part not in replaced:
+            for parameter in part.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
     install(module, source, artifact, _backend_of(backend, first_stage))
+    if dtype != torch.float32:
+        module = InDtype(module, dtype)
     return first_stage.with_decoder(module)
 
 
@@ -108,7 +119,8 @@ def compiled(
     if first_stage.images_at_once(torch.Size((1, *shape))) == 1:  # filled up, it would take twice
         rows = (1, 1)
     eager = Denoiser(AtOneStep(decoder), step)
-    digests = {**digests, "shape": digest_of([*shape, *rows])}
+    floats = str(decoder.dtype) if isinstance(decoder, InDtype) else ""
+    digests = {**digests, "shape": digest_of([*shape, *rows, floats])}
     layers = registered(eager, digests)
     example = torch.zeros(rows[0], *shape)
 

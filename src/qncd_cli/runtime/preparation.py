@@ -74,7 +74,8 @@ def prepare(
 
     quantized: the quantized artifact and its noise statistics, None for full precision. reuse: the
     plan by which it leaves work out; first_stage: the decoder in integers, compiled where the
-    denoiser is.
+    denoiser is. What stays unquantized of it computes in bfloat16 where the denoiser does, else in
+    float32: decoders of this field overflow float16.
     Raises BackendUnavailable where what was asked for by name cannot be had here, ArtifactError
     for artifacts that do not belong together and for damaged graphs.
     """
@@ -83,7 +84,8 @@ def prepare(
         return sampled
     check_lineage(first_stage, model=model.digest)
     own = first_stage_of(model)
-    decode = with_integers(own, first_stage, model.source, sampled.backend.name)
+    dtype = torch.bfloat16 if model.dtype == torch.bfloat16 else torch.float32
+    decode = with_integers(own, first_stage, model.source, sampled.backend.name, dtype)
     if sampled.compiled and sampled.backend.name == "int8":
         digests = {"model": model.digest, "first_stage": first_stage.digest}
         decode = compiled(decode, digests, model.latent_shape, how.folder, how.tell)
