@@ -17,9 +17,10 @@ from qncd_cli.errors import BackendUnavailable
 from qncd_cli.metrics.tensor import sqnr_db
 from qncd_cli.models.loading import load_model
 from qncd_cli.quant.layers import QuantizedLayer
-from qncd_cli.runtime.compiled_graph import compile_denoiser, graph_path, has_graph
+from qncd_cli.runtime.compiled_graph import compile_denoiser, graph_path, has_graph, made_graph
 from qncd_cli.runtime.denoiser import quantized_denoiser
 from qncd_cli.stages import calibrate, quantize
+from qncd_cli.store import own_code
 
 CPU = torch.device("cpu")
 DIGESTS = {"quantized": "a", "model": "b"}
@@ -166,6 +167,26 @@ def test_a_graph_that_the_user_has_not_compiled_is_made_again(made, folder, tmp_
         compiled(x, STEPS[0], condition),
         compile_into(tmp_path, made, said)(x, STEPS[0], condition),
     )
+
+
+def test_a_graph_of_operators_that_are_gone_is_made_again(folder, tmp_path, monkeypatch):
+    """As after an update; without a compiler it is refused."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    said, load, loads = [], graph.load_graph, iter([True, False, True])
+    with own_code.opened(graph_path(tmp_path, DIGESTS)) as library:
+        content = library.read_bytes()
+
+    def load_graph(path):
+        if next(loads):
+            raise RuntimeError("Could not find schema for qncd::gone.\nmore")
+        return load(path)
+
+    monkeypatch.setattr(graph, "load_graph", load_graph)
+    made_graph(DIGESTS, tmp_path, lambda: content, said.append, "compiling")
+    assert len(said) == 2 and said[0].endswith("Could not find schema for qncd::gone.: made again")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BackendUnavailable, match="qncd::gone"):
+        made_graph(DIGESTS, tmp_path, lambda: content, said.append, "compiling")
 
 
 def test_only_a_new_graph_needs_a_compiler(made, folder, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ class AttentionProducts(SteppedModule):
         mask: Tensor | None,
         heads: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
-        """As `softmax_codes`, of scores with a mask too. heads: [N, heads] that sums' first axis
+        """What `softmax_codes` returns, with a mask too. heads: [N, heads] that sums' first axis
         is of."""
         if mask is None:
             return self.softmax_codes(sums, shift, factor, self.probabilities_bits)

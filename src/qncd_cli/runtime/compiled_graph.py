@@ -17,7 +17,7 @@ from ..store import own_code
 from ..store.digests import digest_of
 from .denoiser import Denoiser
 
-VERSION = 10
+VERSION = 11
 """Version of what a graph contains and how it is called; another one compiles it anew."""
 GRAPHS_FOLDER = "compiled"
 """Below the run directory. What lies there is machine code, which is run like the package itself:
@@ -104,9 +104,14 @@ def made_graph(
         if (mine is None or native.missing(folder)) and (why := graph.why_unavailable()):
             raise BackendUnavailable(f"the {what} cannot be compiled: {why}", "use --no-compile")
         if mine is not None:
-            return _loaded(mine, folder, what)
-    if path.exists():
-        tell(f"{path}: damaged, or not compiled by you: made again")
+            try:
+                return _loaded(mine, folder, what)
+            except BackendUnavailable as error:  # of other operators than ours
+                if graph.why_unavailable():
+                    raise
+                tell(f"{error.message}: made again")
+        elif path.exists():
+            tell(f"{path}: damaged, or not compiled by you: made again")
     tell(saying)
     with compiling(folder):
         content = _compiled(compile, folder, what)
