@@ -41,6 +41,14 @@ def key_file() -> Path:
     return Path(base) / "qncd" / "key"
 
 
+def own_folder() -> Path | None:
+    """Where code that serves all run directories is kept, beside the key; None without a key.
+
+    Raises ArtifactError for a key that others can read or write.
+    """
+    return None if _key() is None else key_file().parent
+
+
 def seal(path: Path, content: bytes) -> None:
     """Write a file that `opened` takes. Nothing is written where the user can have no key.
 

@@ -46,21 +46,27 @@ def load_in_a_process(folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.fixture
+def another_user(tmp_path, monkeypatch):
+    """Whose libraries are not the session's."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+
+
 @pytest.mark.parametrize("disguised", [False, True])
-def test_a_planted_library_is_never_loaded(planted, tmp_path, monkeypatch, disguised):
+def test_a_planted_library_is_never_loaded(planted, another_user, tmp_path, disguised):
     library, trace = planted
     place, content = native._path(tmp_path), library.read_bytes()
     if disguised:  # with the seal of a stranger
-        monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "stranger"))
-        own_code.seal(place, content)
-        monkeypatch.undo()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_DATA_HOME", str(tmp_path / "stranger"))
+            own_code.seal(place, content)
     else:
         place.write_bytes(content)
     ended = load_in_a_process(tmp_path)
     assert "asked to compile" in ended.stderr and not trace.exists()
 
 
-def test_the_same_library_runs_where_the_user_has_sealed_it(planted, tmp_path):
+def test_the_same_library_runs_where_the_user_has_sealed_it(planted, another_user, tmp_path):
     """The test above would notice."""
     library, trace = planted
     own_code.seal(native._path(tmp_path), library.read_bytes())
@@ -69,10 +75,18 @@ def test_the_same_library_runs_where_the_user_has_sealed_it(planted, tmp_path):
     assert trace.exists()
 
 
-def test_a_library_is_compiled_once(tmp_path, operators, shared_folder):
-    assert own_code.is_sealed(native._path(shared_folder / "operators"))
-    ended = load_in_a_process(shared_folder / "operators")
-    assert ended.returncode == 0, ended.stderr
+def test_a_library_is_compiled_once_for_all_folders(tmp_path, operators):
+    assert own_code.is_sealed(native._path(tmp_path))
+    for folder in (tmp_path, tmp_path / "another"):
+        ended = load_in_a_process(folder)
+        assert ended.returncode == 0, ended.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_a_folder_of_the_user_s_own_it_lies_beside_the_graphs(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))  # no folder can be made there
+    assert native._path(tmp_path).parent == tmp_path
 
 
 def test_nothing_is_missing_where_the_operators_are_loaded(operators, tmp_path):

@@ -1,7 +1,7 @@
 """The operators of graphs that are written in C++ (kernels/): compiled once, loaded once.
 
-The library is machine code for the CPU and the torch that it was compiled with, kept beside the
-graphs that call it; only one that this user has compiled is loaded (store/own_code.py).
+The library is machine code for the CPU and the torch that it was compiled with, kept once for all
+graphs of a user; only one that this user has compiled is loaded (store/own_code.py).
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def why_unavailable() -> str:
 
 
 def load(folder: Path) -> None:
-    """Let graphs find the operators, from a library in the folder; it is compiled if it is missing.
+    """Let graphs find the operators, from the user's own library; it is compiled if it is missing.
 
-    Once in a process: the operators are the same wherever the library lies. Raises whatever torch
-    raises where the compiler fails, ArtifactError where nothing can be written, OSError where the
-    library cannot be loaded.
+    folder: where it is compiled, and kept by users who have no folder of their own. Once in a
+    process: the operators are the same wherever the library lies. Raises whatever torch raises
+    where the compiler fails, ArtifactError where nothing can be written, OSError where the library
+    cannot be loaded.
     """
     if _loaded():
         return
@@ -82,7 +83,7 @@ def _flags() -> tuple[str, ...]:
 def _path(folder: Path) -> Path:
     sources = {path.name: path.read_text() for path in sorted(SOURCES.iterdir())}
     key = digest_of({"sources": sources, "flags": _flags(), **machine()})
-    return folder / f"operators_{key}.library"
+    return (own_code.own_folder() or folder) / f"operators_{key}.library"
 
 
 def _compile() -> bytes:
