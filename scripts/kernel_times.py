@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from qncd_cli.backends import int8
 from qncd_cli.backends.compiled import native, ops
 from qncd_cli.cli import process
-from qncd_cli.quant.attention import AttentionProducts
+from qncd_cli.quant.attention import AttentionProducts, softmax_codes
 from qncd_cli.quant.layers import QuantizedLayer, StepState
 from qncd_cli.quant.packing import pack
 
@@ -45,6 +45,11 @@ ATTENTIONS = {
     "decoder, 64 x 64, one row": (1, 1, 4096, 512),
 }
 """Rows, heads, tokens, channels of a head."""
+BYTE_ATTENTIONS = {
+    "LDM-4, 32 x 32, four rows": (4, 1024, 384),
+    "LDM-4, 16 x 16, four rows": (4, 256, 576),
+}
+"""Heads, tokens, channels of a head."""
 CONVOLUTIONS = {
     "128 x 128": (512, 512, 128),
     "256 x 256": (512, 512, 256),
@@ -109,6 +114,23 @@ def attention(name: str, rows: int, heads: int, tokens: int, width: int, rounds:
     timed(f"attention, {name}", calls, rounds)
 
 
+def byte_attention(name: str, heads: int, tokens: int, width: int, rounds: int) -> None:
+    """As two products with the probabilities' codes between them, and as one operator."""
+    q, k, v = (torch.randint(-128, 128, (heads, tokens, width), dtype=torch.int8) for _ in "qkv")
+    added, factor = torch.zeros(heads, tokens, dtype=torch.int32), torch.tensor([3e-4])
+
+    def products() -> Tensor:
+        sums = torch.ops.qncd.matmul(q, k.transpose(1, 2))
+        codes, _ = softmax_codes(sums, added, factor, 8)
+        return torch.ops.qncd.matmul(codes, v)
+
+    calls = {
+        "products": products,
+        "operator": lambda: torch.ops.qncd.byte_attention(q, k, v, added, factor, 8),
+    }
+    timed(f"attention of bytes, {name}", calls, rounds)
+
+
 def convolution(name: str, channels: int, outputs: int, side: int, rounds: int) -> None:
     codes = torch.randint(0, 256, (1, channels, side, side), dtype=torch.uint8)
     codes = codes.contiguous(memory_format=torch.channels_last)
@@ -137,6 +159,8 @@ def main(rounds: int) -> None:
             gate(name, *shape, rounds)
         for name, shape in ATTENTIONS.items():
             attention(name, *shape, rounds)
+        for name, of_bytes in BYTE_ATTENTIONS.items():
+            byte_attention(name, *of_bytes, rounds)
         for name, layer in CONVOLUTIONS.items():
             convolution(name, *layer, rounds)
 

@@ -263,7 +263,7 @@ def test_a_denoiser_comes_back_from_disk_in_the_dtype_asked_for(tiny_model, tmp_
 def test_every_row_in_a_process_of_its_own(tmp_path):
     save_tiny_dit_pipeline(tmp_path / "model", layers=1)  # few layers: each is compiled twice
     names = (FLOATS[0], *(GRAPH or ("float32-compiled",)))
-    report = benched(tmp_path / "model", names, rounds=2, alone=True)
+    report = benched(tmp_path / "model", names, rounds=2, alone=True, profile=True)
     assert report["unavailable"] == {}
     rows = by_name(report)
     assert list(rows) == list(names)
@@ -272,3 +272,8 @@ def test_every_row_in_a_process_of_its_own(tmp_path):
     compiled, eager = rows[names[-1]], rows[names[-2]]
     assert compiled["prepare_seconds"] > eager["prepare_seconds"]
     assert compiled["peak_bytes"] > eager["peak_bytes"]  # the compiler's own memory
+    for name in GRAPH:
+        shares = report["profile"][name]["shares"]
+        if name.endswith("-compiled"):
+            assert shares["compiled code"] > 0 and shares["rest"] == 0
+        assert shares["integer kernels"] > 0

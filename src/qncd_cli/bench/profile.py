@@ -2,8 +2,8 @@
 
 Every operator counts for the innermost module around it that says what kind of work it is:
 quantized layer, float layer, attention, norm or activation function. The rest is residual
-additions, embeddings, concatenations and Python. In a compiled graph, which has no modules, all
-that is not an operator is one kind: norms, activation functions, quantization, attention.
+additions, embeddings, concatenations and Python. A compiled graph has no modules: besides integer
+kernels and attention all of it is one kind, norms, activation functions and quantization.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ KINDS = (
     "rest",
 )
 _RANGE = "qncd: "
+_CALL = f"{_RANGE}call"
 _INTEGER_KERNEL = "onednn::q"
-_GRAPH = "AOTIModelContainerRunner"
+_ATTENTION = ("qncd::attention", "qncd::byte_attention", "qncd::matmul")
+"""Operators of graphs."""
 _ACTIVATIONS = ("SiLU", "GELU", "GEGLU", "ApproximateGELU", "SwiGLU", "Mish", "ReLU")
 
 
@@ -43,9 +45,12 @@ def profile_calls(module: nn.Module, call: Callable[[], Tensor], calls: int = 3)
     spent = dict.fromkeys(KINDS, 0.0)
     with _ranges(module), profile(activities=[ProfilerActivity.CPU]) as recorded:
         for _ in range(calls):
-            call()
-    for event in recorded.events():
-        spent[_kind_of(event)] += event.self_cpu_time_total
+            with record_function(_CALL):
+                call()
+    events = recorded.events()
+    kind_of = _kind_of if any(_is_module(event) for event in events) else _kind_in_graph
+    for event in events:
+        spent[kind_of(event)] += event.self_cpu_time_total
     total = sum(spent.values())
     return {
         "seconds_per_call": total / calls / 1e6,
@@ -53,17 +58,28 @@ def profile_calls(module: nn.Module, call: Callable[[], Tensor], calls: int = 3)
     }
 
 
+def _is_module(event: Any) -> bool:
+    return bool(event.name.startswith(_RANGE) and event.name != _CALL)
+
+
 def _kind_of(event: Any) -> str:
     if event.name.startswith(_INTEGER_KERNEL):
         return "integer kernels"
-    if event.name.startswith(_GRAPH):
-        return "compiled code"
     if event.name.startswith(_RANGE):
         return "rest"  # what is left of a range without its operators is Python
     around = event.cpu_parent
-    while around is not None and not around.name.startswith(_RANGE):
+    while around is not None and not _is_module(around):
         around = around.cpu_parent
     return "rest" if around is None else around.name.removeprefix(_RANGE)
+
+
+def _kind_in_graph(event: Any) -> str:
+    if event.name.startswith(_INTEGER_KERNEL):
+        return "integer kernels"
+    around = event
+    while around is not None and around.name not in _ATTENTION:
+        around = around.cpu_parent
+    return "compiled code" if around is None else "attention products"
 
 
 def _range_of(module: nn.Module) -> str | None:
