@@ -15,7 +15,7 @@ class FirstStageConfig(Section):
     bits: Literal[8] | None = Field(
         None,
         description="of weights, inputs and attention of the decoder (its outer layers read 16), "
-        "for quantized models; null: floating point",
+        "for quantized models, the rest of it in bfloat16 where model.dtype is; null: float32",
     )
     tile: Annotated[int, Field(ge=32)] | None = Field(
         None,
