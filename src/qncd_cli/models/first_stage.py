@@ -15,8 +15,7 @@ from ..errors import ConfigError, NotFinite
 DECODE_PIXELS = 64 * 32 * 32
 """Pixels of images that are decoded at once, at least one image: memory grows with them."""
 DISTANCES = 2**21
-"""Between latents and vectors of a codebook that are held at once; more leave a core's cache, and
-take twice as long."""
+"""Between latents and vectors of a codebook that are held at once; more would leave the cache."""
 Unscaled = Callable[[Any, Tensor], Tensor]
 """(first stage's configuration, latents) -> latents as the first stage takes them."""
 
