@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -239,6 +240,13 @@ class Qncd:
         return SimpleNamespace(
             exit_code=result.exit_code, stdout=result.stdout, stderr=result.stderr, data=data
         )
+
+
+@pytest.fixture
+def one_minute(monkeypatch) -> None:
+    """The clock of reports stands still: they say the minute, and are compared byte for byte."""
+    now = time.strftime("%Y-%m-%d %H:%M")
+    monkeypatch.setattr(time, "strftime", lambda form, *at: now)
 
 
 @pytest.fixture

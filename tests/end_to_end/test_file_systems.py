@@ -71,6 +71,7 @@ def beginning(sampled: Path, folder: Path, stage: str) -> Qncd:
     raise AssertionError(stage)
 
 
+@pytest.mark.usefixtures("one_minute")
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_on_a_full_disk_is_one_line_and_completes_once_there_is_room(
     sampled_shallow, tmp_path, small, stage

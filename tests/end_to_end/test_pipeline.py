@@ -135,9 +135,8 @@ def interrupted_at(call: int) -> Iterator[None]:
 # ---- the four commands --------------------------------------------------------------------------
 
 
-def test_four_commands_from_an_empty_folder_are_what_run_does(tmp_path, tiny_model, monkeypatch):
-    now = time.strftime("%Y-%m-%d %H:%M")
-    monkeypatch.setattr(time, "strftime", lambda form, *at: now)  # reports say the minute
+@pytest.mark.usefixtures("one_minute")
+def test_four_commands_from_an_empty_folder_are_what_run_does(tmp_path, tiny_model):
     one, four = Qncd(tmp_path / "one"), Qncd(tmp_path / "four")
     for runner in (one, four):
         runner.folder.mkdir()
