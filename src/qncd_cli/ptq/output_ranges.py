@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +39,16 @@ def judged_by_output(config: Config, plans: list[LayerPlan]) -> list[LayerPlan]:
     return [p for p in plans if p.observer == "output" or config.quantization.bias_correction]
 
 
+class _Rows(NamedTuple):
+    """rows: [N, ...], each of one product; least, largest: [N], of a row's values; roots: of what
+    each row counts, shaped to be multiplied with rows; None where all count alike."""
+
+    rows: Tensor
+    least: Tensor
+    largest: Tensor
+    roots: Tensor | None
+
+
 class LayerOutput:
     """What quantizing one layer does to its output, on inputs of a probe.
 
@@ -56,7 +68,6 @@ class LayerOutput:
         self.weight = factor.fold(plan.layer.weight.detach().float().cpu())
         self.parts: dict[int, list[Tensor]] = {}
         self.counts: dict[int, list[float]] = {}
-        self._roots: Tensor | None = None
         for t, x in probe.parts:
             smoothed, group = factor.apply(x, plan.channel_axis), timestep_group(t, bounds)
             self.parts.setdefault(group, []).append(smoothed)
@@ -73,19 +84,32 @@ class LayerOutput:
         low, high = (x.clone() for x in choose_range(state, "minmax", spec))
         tight = choose_range(state, "mse", spec, percentile)
         for group, parts in self.parts.items():
-            x, whole = torch.cat(parts), (float(low[group]), float(high[group]))
-            self._roots = self._counts_of(group, x)
+            inputs = self._rows_of(torch.cat(parts), group)
+            whole = float(low[group]), float(high[group])
             short = whole[0] > -0.1 * whole[1]  # a short end (SiLU's): in full, or mse's
             pairs = [(a, b) for a in FRACTIONS[: 1 if short else None] for b in FRACTIONS]
-            found = [(1.0, 1.0), *self._shortlist(x, whole, pairs)]
-            ends = [(low[group] * a, high[group] * b) for a, b in found]
-            ends.append((tight[0][group], tight[1][group]))
-            errors = [self._error(x, *pair) for pair in ends]
-            low[group], high[group] = ends[errors.index(min(errors))]
+            found = [(1.0, 1.0), *self._shortlist(inputs, whole, pairs)]
+            a, b = (torch.tensor(tried) for tried in zip(*found, strict=True))
+            lows = torch.cat([low[group] * a, tight[0][group, None]])
+            highs = torch.cat([high[group] * b, tight[1][group, None]])
+            errors = self._errors(inputs, lows, highs)
+            best = errors.index(min(errors))
+            low[group], high[group] = lows[best], highs[best]
         return low, high
 
+    def _rows_of(self, x: Tensor, group: int) -> _Rows:
+        """The inputs of a group: samples of a convolution, vectors of a linear layer."""
+        rows = x if self.plan.is_conv else x.flatten(0, -2)
+        counts = torch.tensor(self.counts[group])
+        roots = None
+        if not (counts == counts[0]).all():
+            roots = counts.sqrt().repeat_interleave(len(rows) // len(x))
+            roots = roots.reshape(-1, *[1] * (rows.ndim - 1))
+        flat = rows.flatten(1)
+        return _Rows(rows, flat.amin(1), flat.amax(1), roots)
+
     def _shortlist(
-        self, x: Tensor, whole: tuple[float, float], pairs: list[tuple[float, float]]
+        self, inputs: _Rows, whole: tuple[float, float], pairs: list[tuple[float, float]]
     ) -> list[tuple[float, float]]:
         """Pairs of fractions with the least estimated errors, at most SHORTLIST.
 
@@ -93,9 +117,9 @@ class LayerOutput:
         it is at the whole range. Clipping is measured at either end by itself.
         """
         low, high = whole
-        below = {a: self._energy(x.clamp(min=a * low) - x) for a in {a for a, _ in pairs}}
-        above = {b: self._energy(x.clamp(max=b * high) - x) for b in {b for _, b in pairs}}
-        rounding = self._error(x, torch.tensor(low), torch.tensor(high))
+        below = {a: self._clipping(inputs, low=a * low) for a in {a for a, _ in pairs}}
+        above = {b: self._clipping(inputs, high=b * high) for b in {b for _, b in pairs}}
+        (rounding,) = self._errors(inputs, torch.tensor([low]), torch.tensor([high]))
 
         def estimate(pair: tuple[float, float]) -> float:
             a, b = pair
@@ -104,39 +128,37 @@ class LayerOutput:
 
         return sorted((p for p in pairs if p != (1.0, 1.0)), key=estimate)[:SHORTLIST]
 
-    def _counts_of(self, group: int, x: Tensor) -> Tensor | None:
-        """Roots of what each row counts, to be multiplied with x; None where all count alike."""
-        counts = torch.tensor(self.counts[group])
-        if (counts == counts[0]).all():
-            return None
-        return counts.sqrt().reshape(-1, *[1] * (x.ndim - 1))
-
-    def _error(self, x: Tensor, low: Tensor, high: Tensor) -> float:
-        """Squared error of the output, summed, with what is clipped counted CLIP_WEIGHT times."""
+    def _errors(self, inputs: _Rows, lows: Tensor, highs: Tensor) -> list[float]:
+        """Squared error of the output, summed, for each range of [N] and [N]; what is clipped
+        counts CLIP_WEIGHT times."""
         spec = activation_spec(self.plan.activation_bits)
-        qparams = choose_qparams(low, high, spec)
-        top = (spec.qmax - qparams.zero_point) * qparams.scale
-        bottom = (spec.qmin - qparams.zero_point) * qparams.scale
-        inside = x.clamp(float(bottom), float(top))
-        rounding = self._energy(fake_quantize(x, qparams, spec).sub_(inside), everywhere=True)
-        return rounding + CLIP_WEIGHT * self._energy(inside.sub_(x))
+        qparams = choose_qparams(lows, highs, spec)
+        bottoms, tops = (
+            ((code - qparams.zero_point) * qparams.scale).tolist()
+            for code in (spec.qmin, spec.qmax)
+        )
+        errors = []
+        for i, (bottom, top) in enumerate(zip(bottoms, tops, strict=True)):
+            rounded = fake_quantize(inputs.rows, qparams.at(i), spec)
+            rounding = self._energy(rounded.sub_(inputs.rows.clamp(bottom, top)), inputs.roots)
+            errors.append(rounding + CLIP_WEIGHT * self._clipping(inputs, bottom, top))
+        return errors
 
-    def _energy(self, change: Tensor, *, everywhere: bool = False) -> float:
-        """Squared sum of what a change of the input does to the output.
+    def _clipping(self, inputs: _Rows, low: float = -math.inf, high: float = math.inf) -> float:
+        """Squared sum of what clipping to [low, high] does to the output. Rows without a value
+        beyond need no product."""
+        touched = (inputs.least < low) | (inputs.largest > high)
+        if not touched.any():
+            return 0.0
+        rows = inputs.rows[touched]
+        roots = None if inputs.roots is None else inputs.roots[touched]
+        return self._energy(rows.clamp(low, high).sub_(rows), roots)
 
-        Samples of a convolution, and vectors of a linear layer, that are zero need no product.
-        everywhere: there are none to look for.
-        """
-        if self._roots is not None:
-            change = change * self._roots
-        rows = change if self.plan.is_conv else change.flatten(0, -2)
-        if not everywhere:
-            touched = rows.flatten(1).any(1)
-            if not touched.all():
-                rows = rows[touched]
-            if not len(rows):
-                return 0.0
-        return float(self.plan.apply(rows, self.weight).square_().sum(dtype=torch.float64))
+    def _energy(self, change: Tensor, roots: Tensor | None) -> float:
+        """Squared sum of what a change of the input, which it may overwrite, does to the output."""
+        if roots is not None:
+            change.mul_(roots)
+        return float(self.plan.apply(change, self.weight).square_().sum(dtype=torch.float64))
 
     def bias_correction(self, weight: Tensor, qparams: QParams | None, groups: int) -> Tensor:
         """Mean over the probe of what the output lost, [G, O]; 0 for groups it does not hold.

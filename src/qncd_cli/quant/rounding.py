@@ -44,19 +44,13 @@ def mse_weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
 
 def _least_squares(flat: Tensor, spec: QSpec) -> QParams:
     """Range of least squared error for each row of [O, K] float32."""
-    low, high = flat.amin(1), flat.amax(1)
-    best = choose_qparams(low, high, spec)
-    best_error = torch.full_like(low, torch.inf)
-    for fraction in torch.linspace(1, MIN_FRACTION, CLIP_FRACTIONS):
-        qparams = choose_qparams(low * fraction, high * fraction, spec)
-        error = (fake_quantize(flat, qparams, spec) - flat).square().sum(1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best = QParams(
-            torch.where(better, qparams.scale, best.scale),
-            torch.where(better, qparams.zero_point, best.zero_point),
-        )
-    return best
+    fractions = torch.linspace(1, MIN_FRACTION, CLIP_FRACTIONS)[:, None]
+    lows, highs = (fractions * end for end in (flat.amin(1), flat.amax(1)))
+    qparams = choose_qparams(lows, highs, spec)
+    tried = [QParams(*pair) for pair in zip(*qparams, strict=True)]
+    errors = [(fake_quantize(flat, one, spec) - flat).square().sum(1) for one in tried]
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return QParams(*(part.gather(0, best)[0] for part in qparams))
 
 
 def weight_qparams(weight: Tensor, spec: QSpec) -> QParams:
