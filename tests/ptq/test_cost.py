@@ -77,7 +77,7 @@ def test_calibration_calls_the_denoiser_as_often_as_it_says(tiny_model, intra, g
     with rows_of_calls(model) as rows:
         calibrate.run(config, model)
     costs = calibrate.costs(config, model.denoiser, model.num_classes, call)
-    assert sum(cost.macs for cost in costs.values()) == sum(rows) * call.macs
+    assert sum(cost.model_macs for cost in costs.values()) == sum(rows) * call.macs
 
 
 def test_probes_hold_as_many_bytes_as_they_say(tiny_model):
@@ -110,7 +110,7 @@ def test_probes_on_calibration_hold_as_many_bytes_as_they_say(
     cost = calibration_probes.cost(config, plans, call_of(config, model))
     held = sum(x.nbytes for probe in found.values() for _, x in probe.parts)
     assert 0 < held <= cost.kept <= 1.2 * held
-    assert sum(rows) * call_of(config, model).macs == cost.macs
+    assert sum(rows) * call_of(config, model).macs == cost.model_macs
     assert rows[-1] == (2 if elements == 4 else 12)
     for plan in plans:
         for t, part in found[plan.name].parts:
@@ -131,17 +131,18 @@ def test_hessians_and_sensitivity_take_as_many_rows_as_they_say(tiny_model):
     looks = config.calibration.looks
     with rows_of_calls(model) as rows:
         hessians.collect_hessians(job, dict.fromkeys((p.name for p in plans), None))
-    vectors = hessians.cost(config, plans, call).macs - sum(rows) * call.macs
-    assert 0 < vectors <= sum(hessians.wanted_rows(p, looks) * p.in_features**2 for p in plans)
+    found = hessians.cost(config, plans, call)
+    assert found.model_macs == sum(rows) * call.macs
+    assert 0 < found.macs <= sum(hessians.wanted_rows(p, looks) * p.in_features**2 for p in plans)
     with rows_of_calls(model) as rows:
         sensitivity.sensitivity(job)
     backward = 1 + sensitivity.BACKWARD * looks.sensitivity_projections
     passes = rows[0] + sum(rows[1:]) * backward
-    assert sensitivity.cost(plans, call, looks).macs == passes * call.macs
+    assert sensitivity.cost(plans, call, looks).model_macs == passes * call.macs
     with rows_of_calls(model) as rows:
         step_weights.step_weights(config, model, calibration)
     backward = 1 + step_weights.BACKWARD * step_weights.DIRECTIONS
-    assert step_weights.cost(config, call).macs == sum(rows) * call.macs * backward
+    assert step_weights.cost(config, call).model_macs == sum(rows) * call.macs * backward
 
 
 def test_the_parts_of_quantization_follow_the_configuration(tiny_model):
@@ -178,4 +179,4 @@ def test_what_grows_faster_than_the_weights(tiny_model):
     assert alone.bytes == pytest.approx((1 + layer.GPTQ_MATRICES) * 4 * widest.in_features**2)
     call = DenoiserCall(1, 4, 1, 1, 1, 1, 1, macs=100)
     tried = len(plans) * len(bit_budget.WIDTHS) * bit_budget.TRIED_ROWS
-    assert bit_budget.cost(plans, call).macs == 100 * tried
+    assert bit_budget.cost(plans, call).model_macs == 100 * tried

@@ -234,7 +234,7 @@ def _stages(
         "quantize": memory.quantize_phases(shapes, held, sizes, costs["quantize"]),
         "sample": memory.sample_phases(shapes, rest, sizes, weights, costs["sample"]),
     }
-    rates = measured_rates(request.clock)
+    rates = measured_rates(config.model.dtype, request.clock)
     kept = partial_bytes(config, shapes, steps, costs, disk)
     started = request.imports + round(memory.KERNELS)
     stages = []
@@ -254,7 +254,7 @@ def _stages(
                 "needed_at": neediest,
                 "device_bytes": round(there),
                 "phases": {phase: started + round(size) for phase, size in found.items()},
-                "macs": round(sum(cost.macs for cost in costs[name].values())),
+                "macs": round(sum(c.macs + c.model_macs for c in costs[name].values())),
                 "seconds": rates.seconds(costs[name].values()),
                 "parts": {part: rates.seconds([cost]) for part, cost in costs[name].items()},
                 "partial_bytes": kept[name],

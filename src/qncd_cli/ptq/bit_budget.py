@@ -188,7 +188,7 @@ def rounded_weight(plan: LayerPlan, factor: SmoothingFactor, bits: int) -> Tenso
 def cost(plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     """Every width of every layer, rounded and tried. plans: of quantized weights."""
     calls = len(WIDTHS) * len(plans) * TRIED_ROWS
-    return Cost(macs=calls * call.macs, passes=len(WIDTHS) * layer.cost(plans).passes)
+    return Cost(passes=len(WIDTHS) * layer.cost(plans).passes, model_macs=calls * call.macs)
 
 
 # ------------------------------------------------------------------ allocation

@@ -137,7 +137,7 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     kept = round(sum(4 * count * call.inputs.get(name, 0) for name, count in rows.items()))
     of_call = call.copies * trajectories_at_once(config, _elements(plans, call))
     macs = (call.copies + of_call * min(looks.probe_steps, call.steps)) * call.macs
-    return Cost(kept + call.full_bytes(of_call), macs, kept=kept)
+    return Cost(kept + call.full_bytes(of_call), kept=kept, model_macs=macs)
 
 
 def kept_rows(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> dict[str, float]:

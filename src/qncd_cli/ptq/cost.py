@@ -33,14 +33,16 @@ class Cost:
     """What a part takes beside what is held before it begins.
 
     bytes: held at its height, 0 where another part of the stage holds more; kept: bytes of these
-    that are held until the stage ends; macs: multiply-accumulates in floating point; passes:
-    elements that element-wise operations read and write; disk: bytes of temporary files; partial:
-    bytes of a state among the partial results.
+    that are held until the stage ends; macs: multiply-accumulates in float32; model_macs: those in
+    the model's own type (model.dtype), of calls in full precision; passes: elements that
+    element-wise operations read and write; disk: bytes of temporary files; partial: bytes of a
+    state among the partial results.
     """
 
     bytes: float = 0.0
     macs: float = 0.0
     passes: float = 0.0
+    model_macs: float = 0.0
     kept: int = 0
     disk: int = 0
     partial: int = 0

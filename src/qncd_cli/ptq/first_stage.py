@@ -121,7 +121,7 @@ def cost(config: Config, call: DenoiserCall) -> Cost:
     calibration = config.calibration
     rows = calibration.noise_trajectories * call.copies * call.steps
     batch = min(calibration.batch_size, calibration.noise_trajectories)
-    return Cost(call.full_bytes(batch * call.copies), rows * call.macs)
+    return Cost(call.full_bytes(batch * call.copies), model_macs=rows * call.macs)
 
 
 def _sampled(config: Config, model: DiffusionModel, track: Track) -> list[Tensor]:

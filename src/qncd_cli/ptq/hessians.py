@@ -223,7 +223,7 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     rows = min(looks.hessian_calls, call.steps) * batch * call.copies
     groups = hessian_groups(plans)
     calls = weights.passes + 1 if twofold else (len(groups) + 1) / 2
-    macs = float(calls * rows * call.macs)
+    products = 0.0
     codes = CODES if fast_in_integers() else CODES_IN_FLOATS
     held = last = 0.0
     matrices = 2 if twofold else 1
@@ -234,7 +234,12 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
             positions = call.layer_macs.get(plan.name, 0) / plan.layer.weight.numel()
             vectors = min(rows * positions, wanted_rows(plan, looks))
             exact = not twofold and plan.activation_bits <= 8
-            macs += (codes if exact else matrices) * vectors * plan.in_features**2
+            products += (codes if exact else matrices) * vectors * plan.in_features**2
     calling = held / 2 + matrices * call.full_bytes(batch * call.copies)
     sums = [sum(kept_bytes(plan.in_features, drift=twofold) for plan in group) for group in groups]
-    return Cost(max(held, calling), macs, partial=max(sums, default=0))
+    return Cost(
+        max(held, calling),
+        products,
+        partial=max(sums, default=0),
+        model_macs=float(calls * rows * call.macs),
+    )

@@ -266,5 +266,9 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     rows = count * call.copies * call.steps
     quantized = INTEGERS if integers else SIMULATION
     both = 1 + (RUNTIME in wanted)  # calls of each model at a step
-    calls = both * (quantized + 1) + more + quantized * (STEPWISE in wanted)
-    return Cost(kept + call.first_bytes(batch), rows * call.macs * calls)
+    macs = rows * call.macs
+    return Cost(
+        kept + call.first_bytes(batch),
+        macs * quantized * (both + (STEPWISE in wanted)),
+        model_macs=macs * (both + more),
+    )

@@ -112,4 +112,5 @@ def cost(config: Config, plans: list[LayerPlan], call: DenoiserCall) -> Cost:
     inputs = (call.inputs.get(plan.name, 0) for plan in plans)
     of_call = sum(4 * kept_of_call(rows, elements, looks) * elements for elements in inputs)
     kept = of_call * min(looks.probe_steps, call.steps)
-    return Cost(kept + call.full_bytes(rows), rows * call.steps * call.macs, kept=kept)
+    macs = rows * call.steps * call.macs
+    return Cost(kept + call.full_bytes(rows), kept=kept, model_macs=macs)

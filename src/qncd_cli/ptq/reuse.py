@@ -221,9 +221,13 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     of_layers = call.layer_macs.items()
     saved = sum(macs for name, macs in of_layers for site in sites if site.holds(name))
     tried = call.macs * (1 + AGES * len(sites)) - AGES * saved
-    measured = min(MEASURED, calibration.noise_trajectories) * tried * quantized
-    drawn = calibration.noise_trajectories * call.macs * (2 * quantized + 1)
+    measured = min(MEASURED, calibration.noise_trajectories) * tried
+    drawn = calibration.noise_trajectories * call.macs
     weighed = step_weights.cost(config, call)
     batch = call.copies * min(calibration.batch_size, calibration.noise_trajectories)
-    macs = weighed.macs + call.copies * call.steps * (measured + drawn)
-    return Cost(max(weighed.bytes, call.first_bytes(batch)), macs)
+    calls = call.copies * call.steps
+    return Cost(
+        max(weighed.bytes, call.first_bytes(batch)),
+        calls * quantized * (measured + 2 * drawn),
+        model_macs=weighed.model_macs + calls * drawn,
+    )

@@ -274,4 +274,4 @@ def cost(plans: list[LayerPlan], call: DenoiserCall, looks: Effort) -> Cost:
     macs = call.copies * call.macs * (1 + passes)
     looks_at = looks.sensitivity_rows * min(looks.sensitivity_steps, call.steps) * elements
     read = BACKWARD_PASSES * (1 + looks.sensitivity_projections) * looks_at + search_passes(plans)
-    return Cost(errors + gradients + rows * call.graph, macs, read)
+    return Cost(errors + gradients + rows * call.graph, passes=read, model_macs=macs)

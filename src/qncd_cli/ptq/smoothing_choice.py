@@ -264,7 +264,7 @@ def embedding_cost(denoiser: nn.Module, classes: int | None, call: DenoiserCall)
     """One call per step, of a row per class. classes: of the model."""
     rows = _embedded_rows(classes)
     macs = rows * call.steps * call.macs if smoothing_sites(denoiser) else 0
-    return Cost(call.full_bytes(rows), macs)
+    return Cost(call.full_bytes(rows), model_macs=macs)
 
 
 def _embedded_rows(classes: int | None) -> int:

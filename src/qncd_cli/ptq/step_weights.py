@@ -127,7 +127,7 @@ def cost(config: Config, call: DenoiserCall) -> Cost:
     """One pass forward and DIRECTIONS back for each step."""
     rows = call.copies * _rows(config)
     macs = rows * call.steps * call.macs * (1 + BACKWARD * DIRECTIONS)
-    return Cost(rows * call.graph, macs)
+    return Cost(rows * call.graph, model_macs=macs)
 
 
 def _rows(config: Config) -> int:

@@ -169,5 +169,9 @@ def cost(plans: list[LayerPlan], tokens: int, held: float) -> Cost:
     groups, rounding = hessian_groups(plans), gptq_cost(plans)
     call = sum(plan.layer.weight.numel() for plan in plans)
     products = sum(plan.in_features**2 for plan in plans)
-    macs = tokens * ((CALLS + len(groups)) * call + products)
-    return Cost(held + rounding.bytes, macs + rounding.macs, search_passes(plans))
+    return Cost(
+        held + rounding.bytes,
+        tokens * products + rounding.macs,
+        search_passes(plans),
+        model_macs=tokens * (CALLS + len(groups)) * call,
+    )

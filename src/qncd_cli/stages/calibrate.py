@@ -139,7 +139,7 @@ def costs(
         macs += rows * one.macs
         passes += OBSERVING * rows * sum(one.inputs.values())
     held = max(one.full_bytes(batch * one.copies) for one in (call, *others))
-    found = {TRAJECTORIES: Cost(held, macs, passes)}
+    found = {TRAJECTORIES: Cost(held, passes=passes, model_macs=macs)}
     if smoothing_choice.looked_at(config, denoiser):
         found["choosing smoothing factors"] = smoothing_choice.cost(config, denoiser, call)
     if smoothing_choice.reads_embeddings(config):
