@@ -150,7 +150,7 @@ def test_the_pipeline_counts_what_it_does(qncd, monkeypatch):
     assert told["choosing activation ranges"].endswith("layers")
     assert told["rounding weights"].endswith("layers")
     assert told["collecting Hessians"] == "4 calls"
-    assert told["measuring quantization noise"] == "12 calls"
+    assert told["measuring quantization noise"] == "8 calls"
     assert told["sampling 6 images (quantized)"] == "10 calls"  # the decoder's two, too
     assert told["extracting features"] == "6 images"
     assert told["fitting the step-wise correction"] == "4 steps"

@@ -29,7 +29,7 @@ from ..sampling.samplers import OnStep, Predict
 from ..store.artifacts import KINDS, Artifact, torch_type
 from ..store.partial import NOTHING_KEPT, Partial
 from .cost import INTEGERS, SIMULATION, Cost, DenoiserCall
-from .stepwise import fit_stepwise, goals_of, in_batches, latent_recorder
+from .stepwise import fit_stepwise, goals_for, in_batches
 
 PAIR_CALLS = 2
 """Calls of a denoiser per step: the quantized one, and full precision at its inputs."""
@@ -49,6 +49,7 @@ def measure_noise(
     track: Track,
     partial: Partial = NOTHING_KEPT,
     also: Collection[str] = (),
+    calibration: Artifact | None = None,
 ) -> Artifact:
     """Quantization noise per timestep, and what else the configured correction needs.
 
@@ -56,9 +57,9 @@ def measure_noise(
     will meet them. RUNTIME: the run-time estimator runs on both models at every step: what it reads
     on the full-precision one is the model's own error, the baseline of docs/method.md; how well it
     foretells the pairs is its gain. STEPWISE: the terms of the step-wise correction come from
-    trajectories that already have those of earlier steps. Both are measured for a correction that
-    reads them (`InterConfig.statistics`), or where also asks for them, and take twice as long as
-    the pairs; where nothing reads those either, a few trajectories do. All in eps, whatever the
+    trajectories that already have those of earlier steps, beside calibration's (`goals_for`). Both
+    are measured for a correction that reads them (`InterConfig.statistics`), or where also asks for
+    them; where nothing reads the pairs either, a few trajectories do. All in eps, whatever the
     model predicts (of rectified flows in the velocity). Where corrections have no meaning
     (`plan_steps`) the artifact holds no timestep, and its body says why.
     """
@@ -76,7 +77,9 @@ def measure_noise(
             for name, (type_, shape) in layout.items()
         }
     else:
-        tensors = _measure(config, model, quantized, scheduler, plan, wanted, track, partial)
+        tensors = _measure(
+            config, model, quantized, scheduler, plan, wanted, track, partial, calibration
+        )
         body |= noise_body(config, model.latent_shape, [step.t for step in plan], wanted)
     parents = {"quantized": quantized.digest}
     digest = config.stage_digest("quantize")
@@ -118,9 +121,10 @@ def _measure(
     wanted: Collection[str],
     track: Track,
     partial: Partial,
+    calibration: Artifact | None,
 ) -> dict[str, Tensor]:
     """The artifact's tensors, from the first calibration seeds."""
-    calibration, kind = config.calibration, prediction_type(scheduler)
+    settings, kind = config.calibration, prediction_type(scheduler)
     full = KeptCalls(full_denoiser(model), partial, "noise, full precision")
     cache = config.quantization.cache_time_embeddings
     low_memory = not keeps(model.denoiser_bytes())
@@ -129,31 +133,25 @@ def _measure(
     computed = KeptCalls(quantized_model, partial, "noise, quantized")
     statistics = NoiseStatistics()
     own: list[Estimate] = []
-    goals: list[Tensor] = []
     readings: list[tuple[list[Estimate], list[StepError]]] = []
-    count, more = _trajectories(config, wanted), not {RUNTIME, STEPWISE}.isdisjoint(wanted)
-    seeds = list(range(calibration.seed, calibration.seed + count))
-    batches = chunks(seeds, calibration.batch_size)
-    per_step = PAIR_CALLS + RUNTIME_CALLS * (RUNTIME in wanted) + more
-    calls = len(batches) * (per_step * len(plan) - 2 * (RUNTIME in wanted))
+    count, reads = _trajectories(config, wanted), RUNTIME in wanted
+    batches = chunks(list(range(settings.seed, settings.seed + count)), settings.batch_size)
+    per_step = PAIR_CALLS + (RUNTIME_CALLS + 1) * reads
+    calls = len(batches) * (per_step * len(plan) - 2 * reads)
     for batch, tick in counted(track, batches, "measuring quantization noise", calls, "calls"):
         errors: list[StepError] = []
         predict_full = trajectory.predict_for(config, model, full, batch, tick)
         record = pair_recorder(statistics, errors, plan, kind, predict_full)
-        how = _estimates if RUNTIME in wanted else _drawn
-        estimates, _ = how(config, model, computed, batch, tick, record)
-        if not more:
+        if not reads:
+            trajectory.draw(config, model, computed, batch, on_step=record, tick=tick)
             continue
-        readings.append((estimates, errors))
-        passed: list[Tensor] = []
-        estimates, end = how(config, model, full, batch, tick, latent_recorder(passed))
-        own += estimates
-        if STEPWISE in wanted:
-            goals.append(goals_of(passed, end, plan, scheduler))
+        readings.append((_estimates(config, model, computed, batch, tick, record), errors))
+        own += _estimates(config, model, full, batch, tick)
     tensors = statistics.finish()
     if STEPWISE in wanted:
+        goals, seeds = goals_for(config, model, calibration, full, track)
         together = in_batches(config, model, computed)
-        tensors |= fit_stepwise(config, model, together, torch.cat(goals, 1), seeds, track)
+        tensors |= fit_stepwise(config, model, together, goals, seeds, track)
     if RUNTIME in wanted:
         tensors |= _of_estimator(model, own, readings, tensors["timesteps"].tolist())
     return tensors
@@ -189,35 +187,22 @@ def _of_estimator(
     return tensors
 
 
-def _drawn(
-    config: Config,
-    model: DiffusionModel,
-    denoiser: Denoiser,
-    seeds: list[int],
-    tick: Tick,
-    on_step: OnStep,
-) -> tuple[list[Estimate], Tensor]:
-    """No readings, and where the trajectories end: without an estimator."""
-    return [], trajectory.draw(config, model, denoiser, seeds, on_step=on_step, tick=tick)
-
-
 def _estimates(
     config: Config,
     model: DiffusionModel,
     denoiser: Denoiser,
     seeds: list[int],
     tick: Tick,
-    on_step: OnStep,
-) -> tuple[list[Estimate], Tensor]:
-    """The run-time estimator's readings along one batch of trajectories of the denoiser, and where
-    these end."""
+    on_step: OnStep | None = None,
+) -> list[Estimate]:
+    """The run-time estimator's readings along one batch of trajectories of the denoiser."""
     target = config.correction.inter.target
     generators = generators_for(seeds, "baseline")
     estimator = RuntimeCorrection(generators, target=target, interval=1, apply=False)
-    end = trajectory.draw(
+    trajectory.draw(
         config, model, denoiser, seeds, correction=estimator, on_step=on_step, tick=tick
     )
-    return estimator.estimates, end
+    return estimator.estimates
 
 
 def pair_recorder(
@@ -261,14 +246,13 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     integers = computes_in_integers(denoiser)
     kept = (call.weights / (4 if integers else 1)) if keeps(4 * parameters) else 0
     wanted = config.correction.inter.statistics
-    count, more = _trajectories(config, wanted), not {RUNTIME, STEPWISE}.isdisjoint(wanted)
+    count, reads = _trajectories(config, wanted), RUNTIME in wanted
     batch = call.copies * min(calibration.batch_size, count)
-    rows = count * call.copies * call.steps
+    of_one = call.copies * call.steps * call.macs
     quantized = INTEGERS if integers else SIMULATION
-    both = 1 + (RUNTIME in wanted)  # calls of each model at a step
-    macs = rows * call.macs
+    fitted = calibration.by_size[0] if STEPWISE in wanted else 0
     return Cost(
         kept + call.first_bytes(batch),
-        macs * quantized * (both + (STEPWISE in wanted)),
-        model_macs=macs * (both + more),
+        of_one * quantized * (count * (1 + reads) + fitted),
+        model_macs=of_one * count * (1 + 2 * reads),
     )

@@ -25,14 +25,13 @@ from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser, denoiser_costs, full_denoiser, quantized_denoiser
 from ..runtime.reuse import TERMS, History, Pattern, ReusingDenoiser, SiteTerms, channel_axis
 from ..sampling.levels import plan_steps
-from ..sampling.noise import chunks
 from ..store.artifacts import Artifact
 from . import step_weights
 from .cost import INTEGERS, SIMULATION, Cost, DenoiserCall
 from .noise import computes_in_integers, fastest
 from .reuse_errors import AGES, MEASURED, site_errors
 from .reuse_plan import Chain, choose_plan
-from .stepwise import fit_stepwise, goals_of, latent_recorder
+from .stepwise import fit_stepwise, goals_for
 
 MOST_VALUES = 1 << 16
 """Values of a channel that terms are fitted on, at most, evenly from all; more: steadier terms, in
@@ -113,7 +112,7 @@ def find_reuse(
         _measured_chains(config, model, chains), errors, weights, config.sampling.reuse
     )
     pattern = Pattern(tuple(float(t) for t in timed.timesteps), kept)
-    tensors, channels = _fitted(config, model, quantized, pattern, track)
+    tensors, channels = _fitted(config, model, calibration, quantized, pattern, track)
     sampling = config.sampling
     body = {
         "sampling": {
@@ -162,14 +161,19 @@ def _measured_chains(
 
 
 def _fitted(
-    config: Config, model: DiffusionModel, quantized: Artifact, pattern: Pattern, track: Track
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact,
+    quantized: Artifact,
+    pattern: Pattern,
+    track: Track,
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The artifact's tensors, and the channels of every site that has terms."""
-    calibration, method = config.calibration, config.correction.reuse
+    settings, method = config.calibration, config.correction.reuse
     if method == "none":
         return {}, {}
-    seeds = list(range(calibration.seed, calibration.seed + calibration.noise_trajectories))
-    rows = calibration.batch_size * _branches(config, model)
+    seeds = list(range(settings.seed, settings.seed + settings.noise_trajectories))
+    rows = settings.batch_size * _branches(config, model)
     inner = _quantized(config, model, quantized)
     denoiser: ReusingDenoiser
     fitting = None
@@ -179,7 +183,8 @@ def _fitted(
         denoiser = ReusingDenoiser(inner, pattern, rows=rows)
     tensors: dict[str, Tensor] = {}
     if method in OUTPUT:
-        goals = _goals(config, model, seeds, track)
+        full = full_denoiser(model)
+        goals, seeds = goals_for(config, model, calibration, full, track)
         tensors |= fit_stepwise(config, model, denoiser, goals, seeds, track)
     else:
         steps = counted(track, [None], "fitting kept values", config.sampling.steps, "steps")
@@ -196,21 +201,6 @@ def _fitted(
                 of_steps = [getattr(terms or nothing, key) for terms in table]
                 tensors[f"{name}.{key}"] = torch.stack(of_steps)
     return tensors, channels
-
-
-def _goals(config: Config, model: DiffusionModel, seeds: list[int], track: Track) -> Tensor:
-    """Where every step of full precision ends, as `goals_of` has it."""
-    timed = trajectory.timed_scheduler(config, model)
-    plan = plan_steps(timed, config.sampling.eta)
-    full, found = full_denoiser(model), []
-    batches = chunks(seeds, config.calibration.batch_size)
-    calls = len(batches) * len(plan)
-    for batch, tick in counted(track, batches, "drawing full precision", calls, "steps"):
-        passed: list[Tensor] = []
-        on_step = latent_recorder(passed)
-        end = trajectory.draw(config, model, full, batch, on_step=on_step, tick=tick)
-        found.append(goals_of(passed, end, plan, timed))
-    return torch.cat(found, 1)
 
 
 def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:

@@ -14,10 +14,12 @@ from ..models.loading import DiffusionModel
 from ..progress import Track, counted
 from ..runtime import trajectory
 from ..runtime.denoiser import Denoiser
-from ..sampling.levels import StepInfo
+from ..sampling.levels import StepInfo, plan_steps
+from ..sampling.noise import chunks
 from ..sampling.parametrization import path_scale, prediction_type
 from ..sampling.response import responses
 from ..sampling.samplers import OnStep, make_scheduler, to_vp
+from ..store.artifacts import Artifact
 
 
 def in_batches(config: Config, model: DiffusionModel, denoiser: Denoiser) -> Denoiser:
@@ -62,6 +64,42 @@ def goals_of(
     later = zip(passed[1:], plan[1:], strict=True)
     reached = [x / path_scale(step.abar_t, kind) for x, step in later]
     return torch.stack([*reached, end * to_vp(scheduler, plan[-1].abar_next, kind)])
+
+
+def goals_for(
+    config: Config,
+    model: DiffusionModel,
+    calibration: Artifact | None,
+    denoiser: Denoiser,
+    track: Track,
+) -> tuple[Tensor, list[int]]:
+    """`goals_of` trajectories in full precision, and their seeds.
+
+    calibration: of this model, whose trajectories are taken without a call; None: a few
+    (calibration.noise_trajectories) are drawn with the denoiser.
+    """
+    timed = trajectory.timed_scheduler(config, model)
+    plan = plan_steps(timed, config.sampling.eta)
+    passed: list[Tensor] = []
+    if calibration is not None:
+        rows, known = calibration.tensors, calibration.tensors["inputs.seed"]
+        seeds: list[int] = known.unique().tolist()
+        of_seeds = [rows["inputs.prediction"][known == seed] for seed in seeds]  # step by step
+        predictions = iter(torch.stack(of_seeds, 1))
+        end = trajectory.draw_with(
+            lambda x, t: next(predictions), config, model, seeds, on_step=latent_recorder(passed)
+        )
+        return goals_of(passed, end, plan, timed), seeds
+    settings = config.calibration
+    seeds = list(range(settings.seed, settings.seed + settings.noise_trajectories))
+    found, batches = [], chunks(seeds, settings.batch_size)
+    calls = len(batches) * len(plan)
+    for batch, tick in counted(track, batches, "drawing full precision", calls, "steps"):
+        passed = []
+        on_step = latent_recorder(passed)
+        end = trajectory.draw(config, model, denoiser, batch, on_step=on_step, tick=tick)
+        found.append(goals_of(passed, end, plan, timed))
+    return torch.cat(found, 1), seeds
 
 
 def fit_stepwise(

@@ -33,9 +33,23 @@ def draw(
     tick: called after every prediction, those for the correction included.
     Raises what `denoise` and `guided_predict` raise.
     """
+    predict = predict_for(config, model, denoiser, seeds, tick)
+    return draw_with(predict, config, model, seeds, correction=correction, on_step=on_step)
+
+
+def draw_with(
+    predict: Predict,
+    config: Config,
+    model: DiffusionModel,
+    seeds: Sequence[int],
+    *,
+    correction: Correction | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """`draw` with predictions from anywhere; the model gives shapes and the scheduler alone."""
     sampling = config.sampling
     return denoise(
-        predict_for(config, model, denoiser, seeds, tick),
+        predict,
         make_scheduler(sampling.scheduler, model.scheduler_config),
         sampling.steps,
         generators_for(seeds),

@@ -103,7 +103,7 @@ def quantize(
         discard_stage(run.path, "quantize")
         return True
     if ranks.agreed(lambda: not force and freshness.weights_from(*of_stage).holds):
-        ranks.agreed(lambda: _measure_noise(run, config, model, track, tell, also))
+        ranks.agreed(lambda: _measure_noise(run, config, model, calibration, track, tell, also))
         return False
     with kept("quantize", run, config, model, parents, tell, ranks) as partial:
         with explained(model):
@@ -127,6 +127,7 @@ def _measure_noise(
     run: RunDir,
     config: Config,
     model: DiffusionModel,
+    calibration: Artifact,
     track: Track,
     tell: Tell,
     also: Collection[str],
@@ -139,7 +140,7 @@ def _measure_noise(
     if there is not None and there.parents == parents:
         also = {*also, *there.body.get("measured", ())}
     with kept("quantize", run, config, model, parents, tell, ALONE) as partial, explained(model):
-        statistics = measure_noise(config, model, quantized, track, partial, also)
+        statistics = measure_noise(config, model, quantized, track, partial, also, calibration)
         artifacts.write(run.tensors("noise_stats"), statistics)
         freshness.note_settings(run, "quantize", config)
 

@@ -142,7 +142,7 @@ def run(
     if config.quantization.weights.rounding in ("adaround", "brecq"):
         unsealed = reconstruct.reconstruct(job, unsealed, track)
     quantized = seal(unsealed)
-    noise_stats = noise.measure_noise(config, model, quantized, track, partial, also)
+    noise_stats = noise.measure_noise(config, model, quantized, track, partial, also, calibration)
     return QuantizeResult(quantized, noise_stats, coverage(config, model, quantized))
 
 
