@@ -221,6 +221,7 @@ def run(
             if why := row.why_unavailable(request.kinds):
                 drop(row, why)
                 continue
+            tell(f"{row.name}: {request.num} images to be compared, then those to be timed")
             try:
                 drawer = request.build(row)
                 drawn[row.name] = draw_images(drawer, model, seeds, folder)
