@@ -42,6 +42,8 @@ def test_calibrations_trajectories_are_those_that_would_be_drawn(tiny_model, sam
     assert seeds == same and len(seeds) == COUNT
     assert drawn.shape == (4, COUNT, *model.latent_shape)
     assert torch.equal(taken, drawn)
+    some, first = goals_for(config, model, calibration, refused, no_progress, most=2)
+    assert first == seeds[:2] and torch.equal(some, drawn[:, :2])
 
 
 def test_of_several_sizes_those_of_samplings_own_are_taken(tiny_model):

@@ -184,7 +184,7 @@ def _fitted(
     tensors: dict[str, Tensor] = {}
     if method in OUTPUT:
         full = full_denoiser(model)
-        goals, seeds = goals_for(config, model, calibration, full, track)
+        goals, seeds = goals_for(config, model, calibration, full, track, most=len(seeds))
         tensors |= fit_stepwise(config, model, denoiser, goals, seeds, track)
     else:
         steps = counted(track, [None], "fitting kept values", config.sampling.steps, "steps")
@@ -212,12 +212,11 @@ def cost(config: Config, denoiser: nn.Module, call: DenoiserCall) -> Cost:
     saved = sum(macs for name, macs in of_layers for site in sites if site.holds(name))
     tried = call.macs * (1 + AGES * len(sites)) - AGES * saved
     measured = min(MEASURED, calibration.noise_trajectories) * tried
-    drawn = calibration.noise_trajectories * call.macs
+    fitted = 2 * calibration.noise_trajectories * call.macs
     weighed = step_weights.cost(config, call)
     batch = call.copies * min(calibration.batch_size, calibration.noise_trajectories)
-    calls = call.copies * call.steps
     return Cost(
         max(weighed.bytes, call.first_bytes(batch)),
-        calls * quantized * (measured + 2 * drawn),
-        model_macs=weighed.model_macs + calls * drawn,
+        call.copies * call.steps * quantized * (measured + fitted),
+        model_macs=weighed.model_macs,
     )

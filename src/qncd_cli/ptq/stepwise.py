@@ -72,18 +72,19 @@ def goals_for(
     calibration: Artifact | None,
     denoiser: Denoiser,
     track: Track,
+    most: int | None = None,
 ) -> tuple[Tensor, list[int]]:
     """`goals_of` trajectories in full precision, and their seeds.
 
-    calibration: of this model, whose trajectories are taken without a call; None: a few
-    (calibration.noise_trajectories) are drawn with the denoiser.
+    calibration: of this model, whose trajectories, at most so many, are taken without a call; None:
+    a few (calibration.noise_trajectories) are drawn with the denoiser.
     """
     timed = trajectory.timed_scheduler(config, model)
     plan = plan_steps(timed, config.sampling.eta)
     passed: list[Tensor] = []
     if calibration is not None:
         rows, known = calibration.tensors, calibration.tensors["inputs.seed"]
-        seeds: list[int] = known.unique().tolist()
+        seeds: list[int] = known.unique().tolist()[:most]
         of_seeds = [rows["inputs.prediction"][known == seed] for seed in seeds]  # step by step
         predictions = iter(torch.stack(of_seeds, 1))
         end = trajectory.draw_with(
