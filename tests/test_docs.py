@@ -88,7 +88,7 @@ def test_the_rows_that_results_are_drawn_from_stand_in_their_notes():
     groups = json.loads((ROOT / "docs" / "notebook" / "measured.json").read_text(encoding="utf-8"))
     for group in groups:
         text = (ROOT / "docs" / "notebook" / group["note"]).read_text(encoding="utf-8")
-        known = {float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", text)}
+        known = {float(n.replace(",", "")) for n in re.findall(r"-?\b\d[\d,]*(?:\.\d+)?", text)}
         for row in group["rows"]:
             numbers = [v for v in row.values() if isinstance(v, int | float)]
             assert set(numbers) <= known, row
