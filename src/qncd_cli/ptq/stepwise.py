@@ -74,10 +74,11 @@ def goals_for(
     track: Track,
     most: int | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """`goals_of` trajectories in full precision, and their seeds.
+    """`goals_of` trajectories in full precision, [S, N, C, ...], and their N seeds.
 
-    calibration: of this model, whose trajectories, at most so many, are taken without a call; None:
-    a few (calibration.noise_trajectories) are drawn with the denoiser.
+    calibration: of this model and sampler, whose trajectories, at most so many, are taken without a
+    call; None: a few (calibration.noise_trajectories) are drawn with the denoiser. Raises
+    ConfigError for a sampler that `plan_steps` refuses.
     """
     timed = trajectory.timed_scheduler(config, model)
     plan = plan_steps(timed, config.sampling.eta)

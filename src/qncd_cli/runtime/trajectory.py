@@ -46,7 +46,11 @@ def draw_with(
     correction: Correction | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """`draw` with predictions from anywhere; the model gives shapes and the scheduler alone."""
+    """Latents [N, ...] as `draw` has them, with predictions from anywhere.
+
+    predict: (x [N, ...], t) -> the guided prediction, called once a step, more often for a
+    correction; the model gives shapes and the scheduler alone. Raises what `denoise` raises.
+    """
     sampling = config.sampling
     return denoise(
         predict,
